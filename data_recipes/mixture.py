@@ -1,0 +1,280 @@
+"""Sources with counts, put together: one global index, exact numbers, held-out samples, one fingerprint.
+
+Owns: choosing subsets by hash, keeping held-out pictures out of training in every source, the global numbers.
+Leaves: what is in a source to `store.py`, the order of an epoch to `order.py`.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_recipes.config import MixtureConfig, SourceShare
+from data_recipes.sample import DataError
+from data_recipes.source import read_yaml
+from data_recipes.store import Store, StoredSample, StoredText
+
+_Rows = npt.NDArray[np.int64]
+
+
+def read_mixture(configs: Path, name: str) -> MixtureConfig:
+    """The mixture `configs/mixture/<name>.yaml`, for programs that do without Hydra.
+
+    Raises:
+        DataError: there is none (the known ones are listed), or it has unknown keys or values of a wrong
+            type.
+    """
+    values = read_yaml(configs, "mixture", name)
+    place = f"configs/mixture/{name}.yaml"
+    _refuse_unknown(place, values, ("name", "seed", "sources"))
+    seed, sources = values.get("seed", 0), values.get("sources")
+    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
+        raise DataError(f"{place}: `seed` is {seed!r}, and must be a whole number, 0 or more.")
+    if not isinstance(sources, dict):
+        raise DataError(f"{place}: `sources` must map names of sources to counts.")
+    shares: dict[str, SourceShare] = {}
+    for source, share in sources.items():
+        share = share or {}
+        if not isinstance(share, dict):
+            raise DataError(f"{place}: `sources.{source}` is {share!r}; write {{count: {share}}}.")
+        _refuse_unknown(f"{place}: sources.{source}", share, ("count", "holdout"))
+        for key, value in share.items():
+            if isinstance(value, bool) or not isinstance(
+                value, int | (type(None) if key == "count" else int)
+            ):
+                raise DataError(
+                    f"{place}: `sources.{source}.{key}` is {value!r}, and must be a whole number."
+                )
+        try:
+            shares[str(source)] = SourceShare(**share)
+        except DataError as error:
+            raise DataError(f"{place}: sources.{source}.{error}") from error
+    return MixtureConfig(str(values.get("name", name)), seed, shares)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source's place in a mixture: rows of its store, and how they came about."""
+
+    store: Store
+    share: SourceShare
+    used: _Rows
+    heldout: _Rows
+    num_excluded: int
+
+
+class Mixture:
+    """The training side of a mixture by global number, and its held-out samples by source.
+
+    Samples are numbered source by source, sources by name, in each source by its store's order: the order in
+    which a YAML lists sources changes nothing. Holds row numbers only, so it is cheap to pickle into loader
+    workers.
+    """
+
+    def __init__(self, config: MixtureConfig, parts: Sequence[_Part]) -> None:
+        self.config = config
+        self._parts = tuple(parts)
+        self.source_names: tuple[str, ...] = tuple(part.store.name for part in parts)
+        counts = [len(part.used) for part in parts]
+        self.source_ids: npt.NDArray[np.int16] = np.repeat(np.arange(len(parts), dtype=np.int16), counts)
+        self.num_samples = int(sum(counts))
+        self.excluded: dict[str, int] = {part.store.name: part.num_excluded for part in parts}
+        self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.fingerprint = _fingerprint(config, parts)
+
+    @classmethod
+    def open(cls, config: MixtureConfig, store_root: Path) -> "Mixture":
+        """Open the stores `store_root/<source>` and choose.
+
+        A held-out picture is in the training side of no source: samples of any source that show one are
+        excluded and counted.
+
+        Raises:
+            DataError: a store is absent or unfinished, or more is wanted than was found.
+        """
+        store_root = Path(store_root)
+        names = sorted(config.sources)
+        stores = {name: Store.open(store_root / name) for name in names}
+        heldout = {name: _choose_heldout(stores[name], config.sources[name].holdout) for name in names}
+        hidden = [_hashes_of(stores[name], heldout[name]) for name in names]
+        hidden_hashes = np.unique(np.concatenate(hidden))
+        parts = []
+        for name in names:
+            share, store = config.sources[name], stores[name]
+            free = np.ones(len(store), dtype=bool)
+            free[heldout[name]] = False
+            shows_hidden = _shows_any(store, hidden_hashes) & free
+            candidates = np.flatnonzero(free & ~shows_hidden).astype(np.int64)
+            num_excluded = int(shows_hidden.sum())
+            used = _choose_used(store, share, candidates, config.seed, num_excluded)
+            parts.append(_Part(store, share, used, heldout[name], num_excluded))
+        return cls(config, parts)
+
+    def text(self, index: int) -> StoredText:
+        """Sample `index` without picture bytes; `.source` names where it is from."""
+        part, row = self._find(index)
+        return part.store.text(row)
+
+    def sample(self, index: int) -> StoredSample:
+        """Sample `index` with its pictures; `.source` names where it is from."""
+        part, row = self._find(index)
+        return part.store.sample(row)
+
+    def heldout(self, source: str) -> list[int]:
+        """The numbers of the held-out samples of `source`, for `heldout_sample`: 0 .. holdout - 1.
+
+        They stand in the order of their hashes, so the first hundred are a fair draw of all.
+        """
+        return list(range(len(self._part(source).heldout)))
+
+    def heldout_sample(self, source: str, number: int) -> StoredSample:
+        """Held-out sample `number` of `source`."""
+        part = self._part(source)
+        return part.store.sample(int(part.heldout[number]))
+
+    def heldout_text(self, source: str, number: int) -> StoredText:
+        """Held-out sample `number` of `source`, without picture bytes."""
+        part = self._part(source)
+        return part.store.text(int(part.heldout[number]))
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per source: what was wanted, what was found, and what became of it."""
+        return [
+            {
+                "source": part.store.name,
+                "wanted": part.share.count,
+                "found": len(part.store),
+                "held_out": len(part.heldout),
+                "excluded": part.num_excluded,
+                "used": len(part.used),
+                "share": len(part.used) / max(1, self.num_samples),
+                "rejects": dict(part.store.manifest["rejects"]),
+                "licence": part.store.manifest["licence"],
+            }
+            for part in self._parts
+        ]
+
+    def _find(self, index: int) -> tuple[_Part, int]:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of mixture {self.config.name}, which has {self.num_samples}")
+        number = int(self.source_ids[index])
+        part = self._parts[number]
+        return part, int(part.used[index - self._starts[number]])
+
+    def _part(self, source: str) -> _Part:
+        for part in self._parts:
+            if part.store.name == source:
+                return part
+        raise DataError(
+            f"mixture {self.config.name} has no source {source!r}; it has {', '.join(self.source_names)}."
+        )
+
+
+def _choose_heldout(store: Store, num_wanted: int) -> _Rows:
+    """Rows to hold out, in the order of their hashes: the samples with the smallest picture hashes.
+
+    Samples that share a picture, directly or through others, go together; a group that would exceed the
+    number is passed over. The seed has no say, so every mixture holds out the same samples of a source.
+    """
+    if num_wanted == 0:
+        return np.zeros(0, dtype=np.int64)
+    starts, pictures = store.picture_rows()
+    hashes, ids = store.all_picture_hashes(), store.ids()
+    groups: dict[int, list[int]] = {}
+    keys: dict[int, str] = {}
+    group_of_picture = _connected(starts, pictures, len(hashes))
+    for row in range(len(store)):
+        own = pictures[starts[row] : starts[row + 1]]
+        # Text-only samples are groups of their own, numbered below zero to keep them apart from pictures.
+        group = int(group_of_picture[own[0]]) if len(own) else -1 - row
+        key = (
+            min(bytes(hashes[p]).decode() for p in own)
+            if len(own)
+            else hashlib.sha256(ids[row].encode()).hexdigest()
+        )
+        groups.setdefault(group, []).append(row)
+        keys[group] = min(keys.get(group, key), key)
+    chosen: list[int] = []
+    for group in sorted(groups, key=lambda g: (keys[g], groups[g][0])):
+        if len(chosen) + len(groups[group]) <= num_wanted:
+            chosen.extend(groups[group])
+    if len(chosen) < num_wanted:
+        raise DataError(
+            f"source {store.name}: holdout {num_wanted}, but only {len(chosen)} of its {len(store)} samples "
+            f"can be "
+            "held out (samples that share a picture stay together). Lower `holdout`."
+        )
+    return np.array(chosen, dtype=np.int64)
+
+
+def _connected(starts: _Rows, pictures: _Rows, num_pictures: int) -> _Rows:
+    """For each picture the smallest picture it is connected with, through samples that show several."""
+    parent = np.arange(num_pictures, dtype=np.int64)
+
+    def root(picture: int) -> int:
+        while parent[picture] != picture:
+            parent[picture] = parent[parent[picture]]
+            picture = int(parent[picture])
+        return picture
+
+    for row in np.flatnonzero(np.diff(starts) > 1):
+        roots = sorted({root(int(picture)) for picture in pictures[starts[row] : starts[row + 1]]})
+        parent[roots] = roots[0]
+    return np.array([root(picture) for picture in range(num_pictures)], dtype=np.int64)
+
+
+def _hashes_of(store: Store, rows: _Rows) -> npt.NDArray[np.bytes_]:
+    return np.array([h for row in rows for h in store.picture_hashes(int(row))], dtype="S64")
+
+
+def _shows_any(store: Store, hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
+    """Which samples show any of these pictures, bool [num_samples]."""
+    if not len(hashes):
+        return np.zeros(len(store), dtype=bool)
+    starts, pictures = store.picture_rows()
+    hit = np.isin(store.all_picture_hashes(), hashes)[pictures]
+    running = np.concatenate([[0], np.cumsum(hit)])
+    return np.asarray(running[starts[1:]] > running[starts[:-1]])
+
+
+def _choose_used(store: Store, share: SourceShare, candidates: _Rows, seed: int, num_excluded: int) -> _Rows:
+    """Rows to train on, in store order: all candidates, or those with the smallest hash(seed, source, id)."""
+    if share.count is None:
+        return candidates
+    if share.count > len(candidates):
+        raise DataError(
+            f"source {store.name}: {share.count} samples wanted, {len(candidates)} found ({len(store)} in "
+            f"the store, "
+            f"{share.holdout} held out, {num_excluded} excluded because they show a held-out picture). "
+            f"Lower `sources.{store.name}.count`, or set it to null for all."
+        )
+    ids = store.ids()
+    prefix = json.dumps([seed, store.name])
+    keys = [hashlib.sha256(f"{prefix}{ids[row]}".encode()).digest() for row in candidates]
+    order = sorted(range(len(candidates)), key=keys.__getitem__)
+    return np.sort(candidates[order[: share.count]])
+
+
+def _fingerprint(config: MixtureConfig, parts: Sequence[_Part]) -> str:
+    """sha256 over seed, shares, every store's fingerprint, and the rows chosen (together they name samples).
+
+    The mixture's name is not in it: renaming a file changes nothing that is learned.
+    """
+    digest = hashlib.sha256(b"data_recipes mixture 1\n")
+    for part in parts:
+        head = [config.seed, part.store.name, asdict(part.share), part.store.fingerprint, len(part.heldout)]
+        digest.update(json.dumps(head, sort_keys=True).encode())
+        digest.update(part.used.astype("<i8").tobytes())
+        digest.update(part.heldout.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _refuse_unknown(place: str, values: dict[str, Any], known: Sequence[str]) -> None:
+    unknown = [key for key in values if key not in known]
+    if unknown:
+        raise DataError(f"{place}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}.")

@@ -1,0 +1,203 @@
+"""What a source is: its YAML, its reader, and the state of its raw folder.
+
+Owns: `SourceInfo`, reading `configs/source/*.yaml`, finding a reader and checking its options, the digest
+that tells whether anything changed since a store was made.
+Leaves: raw layouts to `readers/`, the making of stores to `prepare.py`.
+"""
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_recipes.sample import DataError, Reject, Sample
+
+NOT_STATED = "not stated"
+
+Reader = Callable[..., Iterator[Sample | Reject]]
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """One dataset: where it is, who reads it, and what is to be said about it.
+
+    Attributes:
+        name: the YAML's file name.
+        reader: a name in `data_recipes/readers`, or the path of a module of one's own (`mylab.receipts`).
+        root: the raw folder, relative to `--raw` or absolute.
+        options: what the reader's `samples` takes besides the root.
+        publisher, fetch, licence, citation: shown where they are needed, and kept in the manifest.
+        expected_count: samples that the published set gives; None where that is not a fixed number.
+        max_reject_share: `prepare` fails above this share of rejected records, between 0 and 1.
+    """
+
+    name: str
+    reader: str
+    root: str
+    options: dict[str, Any] = field(default_factory=dict)
+    publisher: str = ""
+    fetch: str = ""
+    licence: str = ""
+    citation: str = ""
+    expected_count: int | None = None
+    max_reject_share: float = 0.02
+
+    def raw_folder(self, raw_root: Path) -> Path:
+        """The raw folder.
+
+        Raises:
+            DataError: it is not there; the sentence says who publishes it, how to fetch it, and how much it
+                is.
+        """
+        folder = raw_root / self.root
+        if not folder.is_dir():
+            count = f"; {self.expected_count:,} samples are expected" if self.expected_count else ""
+            raise DataError(
+                f"source {self.name}: no raw folder at {folder}. Publisher: {self.publisher or NOT_STATED}. "
+                f"Fetch: {self.fetch or NOT_STATED}{count}. (Licence: {self.licence or NOT_STATED}.)"
+            )
+        return folder
+
+    def samples(self, raw_root: Path) -> Iterator[Sample | Reject]:
+        """The reader's stream over the raw folder.
+
+        Raises:
+            DataError: no such reader, options it does not take, or no raw folder.
+        """
+        reader = find_reader(self.name, self.reader)
+        folder = self.raw_folder(raw_root)
+        try:
+            inspect.signature(reader).bind(folder, **self.options)
+        except TypeError as error:
+            takes = [str(p) for p in list(inspect.signature(reader).parameters.values())[1:]]
+            raise DataError(
+                f"source {self.name}: reader {self.reader} does not take these options ({error}); "
+                f"it takes {', '.join(takes) or 'none'}."
+            ) from error
+        return reader(folder, **self.options)
+
+    def recipe_digest(self) -> str:
+        """sha256 of what decides the samples besides the raw files: reader and options."""
+        return _digest([self.reader, self.root, self.options])
+
+
+def find_reader(source: str, reader: str) -> Reader:
+    """The `samples` function of a reader.
+
+    Raises:
+        DataError: no such module, or it has no `samples`.
+    """
+    module_path = reader if "." in reader else f"data_recipes.readers.{reader}"
+    try:
+        module = importlib.import_module(module_path)
+    except ModuleNotFoundError as error:
+        if error.name is None or not (module_path + ".").startswith(error.name + "."):
+            raise  # the reader is there, and something that it imports is not
+        known = sorted(p.stem for p in (Path(__file__).parent / "readers").glob("[a-z]*.py"))
+        raise DataError(
+            f"source {source}: there is no reader {reader!r}. Known: {', '.join(known)}; a reader of your "
+            f"own is "
+            "named by its module path (`mylab.receipts`), which Python must be able to import."
+        ) from error
+    samples = getattr(module, "samples", None)
+    if not callable(samples):
+        raise DataError(f"source {source}: reader {module_path} has no function `samples(root, **options)`.")
+    return samples  # type: ignore[no-any-return]
+
+
+def read_source(configs: Path, name: str) -> SourceInfo:
+    """The source `configs/source/<name>.yaml`.
+
+    Raises:
+        DataError: there is none (the known ones are listed), or it has unknown keys or values of a wrong
+            type.
+    """
+    values = read_yaml(configs, "source", name)
+    known = {f.name for f in fields(SourceInfo)} - {"name"}
+    place = f"configs/source/{name}.yaml"
+    unknown = sorted(set(values) - known - {"name"})
+    if unknown:
+        raise DataError(f"{place}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}.")
+    for key in ("reader", "root"):
+        if not values.get(key):
+            raise DataError(f"{place}: `{key}` is missing; a source needs `reader` and `root`.")
+    values = {key: value for key, value in values.items() if value is not None and key != "name"}
+    types: dict[str, tuple[type, ...]] = {
+        "options": (dict,),
+        "expected_count": (int,),
+        "max_reject_share": (int, float),
+    }
+    for key, value in values.items():
+        wanted = types.get(key, (str,))
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            names = " or ".join(kind.__name__ for kind in wanted)
+            raise DataError(f"{place}: `{key}` is {value!r}, and must be {names}.")
+    info = SourceInfo(name=name, **values)
+    if not 0 <= info.max_reject_share <= 1:
+        raise DataError(
+            f"{place}: `max_reject_share` is {info.max_reject_share}, and must lie between 0 and 1."
+        )
+    return info
+
+
+def read_yaml(configs: Path, group: str, name: str) -> dict[str, Any]:
+    """The mapping in `configs/<group>/<name>.yaml`.
+
+    Raises:
+        DataError: no such file (the known ones are listed, the nearest one is proposed), or not a mapping.
+    """
+    known = sorted(path.stem for path in (configs / group).glob("*.yaml"))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise DataError(
+            f"there is no {group} {name!r} in {configs / group}.{hint} Known: {', '.join(known) or 'none'}."
+        )
+    try:
+        values = yaml.safe_load((configs / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise DataError(
+            f"{configs / group / name}.yaml is not YAML: {' '.join(str(error).split())}"
+        ) from error
+    if not isinstance(values, dict):
+        raise DataError(f"{configs / group / name}.yaml must hold keys and values.")
+    return values
+
+
+def raw_digest(folder: Path, leave_out: Path) -> str:
+    """sha256 over name, size and time of change of every file below `folder`: has anything been touched?
+
+    Args:
+        folder: a source's raw folder.
+        leave_out: a folder to pass over where it lies inside (the stores, in a cramped layout).
+    """
+    digest = hashlib.sha256()
+    left_out = os.path.realpath(leave_out)
+    for current, folders, names in os.walk(folder):
+        folders[:] = sorted(f for f in folders if os.path.realpath(Path(current, f)) != left_out)
+        for name in sorted(names):
+            path = Path(current, name)
+            try:
+                status = path.stat()
+            except OSError:  # a link to nowhere; the reader will meet it
+                continue
+            line = [os.path.relpath(path, folder), status.st_size, status.st_mtime_ns]
+            digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+def describe(info: SourceInfo) -> dict[str, Any]:
+    """What the manifest keeps of a source: everything but the place of its raw folder on this machine."""
+    return {key: value for key, value in asdict(info).items() if key not in ("root", "max_reject_share")}
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,188 @@
+"""Geometry of pictures: image size → tile grid → kept map → number of image tokens; and a picture → uint8 tiles.
+
+The one owner of this arithmetic: the processor, the length table, the model and the planner all ask it, so that a
+count made from a file header is the count of the features. Sizes are (height, width). Knows nothing of text.
+
+The rules are those of LLaVA-NeXT (`select_best_resolution`, `process_anyres_image`, `unpad_image`) in the exact
+integers that transformers' rounding amounts to; see `ImageLayout` for the order of an image's tokens.
+"""
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from llava_next.config import Grid, ImageMode, ModelError
+
+NEWLINE = -1
+"""In `ImageLayout.token_sources`: this token is the newline vector and no feature of a tile."""
+
+SizeHW = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """How one picture becomes tiles and tokens.
+
+    Tiles: the base view first, then the grid's tiles row by row. Tokens: the base view's patches row by row, then
+    the kept part of the merged map row by row, one newline after each of its rows. A single view (`grid` None) has
+    only the base view, and no newline.
+
+    `kept_rows` and `kept_cols` are half-open ranges of the merged map, in patches.
+    """
+
+    size_hw: SizeHW
+    grid: Grid | None
+    patches_per_side: int
+    kept_rows: tuple[int, int] = (0, 0)
+    kept_cols: tuple[int, int] = (0, 0)
+
+    @property
+    def num_tiles(self) -> int:
+        return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
+
+    @property
+    def num_tokens(self) -> int:
+        base = self.patches_per_side**2
+        if self.grid is None:
+            return base
+        rows = self.kept_rows[1] - self.kept_rows[0]
+        cols = self.kept_cols[1] - self.kept_cols[0]
+        return base + rows * (cols + 1)
+
+    def token_sources(self) -> np.ndarray:
+        """Where each image token comes from: int64 [num_tokens], a row of this picture's tile features
+        (tile * patches + patch), or NEWLINE."""
+        side = self.patches_per_side
+        base = np.arange(side * side, dtype=np.int64)
+        if self.grid is None:
+            return base
+        rows = np.arange(*self.kept_rows, dtype=np.int64)[:, None]
+        cols = np.arange(*self.kept_cols, dtype=np.int64)[None, :]
+        tile = 1 + (rows // side) * self.grid[1] + cols // side
+        patch = (rows % side) * side + cols % side
+        kept = tile * side * side + patch
+        newline = np.full((kept.shape[0], 1), NEWLINE, dtype=np.int64)
+        return np.concatenate([base, np.concatenate([kept, newline], axis=1).ravel()])
+
+
+def select_grid(size_hw: SizeHW, grids: tuple[Grid, ...], tile: int) -> Grid:
+    """The grid that shows most of the picture's own pixels, and among equals wastes least; ties go to the first.
+
+    Exact form of `select_best_resolution` (LLaVA, `mm_utils.py`).
+    """
+    height, width = size_hw
+    best: Grid | None = None
+    best_effective, best_waste = 0, math.inf
+    for rows, cols in grids:
+        canvas_h, canvas_w = rows * tile, cols * tile
+        if canvas_w * height < canvas_h * width:
+            scaled_h, scaled_w = height * canvas_w // width, canvas_w
+        else:
+            scaled_h, scaled_w = canvas_h, width * canvas_h // height
+        effective = min(scaled_h * scaled_w, height * width)
+        waste = canvas_h * canvas_w - effective
+        if effective > best_effective or (effective == best_effective and waste < best_waste):
+            best, best_effective, best_waste = (rows, cols), effective, waste
+    assert best is not None, "grids are checked when the configuration is read"
+    return best
+
+
+def kept_range(size_hw: SizeHW, map_hw: SizeHW) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rows and columns of the merged map that show picture and not padding (`unpad_image`).
+
+    The same floor is cut from both sides, so one line more is kept when the padding is odd: released weights were
+    trained with it.
+    """
+    (height, width), (map_h, map_w) = size_hw, map_hw
+    if width * map_h > map_w * height:
+        padding = (map_h - height * map_w // width) // 2
+        return (padding, map_h - padding), (0, map_w)
+    padding = (map_w - width * map_h // height) // 2
+    return (0, map_h), (padding, map_w - padding)
+
+
+def image_layout(
+    size_hw: SizeHW, *, mode: ImageMode, grids: tuple[Grid, ...], tile: int, patches_per_side: int
+) -> ImageLayout:
+    """The layout of a picture of this size; from the header alone, no pixel is read.
+
+    Raises:
+        ModelError: a side is not positive.
+    """
+    if min(size_hw) < 1:
+        raise ModelError(f"a picture's height and width must be positive, got {size_hw}")
+    if mode == "square":
+        return ImageLayout(size_hw, None, patches_per_side)
+    grid = select_grid(size_hw, grids, tile)
+    kept_rows, kept_cols = kept_range(size_hw, (grid[0] * patches_per_side, grid[1] * patches_per_side))
+    return ImageLayout(size_hw, grid, patches_per_side, kept_rows, kept_cols)
+
+
+def resized_hw(size_hw: SizeHW, canvas_hw: SizeHW) -> SizeHW:
+    """Size of the picture on its canvas: one side filled, the other rounded up.
+
+    In floating point on purpose: the authors and transformers both take `ceil` of a float product, and equal pixels
+    need an equal size.
+    """
+    (height, width), (canvas_h, canvas_w) = size_hw, canvas_hw
+    scale_w, scale_h = canvas_w / width, canvas_h / height
+    if scale_w < scale_h:
+        return min(math.ceil(height * scale_w), canvas_h), canvas_w
+    return canvas_h, min(math.ceil(width * scale_h), canvas_w)
+
+
+def decode(picture: bytes) -> Image.Image:
+    """RGB pixels of an encoded picture, turned as its EXIF orientation says; transparency lies on white.
+
+    Raises:
+        OSError: the bytes are no picture that Pillow reads.
+    """
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(picture)))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(canvas, image).convert("RGB")
+    if image.mode.startswith("I;16") or image.mode == "I":
+        # Pillow clips 16-bit grey at 255 when it converts: scale it instead, or scans turn white.
+        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def cut_tiles(image: Image.Image, layout: ImageLayout, tile: int) -> np.ndarray:
+    """The views of one RGB picture: uint8 [num_tiles, tile, tile, 3], base view first, then row by row.
+
+    Raises:
+        ModelError: the picture's size is not the one the layout was made for.
+    """
+    if (image.height, image.width) != layout.size_hw:
+        raise ModelError(
+            f"the picture is {image.height}x{image.width} but was counted as {layout.size_hw[0]}x"
+            f"{layout.size_hw[1]} (height x width): its store was made from other bytes, prepare it again"
+        )
+    if layout.grid is None:
+        return np.asarray(_centre_crop(image, tile))[None]
+    rows, cols = layout.grid
+    base = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
+    new_h, new_w = resized_hw(layout.size_hw, (rows * tile, cols * tile))
+    canvas = np.zeros((rows * tile, cols * tile, 3), dtype=np.uint8)
+    top, left = (rows * tile - new_h) // 2, (cols * tile - new_w) // 2
+    canvas[top : top + new_h, left : left + new_w] = np.asarray(
+        image.resize((new_w, new_h), Image.Resampling.BICUBIC)
+    )
+    tiles = canvas.reshape(rows, tile, cols, tile, 3).swapaxes(1, 2).reshape(rows * cols, tile, tile, 3)
+    return np.concatenate([base[None], tiles])
+
+
+def _centre_crop(image: Image.Image, tile: int) -> Image.Image:
+    """Short side to `tile`, then the centre square: what the CLIP processor does for LLaVA-1.5's first stage."""
+    height, width = image.height, image.width
+    if height <= width:
+        new_h, new_w = tile, int(tile * width / height)
+    else:
+        new_h, new_w = int(tile * height / width), tile
+    image = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
+    top, left = (new_h - tile) // 2, (new_w - tile) // 2
+    return image.crop((left, top, left + tile, top + tile))

@@ -1,0 +1,99 @@
+"""Attention inside the segments of a packed row, registered with transformers by name.
+
+A row holds several samples; no token attends to another sample's. On CUDA that is torch's own variable-length flash
+attention, elsewhere one SDPA call per segment. What this does not implement (sliding windows, softcapping, sinks) is
+refused when the model is built, never ignored.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PretrainedConfig
+
+from llava_next.batch import Segments
+from llava_next.config import ModelError
+
+SEGMENT_ATTENTION = "llava_next_segments"
+"""The name under which a language model is built to use this attention."""
+
+
+def segment_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    segments: Segments | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention within each segment.
+
+    Args:
+        query: [1, heads, T, head width]; key and value: [1, kv heads, T, head width].
+        segments: the samples' bounds; required (a model that generates uses a stock implementation).
+
+    Returns:
+        [1, T, heads, head width], as transformers' attention functions do, and no weights.
+    """
+    if segments is None:
+        raise ValueError("this model attends within segments: call LlavaNext, or set_attn_implementation('sdpa')")
+    if dropout:
+        raise ValueError(f"segment attention has no dropout, the model asks for {dropout}")
+    if query.is_cuda:
+        return _varlen(query, key, value, segments, scaling), None
+    grouped = query.shape[1] != key.shape[1]
+    outputs = [
+        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+        for q, k, v in zip(
+            query.split(segments.lengths, dim=2),
+            key.split(segments.lengths, dim=2),
+            value.split(segments.lengths, dim=2),
+            strict=True,
+        )
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def _varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    output = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        segments.bounds,
+        segments.bounds,
+        segments.max_length,
+        segments.max_length,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, torch.Tensor)
+    return output[None]
+
+
+def register() -> None:
+    """Makes SEGMENT_ATTENTION known to transformers. No mask function goes with it, so none is built."""
+    AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+
+
+def refuse_unsupported(config: PretrainedConfig) -> None:
+    """Raises ModelError if the language model attends in a way that this module does not implement."""
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        raise ModelError(
+            f"{config.model_type} attends in a sliding window of {config.sliding_window} tokens, which packed "
+            "attention does not implement; set sliding_window: null in model.language_model.overrides if every "
+            "sample is shorter"
+        )
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(config, key, None):
+            raise ModelError(f"{config.model_type} uses {key}, which packed attention does not implement")
+    if "gpt_oss" in config.model_type:
+        raise ModelError(f"{config.model_type} uses attention sinks, which packed attention does not implement")

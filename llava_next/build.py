@@ -1,0 +1,267 @@
+"""A `ModelConfig` → Hugging Face configs, tokenizer, processor, and the model with its first weights.
+
+Each of these can be had without the ones after it: the length table needs a processor and no model, the planner
+needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`'s.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
+
+from llava_next.config import ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
+from llava_next.conversation import IMAGE_PLACEHOLDER
+from llava_next.model import LlavaNext
+from llava_next.processor import Processor
+
+VOCABULARY_MULTIPLE = 64
+"""The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
+
+_TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The parts of a model before any weight is read: configs and tokenizer, in agreement with one another."""
+
+    config: ModelConfig
+    hf_config: LlavaNextConfig
+    tokenizer: PreTrainedTokenizerFast
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile in pixels."""
+        return int(self.hf_config.vision_config.image_size)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile // int(self.hf_config.vision_config.patch_size)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the language model was made for, in tokens."""
+        return int(self.hf_config.text_config.max_position_embeddings)
+
+    def processor(self, *, template: str | None, image_mode: ImageMode, max_length: int) -> Processor:
+        """The processor of one stage; `template` None takes the language model's own.
+
+        Raises:
+            ModelError: unknown template, or a maximum length beyond the model's positions.
+        """
+        if max_length > self.max_positions:
+            raise ModelError(
+                f"stage.max_length={max_length} is longer than the {self.max_positions} positions of "
+                f"{self.config.language_model.name}; lower it, or raise max_position_embeddings in "
+                "model.language_model.overrides"
+            )
+        return Processor(
+            self.tokenizer,
+            ProcessorConfig(
+                template=template or self.config.language_model.template,
+                image_mode=image_mode,
+                grids=self.config.grids,
+                tile=self.tile,
+                patches_per_side=self.patches_per_side,
+                max_length=max_length,
+            ),
+        )
+
+
+def read_backbone(config: ModelConfig) -> Backbone:
+    """Reads both configs and the tokenizer, adds the image token, and derives what follows from them.
+
+    Raises:
+        ModelError: a directory or file that is not there, or a tile that the tower's patch does not divide.
+    """
+    check_grids(config.grids)
+    language, tower = config.language_model, config.vision_tower
+    text = _read_config(language.path, language.overrides, "model.language_model")
+    vision = _read_config(tower.path, tower.overrides, "model.vision_tower")
+    vision = getattr(vision, "vision_config", vision)  # a CLIP or SigLIP directory describes both of its towers
+    if tower.tile is not None:
+        vision.image_size = tower.tile
+    if vision.image_size % vision.patch_size:
+        raise ModelError(
+            f"model.vision_tower.tile={vision.image_size} is not a multiple of the tower's patch of "
+            f"{vision.patch_size} pixels"
+        )
+    tokenizer = read_tokenizer(language.tokenizer_path)
+    vocabulary = max(len(tokenizer), int(text.vocab_size))
+    text.vocab_size = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    patches = vision.image_size // vision.patch_size
+    hf_config = LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        vision_feature_layer=tower.feature_layer,
+        vision_feature_select_strategy="full" if vision.model_type in _TOWERS_WITHOUT_CLASS_TOKEN else "default",
+        # transformers reads pinpoints as (height, width): the authors' order of grids, in pixels.
+        image_grid_pinpoints=[[r * vision.image_size, c * vision.image_size] for r, c in config.grids],
+        image_seq_length=patches * patches,
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Backbone(config, hf_config, tokenizer)
+
+
+def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer that knows the image token and a padding token.
+
+    Raises:
+        ModelError: nothing that transformers reads as a tokenizer lies there.
+    """
+    _check_directory(path, "model.language_model.tokenizer")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.language_model.tokenizer: no tokenizer could be read in {path}: {error}") from error
+    if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
+        tokenizer.add_special_tokens(
+            {"additional_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def build_model(backbone: Backbone, *, dtype: torch.dtype, seed: int, num_sources: int = 1) -> LlavaNext:
+    """The model with the first weights of its parts; random ones depend on the seed alone, not on the rank.
+
+    Args:
+        dtype: of every weight.
+        seed: of the weights that are not read from a file.
+        num_sources: length of the per-source loss sums.
+
+    Raises:
+        ModelError: missing weights, or weights that do not fit the config.
+    """
+    config = backbone.config
+    generator_state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    try:
+        language = _language_model(backbone, dtype)
+        tower = _vision_tower(backbone, dtype)
+        with torch.device("meta"):
+            hf = LlavaNextForConditionalGeneration(backbone.hf_config)
+        hf.model.language_model = language.base_model
+        hf.lm_head = language.get_output_embeddings()
+        hf.model.vision_tower = tower
+        hf.model.multi_modal_projector.to_empty(device="cpu")
+        for module in hf.model.multi_modal_projector.children():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()  # torch's own initialisation, as the authors' projector has
+        width = backbone.hf_config.text_config.hidden_size
+        hf.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+        hf.to(dtype)
+        if backbone.hf_config.tie_word_embeddings:
+            hf.lm_head.weight = hf.get_input_embeddings().weight
+    finally:
+        torch.random.set_rng_state(generator_state)
+    return LlavaNext(
+        hf,
+        image_mean=config.vision_tower.image_mean,
+        image_std=config.vision_tower.image_std,
+        num_sources=num_sources,
+    )
+
+
+def _read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedConfig:
+    _check_directory(path, key + ".path")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}.path: no config.json could be read in {path}: {error}") from error
+    for name, value in overrides.items():
+        if not hasattr(config, name):
+            raise ModelError(f"{key}.overrides: {config.model_type} has no key {name!r}")
+        setattr(config, name, value)
+    return config
+
+
+def _check_directory(path: str, key: str) -> None:
+    if not Path(path).is_dir():
+        raise ModelError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
+
+
+def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:
+    text, config = backbone.hf_config.text_config, backbone.config.language_model
+    if config.weights == "random":
+        return AutoModelForCausalLM.from_config(text, dtype=dtype)
+    own_size = AutoConfig.from_pretrained(config.path).vocab_size
+    wanted, text.vocab_size = text.vocab_size, own_size
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.path, config=text, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.language_model.path: the weights in {config.path} were not read: {error}") from error
+    finally:
+        text.vocab_size = wanted
+    if wanted != own_size:
+        _grow_vocabulary(model, wanted)
+    return model
+
+
+def _grow_vocabulary(model: Any, size: int) -> None:
+    """Adds rows for new tokens, each the mean of the old ones: neither likelier nor stranger than the rest."""
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(size, mean_resizing=False)
+    for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+        weight.data[old:] = weight.data[:old].mean(dim=0)
+
+
+def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
+    vision, config = backbone.hf_config.vision_config, backbone.config.vision_tower
+    if config.weights == "random":
+        return AutoModel.from_config(vision, dtype=dtype)
+    native = AutoConfig.from_pretrained(config.path)
+    native = getattr(native, "vision_config", native)
+    try:
+        tower = AutoModel.from_pretrained(config.path, config=native, dtype=dtype)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"model.vision_tower.path: the weights in {config.path} were not read: {error}") from error
+    if vision.image_size == native.image_size:
+        return tower
+    resized = AutoModel.from_config(vision, dtype=dtype)
+    wanted = resized.state_dict()
+    state = {
+        name: _resample_positions(value, wanted[name].shape) if value.shape != wanted[name].shape else value
+        for name, value in tower.state_dict().items()
+    }
+    resized.load_state_dict(state)
+    return resized
+
+
+def _resample_positions(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """A position table for another number of patches: class token kept, the square grid resampled (bicubic).
+
+    Works on [n, D] (CLIP, SigLIP) and [1, n, D] (DINOv2), where n is a square or a square and one.
+    """
+    rows, wanted = table.reshape(-1, table.shape[-1]).float(), shape[-2]
+    prefix = len(rows) - int(len(rows) ** 0.5) ** 2
+    side, new_side = int((len(rows) - prefix) ** 0.5), int((wanted - prefix) ** 0.5)
+    if side * side + prefix != len(rows) or new_side * new_side + prefix != wanted:
+        raise ModelError(f"model.vision_tower.tile: a table of {len(rows)} positions cannot become one of {wanted}")
+    grid = rows[prefix:].T.reshape(1, -1, side, side)
+    grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False, antialias=True)
+    resampled = torch.cat([rows[:prefix], grid.flatten(2)[0].T])
+    return resampled.reshape(shape).to(table.dtype)
+
+
+def with_tile(config: ModelConfig, tile: int) -> ModelConfig:
+    """The same model with another tile side, in pixels."""
+    return replace(config, vision_tower=replace(config.vision_tower, tile=tile))

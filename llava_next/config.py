@@ -1,0 +1,111 @@
+"""What a model is and how its inputs are made, as plain values.
+
+Owns the dataclasses that name a language model, a vision tower and what joins them. Standard library only, so that
+a configuration can be read and refused in a fraction of a second, before torch is imported. Building the model is
+`model.py`'s; encoding samples is `processor.py`'s.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Grid = tuple[int, int]
+"""A tile grid as (rows, columns)."""
+
+AUTHORS_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
+"""The five grids of the released configurations, in the authors' order (ties go to the first)."""
+
+ImageMode = Literal["anyres", "square"]
+"""anyres: a base view and the tiles of the best grid. square: one centre-cropped view (LLaVA-1.5, stage 1)."""
+
+
+_STRICT = {"extra": "forbid"}
+"""Read by pydantic where a run's configuration is checked: unknown keys are errors."""
+
+
+class ModelError(ValueError):
+    """A user's mistake about a model or a processor; the message says the rule, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Where the language model comes from.
+
+    `path` is a Hugging Face directory (its config.json, and its weights when `weights` is pretrained); `overrides`
+    replaces keys of that config (for example a smaller depth, with random weights).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    path: str
+    template: str
+    tokenizer: str | None = None
+    weights: Literal["pretrained", "random"] = "pretrained"
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tokenizer_path(self) -> str:
+        """The directory of the tokenizer; the model's own unless one is named."""
+        return self.tokenizer or self.path
+
+
+@dataclass(frozen=True)
+class VisionTowerConfig:
+    """Where the vision tower comes from, and which of its features are used.
+
+    `tile` is the side of a tile in pixels (null: the tower's own image size; another size resamples its position
+    embedding). `feature_layer` counts as in `hidden_states` (-2: the output of the last layer but one).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    path: str
+    weights: Literal["pretrained", "random"] = "pretrained"
+    overrides: dict[str, Any] = field(default_factory=dict)
+    tile: int | None = None
+    feature_layer: int = -2
+    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model, a vision tower and the grids that cut pictures for it."""
+
+    __pydantic_config__ = _STRICT
+
+    language_model: LanguageModelConfig
+    vision_tower: VisionTowerConfig
+    grids: tuple[Grid, ...] = AUTHORS_GRIDS
+
+
+@dataclass(frozen=True)
+class ProcessorConfig:
+    """All that decides how a sample becomes tokens and tiles, next to the tokenizer itself.
+
+    `tile` and `patches_per_side` come from the tower, never from the user. Lengths are in tokens, image tokens
+    included.
+    """
+
+    template: str
+    image_mode: ImageMode
+    grids: tuple[Grid, ...]
+    tile: int
+    patches_per_side: int
+    max_length: int
+
+
+def check_grids(grids: tuple[Grid, ...]) -> None:
+    """Refuses an empty list, a grid without tiles and a grid that stands twice.
+
+    Raises:
+        ModelError: with the grid and the rule.
+    """
+    if not grids:
+        raise ModelError("model.grids: at least one grid (rows, columns) is needed, got none")
+    for grid in grids:
+        if min(grid) < 1:
+            raise ModelError(f"model.grids: rows and columns must be at least 1, got {list(grid)}")
+    if len(set(grids)) != len(grids):
+        raise ModelError(f"model.grids: a grid stands twice in {[list(g) for g in grids]}")

@@ -1,0 +1,188 @@
+"""Prompt templates: messages → text segments, each marked as supervised or not.
+
+Owns the wording of every template and the place of the image placeholder. It knows no tokenizer and no picture:
+`processor.py` turns segments into ids and labels.
+
+The strings are those of LLaVA's `conversation.py`; the tests hold them to the authors' own output.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from llava_next.config import ModelError
+
+IMAGE_PLACEHOLDER = "<image>"
+
+
+class MessageLike(Protocol):
+    """A turn: `role` is system, user or assistant; placeholders stand in user text."""
+
+    @property
+    def role(self) -> str: ...
+    @property
+    def text(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of the prompt. `ends_round` marks the end of an answer: the place where a long sample may be cut."""
+
+    text: str
+    supervised: bool = False
+    ends_round: bool = False
+
+
+@dataclass(frozen=True)
+class Template:
+    """The wording around messages. A round is question, header, answer, end.
+
+    `system_format`, `question_format` and `answer_format` contain `{text}`; `end` is the end token's text,
+    supervised with the answer; `between` follows it, unsupervised.
+    `bos` tells whether the tokenizer's beginning-of-sequence id opens the sample.
+    """
+
+    name: str
+    system_format: str
+    default_system: str | None
+    question_format: str
+    header: str
+    answer_format: str
+    end: str
+    between: str
+    bos: bool
+    caption_only: bool = False
+
+    def render(self, messages: Sequence[MessageLike]) -> list[Segment]:
+        """Segments of a conversation whose roles alternate and which ends with an answer (a checked sample).
+
+        Raises:
+            ModelError: the messages do not alternate user, assistant.
+        """
+        messages, system = self._split_system(messages)
+        segments = [Segment(self.system_format.format(text=system))] if system is not None else []
+        for index, message in enumerate(messages):
+            if message.role != ("user", "assistant")[index % 2]:
+                raise ModelError(f"messages must alternate user and assistant, turn {index} is {message.role!r}")
+            if message.role == "user":
+                segments.append(Segment(self._question(message.text) + self.header))
+            else:
+                answer = self.answer_format.replace("{text}", message.text) + self.end
+                segments.append(Segment(answer, supervised=True, ends_round=True))
+                segments.append(Segment(self.between))
+        return [segment for segment in segments if segment.text]
+
+    def _split_system(self, messages: Sequence[MessageLike]) -> tuple[Sequence[MessageLike], str | None]:
+        if messages and messages[0].role == "system" and not self.caption_only:
+            return messages[1:], messages[0].text
+        if messages and messages[0].role == "system":
+            return messages[1:], None
+        return messages, self.default_system
+
+    def _question(self, text: str) -> str:
+        num_images = text.count(IMAGE_PLACEHOLDER)
+        if self.caption_only:
+            return IMAGE_PLACEHOLDER * num_images
+        return self.question_format.replace("{text}", place_image(text))
+
+
+def place_image(text: str) -> str:
+    """A turn's single picture comes first, on a line of its own (LLaVA's `preprocess_multimodal`).
+
+    Turns with several pictures are interleaved on purpose and stay as they are, as in LLaVA-NeXT.
+    """
+    if text.count(IMAGE_PLACEHOLDER) != 1:
+        return text
+    return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+
+
+_CHATML_TURNS = {
+    "system_format": "<|im_start|>system\n{text}<|im_end|>\n",
+    "question_format": "<|im_start|>user\n{text}<|im_end|>\n",
+    "header": "<|im_start|>assistant\n",
+    "answer_format": "{text}",
+    "end": "<|im_end|>",
+    "between": "\n",
+}
+
+_TEMPLATES = (
+    Template(
+        name="plain",
+        system_format="",
+        default_system=None,
+        question_format="",
+        header="",
+        answer_format="{text}\n",
+        end="",
+        between="",
+        bos=True,
+        caption_only=True,
+    ),
+    Template(
+        name="vicuna_v1",
+        system_format="{text} ",
+        default_system=(
+            "A chat between a curious user and an artificial intelligence assistant. "
+            "The assistant gives helpful, detailed, and polite answers to the user's questions."
+        ),
+        question_format="USER: {text} ",
+        header="ASSISTANT:",
+        answer_format=" {text}",
+        end="</s>",
+        between="",
+        bos=True,
+    ),
+    Template(
+        name="mistral_instruct",
+        system_format="{text}",
+        default_system=None,
+        question_format="[INST] {text} ",
+        header="[/INST]",
+        answer_format=" {text} ",
+        end="</s>",
+        between="",
+        bos=True,
+    ),
+    Template(
+        name="chatml_direct",
+        system_format="<|im_start|>system\n{text}<|im_end|>",
+        default_system="Answer the questions.",
+        question_format="<|im_start|>user\n{text}<|im_end|>",
+        header="<|im_start|>assistant\n",
+        answer_format="{text}",
+        end="<|im_end|>",
+        between="",
+        bos=False,
+    ),
+    Template(
+        name="llava_llama_3",
+        system_format="<|start_header_id|>system<|end_header_id|>\n\n{text}<|eot_id|>",
+        default_system=(
+            "You are a helpful language and vision assistant. You are able to understand the visual content that "
+            "the user provides, and assist the user with a variety of tasks using natural language."
+        ),
+        question_format="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
+        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer_format="{text}",
+        end="<|eot_id|>",
+        between="",
+        bos=True,
+    ),
+    Template(name="qwen_1_5", default_system="You are a helpful assistant.", bos=False, **_CHATML_TURNS),
+    # SmolLM2-Instruct speaks ChatML; without a system turn, as short as its format allows.
+    Template(name="chatml", default_system=None, bos=False, **_CHATML_TURNS),
+)
+
+TEMPLATES: dict[str, Template] = {template.name: template for template in _TEMPLATES}
+
+
+def template_named(name: str) -> Template:
+    """The template of this name.
+
+    Raises:
+        ModelError: with the names that exist.
+    """
+    try:
+        return TEMPLATES[name]
+    except KeyError:
+        raise ModelError(f"no template is called {name!r}; there are {', '.join(sorted(TEMPLATES))}") from None

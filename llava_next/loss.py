@@ -1,0 +1,40 @@
+"""Hidden states and the head → the loss of each supervised token.
+
+The head runs at supervised positions only, in chunks, so that the logits of a whole row never exist at once. Sums
+and divisors are the callers'.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 1 << 26
+"""Logits that exist at a time in the fallback (256 MiB in fp32)."""
+
+
+def token_losses(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of each target, in float32.
+
+    Args:
+        hidden: [L, D], the states that predict the targets.
+        head_weight: [V, D].
+        targets: int64 [L].
+
+    Returns:
+        float32 [L].
+    """
+    if not len(targets):
+        # Still a function of both, so that their gradients exist (as zeros) on a rank without a target.
+        return (hidden.sum() + head_weight[:1].sum()).float() * 0 + hidden.new_zeros(0, dtype=torch.float32)
+    rows = max(1, CHUNK_LOGITS // head_weight.shape[0])
+    if len(targets) <= rows:
+        return _losses(hidden, head_weight, targets)
+    chunks = [
+        checkpoint(_losses, part, head_weight, ids, use_reentrant=False)
+        for part, ids in zip(hidden.split(rows), targets.split(rows), strict=True)
+    ]
+    return torch.cat(chunks)
+
+
+def _losses(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, head_weight).float(), targets, reduction="none")

@@ -1,0 +1,227 @@
+"""The model: stock LLaVA-NeXT weights behind a forward pass that takes packed rows.
+
+`LlavaNext` wraps `LlavaNextForConditionalGeneration` by its public names and copies none of its code. It differs in
+how it runs, not in what it computes: the tower stops at the layer whose features are used, image tokens are one
+gather and one indexed write, attention stays inside segments, and the head runs at supervised positions only.
+
+Reading and writing directories is `hf.py`'s; which parts train is the caller's choice (`set_trained_parts`).
+"""
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import LlavaNextForConditionalGeneration
+
+from llava_next.attention import SEGMENT_ATTENTION, refuse_unsupported, register
+from llava_next.batch import Batch
+from llava_next.config import ModelError
+from llava_next.loss import token_losses
+
+PARTS = ("vision_tower", "projector", "image_newline", "language_model")
+"""What can be trained or frozen, each with its own learning rate; the head belongs to the language model."""
+
+
+class LossSums(NamedTuple):
+    """Sums over the supervised tokens of a row.
+
+    `total` is the weighted loss sum, the only value with a gradient. `by_source` float32 [num_sources] are the
+    weighted loss sums of each data source, `tokens_by_source` int64 [num_sources] their supervised tokens.
+    """
+
+    total: torch.Tensor
+    by_source: torch.Tensor
+    tokens_by_source: torch.Tensor
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """For each supervised token: its loss, float32 [L], and whether it is the most likely token, bool [L]."""
+
+    losses: torch.Tensor
+    hits: torch.Tensor
+
+
+class LlavaNext(nn.Module):
+    """Packed LLaVA-NeXT.
+
+    Args:
+        hf: the stock model. Its tower is cut in place: the layers above the feature layer are kept aside for export
+            (`upper_tower_layers`), frozen and never run.
+        image_mean, image_std: of the tower's training, for tiles in [0, 1].
+        num_sources: length of the per-source sums.
+
+    Raises:
+        ModelError: the language model attends in a way that packing does not implement.
+    """
+
+    def __init__(
+        self,
+        hf: LlavaNextForConditionalGeneration,
+        *,
+        image_mean: tuple[float, float, float],
+        image_std: tuple[float, float, float],
+        num_sources: int = 1,
+    ) -> None:
+        super().__init__()
+        register()
+        refuse_unsupported(hf.config.text_config)
+        hf.model.language_model.set_attn_implementation(SEGMENT_ATTENTION)
+        hf.model.vision_tower.set_attn_implementation("sdpa")
+        self.hf = hf
+        self.num_sources = num_sources
+        layers_name, layers = _encoder_layers(hf.model.vision_tower)
+        self.upper_tower_layers = _cut(layers, hf.config.vision_feature_layer)
+        self.tower_layers_name = f"hf.model.vision_tower.{layers_name}"
+        self.num_tower_layers = len(layers)
+        mean, std = torch.tensor(image_mean), torch.tensor(image_std)
+        # (x / 255 - mean) / std as one multiply-add per channel.
+        self.register_buffer("tile_scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
+        self.register_buffer("tile_shift", (-mean / std).view(3, 1, 1), persistent=False)
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The fields of the row's `LossSums`; see `Batch` for the tensors' shapes.
+
+        A plain tuple, because ZeRO-3 rebuilds a module's outputs from their type and a list.
+        """
+        states, head_weight = self._target_states(batch)
+        losses = token_losses(states, head_weight, batch.target_ids)
+        weighted = losses * batch.target_weights
+        by_source = weighted.new_zeros(self.num_sources)
+        by_source.index_add_(0, batch.target_sources, weighted.detach())
+        tokens = torch.bincount(batch.target_sources, minlength=self.num_sources)
+        return weighted.sum(), by_source, tokens
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> TokenScores:
+        """Losses and greedy hits of the row's supervised tokens, each given the true tokens before it."""
+        states, head_weight = self._target_states(batch)
+        losses = token_losses(states, head_weight, batch.target_ids)
+        best = torch.cat([(part @ head_weight.T).argmax(-1) for part in states.split(512)])
+        return TokenScores(losses, best == batch.target_ids)
+
+    def tile_features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Projected features of uint8 tiles [N, S, S, 3]: [N, patches, D], patches row by row."""
+        model = self.hf.model
+        dtype = model.image_newline.dtype
+        pixels = (tiles.permute(0, 3, 1, 2) * self.tile_scale + self.tile_shift).to(dtype)
+        # The tower is cut, so its last hidden state before any final norm is the chosen one.
+        features = model.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+        return model.multi_modal_projector(features[:, self.num_prefix_tokens :])
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches (the class token), as the select strategy of the published models drops them."""
+        return 1 if self.hf.config.vision_feature_select_strategy == "default" else 0
+
+    def _target_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """States that predict the supervised tokens, [L, D], and the head's weight, [V, D]."""
+        model = self.hf.model
+        features = self.tile_features(batch.tiles)
+        table = torch.cat([features.flatten(0, 1), model.image_newline[None]])
+        embeds = self.hf.get_input_embeddings()(batch.input_ids)
+        if len(batch.image_positions):
+            embeds = embeds.index_copy(1, batch.image_positions, table[batch.image_sources][None])
+        else:
+            # Every part of every rank takes part in every micro-step, or ranks would wait for one another's gradients.
+            embeds = embeds + table.sum() * 0
+        states = model.language_model(
+            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, segments=batch.segments
+        ).last_hidden_state
+        return states[0, batch.target_positions], self.hf.lm_head.weight
+
+
+def part_of(name: str) -> str:
+    """The part that a parameter of `LlavaNext` belongs to, by its name.
+
+    Raises:
+        ModelError: a name that no part owns.
+    """
+    for prefix, part in _PART_PREFIXES:
+        if name.startswith(prefix):
+            return part
+    raise ModelError(f"parameter {name} belongs to no part of {', '.join(PARTS)}")
+
+
+_PART_PREFIXES = (
+    ("hf.model.vision_tower.", "vision_tower"),
+    ("hf.model.multi_modal_projector.", "projector"),
+    ("hf.model.image_newline", "image_newline"),
+    ("hf.model.language_model.", "language_model"),
+    ("hf.lm_head.", "language_model"),
+)
+
+
+def set_trained_parts(model: LlavaNext, parts: Collection[str]) -> None:
+    """Lets exactly these parts train; everything else, and what no forward pass reads, is frozen.
+
+    Raises:
+        ModelError: an unknown part.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ModelError(f"there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
+    unread = set(_unread_tower_parameters(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in parts and name not in unread)
+
+
+def _unread_tower_parameters(model: LlavaNext) -> Iterator[str]:
+    """Tower tensors that the chosen features do not depend on: final norms, pooling heads, mask tokens.
+
+    Trained, they would get no gradient and still decay. Parameters come in the order in which a tower's modules are
+    made: embeddings, layers, and then what reads the last layer.
+    """
+    seen_layers = False
+    for name, _ in model.named_parameters():
+        if part_of(name) != "vision_tower":
+            continue
+        in_layers = name.startswith(model.tower_layers_name + ".")
+        seen_layers = seen_layers or in_layers
+        if (seen_layers and not in_layers) or name.endswith("mask_token"):
+            yield name
+
+
+def _encoder_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
+    depth = tower.config.num_hidden_layers
+    found = [(n, m) for n, m in tower.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if len(found) != 1:
+        raise ModelError(f"{type(tower).__name__}: its {depth} encoder layers were not found as one list of modules")
+    return found[0]
+
+
+def _cut(layers: nn.ModuleList, feature_layer: object) -> tuple[nn.Module, ...]:
+    """Removes the layers above the feature layer and returns them, frozen.
+
+    Raises:
+        ModelError: the feature layer is not one of the tower's hidden states.
+    """
+    depth = len(layers)
+    if not isinstance(feature_layer, int) or not -depth - 1 <= feature_layer <= depth:
+        raise ModelError(
+            f"model.vision_tower.feature_layer: {feature_layer} is no hidden state of a tower with {depth} layers "
+            f"(1 to {depth}, or -{depth} to -1)"
+        )
+    num_kept = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
+    if num_kept == 0:
+        raise ModelError("model.vision_tower.feature_layer: 0 takes no layer of the tower at all; use 1 or more")
+    upper = tuple(layers[num_kept:])
+    del layers[num_kept:]
+    for module in upper:
+        module.requires_grad_(False)
+    return upper
+
+
+def num_parameters(model: LlavaNext, part: str | None = None, *, trained: bool = False) -> int:
+    """Parameters of a part, or of the model; shared ones once. Partitioned (ZeRO-3) ones count whole."""
+    return sum(
+        _full_numel(parameter)
+        for name, parameter in model.named_parameters()
+        if (part is None or part_of(name) == part) and (parameter.requires_grad or not trained)
+    )
+
+
+def _full_numel(parameter: Any) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

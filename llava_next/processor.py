@@ -1,0 +1,231 @@
+"""A sample → ids, labels, tiles and the place of every image token.
+
+`Processor.layout` needs only messages and picture sizes; `Processor.encode` is that same layout plus pixels, so the
+length table and the training step can never count differently. Rejections are values with a reason: the caller
+counts them. Rows and batches are `batch.py`'s.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+
+from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
+from llava_next.config import ModelError, ProcessorConfig, check_grids
+from llava_next.conversation import IMAGE_PLACEHOLDER, MessageLike, Segment, template_named
+
+IGNORE = -100
+"""Label of a position that is not supervised."""
+
+
+class RejectReason(StrEnum):
+    """Why a sound record cannot be trained on with this backbone and this maximum length."""
+
+    TOO_LONG = "too_long"
+    NO_SUPERVISED = "no_supervised"
+
+
+class SampleRejected(Exception):
+    """This sample has no place in this run; `reason` is counted, `detail` says the numbers."""
+
+    def __init__(self, reason: RejectReason, detail: str) -> None:
+        super().__init__(f"{reason.value}: {detail}")
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(frozen=True)
+class SampleLayout:
+    """The integers of an encoded sample.
+
+    `ids` and `labels` are int32 [T]; labels stand at the position of the token they supervise (IGNORE elsewhere).
+    `images` are the layouts of its pictures, in order.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    images: tuple[ImageLayout, ...]
+    image_token_id: int
+    num_rounds_cut: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that enter the loss: the first token of a sample is predicted by nothing and never counts."""
+        return int((self.labels[1:] != IGNORE).sum())
+
+    @property
+    def num_tiles(self) -> int:
+        return sum(image.num_tiles for image in self.images)
+
+
+@dataclass(frozen=True)
+class Example:
+    """An encoded sample: its layout and its pictures' views, uint8 [num_tiles, S, S, 3]."""
+
+    layout: SampleLayout
+    tiles: np.ndarray
+
+
+class Processor:
+    """Encodes samples for one tokenizer, template, geometry and maximum length.
+
+    Args:
+        tokenizer: a fast Hugging Face tokenizer that knows the image token as one id.
+        config: the rest of what decides the encoding.
+
+    Raises:
+        ModelError: the tokenizer is slow, or lacks the image token or a token of the template.
+    """
+
+    def __init__(self, tokenizer: Any, config: ProcessorConfig) -> None:
+        check_grids(config.grids)
+        if not getattr(tokenizer, "is_fast", False):
+            raise ModelError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = template_named(config.template)
+        self.image_token_id = _single_id(tokenizer, IMAGE_PLACEHOLDER, "image token")
+        if self.template.end:
+            _single_id(tokenizer, self.template.end, f"end token of template {config.template}")
+        if self.template.bos and tokenizer.bos_token_id is None:
+            raise ModelError(
+                f"template {config.template} opens with the beginning-of-sequence token, which this tokenizer lacks; "
+                "choose a template made for it with stage.template=NAME"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever an encoding could: the configuration, the template's text and the whole tokenizer."""
+        parts = [
+            json.dumps(asdict(self.config), sort_keys=True),
+            json.dumps(asdict(self.template), sort_keys=True),
+            self.tokenizer.backend_tokenizer.to_str(),
+            str(self.tokenizer.bos_token_id),
+        ]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def layout(self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW]) -> SampleLayout:
+        """Ids, labels and image layouts from messages and (height, width) of each picture.
+
+        A sample longer than the maximum is cut after the last answer that fits.
+
+        Raises:
+            SampleRejected: no answer fits, or nothing is supervised.
+            ModelError: placeholders and pictures differ in number.
+        """
+        images = tuple(self._image_layout(size) for size in sizes_hw)
+        ids, labels, round_ends = self._tokens(self.template.render(messages), images)
+        num_rounds = len(round_ends)
+        if len(ids) > self.config.max_length:
+            length = len(ids)
+            round_ends = [end for end in round_ends if end <= self.config.max_length]
+            if not round_ends:
+                raise SampleRejected(
+                    RejectReason.TOO_LONG, f"{length} tokens, no answer ends within {self.config.max_length}"
+                )
+            ids, labels = ids[: round_ends[-1]], labels[: round_ends[-1]]
+            images = images[: self._num_whole_images(ids, images)]
+        if not (labels[1:] != IGNORE).any():
+            raise SampleRejected(RejectReason.NO_SUPERVISED, f"{len(ids)} tokens, none of them of an answer")
+        return SampleLayout(ids, labels, images, self.image_token_id, num_rounds - len(round_ends))
+
+    def encode(
+        self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW], pictures: Sequence[bytes]
+    ) -> Example:
+        """The layout and the tiles. Errors are those of `layout`, and OSError for bytes that are no picture."""
+        layout = self.layout(messages, sizes_hw)
+        tile = self.config.tile
+        views = [
+            cut_tiles(decode(picture), image, tile)
+            for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True)
+        ]
+        empty = np.zeros((0, tile, tile, 3), dtype=np.uint8)
+        return Example(layout, np.concatenate(views) if views else empty)
+
+    def prompt(
+        self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW]
+    ) -> tuple[np.ndarray, tuple[ImageLayout, ...]]:
+        """Ids of a conversation that ends with a question, up to where the answer begins: int32 [T]."""
+        images = tuple(self._image_layout(size) for size in sizes_hw)
+        ids, _, _ = self._tokens(self.template.render(messages), images)
+        return ids, images
+
+    def _image_layout(self, size_hw: SizeHW) -> ImageLayout:
+        config = self.config
+        return image_layout(
+            size_hw,
+            mode=config.image_mode,
+            grids=config.grids,
+            tile=config.tile,
+            patches_per_side=config.patches_per_side,
+        )
+
+    def _tokens(
+        self, segments: Sequence[Segment], images: Sequence[ImageLayout]
+    ) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """Ids, labels and the positions just after each round.
+
+        The text between two pictures is tokenized once, as the authors do; which of its tokens are supervised
+        follows from their character offsets. No span is ever tokenized a second time to find its length.
+        """
+        text = "".join(segment.text for segment in segments)
+        supervised = np.zeros(len(text) + 1, dtype=bool)
+        round_end_chars: list[int] = []
+        start = 0
+        for segment in segments:
+            stop = start + len(segment.text)
+            supervised[start:stop] = segment.supervised
+            if segment.ends_round:
+                round_end_chars.append(stop)
+            start = stop
+        pieces = text.split(IMAGE_PLACEHOLDER)
+        if len(pieces) - 1 != len(images):
+            raise ModelError(f"{len(pieces) - 1} placeholders {IMAGE_PLACEHOLDER} but {len(images)} pictures")
+
+        ids: list[int] = [self.tokenizer.bos_token_id] if self.template.bos else []
+        labels = [IGNORE] * len(ids)
+        ends = [0] * len(ids)  # the character just behind each token
+        start = 0
+        for index, piece in enumerate(pieces):
+            if index:
+                num_tokens = images[index - 1].num_tokens
+                ids += [self.image_token_id] * num_tokens
+                labels += [IGNORE] * num_tokens
+                ends += [start] * num_tokens
+            if piece:
+                encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
+                for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                    ids.append(token)
+                    # A token counts as the answer's when its last character is: "▁A" begins with the header's space.
+                    labels.append(token if last > first and supervised[start + last - 1] else IGNORE)
+                    ends.append(start + last)
+            start += len(piece) + len(IMAGE_PLACEHOLDER)
+        round_ends = np.searchsorted(np.asarray(ends), round_end_chars, side="right").tolist()
+        return np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32), round_ends
+
+    def _num_whole_images(self, ids: np.ndarray, images: Sequence[ImageLayout]) -> int:
+        """Pictures whose tokens are all there; a cut falls after an answer, so never inside a picture."""
+        remaining = int((ids == self.image_token_id).sum())
+        for index, image in enumerate(images):
+            if remaining == 0:
+                return index
+            remaining -= image.num_tokens
+        return len(images)
+
+
+def _single_id(tokenizer: Any, text: str, what: str) -> int:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # A sentencepiece tokenizer may put its word-begin mark before the first piece.
+    if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == "▁":
+        ids = ids[1:]
+    if len(ids) != 1:
+        raise ModelError(f"the {what}, {text!r}, is {len(ids)} tokens for this tokenizer; it must be one")
+    return int(ids[0])

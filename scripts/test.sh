@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sets itself up, runs the checks, then the tests.
+#
+#   ./scripts/test.sh [quick|full] [arguments for pytest]
+#
+# quick (default)  under ten minutes on two cores; every proof has at least one case here
+# full             everything: kills, Slurm, vLLM, oracles, many ranks; under an hour
+# A test that needs a GPU is skipped, with that reason, where there is none.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+tier=quick
+case ${1:-} in
+    quick | full) tier=$1; shift ;;
+    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+esac
+case $tier in
+    quick) marks="not full" ;;
+    full) marks="" ;;
+esac
+
+./scripts/setup.sh --extras quickstart,dev
+PATH=$(dirname "${LLAVA_NEXT_PYTHON:-$PWD/.venv/bin/python}"):$PATH
+export PATH
+./scripts/check.sh
+
+# Two ranks are the commonest guest: each gets half of the cores.
+half=$(($(nproc) / 2))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((half < 1 ? 1 : half > 8 ? 8 : half))}
+export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=${WANDB_MODE:-disabled} TOKENIZERS_PARALLELISM=false
+
+exec python -m pytest -m "$marks" --durations=15 "$@"

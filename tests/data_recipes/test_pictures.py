@@ -1,0 +1,137 @@
+"""Owns the proofs about pictures: what is refused and why, sizes after rotation, the same result on any
+workers."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from data_recipes.pictures import PictureError, PicturePool, inside, load, probe
+from data_recipes.sample import Reason, Reject, Sample
+from tests.data_recipes.raw_folders import conversation, picture, put
+
+
+def png_header_of(height: int, width: int) -> bytes:
+    """A PNG of a few bytes that claims any size: what a decompression bomb looks like before it is
+    decoded."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: b"", Reason.PICTURE_EMPTY),
+        (lambda: b"<html>404</html>", Reason.PICTURE_UNREADABLE),
+        (lambda: picture(1, 64, 64, "JPEG")[:-200], Reason.PICTURE_UNREADABLE),
+        (lambda: picture(1, 64, 64)[:-2000], Reason.PICTURE_UNREADABLE),
+        (lambda: png_header_of(50_000, 50_000), Reason.PICTURE_TOO_LARGE),
+        (lambda: png_header_of(12_000, 10_000), Reason.PICTURE_TOO_LARGE),
+        (lambda: picture(1, 2, 201), Reason.ASPECT_RATIO),
+        (lambda: picture(1, 101, 1), Reason.ASPECT_RATIO),
+    ],
+)
+def test_bad_pictures_get_their_reason(make: Callable[[], bytes], reason: Reason) -> None:
+    """Every way in which bytes can fail to be a usable picture has its reason; a cut-off file does not
+    pass."""
+    with pytest.raises(PictureError) as caught:
+        probe(make())
+    assert caught.value.reason is reason
+    assert caught.value.detail
+
+
+def test_a_wrong_extension_is_no_fault(tmp_path: Path) -> None:
+    """The bytes tell the format, not the name: half the web calls its JPEGs .png."""
+    loaded = load(put(tmp_path / "photo.png", picture(1, kind="JPEG")))
+    assert (loaded.info.format, loaded.info.height, loaded.info.width) == ("JPEG", 12, 16)
+
+
+def test_size_is_the_one_after_rotation() -> None:
+    """EXIF orientation 6 turns 12 x 16 into 16 x 12, and the bytes are hashed as they are."""
+    image = Image.open(io.BytesIO(picture(1)))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", exif=exif)
+    info = probe(stream.getvalue())
+    assert (info.height, info.width) == (16, 12)
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.png", "x/../../a.png", "/etc/hosts", "~/a.png", "..\\a.png", "a\0.png"]
+)
+def test_paths_that_leave_the_root_are_refused(tmp_path: Path, name: str) -> None:
+    """No annotation file may name a file outside its image root, whether it exists or not."""
+    with pytest.raises(PictureError) as caught:
+        inside(tmp_path, name)
+    assert caught.value.reason is Reason.PATH_OUTSIDE_ROOT
+
+
+def test_links_may_stay_and_not_leave(tmp_path: Path) -> None:
+    """A symbolic link inside the root is followed, one that leads out is refused; so is a link as a
+    folder."""
+    root = tmp_path / "root"
+    target = put(root / "real" / "a.png", picture(1))
+    outside = put(tmp_path / "secret" / "b.png", picture(2))
+    (root / "in.png").symlink_to(target)
+    (root / "out.png").symlink_to(outside)
+    (root / "folder").symlink_to(outside.parent)
+    assert load(inside(root, "in.png")).data == picture(1)
+    for name in ("out.png", "folder/b.png"):
+        with pytest.raises(PictureError) as caught:
+            inside(root, name)
+        assert caught.value.reason is Reason.PATH_OUTSIDE_ROOT
+    (tmp_path / "link_to_root").symlink_to(root)
+    assert inside(tmp_path / "link_to_root", "real/a.png").is_file()
+
+
+def test_a_missing_picture_and_a_folder_are_missing(tmp_path: Path) -> None:
+    """No file, or something that is no file, is `picture_missing`."""
+    for path in (tmp_path / "no.png", tmp_path):
+        with pytest.raises(PictureError) as caught:
+            load(path)
+        assert caught.value.reason is Reason.PICTURE_MISSING
+
+
+def test_any_number_of_workers_gives_the_same_stream(tmp_path: Path) -> None:
+    """Order, bytes and rejects do not depend on the number of processes."""
+    items: list[Sample | Reject] = []
+    for number in range(60):
+        path = put(tmp_path / f"{number}.png", picture(number, height=4 + number % 50))
+        items.append(conversation(str(number), path, path.with_name("gone") if number % 7 == 0 else path))
+        if number % 5 == 0:
+            items.append(Reject(f"r{number}", Reason.BROKEN_RECORD, "as it came"))
+    streams = []
+    for num_workers in (1, 2, 4):
+        with PicturePool(num_workers) as pool:
+            streams.append(list(pool.load_in_order(items)))
+    assert streams[0] == streams[1] == streams[2]
+    assert len(streams[0]) == len(items)
+    reasons = [item.reason for item in streams[0] if isinstance(item, Reject)]
+    assert reasons.count(Reason.PICTURE_MISSING) == 9
+    assert reasons.count(Reason.BROKEN_RECORD) == 12
+
+
+def test_the_pool_reads_ahead_only_a_little(tmp_path: Path) -> None:
+    """Memory stays flat: when the first result is out, only a few chunks have been asked of the reader."""
+    path = put(tmp_path / "a.png", picture(1))
+    asked = 0
+
+    def endless() -> Iterator[Sample]:
+        nonlocal asked
+        while True:
+            asked += 1
+            yield conversation(str(asked), path)
+
+    with PicturePool(2) as pool:
+        stream = pool.load_in_order(endless())
+        next(stream)
+        assert asked <= 64

@@ -1,0 +1,100 @@
+"""Owns the proofs about configs/: every file parses, every choice composes and validates.
+
+What the values mean is tested beside the code that reads them.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from train.config import RunConfig, load
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+# What a run chooses by `group=choice`. recipe/ follows from model and stage; hardware/ is the planner's.
+GROUPS = ("model/language_model", "model/vision_tower", "stage", "mixture", "engine")
+
+
+def choices(group: str) -> list[str]:
+    """Names of the YAML files of a config group."""
+    return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
+
+
+def yaml_files() -> list[str]:
+    """Every YAML file of the repository's configs, as paths relative to configs/."""
+    return sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.y*ml"))
+
+
+def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string leaf of a parsed YAML value, with its full key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from strings(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from strings(inner, f"{key}[{index}]")
+    elif isinstance(value, str):
+        yield key, value
+
+
+def is_number(text: str) -> bool:
+    """Whether a string that YAML left a string reads as a number (`1e-3`)."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.strip().lower() not in {"nan", "inf", "infinity"}
+
+
+def compose(*overrides: str) -> RunConfig:
+    """Compose and validate as the program does."""
+    return load(overrides)
+
+
+@pytest.mark.parametrize("path", yaml_files())
+def test_yaml_parses_and_numbers_are_numbers(path: str) -> None:
+    """Plain PyYAML reads it (data_recipes does), and no number became a string: write 1.0e-3, not 1e-3."""
+    value = yaml.safe_load((CONFIGS / path).read_text())
+    assert [f"{key}: {text}" for key, text in strings(value) if is_number(text)] == []
+
+
+@pytest.mark.parametrize("stage", choices("stage"))
+@pytest.mark.parametrize("experiment", choices("experiment"))
+def test_experiment_composes_in_every_stage(experiment: str, stage: str) -> None:
+    """One program, run twice with another `stage=`: every experiment knows both."""
+    config = compose(f"experiment={experiment}", f"stage={stage}")
+    assert config.stage.name == stage
+
+
+@pytest.mark.parametrize(
+    ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)]
+)
+def test_choice_composes(group: str, choice: str) -> None:
+    """Every choice of every group composes with the defaults of the other groups."""
+    compose(f"{group}={choice}")
+
+
+@pytest.mark.parametrize("stage", choices("stage"))
+@pytest.mark.parametrize("tower", choices("model/vision_tower"))
+@pytest.mark.parametrize("language_model", choices("model/language_model"))
+def test_backbones_swap(language_model: str, tower: str, stage: str) -> None:
+    """Another language model or tower is a choice on the command line, in either stage."""
+    compose(f"model/language_model={language_model}", f"model/vision_tower={tower}", f"stage={stage}")
+
+
+@pytest.mark.parametrize("mixture", choices("mixture"))
+def test_mixture_names_known_sources(mixture: str) -> None:
+    """Every source that a mixture counts on has a file of its own."""
+    sources = yaml.safe_load((CONFIGS / "mixture" / f"{mixture}.yaml").read_text())["sources"]
+    assert sources
+    assert sorted(set(sources) - set(choices("source"))) == []
+
+
+@pytest.mark.parametrize("recipe", choices("recipe"))
+def test_recipe_belongs_to_a_model_and_a_stage(recipe: str) -> None:
+    """A recipe is found by the name <language_model>_<stage>; one that no run would ever find is a slip."""
+    known = {f"{model}_{stage}" for model in choices("model/language_model") for stage in choices("stage")}
+    assert recipe in known

@@ -1,0 +1,51 @@
+"""Owns the proofs about imports that import-linter cannot give: what is really loaded."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("llava_next", "data_recipes", "train")
+HEAVY = ("torch", "transformers", "deepspeed", "wandb")
+
+
+def loaded_by(modules: list[str], watched: tuple[str, ...]) -> list[str]:
+    """Import `modules` in a fresh interpreter; returns those of the `watched` packages that came along."""
+    code = "import importlib, sys\n" + "".join(f"importlib.import_module({m!r})\n" for m in modules)
+    code += f"print(*[name for name in {watched!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+def test_config_is_checked_before_torch_is_loaded() -> None:
+    """A wrong key is told within seconds: train.config brings none of the heavy packages."""
+    assert loaded_by(["train.config"], HEAVY) == []
+
+
+def test_model_words_are_plain() -> None:
+    """llava_next.config is standard library only, so that every wing may read it."""
+    assert loaded_by(["llava_next.config"], (*HEAVY, "numpy", "PIL", "pydantic", "omegaconf")) == []
+
+
+def test_data_recipes_load_no_torch() -> None:
+    """Every module of data_recipes runs where there is no torch, no engine and no Hydra."""
+    files = sorted(
+        p for p in ROOT.glob("data_recipes/**/*.py") if p.name not in ("__init__.py", "__main__.py")
+    )
+    assert files
+    modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files]
+    assert loaded_by(modules, (*HEAVY, "hydra", "omegaconf")) == []
+
+
+def test_package_inits_are_empty() -> None:
+    """A name has one address: no `__init__.py` passes names on."""
+    inits = [p for package in PACKAGES for p in ROOT.glob(f"{package}/**/__init__.py")]
+    assert inits
+    assert [str(p.relative_to(ROOT)) for p in inits if p.read_text().strip()] == []
+
+
+def test_every_package_folder_is_a_package() -> None:
+    """A folder with Python files has an `__init__.py`; without one setuptools would leave it out."""
+    folders = {p.parent for package in PACKAGES for p in ROOT.glob(f"{package}/**/*.py")}
+    assert [str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").is_file()] == []

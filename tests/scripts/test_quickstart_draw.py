@@ -1,0 +1,239 @@
+"""The drawing of the demo's raw data: true answers, the real sources' layouts, the same bytes for a seed."""
+
+import hashlib
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageDraw
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "quickstart"))
+
+import assets
+import charts
+import conversations
+import draw
+import pages
+import shapes
+from llava_layout import LlavaJson
+from tables import Table
+
+_YEARS = Table("Rain", "year", "rain", "mm", ("1931", "1932", "1933"), (10.0, 30.5, 20.0), in_time=True)
+_KINDS = Table("Cars", "origin", "number of models", "", ("USA", "Japan"), (30.0, 10.0), shares=True)
+
+
+def _styles() -> list[tuple[Table, charts.Style]]:
+    return [
+        (table, charts.Style(kind, (320, 480), "green"))
+        for table in (_YEARS, _KINDS)
+        for kind in ("bar", "hbar", "line", "pie")
+        if kind in [*charts.kinds(table), "hbar"]
+    ]
+
+
+@pytest.mark.parametrize(("table", "style"), _styles())
+def test_charts_are_the_same_bytes_and_have_their_size(table: Table, style: charts.Style) -> None:
+    """A chart depends on its table and style only, has the asked size, and shows its colour."""
+    first, second = charts.draw_chart(table, style), charts.draw_chart(table, style)
+    assert first.tobytes() == second.tobytes()
+    assert first.size == (480, 320)
+    colours = {colour for _, colour in first.getcolors(maxcolors=1 << 20) or []}
+    assert charts.PALETTE["green"] in colours
+
+
+def test_every_value_changes_the_chart() -> None:
+    """What is asked about is drawn: another value, label or title gives another picture."""
+    style = charts.Style("bar", (320, 480), "blue")
+    drawn = charts.draw_chart(_YEARS, style).tobytes()
+    others = (
+        Table("Rain", "year", "rain", "mm", ("1931", "1932", "1933"), (10.0, 30.5, 20.1), in_time=True),
+        Table("Rain", "year", "rain", "mm", ("1931", "1932", "1934"), (10.0, 30.5, 20.0), in_time=True),
+        Table("Snow", "year", "rain", "mm", ("1931", "1932", "1933"), (10.0, 30.5, 20.0), in_time=True),
+    )
+    assert all(charts.draw_chart(other, style).tobytes() != drawn for other in others)
+
+
+def test_chart_answers_are_read_from_the_table() -> None:
+    """Counts, extremes, values, differences and directions agree with the table."""
+    style = charts.Style("line", (320, 480), "red")
+    asked = {q.text: q.answer for seed in range(40) for q in charts.ask(_YEARS, style, random.Random(seed))}
+    assert asked["How many points are there in the chart?"] == "3"
+    assert asked["Which year has the highest rain?"] == "1932"
+    assert asked["What is the lowest rain?"] == "10"
+    assert asked["What is the rain in 1932?"] == "30.5"
+    assert asked["What is the difference in rain between 1931 and 1932?"] == "20.5"
+    assert asked["Did the rain rise or fall from 1932 to 1933?"] == "Fall"
+    assert asked["Is the rain higher in 1931 than in 1933?"] == "No"
+    assert asked["What colour are the points?"] == "red"
+
+
+def test_a_tie_is_not_asked_about() -> None:
+    """A question that has two right answers is left out."""
+    tied = Table("Tied", "site", "yield", "t", ("a", "b", "c"), (5.0, 5.0, 1.0))
+    style = charts.Style("bar", (320, 480), "red")
+    asked = {q.text for seed in range(20) for q in charts.ask(tied, style, random.Random(seed))}
+    assert "Which site has the highest yield?" not in asked
+    assert "Which site has the lowest yield?" in asked
+    assert "Is the yield higher for a than for b?" not in asked
+
+
+@pytest.mark.parametrize(
+    ("questions", "told"),
+    [
+        ([("what color is the triangle?", "blue")], ("blue", "triangle")),
+        ([("what is the red shape?", "circle")], ("red", "circle")),
+        ([("is there a teal shape?", "yes"), ("is there not a circle?", "no")], ("teal", "circle")),
+        ([("is there a teal shape?", "no"), ("what shape is present?", "circle")], None),
+        (
+            [("does the image not contain a red shape?", "yes"), ("what color is the circle?", "gray")],
+            ("gray", "circle"),
+        ),
+    ],
+)
+def test_facts_follow_from_the_questions(
+    questions: list[tuple[str, str]], told: tuple[str, str] | None
+) -> None:
+    """Colour and shape are what easy-VQA's own answers say; a denied one is never taken."""
+    assert shapes.facts(questions) == told
+
+
+def _easy_vqa(folder: Path) -> Path:
+    """A small folder in the package's layout: 40 pictures of known colour and shape."""
+    for split in ("train", "test"):
+        (folder / "data" / split / "images").mkdir(parents=True)
+        asked = []
+        for number in range(40):
+            picture = Image.new("RGB", (64, 64), (240, 240, 250))
+            ImageDraw.Draw(picture).rectangle((5, 5, 20 + number, 30), fill="blue")
+            picture.save(folder / "data" / split / "images" / f"{number}.png")
+            asked.append(["what color is the rectangle?", "blue", number])
+        (folder / "data" / split / "questions.json").write_text(json.dumps(asked))
+    return folder
+
+
+def test_only_pictures_that_cannot_be_held_out_are_used(tmp_path: Path) -> None:
+    """Collages show training pictures of the upper half of the hashes, never the test split."""
+    found = shapes.read_shapes(_easy_vqa(tmp_path))
+    assert 0 < len(found) < 40
+    assert all("train" in shape.path.parts for shape in found)
+    assert all(hashlib.sha256(shape.path.read_bytes()).hexdigest()[0] in "89abcdef" for shape in found)
+
+
+def test_collage_answers_agree_with_the_cells(tmp_path: Path) -> None:
+    """Shape, place and number of a collage's cells are what the picture shows."""
+    tiles = {}
+    for colour in ("red", "blue", "green"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
+        tiles[colour] = shapes.Shape(tmp_path / f"{colour}.png", colour, "circle")
+    row = [tiles["red"], tiles["blue"], tiles["red"]]
+    picture = shapes.collage(row, (1, 3), 96, random.Random(0))
+    assert picture.width / picture.height == pytest.approx(3, rel=0.1)
+    seen = [picture.getpixel((8 + 48 + column * 104, 56)) for column in range(3)]
+    assert seen == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
+    asked = dict(
+        turn for seed in range(60) for turn in shapes.collage_turns(row, (1, 3), random.Random(seed))
+    )
+    assert asked["How many shapes are there?"] == "Three."
+    assert asked["What colour is the left shape?"] == "Red."
+    assert asked["Which shape is at the middle?"] == "A blue circle."
+    assert asked["Where is the blue shape?"] == "At the middle."
+    assert asked["How many triangles do you see?"] == "None."
+    assert "Where is the red shape?" not in asked  # there are two
+    assert "Which is further left, the red circle or the blue circle?" not in asked
+    column = shapes.describe_collage([tiles["red"], tiles["green"]], (2, 1))
+    assert column == "A red circle and a green circle one above the other."
+
+
+def test_sentences_are_whole_and_plain() -> None:
+    """Paragraphs joined without a blank are parted; brackets, short and long sentences are left out."""
+    text = (
+        "Bees fly from one flower to another in summer.Honey is made by bees (and only by bees) in a hive. "
+        "Too short here. Wax is what the bees make their combs of."
+    )
+    wanted = ["Bees fly from one flower to another in summer.", "Wax is what the bees make their combs of."]
+    assert pages.sentences(text) == wanted
+
+
+def test_lines_hold_all_words_within_the_width() -> None:
+    """Wrapping keeps every word in order, and no line is wider than the page."""
+    words = pages.sentences("Bees fly from one flower to another in the warm summer.")[0].split()
+    font = charts.load_font(None, 20)
+    lines = pages.wrap(words, font, 150)
+    assert lines is not None
+    assert " ".join(lines).split() == words
+    assert max(font.getlength(line) for line in lines) <= 150
+    assert pages.wrap(["incomprehensibilities"], font, 40) is None
+
+
+def test_definitions_are_first_sentences() -> None:
+    """An article counts when its first sentence says what its subject is."""
+    text = "Albedo is the measure of the diffuse reflection of solar radiation. It varies.\nHe died.\n"
+    wanted = [("Albedo", "Albedo is the measure of the diffuse reflection of solar radiation.")]
+    assert conversations.definitions(text) == wanted
+
+
+def test_records_have_llavas_form(tmp_path: Path) -> None:
+    """One placeholder in the first question of a record with a picture, none without it."""
+    out = LlavaJson(tmp_path)
+    Image.new("RGB", (8, 6), "red").save(tmp_path / "source.png")
+    for number in range(4):
+        out.add(f"a/{number}.png", tmp_path / "source.png", [("What?", "Red."), ("Sure?", "Yes.")])
+    out.add("text_1", None, [("Why?", "Because.")])
+    out.save(tmp_path / "records.json")
+    records = json.loads((tmp_path / "records.json").read_text())
+    for record in records[:4]:
+        assert [turn["from"] for turn in record["conversations"]] == ["human", "gpt", "human", "gpt"]
+        assert [turn["value"].count("<image>") for turn in record["conversations"]] == [1, 0, 0, 0]
+        assert (tmp_path / record["image"]).read_bytes() == (tmp_path / "source.png").read_bytes()
+    assert "image" not in records[4]
+    assert records[4]["conversations"][0] == {"from": "human", "value": "Why?"}
+
+
+def test_missing_assets_are_named_with_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without assets the program says which are missing and how to fetch them; exit code 2."""
+    assert draw.main(["--cache", str(tmp_path), "--raw", str(tmp_path / "raw")]) == 2
+    message = capsys.readouterr().err
+    assert "assets.py" in message
+    assert "easy_vqa" in message
+    assert not (tmp_path / "raw").exists()
+
+
+def _cache() -> Path:
+    cache = assets.default_cache()
+    known = {asset.name: asset for asset in assets.ASSETS}
+    missing = [n for n in assets.SETS["quickstart"] if not assets.is_complete(cache, known[n])]
+    if missing:
+        pytest.skip(f"{cache} lacks {', '.join(missing)}: run `python scripts/quickstart/assets.py` first")
+    return cache
+
+
+def _hashes(root: Path) -> dict[str, str]:
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_a_small_drawing_is_whole_and_repeatable(tmp_path: Path) -> None:
+    """The same seed gives the same bytes, another seed others; every picture that is named is there."""
+    cache = _cache()
+    names = ("llava_pretrain", "llava_instruct", "text_chats", "chartqa", "synthdog-en")
+    for name in names:
+        draw.draw(name, cache, tmp_path / "one", 0.02, 0)
+        draw.draw(name, cache, tmp_path / "two", 0.02, 0)
+    drawn = _hashes(tmp_path / "one")
+    assert drawn == _hashes(tmp_path / "two")
+    draw.draw("synthdog-en", cache, tmp_path / "three", 0.02, 1)
+    assert _hashes(tmp_path / "three" / "synthdog-en") != _hashes(tmp_path / "one" / "synthdog-en")
+    assert draw.draw("chartqa", cache, tmp_path / "one", 0.02, 0).endswith("is there")
+    captions = json.loads((tmp_path / "one/llava_pretrain/blip_laion_cc_sbu_558k.json").read_text())
+    assert all((tmp_path / "one/llava_pretrain/images" / record["image"]).exists() for record in captions)
+    train = tmp_path / "one/chartqa/ChartQA Dataset/train"
+    questions = json.loads((train / "train_human.json").read_text())
+    assert {"imgname", "query", "label"} == set(questions[0])
+    assert all((train / "png" / record["imgname"]).exists() for record in questions)
+    line = json.loads((tmp_path / "one/synthdog-en/train/metadata.jsonl").read_text().splitlines()[0])
+    words = json.loads(line["ground_truth"])["gt_parse"]["text_sequence"].split()
+    assert 8 <= len(words) <= 25

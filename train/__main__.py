@@ -1,0 +1,100 @@
+"""`python -m train`: one stage of one run, from Hydra's command line to an exit code.
+
+The configuration is composed and checked before torch is imported; a mistake is one sentence, printed by rank 0
+alone, and exit code 2.
+"""
+
+import io
+import json
+import os
+import sys
+import traceback
+from contextlib import redirect_stderr
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from train.config import CONFIG_DIR, ConfigError, RunConfig, check, explain
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 75
+
+
+def main() -> int:
+    """Parses, checks, runs; returns the exit code."""
+    rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
+    # The deepspeed launcher adds this; the environment says the same, and Hydra would refuse it.
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    try:
+        config = _compose()
+    except ConfigError as error:
+        return _refuse(str(error), rank)
+    if config is None:
+        return 0  # --help, --cfg job and the like have printed what was asked for
+    return _run(config)
+
+
+def _compose() -> RunConfig | None:
+    """The checked configuration, or None when Hydra only printed something."""
+    found: list[DictConfig] = []
+
+    @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
+    def compose(composed: DictConfig) -> None:
+        found.append(composed)
+
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            compose()
+    except SystemExit as error:
+        if error.code:
+            raise ConfigError(explain(said.getvalue())) from None
+    return check(found[0]) if found else None
+
+
+def _run(config: RunConfig) -> int:
+    from data_recipes.sample import DataError
+    from llava_next.config import ModelError
+    from train.run import run
+    from train.trainer import Interrupted
+    from train.world import read_launch
+
+    launch = read_launch()
+    code, reason = 0, "finished"
+    try:
+        run(config, launch)
+    except (ConfigError, ModelError, DataError) as error:
+        return _refuse(str(error), launch.rank)
+    except Interrupted as error:
+        code, reason = EXIT_INTERRUPTED, f"{error}; run the same command again to go on"
+        if launch.is_main:
+            print(reason, file=sys.stderr)
+    except Exception as error:
+        code, reason = EXIT_FAILED, f"rank {launch.rank}: {type(error).__name__}: {error}"
+        traceback.print_exc()
+        print(reason, file=sys.stderr, flush=True)
+    if launch.is_main or code == EXIT_FAILED:
+        _write_exit(config.run_dir, code, reason)
+    if code == EXIT_FAILED:
+        # A rank that failed must not wait for the others in the process group's clean-up.
+        os._exit(code)
+    return code
+
+
+def _write_exit(run_dir: Path, code: int, reason: str) -> None:
+    try:
+        (run_dir / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n")
+    except OSError as error:
+        print(f"exit.json was not written: {error}", file=sys.stderr)
+
+
+def _refuse(sentence: str, rank: int) -> int:
+    if rank == 0:
+        print(f"error: {sentence}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

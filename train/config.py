@@ -1,0 +1,338 @@
+"""The configuration of a run: composed by Hydra, checked once, then a frozen value that every room reads.
+
+Owns `RunConfig` and every rule that can be checked without torch, data or weights, so that a mistake costs a second
+and not a queue slot. Parts whose owner is another package (model, mixture) are that package's dataclasses.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import pydantic
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data_recipes.mixture import MixtureConfig
+from llava_next.config import ImageMode, ModelConfig, check_grids
+from llava_next.conversation import TEMPLATES
+
+CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+PARTS = ("vision_tower", "projector", "image_newline", "language_model")
+_STRICT = {"extra": "forbid"}
+
+_ENGINE_OWNED = {
+    "optimizer": "stage.learning_rates (an optimizer block would silently replace the rate of every part)",
+    "scheduler": "stage.warmup_ratio and stage.schedule (a scheduler block would silently replace them)",
+    "train_batch_size": "stage.batch_size",
+    "train_micro_batch_size_per_gpu": "packing.max_tokens",
+    "gradient_accumulation_steps": "stage.batch_size and packing.max_tokens",
+    "gradient_clipping": "stage.clip_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "managed_gradient_accumulation": "nothing: micro-steps vary from step to step",
+    "data_types": "precision",
+    "communication_data_type": "precision",
+}
+
+
+class ConfigError(ValueError):
+    """A user's mistake; the message is one sentence with the key, the rule, the value and the way out."""
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """What a stage trains, on how much, how fast.
+
+    `learning_rates` is the whole truth of what is trained: a part that is not named is frozen (image_newline follows
+    the projector unless it is named). `init_from` is the folder whose weights the stage starts from (null: fresh
+    parts). Lengths are in tokens, image tokens included.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    name: str
+    learning_rates: dict[str, float]
+    batch_size: int
+    max_length: int
+    epochs: float = 1.0
+    template: str | None = None
+    image_mode: ImageMode = "anyres"
+    init_from: str | None = None
+    schedule: Literal["cosine", "constant"] = "cosine"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0
+    loss_weighting: Literal["token", "sample"] = "token"
+    result: Literal["connector", "export"] = "export"
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each trained part, image_newline's included."""
+        rates = dict(self.learning_rates)
+        if "projector" in rates:
+            rates.setdefault("image_newline", rates["projector"])
+        return {part: rate for part, rate in rates.items() if rate is not None}
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """Budgets of a row, the only memory knobs; they change nothing that is learned."""
+
+    __pydantic_config__ = _STRICT
+
+    max_tokens: int
+    max_tiles: int
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where prepared sources lie, and how many processes read them on each rank."""
+
+    __pydantic_config__ = _STRICT
+
+    store_root: str
+    workers: int = 2
+    prefetch: int = 4
+    length_workers: int = 0
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    """How often checkpoints are written (in steps; 0: never) and how many of the newest are kept."""
+
+    __pydantic_config__ = _STRICT
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where a run's numbers go besides metrics.jsonl."""
+
+    __pydantic_config__ = _STRICT
+
+    wandb: Literal["off", "offline", "online"] = "off"
+    wandb_project: str = "llava-next"
+    every: int = 1
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One stage of one run."""
+
+    __pydantic_config__ = _STRICT
+
+    root: str
+    name: str
+    seed: int
+    model: ModelConfig
+    stage: StageConfig
+    mixture: MixtureConfig
+    engine: dict[str, Any]
+    packing: PackingConfig
+    data: DataConfig
+    save: SaveConfig = field(default_factory=SaveConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout_s: int = 1800
+    max_steps: int | None = None
+
+    @property
+    def run_dir(self) -> Path:
+        """Everything that this stage writes lies here."""
+        return Path(self.root) / self.name / self.stage.name
+
+
+def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> RunConfig:
+    """Composes and checks a configuration as the command line does.
+
+    Args:
+        overrides: as on the command line, for example ["experiment=quickstart", "stage=align"].
+        config_dir: a folder of further YAML files.
+
+    Raises:
+        ConfigError: with one sentence.
+    """
+    GlobalHydra.instance().clear()
+    searchpath = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
+            composed = compose("train", overrides=[*overrides, *searchpath])
+        return check(composed)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(explain(str(error))) from error
+
+
+def load_yaml(path: Path) -> RunConfig:
+    """The configuration that a run wrote into its folder.
+
+    Raises:
+        ConfigError: there is no such file, or it was written by an incompatible version.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path.parent} is no run folder: it holds no {path.name}; name the folder of a stage")
+    composed = OmegaConf.load(path)
+    assert isinstance(composed, DictConfig)
+    return check(composed, folders=False)
+
+
+def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
+    """The frozen configuration, or the first of its mistakes.
+
+    Args:
+        folders: also check that the folders it names exist.
+
+    Raises:
+        ConfigError: with the key, the rule, the value and the way out.
+    """
+    try:
+        plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explain(str(error))) from error
+    assert isinstance(plain, dict)
+    for choice in ("hydra", "experiment", "recipe"):
+        plain.pop(choice, None)
+    try:
+        config = pydantic.TypeAdapter(RunConfig).validate_python(plain)
+    except pydantic.ValidationError as error:
+        raise ConfigError(_explain_invalid(error)) from error
+    _check_values(config)
+    if folders:
+        _check_folders(config)
+    return config
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, readable by `load_yaml`."""
+    return OmegaConf.to_yaml(OmegaConf.create(pydantic.TypeAdapter(RunConfig).dump_python(config, mode="json")))
+
+
+def _check_values(config: RunConfig) -> None:
+    stage, packing = config.stage, config.packing
+    for part, rate in stage.learning_rates.items():
+        if part not in PARTS:
+            raise ConfigError(
+                f"stage.learning_rates.{part}: there is no such part; the parts are {', '.join(PARTS)}"
+            )
+        if rate is not None and rate <= 0:
+            raise ConfigError(f"stage.learning_rates.{part} must be above 0, got {rate}; leave it out to freeze it")
+    if not stage.rates:
+        raise ConfigError(f"stage.learning_rates names no part: nothing would train; name some of {', '.join(PARTS)}")
+    for key, value, least in (
+        ("stage.batch_size", stage.batch_size, 1),
+        ("stage.max_length", stage.max_length, 2),
+        ("data.workers", config.data.workers, 0),
+        ("data.prefetch", config.data.prefetch, 1),
+        ("save.every", config.save.every, 0),
+        ("save.keep", config.save.keep, 1),
+        ("timeout_s", config.timeout_s, 1),
+    ):
+        if value < least:
+            raise ConfigError(f"{key} must be at least {least}, got {value}")
+    if stage.epochs <= 0:
+        raise ConfigError(f"stage.epochs must be above 0, got {stage.epochs}")
+    if not 0 <= stage.warmup_ratio < 1:
+        raise ConfigError(f"stage.warmup_ratio is a share of the steps, from 0 to below 1, got {stage.warmup_ratio}")
+    for key, template in (
+        ("stage.template", stage.template),
+        ("model.language_model.template", config.model.language_model.template),
+    ):
+        if template is not None and template not in TEMPLATES:
+            raise ConfigError(f"{key}: no template is called {template!r}; there are {', '.join(sorted(TEMPLATES))}")
+    try:
+        check_grids(config.model.grids)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if packing.max_tokens < stage.max_length:
+        raise ConfigError(
+            f"packing.max_tokens={packing.max_tokens} is smaller than stage.max_length={stage.max_length}: the longest "
+            f"allowed sample would fit no row; raise packing.max_tokens to at least {stage.max_length}"
+        )
+    most_tiles = 1 if stage.image_mode == "square" else 1 + max(r * c for r, c in config.model.grids)
+    if packing.max_tiles < most_tiles:
+        raise ConfigError(
+            f"packing.max_tiles={packing.max_tiles} is smaller than the {most_tiles} tiles of one picture in the "
+            f"largest of model.grids; raise it to at least {most_tiles}"
+        )
+    _check_engine(config.engine)
+
+
+def _check_engine(engine: dict[str, Any]) -> None:
+    for key, owner in _ENGINE_OWNED.items():
+        if key in engine:
+            raise ConfigError(f"engine.{key} is the run's own, set by {owner}; remove it from the engine's dictionary")
+    stage = engine.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"engine.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+
+
+def _check_folders(config: RunConfig) -> None:
+    language, tower = config.model.language_model, config.model.vision_tower
+    for key, path in (
+        ("model.language_model.path", language.path),
+        ("model.language_model.tokenizer", language.tokenizer),
+        ("model.vision_tower.path", tower.path),
+    ):
+        if path is not None and not Path(path).is_dir():
+            raise ConfigError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
+    store_root = Path(config.data.store_root)
+    prepare = f"python -m data_recipes.prepare --mixture {config.mixture.name} --raw RAW --stores {store_root}"
+    if not store_root.is_dir():
+        raise ConfigError(f"data.store_root: there is no folder {store_root}; prepare it with `{prepare}`")
+    for source in config.mixture.sources:
+        if not (store_root / source / "manifest.json").is_file():
+            raise ConfigError(
+                f"mixture.sources.{source}: there is no prepared source in {store_root / source}; run `{prepare}`"
+            )
+
+
+def explain(text: str) -> str:
+    """Hydra's and OmegaConf's messages as one sentence with the key and the way out."""
+    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
+    if unknown and ("not in struct" in text or "Could not override" in text):
+        key = unknown.group(1)
+        return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
+    choice = re.search(r"Could not find '([^']+)'(?:.*?Available options in '[^']+':\s*(.*?))?(?:Config search|$)", text, re.S)
+    if choice:
+        group, _, name = choice.group(1).rpartition("/")
+        known = ", ".join((choice.group(2) or "").split())
+        return f"{group}={name}: there is no such choice" + (f"; the choices are {known}" if known else "")
+    missing = re.search(r"Missing mandatory value: (\S+)", text)
+    if missing:
+        return f"{missing.group(1)} has no value; give it on the command line as {missing.group(1)}=VALUE"
+    return " ".join(text.split())
+
+
+def _suggest(key: str) -> str:
+    close = difflib.get_close_matches(key, list(_all_keys(RunConfig)), n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _all_keys(cls: type, prefix: str = "") -> list[str]:
+    keys = []
+    hints = get_type_hints(cls)
+    for item in fields(cls):
+        keys.append(prefix + item.name)
+        for candidate in (hints[item.name], *get_args(hints[item.name])):
+            if isinstance(candidate, type) and is_dataclass(candidate):
+                keys += _all_keys(candidate, f"{prefix}{item.name}.")
+    return keys
+
+
+def _explain_invalid(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int",))
+    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
+    if first["type"] in ("missing", "missing_argument"):
+        return f"{key} has no value; give it in the YAML or as {key}=VALUE"
+    rule = first["msg"][0].lower() + first["msg"][1:]
+    return f"{key}: {rule.replace('input should', 'the value should')}, got {first['input']!r}"

@@ -1,0 +1,74 @@
+"""DeepSpeed's engine from its own dictionary, and what only the engine can say about parameters.
+
+Adds what is derived (batch sizes, precision, clipping) to `engine:` of the configuration; the keys that the run owns
+were refused when it was read.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import nn
+
+from llava_next.model import LlavaNext
+from train.config import RunConfig
+from train.optim import parameter_groups
+from train.world import World
+
+
+def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's configuration of this run, under DeepSpeed's own names.
+
+    Gradients are accumulated and reduced in fp32 whatever the weights are. One row is one micro-batch, and every
+    `step()` is the boundary, because steps differ in their number of micro-steps.
+    """
+    return {
+        **config.engine,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": config.stage.clip_norm or 0.0,
+        "bf16": {"enabled": world.dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31,
+        "wall_clock_breakdown": False,
+    }
+
+
+def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed.DeepSpeedEngine:
+    """Moves the model to its device, builds AdamW over the trained parts and wraps both in DeepSpeed."""
+    deepspeed_logger.setLevel("WARNING")
+    model.to(world.device)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.stage), betas=(0.9, 0.999), eps=1e-8, fused=True)
+    if zero_stage(config) == 3:
+        # Read by LlavaNext.forward outside of the modules that own them, so ZeRO-3 must gather them for it.
+        for parameter in (model.hf.lm_head.weight, model.hf.model.image_newline):
+            deepspeed.zero.register_external_parameter(model, parameter)
+    with redirect_stdout(StringIO()):
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=engine_dictionary(config, world), dist_init_required=False
+        )
+    return engine
+
+
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage that the configuration asks for."""
+    return int(config.engine.get("zero_optimization", {}).get("stage", 0))
+
+
+@contextmanager
+def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Inside, these parameters are whole on every rank, whatever the ZeRO stage."""
+    partitioned = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield

@@ -1,0 +1,191 @@
+"""The length table: tokens, supervised tokens, tiles and source of every sample, and who has no place in this run.
+
+Made once per data fingerprint (mixture + processor), from text and picture headers alone, by one writer with several
+processes; kept beside the stores and memory-mapped by every rank. It knows the counts of a whole step before any
+sample is read, so a step's loss can be divided by the right number.
+
+This is the second gate: sound records that are too long for this backbone, or have no answer left, are counted here
+with their reason and written to the run's own quarantine.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from data_recipes.mixture import Mixture
+from llava_next.processor import Processor, SampleRejected
+from train.config import ConfigError
+from train.world import wait_for
+
+ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
+"""One kept sample: its number in the mixture, its lengths, and its source's number."""
+
+_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class LengthTable:
+    """The kept samples of a mixture, in the mixture's order.
+
+    `rows` is a memory map of ROW; the sample numbers that `data_recipes.order` draws are positions in it.
+    """
+
+    rows: np.ndarray
+    fingerprint: str
+    folder: Path
+    rejects: dict[str, int]
+    num_rounds_cut: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def quarantine(self) -> Path:
+        """JSON lines: id, source, reason, detail of every sample left out."""
+        return self.folder / "quarantine.jsonl"
+
+
+def data_fingerprint(mixture: Mixture, processor: Processor) -> str:
+    """Names the data of a run: which samples, and how each becomes tokens and tiles."""
+    return hashlib.sha256(f"{mixture.fingerprint}\0{processor.fingerprint}".encode()).hexdigest()
+
+
+def open_table(
+    mixture: Mixture, processor: Processor, folder: Path, *, is_writer: bool, num_workers: int, show_progress: bool
+) -> LengthTable:
+    """The table of this mixture and processor, made first if there is none.
+
+    Args:
+        folder: where tables are kept, each in a folder of its fingerprint.
+        is_writer: this process makes the table if need be; the others wait for it.
+        num_workers: processes that count; 0 takes one per core.
+        show_progress: draw a bar with an ETA.
+
+    Raises:
+        ConfigError: every sample was rejected.
+        TimeoutError: the writer gave no sign of life.
+    """
+    fingerprint = data_fingerprint(mixture, processor)
+    place = folder / fingerprint[:16]
+    if not _is_complete(place):
+        if is_writer:
+            _write(mixture, processor, place, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
+        else:
+            wait_for(lambda: _is_complete(place), lambda: _age_s(_beat(place)), what=f"length table {place}")
+    about = json.loads((place / "table.json").read_text())
+    rows = np.load(place / "rows.npy", mmap_mode="r")
+    if not len(rows):
+        reasons = ", ".join(f"{number} {reason}" for reason, number in about["rejects"].items())
+        raise ConfigError(
+            f"stage.max_length={processor.config.max_length} leaves no sample of mixture {mixture.config.name} "
+            f"({reasons}); raise it, or look at {place / 'quarantine.jsonl'}"
+        )
+    return LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"])
+
+
+def _is_complete(place: Path) -> bool:
+    return (place / "table.json").is_file()
+
+
+def _beat(place: Path) -> Path:
+    return place.with_name(place.name + ".beat")
+
+
+def _age_s(path: Path) -> float | None:
+    return time.time() - path.stat().st_mtime if path.exists() else None
+
+
+def _write(
+    mixture: Mixture, processor: Processor, place: Path, fingerprint: str, num_workers: int, show_progress: bool
+) -> None:
+    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    beat = _beat(place)
+    beat.touch()
+    kept, rejects, cut = [], [], 0
+    with tqdm(total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress) as bar:
+        for rows, rejected, rounds_cut in _count_all(mixture, processor, num_workers):
+            kept.append(rows)
+            rejects += rejected
+            cut += rounds_cut
+            bar.update(len(rows) + len(rejected))
+            os.utime(beat)
+    np.save(partial / "rows.npy", np.concatenate(kept) if kept else np.zeros(0, dtype=ROW))
+    with (partial / "quarantine.jsonl").open("w") as file:
+        file.writelines(json.dumps(reject) + "\n" for reject in rejects)
+    about = {
+        "fingerprint": fingerprint,
+        "mixture": mixture.fingerprint,
+        "processor": processor.fingerprint,
+        "rejects": dict(sorted(Counter(str(reject["reason"]) for reject in rejects).items())),
+        "num_rounds_cut": cut,
+    }
+    (partial / "table.json").write_text(json.dumps(about, indent=1) + "\n")
+    try:
+        partial.rename(place)
+    except OSError:
+        if not _is_complete(place):  # another run made the same table meanwhile: then ours is not needed
+            raise
+    beat.unlink(missing_ok=True)
+
+
+_Counted = tuple[np.ndarray, list[dict[str, object]], int]
+
+_shared: tuple[Mixture, Processor] | None = None
+
+
+def _count_all(mixture: Mixture, processor: Processor, num_workers: int) -> "Iterator[_Counted]":
+    ranges = [
+        range(start, min(start + _CHUNK, mixture.num_samples)) for start in range(0, mixture.num_samples, _CHUNK)
+    ]
+    if num_workers == 1 or len(ranges) <= 2:
+        _set_shared(mixture, processor)
+        yield from map(_count, ranges)
+        return
+    with ProcessPoolExecutor(
+        min(num_workers, len(ranges)),
+        mp_context=get_context("fork"),
+        initializer=_set_shared,
+        initargs=(mixture, processor),
+    ) as pool:
+        yield from pool.map(_count, ranges)
+
+
+def _set_shared(mixture: Mixture, processor: Processor) -> None:
+    global _shared
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _shared = (mixture, processor)
+
+
+def _count(numbers: range) -> _Counted:
+    assert _shared is not None
+    mixture, processor = _shared
+    rows: list[tuple[int, int, int, int, int]] = []
+    rejects: list[dict[str, object]] = []
+    cut = 0
+    for number in numbers:
+        text = mixture.text(number)
+        try:
+            layout = processor.layout(text.messages, text.sizes_hw)
+        except SampleRejected as rejected:
+            rejects.append(
+                {"id": text.id, "source": text.source, "reason": rejected.reason.value, "detail": rejected.detail}
+            )
+            continue
+        cut += layout.num_rounds_cut
+        rows.append(
+            (number, layout.num_tokens, layout.num_supervised, layout.num_tiles, int(mixture.source_ids[number]))
+        )
+    return np.array(rows, dtype=ROW), rejects, cut
+
+

@@ -1,0 +1,168 @@
+"""From a step's number to this rank's batches: order → samples → rows → workers that read, encode and collate.
+
+A pure function of the step drives everything; the loader has no position of its own to save. A sample that cannot be
+read, or that encodes to other numbers than the length table's, ends the run with its id: training never substitutes
+a sample.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_recipes.mixture import Mixture
+from data_recipes.order import num_steps, samples_of_step
+from llava_next.batch import Batch, collate
+from llava_next.costs import StepCosts
+from llava_next.processor import Processor, SampleRejected
+from train.config import PackingConfig, StageConfig
+from train.lengths import LengthTable
+from train.packing import deal
+
+
+class SampleError(RuntimeError):
+    """A sample could not be read or encoded as counted; names it."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What all ranks know of a step before it is read.
+
+    `rows` are this rank's, one per micro-step, as positions in the length table; `samples` are all of the step's.
+    `divisor` is the number that the step's loss sum is divided by.
+    """
+
+    step: int
+    samples: np.ndarray
+    rows: tuple[np.ndarray, ...]
+    divisor: float
+    num_tokens: int
+    num_supervised: int
+    num_tiles: int
+    flops: float
+    balance: float
+
+
+@dataclass(frozen=True)
+class Planner:
+    """The steps of a run: a pure function of the table, the stage, the seed and the ranks."""
+
+    table: LengthTable
+    stage: StageConfig
+    packing: PackingConfig
+    costs: StepCosts
+    seed: int
+    rank: int
+    num_ranks: int
+
+    @property
+    def num_steps(self) -> int:
+        return num_steps(len(self.table), self.stage.batch_size, self.stage.epochs)
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of one step. Errors are `packing.deal`'s."""
+        numbers = samples_of_step(step, len(self.table), self.stage.batch_size, self.seed, self.stage.epochs)
+        rows = self.table.rows[numbers]
+        tokens, tiles = rows["tokens"].astype(np.int64), rows["tiles"].astype(np.int64)
+        dealt = deal(tokens, tiles, num_ranks=self.num_ranks, budgets=self.packing, costs=self.costs)
+        supervised = int(rows["supervised"].sum())
+        return StepPlan(
+            step=step,
+            samples=numbers,
+            rows=tuple(numbers[list(micro_step[self.rank])] for micro_step in dealt.rows),
+            divisor=float(len(numbers) if self.stage.loss_weighting == "sample" else supervised),
+            num_tokens=int(tokens.sum()),
+            num_supervised=supervised,
+            num_tiles=int(tiles.sum()),
+            flops=self.costs.of(float(tokens.sum()), float(tiles.sum()), float((tokens**2).sum())),
+            balance=dealt.balance,
+        )
+
+
+class _Rows(Dataset[Batch]):
+    """Encodes a row, given as positions in the length table. Lives in the workers."""
+
+    def __init__(self, mixture: Mixture, table: LengthTable, processor: Processor, per_sample: bool) -> None:
+        self.mixture, self.table, self.processor, self.per_sample = mixture, table, processor, per_sample
+
+    def __getitem__(self, row: np.ndarray) -> Batch:
+        examples, sources = [], []
+        for known in self.table.rows[row]:
+            sample = self.mixture.sample(int(known["sample"]))
+            try:
+                example = self.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+            except (OSError, ValueError, SampleRejected) as error:
+                raise SampleError(f"sample {sample.id!r} of source {sample.source}: {error}") from error
+            counted = (int(known["tokens"]), int(known["supervised"]), int(known["tiles"]))
+            layout = example.layout
+            encoded = (layout.num_tokens, layout.num_supervised, layout.num_tiles)
+            if encoded != counted:
+                raise SampleError(
+                    f"sample {sample.id!r} of source {sample.source} was counted as {counted} (tokens, supervised, "
+                    f"tiles) but encodes to {encoded}: the length table in {self.table.folder} is not this data's; "
+                    "delete it"
+                )
+            examples.append(example)
+            sources.append(int(known["source"]))
+        config = self.processor.config
+        return collate(
+            examples,
+            tile=config.tile,
+            patches_per_tile=config.patches_per_side**2,
+            source_ids=sources,
+            per_sample=self.per_sample,
+        )
+
+
+class _Order(Sampler[np.ndarray]):
+    """This rank's rows from `first_step` on, in the order in which the trainer takes them."""
+
+    def __init__(self, planner: Planner, first_step: int, last_step: int) -> None:
+        self.planner, self.first_step, self.last_step = planner, first_step, last_step
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        for step in range(self.first_step, self.last_step):
+            yield from self.planner.plan(step).rows
+
+
+def batches(
+    planner: Planner,
+    mixture: Mixture,
+    processor: Processor,
+    *,
+    first_step: int,
+    last_step: int,
+    num_workers: int,
+    prefetch: int,
+    pin_memory: bool,
+) -> Iterator[Batch]:
+    """This rank's batches of steps `first_step` to `last_step` - 1, read ahead by worker processes.
+
+    Raises:
+        SampleError: in the order of the steps, when the broken sample's row is due.
+    """
+    dataset = _Rows(mixture, planner.table, processor, planner.stage.loss_weighting == "sample")
+    loader: DataLoader[Batch] = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=_Order(planner, first_step, last_step),
+        num_workers=num_workers,
+        prefetch_factor=prefetch if num_workers else None,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        worker_init_fn=_start_worker,
+        persistent_workers=False,
+    )
+    return iter(loader)
+
+
+def _unchanged(batch: Batch) -> Batch:
+    return batch
+
+
+def _start_worker(_: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    torch.set_num_threads(1)

@@ -1,0 +1,134 @@
+"""Where a run's numbers go: metrics.jsonl always, the terminal, wandb by option.
+
+One line a step. Resuming removes the lines of steps that will be run again, so no step stands twice.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from train.config import RunConfig, to_yaml
+from train.world import Launch
+
+_COLUMNS = (
+    ("loss", "train/loss", ".4f"),
+    ("lr", "lr", ".1e"),
+    ("tok/s", "perf/tokens_per_s", ",.0f"),
+    ("smp/s", "perf/samples_per_s", ".1f"),
+    ("bal", "perf/balance", ".2f"),
+    ("GiB", "perf/max_memory_gib", ".1f"),
+    ("wait", "perf/data_wait_s", ".2f"),
+)
+
+
+def start_logging(launch: Launch, run_dir: Path) -> None:
+    """Log lines of every rank go to log/rank_NNN.log; warnings of rank 0 to the terminal too."""
+    folder = run_dir / "log"
+    folder.mkdir(parents=True, exist_ok=True)
+    to_file = logging.FileHandler(folder / f"rank_{launch.rank:03d}.log")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    root.addHandler(to_file)
+    if launch.is_main:
+        to_terminal = logging.StreamHandler(sys.stderr)
+        to_terminal.setLevel(logging.WARNING)
+        to_terminal.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+        root.addHandler(to_terminal)
+
+
+class RunLog:
+    """The numbers of one run, on rank 0; elsewhere it does nothing.
+
+    Args:
+        config: of the run.
+        is_main: whether this process writes.
+        first_step, num_steps: where the run goes on, and its length.
+    """
+
+    def __init__(self, config: RunConfig, *, is_main: bool, first_step: int, num_steps: int) -> None:
+        self._is_main = is_main
+        self._every = config.log.every
+        self._file: TextIO | None = None
+        self._wandb: Any = None
+        if not is_main:
+            return
+        path = config.run_dir / "metrics.jsonl"
+        _drop_from(path, first_step)
+        self._file = path.open("a")
+        self._bar = tqdm(
+            total=num_steps,
+            initial=first_step,
+            desc=config.stage.name,
+            unit="step",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            smoothing=0.1,
+        )
+        self._wandb = _start_wandb(config)
+
+    def say(self, text: str) -> None:
+        """A sentence for the person in front of the terminal."""
+        if self._is_main:
+            self._bar.write(text, file=sys.stderr)
+            logging.getLogger("train").info(text)
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """The numbers of one finished step, counted from 0."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps({"step": step, **{key: _rounded(value) for key, value in values.items()}}) + "\n")
+        self._file.flush()
+        shown = {**values, "lr": max((v for k, v in values.items() if k.startswith("lr/")), default=0.0)}
+        line = "  ".join(f"{label} {shown[key]:{form}}" for label, key, form in _COLUMNS if key in shown)
+        if step % self._every == 0:
+            self._bar.write(f"step {step:>5}  {line}", file=sys.stderr)
+        self._bar.update(1)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self._file is not None:
+            self._file.close()
+            self._bar.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.8g}")
+
+
+def _drop_from(path: Path, first_step: int) -> None:
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def _is_before(line: str, first_step: int) -> bool:
+    try:
+        return int(json.loads(line)["step"]) < first_step
+    except (ValueError, KeyError):
+        return False  # a line cut off by a kill
+
+
+def _start_wandb(config: RunConfig) -> Any:
+    if config.log.wandb == "off":
+        return None
+    import wandb
+
+    return wandb.init(
+        project=config.log.wandb_project,
+        name=f"{config.name}/{config.stage.name}",
+        id=f"{config.name}-{config.stage.name}".replace("/", "-"),
+        resume="allow",
+        mode=config.log.wandb,
+        dir=str(config.run_dir),
+        config={"yaml": to_yaml(config)},
+    )

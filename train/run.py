@@ -1,0 +1,149 @@
+"""One stage from its configuration to its result: builds the parts in order, trains, writes what comes next.
+
+The order at the start is fixed: resume, else `init_from`, else fresh parts.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from data_recipes.mixture import Mixture
+from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.costs import step_costs
+from llava_next.hf import load_weights, write_connector, write_hf
+from llava_next.model import LlavaNext, set_trained_parts
+from train import checkpoint, ops
+from train.config import RunConfig, to_yaml
+from train.engine import gathered, start_engine
+from train.lengths import LengthTable, open_table
+from train.loader import Planner, batches
+from train.log import RunLog, start_logging
+from train.optim import format_part_table, part_table
+from train.trainer import Trainer
+from train.world import Launch, World, barrier, leave, start
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig, launch: Launch) -> None:
+    """Trains the stage and writes its result. Errors are those of its parts; see `__main__` for exit codes."""
+    run_dir = config.run_dir
+    run_dir.mkdir(parents=True, exist_ok=True)
+    start_logging(launch, run_dir)
+    if config.device != "cuda" and not torch.cuda.is_available():
+        ops.ensure_built(say=launch.local_rank == 0)
+
+    backbone = read_backbone(config.model)
+    processor = backbone.processor(
+        template=config.stage.template, image_mode=config.stage.image_mode, max_length=config.stage.max_length
+    )
+    mixture = Mixture.open(config.mixture, Path(config.data.store_root))
+    table = open_table(
+        mixture,
+        processor,
+        Path(config.data.store_root) / ".lengths",
+        is_writer=launch.is_main,
+        num_workers=config.data.length_workers,
+        show_progress=launch.is_main,
+    )
+    world = start(config, launch)
+    try:
+        if world.is_main:
+            _write_about(config, mixture, table)
+        model = _build(backbone, config, world, num_sources=len(mixture.source_names))
+        costs = step_costs(
+            backbone.hf_config.vision_config,
+            backbone.hf_config.text_config,
+            num_vision_layers=model.num_tower_layers,
+            trains_tower="vision_tower" in config.stage.rates,
+            trains_language_model="language_model" in config.stage.rates,
+        )
+        planner = Planner(table, config.stage, config.packing, costs, config.seed, world.rank, world.size)
+        engine = start_engine(model, config, world)
+        num_steps = planner.num_steps
+        last_step = min(num_steps, config.max_steps or num_steps)
+        resumed_from = checkpoint.newest(run_dir / "checkpoints")
+        first_step = 0
+        if resumed_from is not None:
+            first_step = checkpoint.resume(engine, resumed_from, table.fingerprint, config, world)
+        log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
+        try:
+            log.say(_opening(config, world, table, num_steps, resumed_from, first_step))
+            log.say(format_part_table(part_table(model, engine.optimizer)))
+            if first_step < last_step:
+                stream = batches(
+                    planner,
+                    mixture,
+                    processor,
+                    first_step=first_step,
+                    last_step=last_step,
+                    num_workers=config.data.workers,
+                    prefetch=config.data.prefetch,
+                    pin_memory=world.device.type == "cuda",
+                )
+                Trainer(config, world, engine, planner, stream, log, mixture.source_names).run(first_step, last_step)
+            if last_step == num_steps:
+                _write_result(config, model, backbone, world, log)
+        finally:
+            log.close()
+        barrier(world)
+    finally:
+        leave()
+
+
+def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> LlavaNext:
+    model = build_model(backbone, dtype=world.dtype, seed=config.seed, num_sources=num_sources)
+    if config.stage.init_from is not None:
+        load_weights(model, backbone, Path(config.stage.init_from))
+    set_trained_parts(model, config.stage.rates)
+    return model
+
+
+def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:
+    run_dir = config.run_dir
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    about = {
+        "data_fingerprint": table.fingerprint,
+        "mixture_fingerprint": mixture.fingerprint,
+        "mixture": mixture.table(),
+        "num_samples": len(table),
+        "num_tokens": int(table.rows["tokens"].sum()),
+        "num_supervised": int(table.rows["supervised"].sum()),
+        "num_tiles": int(table.rows["tiles"].sum()),
+        "rejects": table.rejects,
+        "num_rounds_cut": table.num_rounds_cut,
+    }
+    (run_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n")
+    (run_dir / "quarantine.jsonl").write_bytes(table.quarantine.read_bytes())
+
+
+def _opening(
+    config: RunConfig, world: World, table: LengthTable, num_steps: int, resumed_from: Path | None, first_step: int
+) -> str:
+    stage = config.stage
+    origin = f"resumed from {resumed_from} at step {first_step}" if resumed_from else "started afresh"
+    if not resumed_from and stage.init_from:
+        origin = f"starts from {stage.init_from}"
+    left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
+    return (
+        f"{config.run_dir}: stage {stage.name}, {origin}\n"
+        f"{len(table):,} samples{left_out}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
+        f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}; data {table.fingerprint[:12]}"
+    )
+
+
+def _write_result(config: RunConfig, model: LlavaNext, backbone: Backbone, world: World, log: RunLog) -> None:
+    """connector/ or export/, as the stage says. Every rank takes part, since parameters may be partitioned."""
+    started = time.monotonic()
+    target = config.run_dir / config.stage.result
+    if config.stage.result == "connector":
+        write_connector(model, backbone, target if world.is_main else None, gathered)
+    else:
+        processor = backbone.processor(
+            template=config.stage.template, image_mode=config.stage.image_mode, max_length=config.stage.max_length
+        )
+        write_hf(model, backbone, processor, target if world.is_main else None, gathered)
+    log.say(f"wrote {target} ({time.monotonic() - started:.1f} s)")

@@ -1,0 +1,176 @@
+"""Who this process is: rank, device, process group, exit codes, and the one small collective of a step.
+
+Reads what torchrun, the deepspeed launcher, Slurm's srun or nobody set in the environment. Nothing here knows the
+model or the data.
+"""
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from train.config import RunConfig
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+"""A mistake in the configuration or the data it names: running it again cannot help."""
+EXIT_INTERRUPTED = 75
+"""Saved and left because it was asked to (EX_TEMPFAIL): run the same command again to go on."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says, before any process group exists."""
+
+    rank: int
+    local_rank: int
+    size: int
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others.
+
+    `host_group` is a gloo group for small host-side messages, the default group on CPU.
+    """
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+    dtype: torch.dtype
+    host_group: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def read_launch() -> Launch:
+    """Rank and size from the environment: torchrun's and deepspeed's names first, then Slurm's, else one process."""
+    env = os.environ
+    if "RANK" in env:
+        return Launch(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        return Launch(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"]))
+    return Launch(0, 0, 1)
+
+
+def start(config: RunConfig, launch: Launch) -> World:
+    """Joins the process group, with a finite timeout, and chooses device and precision."""
+    import deepspeed
+
+    device = _device(config, launch)
+    env = os.environ
+    env.setdefault("RANK", str(launch.rank))
+    env.setdefault("LOCAL_RANK", str(launch.local_rank))
+    env.setdefault("WORLD_SIZE", str(launch.size))
+    env.setdefault("MASTER_ADDR", _slurm_head() or "127.0.0.1")
+    if launch.size == 1:
+        env.setdefault("MASTER_PORT", str(_free_port()))
+    else:
+        env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo",
+            timeout=timedelta(seconds=config.timeout_s),
+            verbose=False,
+        )
+    host_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    dtype = torch.float32
+    if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
+        dtype = torch.bfloat16
+    return World(launch.rank, launch.local_rank, launch.size, device, dtype, host_group)
+
+
+def leave() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know after a step: losses and counts summed over ranks, and whether anybody wants to stop."""
+
+    sums: torch.Tensor
+    stop: bool
+    slowest_s: float
+
+
+def agree(world: World, sums: torch.Tensor, *, stop: bool, seconds: float) -> Agreement:
+    """The one collective of a step besides the engine's: sums, stop requests and times in one message.
+
+    Args:
+        sums: float64 [n] on the host, added up over ranks.
+        stop: this rank was asked to stop.
+        seconds: this rank's time in the step's forward and backward passes; the largest is returned.
+    """
+    slots = torch.zeros(world.size, dtype=torch.float64)
+    slots[world.rank] = seconds
+    message = torch.cat([sums.to(torch.float64), torch.tensor([float(stop)], dtype=torch.float64), slots])
+    if world.size > 1:
+        dist.all_reduce(message, group=world.host_group)
+    num = len(sums)
+    return Agreement(message[:num], bool(message[num] > 0), float(message[num + 1 :].max()))
+
+
+def barrier(world: World) -> None:
+    """Waits for every rank."""
+    if world.size > 1:
+        dist.barrier(group=world.host_group)
+
+
+def wait_for(path_exists, heartbeat_age_s, *, what: str, patience_s: float = 120.0) -> None:  # type: ignore[no-untyped-def]
+    """Waits while another process makes a file, as long as that process shows signs of life.
+
+    Args:
+        path_exists: tells whether the file is there.
+        heartbeat_age_s: seconds since the maker's last sign of life, or None if there never was one.
+        what: for the error.
+
+    Raises:
+        TimeoutError: no sign of life for `patience_s`.
+    """
+    started = time.monotonic()
+    while not path_exists():
+        age = heartbeat_age_s()
+        silent = time.monotonic() - started if age is None else age
+        if silent > patience_s:
+            raise TimeoutError(f"{what}: the process that makes it gave no sign of life for {patience_s:.0f} s")
+        time.sleep(0.2)
+
+
+def _device(config: RunConfig, launch: Launch) -> torch.device:
+    wanted = config.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _slurm_head() -> str | None:
+    """The first host of the job: Slurm gives it directly to tasks started by srun."""
+    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
