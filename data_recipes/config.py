@@ -35,14 +35,26 @@ class SourceShare:
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Sources by name with their shares; the seed decides which samples a count takes."""
+    """Sources by name with their shares; the seed decides which samples a count takes.
+
+    Attributes:
+        exclude: prepared sources (benchmarks) none of whose pictures may be trained on; they are not trained
+            on themselves.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     name: str
     seed: int
     sources: dict[str, SourceShare]
+    exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.sources:
             raise DataError(f"mixture {self.name}: `sources` is empty; name at least one.")
+        both = sorted(set(self.sources) & set(self.exclude))
+        if both:
+            raise DataError(
+                f"mixture {self.name}: {both[0]} stands in `sources` and in `exclude`; nothing of it would be "
+                "left. Remove it from one of them."
+            )

@@ -31,7 +31,7 @@ def read_mixture(configs: Path, name: str) -> MixtureConfig:
     """
     values = read_yaml(configs, "mixture", name)
     place = f"configs/mixture/{name}.yaml"
-    _refuse_unknown(place, values, ("name", "seed", "sources"))
+    _refuse_unknown(place, values, ("name", "seed", "sources", "exclude"))
     seed, sources = values.get("seed", 0), values.get("sources")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise DataError(f"{place}: `seed` is {seed!r}, and must be a whole number, 0 or more.")
@@ -54,7 +54,10 @@ def read_mixture(configs: Path, name: str) -> MixtureConfig:
             shares[str(source)] = SourceShare(**share)
         except DataError as error:
             raise DataError(f"{place}: sources.{source}.{error}") from error
-    return MixtureConfig(str(values.get("name", name)), seed, shares)
+    exclude = values.get("exclude") or []
+    if not isinstance(exclude, list) or not all(isinstance(entry, str) for entry in exclude):
+        raise DataError(f"{place}: `exclude` must be a list of names of sources, got {exclude!r}.")
+    return MixtureConfig(str(values.get("name", name)), seed, shares, tuple(exclude))
 
 
 @dataclass(frozen=True)
@@ -91,8 +94,8 @@ class Mixture:
     def open(cls, config: MixtureConfig, store_root: Path) -> "Mixture":
         """Open the stores `store_root/<source>` and choose.
 
-        A held-out picture is in the training side of no source: samples of any source that show one are
-        excluded and counted.
+        A held-out picture, or one of an excluded store, is in the training side of no source: samples of any
+        source that show one are excluded and counted.
 
         Raises:
             DataError: a store is absent or unfinished, or more is wanted than was found.
@@ -102,6 +105,7 @@ class Mixture:
         stores = {name: Store.open(store_root / name) for name in names}
         heldout = {name: _choose_heldout(stores[name], config.sources[name].holdout) for name in names}
         hidden = [_hashes_of(stores[name], heldout[name]) for name in names]
+        hidden += [Store.open(store_root / name).all_picture_hashes() for name in config.exclude]
         hidden_hashes = np.unique(np.concatenate(hidden))
         parts = []
         for name in names:

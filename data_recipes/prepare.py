@@ -94,7 +94,7 @@ def prepare(arguments: Arguments) -> None:
     if not arguments.configs.is_dir():
         raise DataError(f"no folder {arguments.configs}: start in the checkout, or name it with --configs.")
     config = read_mixture(arguments.configs, arguments.mixture) if arguments.mixture else None
-    names = sorted(config.sources) if config else list(dict.fromkeys(arguments.source))
+    names = sorted({*config.sources, *config.exclude}) if config else list(dict.fromkeys(arguments.source))
     sources = [read_source(arguments.configs, name) for name in names]
     work = [(source, _inputs_to_work_on(source, arguments)) for source in sources]
     # Before any other thread starts: the pool forks. One pool serves all sources.

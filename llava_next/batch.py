@@ -84,6 +84,9 @@ def collate(
 ) -> Batch:
     """Packs examples, in order, into one row.
 
+    Examples that hold the very same array of tiles (several questions about one picture) share its features: the
+    tower sees them once.
+
     Args:
         examples: encoded samples; none makes the row of a rank that has nothing left in this micro-step: one
             unsupervised token of id 0 with a blank tile.
@@ -97,22 +100,19 @@ def collate(
     starts = np.concatenate([[0], np.cumsum(lengths)])
     ids = [example.layout.ids for example in examples] or [np.zeros(1, dtype=np.int32)]
 
-    num_tiles = sum(len(example.tiles) for example in examples)
-    newline_row = max(num_tiles, 1) * patches_per_tile
+    tiles, first_tiles = _distinct_tiles(examples)
+    newline_row = max(sum(map(len, tiles)), 1) * patches_per_tile
     image_positions, image_sources, targets = [], [], _Targets()
-    first_tile = 0
-    for index, example in enumerate(examples):
+    for index, (example, first_tile) in enumerate(zip(examples, first_tiles, strict=True)):
         layout, start = example.layout, int(starts[index])
         offset = first_tile * patches_per_tile
         for image in layout.images:
             sources = image.token_sources()
             image_sources.append(np.where(sources == NEWLINE, newline_row, sources + offset))
             offset += image.num_tiles * patches_per_tile
-        first_tile += len(example.tiles)
         image_positions.append(start + _image_token_positions(example))
         targets.add(layout.labels, start, index, source_ids[index], per_sample)
 
-    tiles = [example.tiles for example in examples if len(example.tiles)]
     blank = np.zeros((1, tile, tile, 3), dtype=np.uint8)
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
@@ -127,6 +127,21 @@ def collate(
         target_samples=_int64(targets.samples),
         target_weights=torch.from_numpy(_joined(targets.weights, np.float32)),
     )
+
+
+def _distinct_tiles(examples: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
+    """Each array of tiles once, and for each example the number of its first tile among them."""
+    tiles: list[np.ndarray] = []
+    first_of: dict[int, int] = {}
+    first_tiles, num_tiles = [], 0
+    for example in examples:
+        if id(example.tiles) not in first_of:
+            first_of[id(example.tiles)] = num_tiles
+            num_tiles += len(example.tiles)
+            if len(example.tiles):
+                tiles.append(example.tiles)
+        first_tiles.append(first_of[id(example.tiles)])
+    return tiles, first_tiles
 
 
 class _Targets:

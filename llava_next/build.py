@@ -4,7 +4,6 @@ Each of these can be had without the ones after it: the length table needs a pro
 needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`'s.
 """
 
-import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,6 @@ VOCABULARY_MULTIPLE = 64
 """The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
 
 _TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -206,14 +203,34 @@ def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:
     own_size = AutoConfig.from_pretrained(config.path).vocab_size
     wanted, text.vocab_size = text.vocab_size, own_size
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.path, config=text, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            config.path, config=text, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.language_model.path: the weights in {config.path} were not read: {error}") from error
     finally:
         text.vocab_size = wanted
+    refuse_made_up(found, f"model.language_model.path={config.path}")
     if wanted != own_size:
         _grow_vocabulary(model, wanted)
     return model
+
+
+def refuse_made_up(found: dict[str, Any], where: str) -> None:
+    """Raises ModelError if loading left a tensor at random values, which transformers only mentions.
+
+    Args:
+        found: transformers' loading info.
+        where: for the message.
+    """
+    missing = sorted(found["missing_keys"])
+    mismatched = sorted(str(entry) for entry in found["mismatched_keys"])
+    if missing or mismatched:
+        what = f"lacks {missing[0]}" if missing else f"has another shape for {mismatched[0]}"
+        raise ModelError(
+            f"{where} {what} ({len(missing) + len(mismatched)} such tensors): they would be random; give the "
+            "directory whose config.json belongs to its weights"
+        )
 
 
 def _grow_vocabulary(model: Any, size: int) -> None:
@@ -231,9 +248,10 @@ def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
     native = AutoConfig.from_pretrained(config.path)
     native = getattr(native, "vision_config", native)
     try:
-        tower = AutoModel.from_pretrained(config.path, config=native, dtype=dtype)
+        tower, found = AutoModel.from_pretrained(config.path, config=native, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"model.vision_tower.path: the weights in {config.path} were not read: {error}") from error
+    refuse_made_up(found, f"model.vision_tower.path={config.path}")
     if vision.image_size == native.image_size:
         return tower
     resized = AutoModel.from_config(vision, dtype=dtype)

@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_next.build import Backbone
-from llava_next.config import ModelError
+from llava_next.build import Backbone, read_tokenizer, refuse_made_up
+from llava_next.config import ModelConfig, ModelError
 from llava_next.conversation import Template
 from llava_next.model import LlavaNext
 from llava_next.names import live_parameters, published_name
@@ -293,18 +294,26 @@ def chat_template(template: Template) -> str:
     )  # fmt: skip
 
 
-def read_hf(source: Path, config: Backbone) -> LlavaNext:
-    """A model that stock transformers loaded from a directory, wrapped for packed rows.
+def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
+    """A directory that `write_hf` made, loaded by stock transformers and wrapped for packed rows.
+
+    Args:
+        source: the directory; its own config, tokenizer and grids are used.
+        config: names the parts and gives the tower's image mean and standard deviation.
 
     Raises:
-        ModelError: transformers does not read it.
+        ModelError: transformers does not read it, or would make up a tensor.
     """
     try:
-        hf = LlavaNextForConditionalGeneration.from_pretrained(source)
+        hf, found = LlavaNextForConditionalGeneration.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{source} is no model that transformers reads: {error}") from error
-    tower = config.config.vision_tower
-    return LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std)
+    refuse_made_up(found, str(source))
+    tile = hf.config.vision_config.image_size
+    grids = tuple((height // tile, width // tile) for height, width in hf.config.image_grid_pinpoints)
+    backbone = Backbone(replace(config, grids=grids), hf.config, read_tokenizer(str(source)))
+    tower = config.vision_tower
+    return backbone, LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std)
 
 
 def _start(target: Path | None) -> Path | None:

@@ -55,6 +55,11 @@ def _compose() -> RunConfig | None:
 
 
 def _run(config: RunConfig) -> int:
+    import torch
+
+    from train.quiet import quiet_libraries
+
+    quiet_libraries(on_cpu=config.device == "cpu" or not torch.cuda.is_available())
     from data_recipes.sample import DataError
     from llava_next.config import ModelError
     from train.run import run

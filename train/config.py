@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_recipes.mixture import MixtureConfig
+from data_recipes.config import MixtureConfig
 from llava_next.config import ImageMode, ModelConfig, check_grids
 from llava_next.conversation import TEMPLATES
 

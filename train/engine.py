@@ -5,8 +5,7 @@ were refused when it was read.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from io import StringIO
+from contextlib import contextmanager
 from typing import Any
 
 import deepspeed
@@ -17,6 +16,7 @@ from torch import nn
 from llava_next.model import LlavaNext
 from train.config import RunConfig
 from train.optim import parameter_groups
+from train.quiet import muted_stdout
 from train.world import World
 
 
@@ -51,7 +51,7 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
         # Read by LlavaNext.forward outside of the modules that own them, so ZeRO-3 must gather them for it.
         for parameter in (model.hf.lm_head.weight, model.hf.model.image_newline):
             deepspeed.zero.register_external_parameter(model, parameter)
-    with redirect_stdout(StringIO()):
+    with muted_stdout():
         engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=engine_dictionary(config, world), dist_init_required=False
         )

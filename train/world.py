@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from train.config import RunConfig
+from train.quiet import muted_stdout
 
 EXIT_OK = 0
 EXIT_FAILED = 1
@@ -83,11 +84,12 @@ def start(config: RunConfig, launch: Launch) -> World:
     else:
         env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
     if not dist.is_initialized():
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo",
-            timeout=timedelta(seconds=config.timeout_s),
-            verbose=False,
-        )
+        with muted_stdout():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=config.timeout_s),
+                verbose=False,
+            )
     host_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
     dtype = torch.float32
     if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):

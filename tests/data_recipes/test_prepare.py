@@ -1,6 +1,7 @@
 """Owns the proofs about the program: what it makes, skips and redoes, and the sentence and exit code of each
 mistake."""
 
+import fcntl
 import json
 import os
 import re
@@ -15,7 +16,6 @@ import pytest
 import yaml
 
 from data_recipes import prepare
-from data_recipes.config import SourceShare
 from data_recipes.mixture import read_mixture
 from data_recipes.source import read_source
 from data_recipes.store import Store
@@ -199,8 +199,6 @@ def _group_lives(group: int) -> bool:
 
 def test_two_programs_do_not_write_one_store(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The second one is told, and touches nothing."""
-    import fcntl
-
     (place / "stores").mkdir()
     with (place / "stores" / ".charts.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -348,4 +346,3 @@ def test_the_shipped_mixtures_name_shipped_sources() -> None:
         "easy_vqa",
     }
     assert finetune.sources["easy_vqa"].holdout == 512
-    assert isinstance(finetune.sources["easy_vqa"], SourceShare)
