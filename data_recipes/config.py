@@ -26,9 +26,7 @@ class SourceShare:
 
     def __post_init__(self) -> None:
         if self.count is not None and self.count < 1:
-            raise DataError(
-                f"count: {self.count} is below 1; leave it out (or null) for all, or drop the source."
-            )
+            raise DataError(f"count: {self.count} is below 1; leave it out (or null) for all, or drop the source.")
         if self.holdout < 0:
             raise DataError(f"holdout: {self.holdout} is negative; 0 holds out nothing.")
 

@@ -44,12 +44,8 @@ def read_mixture(configs: Path, name: str) -> MixtureConfig:
             raise DataError(f"{place}: `sources.{source}` is {share!r}; write {{count: {share}}}.")
         _refuse_unknown(f"{place}: sources.{source}", share, ("count", "holdout"))
         for key, value in share.items():
-            if isinstance(value, bool) or not isinstance(
-                value, int | (type(None) if key == "count" else int)
-            ):
-                raise DataError(
-                    f"{place}: `sources.{source}.{key}` is {value!r}, and must be a whole number."
-                )
+            if isinstance(value, bool) or not isinstance(value, int | (type(None) if key == "count" else int)):
+                raise DataError(f"{place}: `sources.{source}.{key}` is {value!r}, and must be a whole number.")
         try:
             shares[str(source)] = SourceShare(**share)
         except DataError as error:
@@ -174,9 +170,7 @@ class Mixture:
         for part in self._parts:
             if part.store.name == source:
                 return part
-        raise DataError(
-            f"mixture {self.config.name} has no source {source!r}; it has {', '.join(self.source_names)}."
-        )
+        raise DataError(f"mixture {self.config.name} has no source {source!r}; it has {', '.join(self.source_names)}.")
 
 
 def _choose_heldout(store: Store, num_wanted: int) -> _Rows:
@@ -196,11 +190,7 @@ def _choose_heldout(store: Store, num_wanted: int) -> _Rows:
         own = pictures[starts[row] : starts[row + 1]]
         # Text-only samples are groups of their own, numbered below zero to keep them apart from pictures.
         group = int(group_of_picture[own[0]]) if len(own) else -1 - row
-        key = (
-            min(bytes(hashes[p]).decode() for p in own)
-            if len(own)
-            else hashlib.sha256(ids[row].encode()).hexdigest()
-        )
+        key = min(bytes(hashes[p]).decode() for p in own) if len(own) else hashlib.sha256(ids[row].encode()).hexdigest()
         groups.setdefault(group, []).append(row)
         keys[group] = min(keys.get(group, key), key)
     chosen: list[int] = []

@@ -40,9 +40,7 @@ def num_steps(num_samples: int, batch_size: int, epochs: float) -> int:
     return ceil(_num_visits(num_samples, batch_size, epochs) / batch_size)
 
 
-def samples_of_step(
-    step: int, num_samples: int, batch_size: int, seed: int, epochs: float
-) -> npt.NDArray[np.int64]:
+def samples_of_step(step: int, num_samples: int, batch_size: int, seed: int, epochs: float) -> npt.NDArray[np.int64]:
     """The sample numbers of optimizer step `step`, counted from 0; a pure function of its arguments.
 
     Returns:

@@ -24,17 +24,13 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_recipes.sample import Reason, Reject, Sample
 
-MAX_PIXELS = (
-    100_000_000  # a page scanned at 600 dpi has 35 million; a decompression bomb claims thousands of millions
-)
+MAX_PIXELS = 100_000_000  # a page scanned at 600 dpi has 35 million; a decompression bomb claims thousands of millions
 MAX_BYTES = 256 * 2**20
 MAX_ASPECT_RATIO = 100
 # Pillow knows more, some of which call other programs (EPS). Cameras' MPO files count as JPEG.
 Image.init()
 FORMATS = tuple(
-    kind
-    for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-    if kind in Image.OPEN
+    kind for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if kind in Image.OPEN
 )
 
 _CHUNK_SAMPLES = 8
@@ -171,9 +167,7 @@ class PicturePool:
         if self._executor is not None:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def load_in_order(
-        self, items: Iterable[Sample | Reject]
-    ) -> Iterator[tuple[Sample, list[LoadedPicture]] | Reject]:
+    def load_in_order(self, items: Iterable[Sample | Reject]) -> Iterator[tuple[Sample, list[LoadedPicture]] | Reject]:
         """Each sample with its loaded pictures, or a `Reject` if one cannot be used. Rejects pass."""
         source = iter(items)
         under_way: deque[tuple[list[Sample | Reject], Future[list[_Outcome]] | list[_Outcome]]] = deque()
@@ -202,9 +196,7 @@ def _join(
             yield item
             continue
         loaded = next(outcomes)
-        yield (
-            Reject(item.id, loaded[0], loaded[1], item.place) if isinstance(loaded, tuple) else (item, loaded)
-        )
+        yield (Reject(item.id, loaded[0], loaded[1], item.place) if isinstance(loaded, tuple) else (item, loaded))
 
 
 def _load_chunk(wanted: list[tuple[Path | bytes, ...]]) -> list[_Outcome]:
@@ -219,13 +211,9 @@ def _load_chunk(wanted: list[tuple[Path | bytes, ...]]) -> list[_Outcome]:
 
 def _check_size(height: int, width: int) -> None:
     if height * width > MAX_PIXELS:
-        raise PictureError(
-            Reason.PICTURE_TOO_LARGE, f"{height} x {width} pixels; the limit is {MAX_PIXELS} in all"
-        )
+        raise PictureError(Reason.PICTURE_TOO_LARGE, f"{height} x {width} pixels; the limit is {MAX_PIXELS} in all")
     if min(height, width) < 1 or max(height, width) > MAX_ASPECT_RATIO * min(height, width):
-        raise PictureError(
-            Reason.ASPECT_RATIO, f"{height} x {width} pixels; the limit is 1:{MAX_ASPECT_RATIO}"
-        )
+        raise PictureError(Reason.ASPECT_RATIO, f"{height} x {width} pixels; the limit is 1:{MAX_ASPECT_RATIO}")
 
 
 def _start_worker(parent: int) -> None:

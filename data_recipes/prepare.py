@@ -52,9 +52,7 @@ def parse(argv: Sequence[str] | None = None) -> Arguments:
     parser.add_argument("--raw", type=Path, required=True, help="the folder that holds the raw folders")
     parser.add_argument("--stores", type=Path, required=True, help="where the stores go, one folder a source")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers", type=int, default=cores, help="processes that decode pictures (%(default)s)"
-    )
+    parser.add_argument("--workers", type=int, default=cores, help="processes that decode pictures (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first bad record")
     parser.add_argument("--configs", type=Path, default=Path("configs"), help="the YAML folder (%(default)s)")
     arguments = Arguments(**vars(parser.parse_args(argv)))
@@ -75,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenProcessPool:
         return _fail(
             1,
-            "a process that decodes pictures was killed, most likely for want of memory. Try fewer "
-            "--workers.",
+            "a process that decodes pictures was killed, most likely for want of memory. Try fewer --workers.",
         )
     except OSError as error:
         return _fail(1, f"{error}. Finished stores are whole; start again once this is mended.")
@@ -118,9 +115,7 @@ def _inputs_to_work_on(source: SourceInfo, arguments: Arguments) -> dict[str, st
     if kept.get("recipe") == recipe and not (arguments.raw / source.root).is_dir():
         print(f"{source.name}: already prepared (its raw folder is gone, its store is kept)")
         return None
-    source.samples(
-        arguments.raw
-    )  # a generator: nothing is read yet, but reader, options and folder are checked
+    source.samples(arguments.raw)  # a generator: nothing is read yet, but reader, options and folder are checked
     inputs = {"recipe": recipe, "raw": raw_digest(source.raw_folder(arguments.raw), arguments.stores)}
     if kept == inputs:
         assert manifest is not None
@@ -146,10 +141,7 @@ def _make_store(source: SourceInfo, inputs: dict[str, str], arguments: Arguments
                 on_record=bar.update,
             )
     left_out = sum(report.rejects.values())
-    print(
-        f"{source.name}: {report.num_samples:,} samples, {report.num_pictures:,} pictures, {left_out:,} "
-        f"left out"
-    )
+    print(f"{source.name}: {report.num_samples:,} samples, {report.num_pictures:,} pictures, {left_out:,} left out")
 
 
 @contextmanager
@@ -160,9 +152,7 @@ def _only_one(path: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise DataError(
-                f"another prepare is writing {path}; wait for it, or use another --stores."
-            ) from None
+            raise DataError(f"another prepare is writing {path}; wait for it, or use another --stores.") from None
         try:
             yield
         finally:

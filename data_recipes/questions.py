@@ -38,6 +38,6 @@ def by_hash(questions: Sequence[tuple[str, str]], num_wanted: int | None = None)
     A hash mixes the kinds of questions that files list in blocks, needs no seed, and a smaller number is
     always a part of a larger one.
     """
-    return sorted(
-        questions, key=lambda pair: hashlib.sha256("\n".join(pair).encode("utf-8", "replace")).digest()
-    )[:num_wanted]
+    return sorted(questions, key=lambda pair: hashlib.sha256("\n".join(pair).encode("utf-8", "replace")).digest())[
+        :num_wanted
+    ]

@@ -150,11 +150,7 @@ def check(sample: Sample) -> Reject | None:
                 Reason.WRONG_ENCODING, f"{name}, character {error.start}: not UTF-8, or half a surrogate pair"
             )
 
-    spoken = (
-        sample.messages[1:]
-        if sample.messages[:1] and sample.messages[0].role == "system"
-        else sample.messages
-    )
+    spoken = sample.messages[1:] if sample.messages[:1] and sample.messages[0].role == "system" else sample.messages
     if not any(message.role == "assistant" for message in spoken):
         return reject(Reason.NO_ANSWER, f"none of {len(sample.messages)} turns is an answer")
     if spoken[0].role != "user":
@@ -170,11 +166,7 @@ def check(sample: Sample) -> Reject | None:
     asked = sum(m.text.count(IMAGE_PLACEHOLDER) for m in spoken if m.role == "user")
     elsewhere = sum(m.text.count(IMAGE_PLACEHOLDER) for m in sample.messages if m.role != "user")
     if elsewhere:
-        return reject(
-            Reason.PLACEHOLDER_MISMATCH, f"{elsewhere} {IMAGE_PLACEHOLDER} outside the user's turns"
-        )
+        return reject(Reason.PLACEHOLDER_MISMATCH, f"{elsewhere} {IMAGE_PLACEHOLDER} outside the user's turns")
     if asked != len(sample.pictures):
-        return reject(
-            Reason.PLACEHOLDER_MISMATCH, f"{asked} {IMAGE_PLACEHOLDER} for {len(sample.pictures)} pictures"
-        )
+        return reject(Reason.PLACEHOLDER_MISMATCH, f"{asked} {IMAGE_PLACEHOLDER} for {len(sample.pictures)} pictures")
     return None

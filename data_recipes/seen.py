@@ -21,16 +21,12 @@ class SeenIndex:
         self._db.execute("PRAGMA synchronous=OFF")
         self._db.execute("PRAGMA cache_size=-16384")
         self._db.execute("CREATE TABLE pictures (sha256 BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
-        self._db.execute(
-            "CREATE TABLE samples (id TEXT, content BLOB, PRIMARY KEY (id, content)) WITHOUT ROWID"
-        )
+        self._db.execute("CREATE TABLE samples (id TEXT, content BLOB, PRIMARY KEY (id, content)) WITHOUT ROWID")
         self._db.execute("BEGIN")
 
     def picture_row(self, sha256: str) -> int | None:
         """The row of a picture that was met before, else None."""
-        found = self._db.execute(
-            "SELECT row FROM pictures WHERE sha256 = ?", (bytes.fromhex(sha256),)
-        ).fetchone()
+        found = self._db.execute("SELECT row FROM pictures WHERE sha256 = ?", (bytes.fromhex(sha256),)).fetchone()
         return None if found is None else int(found[0])
 
     def add_picture(self, sha256: str, row: int) -> None:
@@ -39,16 +35,11 @@ class SeenIndex:
 
     def has_id(self, sample_id: str) -> bool:
         """Was there a sample of this id?"""
-        return (
-            self._db.execute("SELECT 1 FROM samples WHERE id = ? LIMIT 1", (sample_id,)).fetchone()
-            is not None
-        )
+        return self._db.execute("SELECT 1 FROM samples WHERE id = ? LIMIT 1", (sample_id,)).fetchone() is not None
 
     def has_sample(self, sample_id: str, content: bytes) -> bool:
         """Was there a sample of this id with this content?"""
-        row = self._db.execute(
-            "SELECT 1 FROM samples WHERE id = ? AND content = ?", (sample_id, content)
-        ).fetchone()
+        row = self._db.execute("SELECT 1 FROM samples WHERE id = ? AND content = ?", (sample_id, content)).fetchone()
         return row is not None
 
     def add_sample(self, sample_id: str, content: bytes) -> None:

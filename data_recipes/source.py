@@ -142,9 +142,7 @@ def read_source(configs: Path, name: str) -> SourceInfo:
             raise DataError(f"{place}: `{key}` is {value!r}, and must be {names}.")
     info = SourceInfo(name=name, **values)
     if not 0 <= info.max_reject_share <= 1:
-        raise DataError(
-            f"{place}: `max_reject_share` is {info.max_reject_share}, and must lie between 0 and 1."
-        )
+        raise DataError(f"{place}: `max_reject_share` is {info.max_reject_share}, and must lie between 0 and 1.")
     return info
 
 
@@ -164,9 +162,7 @@ def read_yaml(configs: Path, group: str, name: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load((configs / group / f"{name}.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise DataError(
-            f"{configs / group / name}.yaml is not YAML: {' '.join(str(error).split())}"
-        ) from error
+        raise DataError(f"{configs / group / name}.yaml is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise DataError(f"{configs / group / name}.yaml must hold keys and values.")
     return values

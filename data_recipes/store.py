@@ -151,19 +151,13 @@ class Store:
         command = f"python -m data_recipes.prepare --source {path.name} --raw RAW_ROOT --stores {path.parent}"
         manifest = read_manifest(path)
         if manifest is None:
-            half = (
-                " (an unfinished one lies beside it)"
-                if path.with_name(path.name + ".partial").exists()
-                else ""
-            )
+            half = " (an unfinished one lies beside it)" if path.with_name(path.name + ".partial").exists() else ""
             raise DataError(f"no complete store at {path}{half}. Make it: {command}")
         store = cls(path, manifest)
         try:
             found = (len(store._samples), len(store._pictures))
         except (OSError, KeyError, ValueError) as error:
-            raise DataError(
-                f"the store at {path} is damaged ({error}). Remove it and make it: {command}"
-            ) from error
+            raise DataError(f"the store at {path} is damaged ({error}). Remove it and make it: {command}") from error
         if found != (manifest["num_samples"], manifest["num_pictures"]):
             raise DataError(
                 f"the store at {path} holds {found[0]} samples and {found[1]} pictures, its manifest says "
@@ -233,9 +227,7 @@ class Store:
 
     def _sizes_hw(self, rows: list[int]) -> tuple[tuple[int, int], ...]:
         if self._sizes is None:
-            columns = [
-                np.asarray(self._pictures.data.column(name).to_numpy()) for name in ("height", "width")
-            ]
+            columns = [np.asarray(self._pictures.data.column(name).to_numpy()) for name in ("height", "width")]
             self._sizes = np.stack(columns, axis=1)
         return tuple((int(self._sizes[row, 0]), int(self._sizes[row, 1])) for row in rows)
 

@@ -72,9 +72,7 @@ class StoreTables:
         self.rejects: Counter[str] = Counter()
         self.repairs: Counter[str] = Counter()
 
-    def add(
-        self, item: tuple[Sample, list[LoadedPicture]] | Reject, quarantine: IO[str], strict: bool
-    ) -> None:
+    def add(self, item: tuple[Sample, list[LoadedPicture]] | Reject, quarantine: IO[str], strict: bool) -> None:
         self.num_records += 1
         result = item if isinstance(item, Reject) else self._add_sample(*item)
         if result is None:

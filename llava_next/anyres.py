@@ -71,18 +71,17 @@ class ImageLayout:
 def select_grid(size_hw: SizeHW, grids: tuple[Grid, ...], tile: int) -> Grid:
     """The grid that shows most of the picture's own pixels, and among equals wastes least; ties go to the first.
 
-    Exact form of `select_best_resolution` (LLaVA, `mm_utils.py`).
+    `select_best_resolution` (LLaVA, `mm_utils.py`; transformers), in its floating point on purpose: where the
+    product falls just below a whole number, int() takes a pixel away and about one size in ten thousand goes to
+    another grid than exact arithmetic would choose. What is served must be cut as what was trained.
     """
     height, width = size_hw
     best: Grid | None = None
     best_effective, best_waste = 0, math.inf
     for rows, cols in grids:
         canvas_h, canvas_w = rows * tile, cols * tile
-        if canvas_w * height < canvas_h * width:
-            scaled_h, scaled_w = height * canvas_w // width, canvas_w
-        else:
-            scaled_h, scaled_w = canvas_h, width * canvas_h // height
-        effective = min(scaled_h * scaled_w, height * width)
+        scale = min(canvas_w / width, canvas_h / height)
+        effective = min(int(width * scale) * int(height * scale), height * width)
         waste = canvas_h * canvas_w - effective
         if effective > best_effective or (effective == best_effective and waste < best_waste):
             best, best_effective, best_waste = (rows, cols), effective, waste
@@ -169,9 +168,7 @@ def cut_tiles(image: Image.Image, layout: ImageLayout, tile: int) -> np.ndarray:
     new_h, new_w = resized_hw(layout.size_hw, (rows * tile, cols * tile))
     canvas = np.zeros((rows * tile, cols * tile, 3), dtype=np.uint8)
     top, left = (rows * tile - new_h) // 2, (cols * tile - new_w) // 2
-    canvas[top : top + new_h, left : left + new_w] = np.asarray(
-        image.resize((new_w, new_h), Image.Resampling.BICUBIC)
-    )
+    canvas[top : top + new_h, left : left + new_w] = np.asarray(image.resize((new_w, new_h), Image.Resampling.BICUBIC))
     tiles = canvas.reshape(rows, tile, cols, tile, 3).swapaxes(1, 2).reshape(rows * cols, tile, tile, 3)
     return np.concatenate([base[None], tiles])
 

@@ -96,14 +96,20 @@ def place_image(text: str) -> str:
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
 
 
-_CHATML_TURNS = {
-    "system_format": "<|im_start|>system\n{text}<|im_end|>\n",
-    "question_format": "<|im_start|>user\n{text}<|im_end|>\n",
-    "header": "<|im_start|>assistant\n",
-    "answer_format": "{text}",
-    "end": "<|im_end|>",
-    "between": "\n",
-}
+def _chatml(name: str, default_system: str | None) -> Template:
+    """Standard ChatML: a newline follows every end token."""
+    return Template(
+        name=name,
+        system_format="<|im_start|>system\n{text}<|im_end|>\n",
+        default_system=default_system,
+        question_format="<|im_start|>user\n{text}<|im_end|>\n",
+        header="<|im_start|>assistant\n",
+        answer_format="{text}",
+        end="<|im_end|>",
+        between="\n",
+        bos=False,
+    )
+
 
 _TEMPLATES = (
     Template(
@@ -168,9 +174,9 @@ _TEMPLATES = (
         between="",
         bos=True,
     ),
-    Template(name="qwen_1_5", default_system="You are a helpful assistant.", bos=False, **_CHATML_TURNS),
+    _chatml("qwen_1_5", "You are a helpful assistant."),
     # SmolLM2-Instruct speaks ChatML; without a system turn, as short as its format allows.
-    Template(name="chatml", default_system=None, bos=False, **_CHATML_TURNS),
+    _chatml("chatml", None),
 )
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _TEMPLATES}

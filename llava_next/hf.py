@@ -28,7 +28,7 @@ from llava_next.build import Backbone, read_tokenizer, refuse_made_up
 from llava_next.config import ModelConfig, ModelError
 from llava_next.conversation import Template
 from llava_next.model import LlavaNext
-from llava_next.names import live_parameters, published_name
+from llava_next.names import published_name
 from llava_next.processor import Processor
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
@@ -125,6 +125,20 @@ def load_weights(model: LlavaNext, backbone: Backbone, source: Path) -> str:
         f"stage.init_from={source} holds neither a connector ({_CONTRACT}) nor a model (config.json); run stage=align "
         "first, or start from fresh parts with stage.init_from=null"
     )
+
+
+def live_parameters(model: LlavaNext) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter with its live name, the tower's upper layers included (they are kept aside, see `model.py`).
+
+    A head that shares the embedding's tensor is left out, as published checkpoints leave it out.
+    """
+    tied = model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not (tied and name.startswith("hf.lm_head.")):
+            yield name, parameter
+    for index, layer in enumerate(model.upper_tower_layers, start=model.num_tower_layers):
+        for name, parameter in layer.named_parameters():
+            yield f"{model.tower_layers_name}.{index}.{name}", parameter
 
 
 def _load_connector(model: LlavaNext, backbone: Backbone, source: Path) -> str:

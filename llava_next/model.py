@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import LlavaNextForConditionalGeneration
+from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 
 from llava_next.attention import SEGMENT_ATTENTION, refuse_unsupported, register
 from llava_next.batch import Batch
@@ -56,6 +56,9 @@ class LlavaNext(nn.Module):
     Raises:
         ModelError: the language model attends in a way that packing does not implement.
     """
+
+    tile_scale: torch.Tensor
+    tile_shift: torch.Tensor
 
     def __init__(
         self,
@@ -184,7 +187,7 @@ def _unread_tower_parameters(model: LlavaNext) -> Iterator[str]:
             yield name
 
 
-def _encoder_layers(tower: nn.Module) -> tuple[str, nn.ModuleList]:
+def _encoder_layers(tower: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     depth = tower.config.num_hidden_layers
     found = [(n, m) for n, m in tower.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if len(found) != 1:

@@ -4,12 +4,6 @@ Only this file and `hf.py` know how tensors are called on disk. The published na
 checkpoints, which transformers, vLLM and TGI all read; what transformers 5 itself writes is not.
 """
 
-from collections.abc import Iterator
-
-import torch
-
-from llava_next.model import LlavaNext
-
 _TOWERS_WITH_PREFIX = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 """Towers whose published checkpoints say `vision_tower.vision_model.`, which today's module tree leaves out."""
 
@@ -27,17 +21,3 @@ def published_name(live: str, tower_type: str) -> str:
         if live.startswith(prefix):
             return published + live.removeprefix(prefix)
     raise KeyError(live)
-
-
-def live_parameters(model: LlavaNext) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Every parameter with its live name, the tower's upper layers included (they are kept aside, see `model.py`).
-
-    A head that shares the embedding's tensor is left out, as published checkpoints leave it out.
-    """
-    tied = model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not (tied and name.startswith("hf.lm_head.")):
-            yield name, parameter
-    for index, layer in enumerate(model.upper_tower_layers, start=model.num_tower_layers):
-        for name, parameter in layer.named_parameters():
-            yield f"{model.tower_layers_name}.{index}.{name}", parameter

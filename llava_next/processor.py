@@ -137,9 +137,7 @@ class Processor:
             raise SampleRejected(RejectReason.NO_SUPERVISED, f"{len(ids)} tokens, none of them of an answer")
         return SampleLayout(ids, labels, images, self.image_token_id, num_rounds - len(round_ends))
 
-    def encode(
-        self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW], pictures: Sequence[bytes]
-    ) -> Example:
+    def encode(self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW], pictures: Sequence[bytes]) -> Example:
         """The layout and the tiles. Errors are those of `layout`, and OSError for bytes that are no picture."""
         layout = self.layout(messages, sizes_hw)
         tile = self.config.tile

@@ -107,7 +107,7 @@ trap 'exit 143' TERM
 # once, in one process, while assets are fetched and drawn. A process group of its own, so that it ends whole.
 start_ops() {
     mkdir -p "$OUT"
-    setsid python -m train.ops --build >"$OUT/ops.log" 2>&1 &
+    setsid python -m train.ops >"$OUT/ops.log" 2>&1 &
     ops=$!
     background+=("$ops")
     say "      goes on in the background (log: $OUT/ops.log)"
@@ -135,14 +135,14 @@ PATH=$(dirname "${LLAVA_NEXT_PYTHON:-$PWD/.venv/bin/python}"):$PATH
 export PATH
 step "DeepSpeed's CPU op, compiled once" start_ops
 step "Real tower, tokenizer, pictures and texts" python scripts/quickstart/assets.py --set quickstart
-step "Raw data in the layouts of the real sources" python scripts/quickstart/draw.py --out "$RAW"
+step "Raw data in the layouts of the real sources" python scripts/quickstart/draw.py --raw "$RAW"
 step "Stores for stage 1" prepare quickstart_align
 step "Stores for stage 2" prepare quickstart_finetune
 step "Waiting for DeepSpeed's op" await_ops
 step_once "$OUT/align/connector" "Stage 1: the connector learns" train_stage align
 step_once "$OUT/finetune/export" "Stage 2: every part learns" train_stage finetune
 step_once "$OUT/evaluation.json" "Questions about pictures that it never saw" \
-    python -m train.evaluate --run "$OUT/finetune" --out "$OUT/evaluation.json"
+    python -m train.evaluate "$OUT/finetune" --out "$OUT/evaluation.json"
 step "Summary" python scripts/quickstart/summary.py --out "$OUT"
 
 printf '\nquickstart: done in %s. Everything lies in %s; start with %s/summary.json.\n' "$(clock)" "$OUT" "$OUT"

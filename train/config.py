@@ -219,9 +219,7 @@ def _check_values(config: RunConfig) -> None:
     stage, packing = config.stage, config.packing
     for part, rate in stage.learning_rates.items():
         if part not in PARTS:
-            raise ConfigError(
-                f"stage.learning_rates.{part}: there is no such part; the parts are {', '.join(PARTS)}"
-            )
+            raise ConfigError(f"stage.learning_rates.{part}: there is no such part; the parts are {', '.join(PARTS)}")
         if rate is not None and rate <= 0:
             raise ConfigError(f"stage.learning_rates.{part} must be above 0, got {rate}; leave it out to freeze it")
     if not stage.rates:
@@ -300,7 +298,11 @@ def explain(text: str) -> str:
     if unknown and ("not in struct" in text or "Could not override" in text):
         key = unknown.group(1)
         return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
-    choice = re.search(r"Could not find '([^']+)'(?:.*?Available options in '[^']+':\s*(.*?))?(?:Config search|$)", text, re.S)
+    choice = re.search(
+        r"Could not find '([^']+)'(?:.*?Available options in '[^']+':\s*(.*?))?(?:Config search|$)",
+        text,
+        re.S,
+    )
     if choice:
         group, _, name = choice.group(1).rpartition("/")
         known = ", ".join((choice.group(2) or "").split())

@@ -53,7 +53,10 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
             deepspeed.zero.register_external_parameter(model, parameter)
     with muted_stdout():
         engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=engine_dictionary(config, world), dist_init_required=False
+            model=model,
+            optimizer=optimizer,
+            config=engine_dictionary(config, world),
+            dist_init_required=False,
         )
     return engine
 

@@ -61,7 +61,13 @@ def data_fingerprint(mixture: Mixture, processor: Processor) -> str:
 
 
 def open_table(
-    mixture: Mixture, processor: Processor, folder: Path, *, is_writer: bool, num_workers: int, show_progress: bool
+    mixture: Mixture,
+    processor: Processor,
+    folder: Path,
+    *,
+    is_writer: bool,
+    num_workers: int,
+    show_progress: bool,
 ) -> LengthTable:
     """The table of this mixture and processor, made first if there is none.
 
@@ -106,7 +112,12 @@ def _age_s(path: Path) -> float | None:
 
 
 def _write(
-    mixture: Mixture, processor: Processor, place: Path, fingerprint: str, num_workers: int, show_progress: bool
+    mixture: Mixture,
+    processor: Processor,
+    place: Path,
+    fingerprint: str,
+    num_workers: int,
+    show_progress: bool,
 ) -> None:
     partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
     partial.mkdir(parents=True, exist_ok=True)
@@ -145,9 +156,7 @@ _shared: tuple[Mixture, Processor] | None = None
 
 
 def _count_all(mixture: Mixture, processor: Processor, num_workers: int) -> "Iterator[_Counted]":
-    ranges = [
-        range(start, min(start + _CHUNK, mixture.num_samples)) for start in range(0, mixture.num_samples, _CHUNK)
-    ]
+    ranges = [range(start, min(start + _CHUNK, mixture.num_samples)) for start in range(0, mixture.num_samples, _CHUNK)]
     if num_workers == 1 or len(ranges) <= 2:
         _set_shared(mixture, processor)
         yield from map(_count, ranges)
@@ -179,13 +188,22 @@ def _count(numbers: range) -> _Counted:
             layout = processor.layout(text.messages, text.sizes_hw)
         except SampleRejected as rejected:
             rejects.append(
-                {"id": text.id, "source": text.source, "reason": rejected.reason.value, "detail": rejected.detail}
+                {
+                    "id": text.id,
+                    "source": text.source,
+                    "reason": rejected.reason.value,
+                    "detail": rejected.detail,
+                }
             )
             continue
         cut += layout.num_rounds_cut
         rows.append(
-            (number, layout.num_tokens, layout.num_supervised, layout.num_tiles, int(mixture.source_ids[number]))
+            (
+                number,
+                layout.num_tokens,
+                layout.num_supervised,
+                layout.num_tiles,
+                int(mixture.source_ids[number]),
+            )
         )
     return np.array(rows, dtype=ROW), rejects, cut
-
-

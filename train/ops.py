@@ -55,7 +55,11 @@ def ensure_built(timeout_s: float = 900.0, *, say: bool = True) -> None:
         if marker.exists():
             return
         if say:
-            print("compiling DeepSpeed's CPU collectives, once (about a minute) ...", file=sys.stderr, flush=True)
+            print(
+                "compiling DeepSpeed's CPU collectives, once (about a minute) ...",
+                file=sys.stderr,
+                flush=True,
+            )
         for stale in folder.rglob("lock"):
             stale.unlink()
         _compile(timeout_s)
@@ -90,9 +94,7 @@ def _compile(timeout_s: float) -> None:
         raise
     if process.returncode:
         last = "\n".join(output.strip().splitlines()[-15:])
-        raise OpBuildError(
-            f"DeepSpeed's CPU op did not compile; it needs a C++ compiler and Python's headers:\n{last}"
-        )
+        raise OpBuildError(f"DeepSpeed's CPU op did not compile; it needs a C++ compiler and Python's headers:\n{last}")
 
 
 @contextmanager
@@ -105,7 +107,11 @@ def _locked(path: Path, timeout_s: float, say: bool) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if say and not told:
-                    print("waiting for another process that compiles DeepSpeed's CPU op", file=sys.stderr, flush=True)
+                    print(
+                        "waiting for another process that compiles DeepSpeed's CPU op",
+                        file=sys.stderr,
+                        flush=True,
+                    )
                     told = True
                 if time.monotonic() - started > timeout_s:
                     raise OpBuildError(

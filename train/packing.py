@@ -32,9 +32,7 @@ class Deal:
         return len(self.rows)
 
 
-def deal(
-    tokens: np.ndarray, tiles: np.ndarray, *, num_ranks: int, budgets: PackingConfig, costs: StepCosts
-) -> Deal:
+def deal(tokens: np.ndarray, tiles: np.ndarray, *, num_ranks: int, budgets: PackingConfig, costs: StepCosts) -> Deal:
     """Deals a step's samples into the fewest micro-steps that keep both budgets, balanced by cost.
 
     Longest processing time first: samples by falling cost, each into the cheapest row that has room for it. When one

@@ -121,7 +121,12 @@ def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> Non
 
 
 def _opening(
-    config: RunConfig, world: World, table: LengthTable, num_steps: int, resumed_from: Path | None, first_step: int
+    config: RunConfig,
+    world: World,
+    table: LengthTable,
+    num_steps: int,
+    resumed_from: Path | None,
+    first_step: int,
 ) -> str:
     stage = config.stage
     origin = f"resumed from {resumed_from} at step {first_step}" if resumed_from else "started afresh"
@@ -143,7 +148,9 @@ def _write_result(config: RunConfig, model: LlavaNext, backbone: Backbone, world
         write_connector(model, backbone, target if world.is_main else None, gathered)
     else:
         processor = backbone.processor(
-            template=config.stage.template, image_mode=config.stage.image_mode, max_length=config.stage.max_length
+            template=config.stage.template,
+            image_mode=config.stage.image_mode,
+            max_length=config.stage.max_length,
         )
         write_hf(model, backbone, processor, target if world.is_main else None, gathered)
     log.say(f"wrote {target} ({time.monotonic() - started:.1f} s)")

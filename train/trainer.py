@@ -110,9 +110,7 @@ class Trainer:
             sums[:num_sources] += loss.by_source
             sums[num_sources:] += loss.tokens_by_source
         on_host = sums.cpu()
-        agreement = agree(
-            self.world, on_host, stop=self.stop_signal.asked, seconds=time.monotonic() - started - waited
-        )
+        agreement = agree(self.world, on_host, stop=self.stop_signal.asked, seconds=time.monotonic() - started - waited)
         self._check(plan, agreement)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()

@@ -41,9 +41,7 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
             if isinstance(answer, list) and len(answer) == 1:  # the mirror on the hub wraps each label
                 answer = answer[0]
             if not isinstance(name, str) or not isinstance(question, str) or not isinstance(answer, str):
-                yield Reject(
-                    place, Reason.NOT_A_STRING, "`imgname`, `query` and `label` must be strings", place
-                )
+                yield Reject(place, Reason.NOT_A_STRING, "`imgname`, `query` and `label` must be strings", place)
             elif not answer.strip():
                 yield Reject(place, Reason.EMPTY_ANSWER, f"no label for {question[:60]!r}", place)
             else:

@@ -38,9 +38,7 @@ def samples(root: Path, annotations: str, image_root: str = ".") -> Iterator[Sam
         names = record.get("image")
         names = [] if names is None else names if isinstance(names, list) else [names]
         if not all(isinstance(name, str) for name in names):
-            yield Reject(
-                sample_id, Reason.NOT_A_STRING, "`image` is neither a path nor a list of paths", place
-            )
+            yield Reject(sample_id, Reason.NOT_A_STRING, "`image` is neither a path nor a list of paths", place)
             continue
         try:
             pictures = [inside(pictures_root, name) for name in names]

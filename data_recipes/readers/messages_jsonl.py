@@ -42,9 +42,7 @@ def samples(root: Path, annotations: str, image_root: str = ".") -> Iterator[Sam
         images = [] if images is None else images if isinstance(images, list) else [images]
         names: list[Any] = [image.get("path") if isinstance(image, dict) else image for image in images]
         if not all(isinstance(name, str) for name in names):
-            yield Reject(
-                sample_id, Reason.NOT_A_STRING, '`images` holds neither paths nor {"path": ...}', place
-            )
+            yield Reject(sample_id, Reason.NOT_A_STRING, '`images` holds neither paths nor {"path": ...}', place)
             continue
         try:
             pictures = [inside(pictures_root, name) for name in names]

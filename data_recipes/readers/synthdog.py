@@ -44,13 +44,9 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
             continue
         text = transcription(record.get("ground_truth"))
         if text is None:
-            yield Reject(
-                sample_id, Reason.BROKEN_RECORD, "`ground_truth` has no gt_parse.text_sequence", place
-            )
+            yield Reject(sample_id, Reason.BROKEN_RECORD, "`ground_truth` has no gt_parse.text_sequence", place)
             continue
-        yield assemble(
-            sample_id, [("user", f"{IMAGE_PLACEHOLDER}\n{PROMPT}"), ("assistant", text)], [picture], place
-        )
+        yield assemble(sample_id, [("user", f"{IMAGE_PLACEHOLDER}\n{PROMPT}"), ("assistant", text)], [picture], place)
 
 
 def transcription(ground_truth: object) -> str | None:

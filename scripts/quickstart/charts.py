@@ -65,13 +65,9 @@ def kinds(table: Table) -> list[str]:
 def choose_style(table: Table, fonts: list[Path], rng: random.Random) -> Style:
     """A random style that suits the table."""
     kind = rng.choice(kinds(table))
-    sizes = [
-        size for size in SIZES_HW if kind not in ("line", "bar") or size[1] >= 400 or len(table.labels) <= 5
-    ]
+    sizes = [size for size in SIZES_HW if kind not in ("line", "bar") or size[1] >= 400 or len(table.labels) <= 5]
     tint = rng.choice(((255, 255, 255), (255, 255, 255), (250, 248, 242), (244, 247, 250)))
-    return Style(
-        kind, rng.choice(sizes), rng.choice(list(PALETTE)), rng.choice(fonts) if fonts else None, tint
-    )
+    return Style(kind, rng.choice(sizes), rng.choice(list(PALETTE)), rng.choice(fonts) if fonts else None, tint)
 
 
 @lru_cache(maxsize=512)
@@ -86,18 +82,12 @@ class _Canvas:
     def __init__(self, style: Style) -> None:
         self.height, self.width = style.size_hw
         self.font_path = style.font
-        self.image = Image.new(
-            "RGB", (self.width * _OVERSAMPLING, self.height * _OVERSAMPLING), style.background
-        )
+        self.image = Image.new("RGB", (self.width * _OVERSAMPLING, self.height * _OVERSAMPLING), style.background)
         self.draw = ImageDraw.Draw(self.image)
 
     def font(self, size: float) -> Font:
         pixels = round(size * _OVERSAMPLING)
-        return (
-            ImageFont.load_default(pixels)
-            if self.font_path is None
-            else ImageFont.truetype(self.font_path, pixels)
-        )
+        return ImageFont.load_default(pixels) if self.font_path is None else ImageFont.truetype(self.font_path, pixels)
 
     def text(self, x: float, y: float, text: str, size: float, anchor: str, colour: Colour = INK) -> None:
         self.draw.text((x * _OVERSAMPLING, y * _OVERSAMPLING), text, colour, self.font(size), anchor=anchor)
@@ -154,9 +144,7 @@ def _vertical_frame(canvas: _Canvas, table: Table, from_zero: bool) -> tuple[lis
         canvas.line([(left, y), (right, y)], FAINT if tick != ticks[0] else INK, 1)
         canvas.text(left - 6, y, name, 12, "rm")
     slot = (right - left) / len(table.values)
-    heights = [
-        bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]) for value in table.values
-    ]
+    heights = [bottom - (bottom - top) * (value - ticks[0]) / (ticks[-1] - ticks[0]) for value in table.values]
     return [left + slot * (row + 0.5) for row in range(len(heights))], heights
 
 
@@ -246,11 +234,7 @@ def _pie(canvas: _Canvas, table: Table, style: Style) -> None:
         canvas.draw.pieslice(box, angle, end, PALETTE[name], (255, 255, 255), 3)
         angle = end
     texts = [f"{label}: {table.shown(row)}" for row, label in enumerate(table.labels)]
-    x = (
-        room_w + 14
-        if side_by_side
-        else (canvas.width - max(canvas.text_width(t, 14) for t in texts) - 22) / 2
-    )
+    x = room_w + 14 if side_by_side else (canvas.width - max(canvas.text_width(t, 14) for t in texts) - 22) / 2
     y = cy - rows_height / 2 if side_by_side else canvas.height - rows_height - 10
     size = 14.0
     while size > 9 and max(canvas.text_width(text, size) for text in texts) > canvas.width - x - 28:
@@ -291,9 +275,7 @@ def _read_off(table: Table, style: Style, rng: random.Random) -> list[Question]:
         questions.append(Question(f"In which unit is the {table.quantity} given?", table.unit, False))
     if style.kind == "pie":
         questions.append(
-            Question(
-                f"What colour is the slice of {table.labels[row]}?", slice_colours(table, style)[row], False
-            )
+            Question(f"What colour is the slice of {table.labels[row]}?", slice_colours(table, style)[row], False)
         )
     else:
         questions.append(Question(f"What colour are the {marks}?", style.colour, False))
@@ -305,9 +287,7 @@ def _reason(table: Table, rng: random.Random) -> list[Question]:
     for word, extreme in (("highest", max(table.values)), ("lowest", min(table.values))):
         if table.values.count(extreme) == 1:
             label = table.labels[table.values.index(extreme)]
-            questions.append(
-                Question(f"Which {table.category} has the {word} {table.quantity}?", label, True)
-            )
+            questions.append(Question(f"Which {table.category} has the {word} {table.quantity}?", label, True))
             questions.append(Question(f"What is the {word} {table.quantity}?", table.show(extreme), True))
     first, second = sorted(rng.sample(range(len(table.labels)), 2))
     a, b = table.labels[first], table.labels[second]
@@ -316,12 +296,8 @@ def _reason(table: Table, rng: random.Random) -> list[Question]:
         at = "in" if table.in_time else "for"
         questions.append(Question(f"Is the {table.quantity} higher {at} {a} than {at} {b}?", higher, True))
         gap = table.show(round(abs(table.values[first] - table.values[second]), 2))
-        questions.append(
-            Question(f"What is the difference in {table.quantity} between {a} and {b}?", gap, True)
-        )
+        questions.append(Question(f"What is the difference in {table.quantity} between {a} and {b}?", gap, True))
         if table.in_time:
             change = "Rise" if table.values[second] > table.values[first] else "Fall"
-            questions.append(
-                Question(f"Did the {table.quantity} rise or fall from {a} to {b}?", change, True)
-            )
+            questions.append(Question(f"Did the {table.quantity} rise or fall from {a} to {b}?", change, True))
     return questions

@@ -21,9 +21,7 @@ CELLS = (64, 112, 168, 224)
 def write_conversations(cache: Path, folder: Path, scale: float, seed: int) -> int:
     """Write llava_v1_5_mix.json and its pictures; returns how many records it has."""
     out = LlavaJson(folder)
-    num_collages, num_photos, num_joined, num_forms = (
-        max(2, round(count * scale)) for count in (220, 100, 50, 30)
-    )
+    num_collages, num_photos, num_joined, num_forms = (max(2, round(count * scale)) for count in (220, 100, 50, 30))
     shapes = read_shapes(cache / "easy_vqa")
     for number in range(num_collages):
         rng = random.Random(f"{seed}/collage/{number}")
@@ -40,9 +38,7 @@ def write_conversations(cache: Path, folder: Path, scale: float, seed: int) -> i
             ("Is this a photograph or a scanned document?", "A scanned document."),
             ("Which part is shown?", caption),
         ]
-        out.add(
-            f"forms/form_{number:05d}.png", part, [*turns, ("Is it in colour?", "No, it is black and white.")]
-        )
+        out.add(f"forms/form_{number:05d}.png", part, [*turns, ("Is it in colour?", "No, it is black and white.")])
     random.Random(f"{seed}/llava_instruct").shuffle(out.records)
     out.save(folder / "llava_v1_5_mix.json")
     return len(out.records)
@@ -90,9 +86,7 @@ def definitions(text: str) -> list[tuple[str, str]]:
     """(subject, first sentence) of every article whose first sentence says what its subject is."""
     found = []
     for article in text.splitlines():
-        first = re.match(
-            r"(?P<subject>[A-Z][A-Za-z' ]{2,40}?) (?:is|was) (?:an?|the) [^.()]{20,200}\.", article
-        )
+        first = re.match(r"(?P<subject>[A-Z][A-Za-z' ]{2,40}?) (?:is|was) (?:an?|the) [^.()]{20,200}\.", article)
         if first:
             found.append((first["subject"], first[0]))
     return found
@@ -118,9 +112,7 @@ def _calculate(table: Table, rng: random.Random) -> Turns:
     turns: Turns = []
     if table.values[a] != table.values[b]:
         higher = table.labels[a if table.values[a] > table.values[b] else b]
-        question = (
-            f"Which {table.category} has the larger {table.quantity}, {table.labels[a]} or {table.labels[b]}?"
-        )
+        question = f"Which {table.category} has the larger {table.quantity}, {table.labels[a]} or {table.labels[b]}?"
         turns.append((question, f"{higher}."))
         gap = table.show(round(abs(table.values[a] - table.values[b]), 2))
         turns.append((f"By how much do {table.labels[a]} and {table.labels[b]} differ?", f"By {gap}."))

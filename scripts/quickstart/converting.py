@@ -92,12 +92,8 @@ def check_dinov2(tensors: Tensors) -> None:
     wanted = _dinov2_shapes()
     found = {name: value.shape for name, value in tensors.items()}
     if found != wanted:
-        differing = sorted(
-            name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)
-        )
-        raise ValueError(
-            f"the ONNX graph is not the expected DINOv2-small; these tensors differ: {differing[:5]}"
-        )
+        differing = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        raise ValueError(f"the ONNX graph is not the expected DINOv2-small; these tensors differ: {differing[:5]}")
     broken = [name for name, value in tensors.items() if not np.isfinite(value).all()]
     if broken:
         raise ValueError(f"values that are not finite in {broken[:5]}")
@@ -164,9 +160,7 @@ def write_smollm2_tokenizer(gguf_file: Path, folder: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     control = 3  # the GGUF's token type of special tokens
     special = [
-        token
-        for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
-        if kind == control
+        token for token, kind in zip(tokens, fields["tokenizer.ggml.token_type"], strict=True) if kind == control
     ]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -197,9 +191,7 @@ def write_smollm2(gguf_file: Path, folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", _llama_config(fields))
     ids = {f"{name}_token_id": fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
-    write_json(
-        folder / "generation_config.json", ids | {"pad_token_id": fields["tokenizer.ggml.padding_token_id"]}
-    )
+    write_json(folder / "generation_config.json", ids | {"pad_token_id": fields["tokenizer.ggml.padding_token_id"]})
     write_smollm2_tokenizer(gguf_file, folder)
 
 

@@ -59,9 +59,7 @@ def _easy_vqa(cache: Path, folder: Path, scale: float, seed: int) -> int:
             shutil.copyfile(source, target)
 
     shutil.copytree(cache / "easy_vqa" / "data", folder / "data", copy_function=link)
-    return sum(
-        len(json.loads((folder / "data" / part / "questions.json").read_text())) for part in ("train", "test")
-    )
+    return sum(len(json.loads((folder / "data" / part / "questions.json").read_text())) for part in ("train", "test"))
 
 
 _PICTURES = ("skimage", "foolbox", "sklearn", "synthdog")
@@ -142,14 +140,10 @@ def chosen_sources(cache: Path, which: str) -> list[Source]:
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit code (2 when assets are missing)."""
     parser = argparse.ArgumentParser(description="Draw the quickstart's raw data from the cached assets.")
-    parser.add_argument(
-        "--cache", type=Path, default=default_cache(), help="the assets (default: %(default)s)"
-    )
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="the assets (default: %(default)s)")
     parser.add_argument("--raw", type=Path, required=True, help="folder for the raw sources")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="factor on the number of records (default: 1.0)"
-    )
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of records (default: 1.0)")
     parser.add_argument(
         "--set", choices=sorted(SETS), default="quickstart", help="which sources (default: %(default)s)"
     )

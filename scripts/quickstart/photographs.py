@@ -241,9 +241,7 @@ def vary(picture: Image.Image, rng: random.Random) -> Image.Image:
     if rng.random() < 0.5:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = rng.choice((160, 224, 300, 400, 560)) / max(picture.size)
-    return picture.resize(
-        (round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC
-    )
+    return picture.resize((round(picture.width * scale), round(picture.height * scale)), Image.Resampling.BICUBIC)
 
 
 def join(pictures: list[Image.Image], down: bool, side: int) -> Image.Image:
@@ -252,9 +250,7 @@ def join(pictures: list[Image.Image], down: bool, side: int) -> Image.Image:
     for picture in pictures:
         edge = min(picture.size)
         left, top = (picture.width - edge) // 2, (picture.height - edge) // 2
-        squares.append(
-            picture.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + edge, top + edge))
-        )
+        squares.append(picture.resize((side, side), Image.Resampling.BICUBIC, (left, top, left + edge, top + edge)))
     whole = Image.new("RGB", (side, side * len(squares)) if down else (side * len(squares), side))
     for row, square in enumerate(squares):
         whole.paste(square, (0, row * side) if down else (row * side, 0))

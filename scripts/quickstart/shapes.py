@@ -70,9 +70,7 @@ def collage(shapes: list[Shape], grid_hw: tuple[int, int], cell: int, rng: rando
     """The shapes in reading order on a plain ground, cells `cell` pixels wide, margins between them."""
     rows, columns = grid_hw
     gap = cell // 12
-    picture = Image.new(
-        "RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), rng.choice(BACKDROPS)
-    )
+    picture = Image.new("RGB", (columns * (cell + gap) + gap, rows * (cell + gap) + gap), rng.choice(BACKDROPS))
     for index, shape in enumerate(shapes):
         with Image.open(shape.path) as opened:
             tile = opened.convert("RGB").resize((cell, cell), Image.Resampling.BICUBIC)

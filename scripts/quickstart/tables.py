@@ -64,9 +64,7 @@ def _mean(values: Iterable[float]) -> float:
     return sum(listed) / len(listed)
 
 
-def _windows(
-    rows: list[tuple[str, float]], length: int, step: int
-) -> Iterator[tuple[str, list[tuple[str, float]]]]:
+def _windows(rows: list[tuple[str, float]], length: int, step: int) -> Iterator[tuple[str, list[tuple[str, float]]]]:
     for start in range(0, len(rows) - length + 1, step):
         part = rows[start : start + length]
         yield f"{part[0][0]}-{part[-1][0]}", part
@@ -97,9 +95,7 @@ def _barley(folder: Path) -> Iterator[Table]:
     for year in (1931, 1932):
         for key, other in (("variety", "site"), ("site", "variety")):
             for name in sorted({row[key] for row in rows}):
-                chosen = [
-                    (row[other], row["yield"]) for row in rows if row["year"] == year and row[key] == name
-                ]
+                chosen = [(row[other], row["yield"]) for row in rows if row["year"] == year and row[key] == name]
                 title = f"Barley yield, {name}, {year}"
                 yield _table(title, other, "yield", "bushels per acre", chosen)
 
@@ -107,17 +103,11 @@ def _barley(folder: Path) -> Iterator[Table]:
 def _iowa(folder: Path) -> Iterator[Table]:
     rows = _csv(folder, "iowa-electricity.csv")
     for year in sorted({row["year"][:4] for row in rows}):
-        chosen = [
-            (row["source"], float(row["net_generation"]) / 1000)
-            for row in rows
-            if row["year"].startswith(year)
-        ]
+        chosen = [(row["source"], float(row["net_generation"]) / 1000) for row in rows if row["year"].startswith(year)]
         title = f"Electricity generated in Iowa, {year}"
         yield _table(title, "source", "generation", "million MWh", chosen, shares=True)
     for source in sorted({row["source"] for row in rows}):
-        series = [
-            (row["year"][:4], float(row["net_generation"]) / 1000) for row in rows if row["source"] == source
-        ]
+        series = [(row["year"][:4], float(row["net_generation"]) / 1000) for row in rows if row["source"] == source]
         for span, part in _windows(series, 8, 3):
             title = f"Electricity from {source.lower()} in Iowa, {span}"
             yield _table(title, "year", "generation", "million MWh", part, in_time=True)
@@ -139,9 +129,7 @@ def _employment(folder: Path) -> Iterator[Table]:
     rows = [row for row in _csv(folder, "us-employment.csv") if row["month"][5:7] == "01"]
     for row in rows:
         chosen = [(name, float(row[key]) / 1000) for key, name in _INDUSTRIES.items()]
-        yield _table(
-            f"US jobs by industry, January {row['month'][:4]}", "industry", "employment", "millions", chosen
-        )
+        yield _table(f"US jobs by industry, January {row['month'][:4]}", "industry", "employment", "millions", chosen)
         yield _table(
             f"Jobs in four US industries, {row['month'][:4]}",
             "industry",
@@ -153,9 +141,7 @@ def _employment(folder: Path) -> Iterator[Table]:
     for key, name in _INDUSTRIES.items():
         series = [(row["month"][:4], float(row[key]) / 1000) for row in rows]
         for span, part in _windows(series, 7, 3):
-            yield _table(
-                f"US jobs: {name.lower()}, {span}", "year", "employment", "millions", part, in_time=True
-            )
+            yield _table(f"US jobs: {name.lower()}, {span}", "year", "employment", "millions", part, in_time=True)
 
 
 def _cars(folder: Path) -> Iterator[Table]:
@@ -179,9 +165,7 @@ def _cars(folder: Path) -> Iterator[Table]:
                 if any(row["Origin"] == origin for row in chosen)
             ]
             for span, part in _windows(series, 7, 4):
-                yield _table(
-                    f"Mean {quantity}, {origin} cars, {span}", "year", quantity, unit, part, in_time=True
-                )
+                yield _table(f"Mean {quantity}, {origin} cars, {span}", "year", quantity, unit, part, in_time=True)
 
 
 def _crimea(folder: Path) -> Iterator[Table]:
@@ -238,9 +222,7 @@ def _weather(folder: Path) -> Iterator[Table]:
         chosen = [row for row in rows if row["date"].startswith(year)]
         counts = sorted(Counter(row["weather"] for row in chosen).items())
         yield _table(f"Weather in Seattle, {year}", "weather", "number of days", "days", counts, shares=True)
-        months = {
-            month: [r for r in chosen if int(r["date"][5:7]) == row + 1] for row, month in enumerate(MONTHS)
-        }
+        months = {month: [r for r in chosen if int(r["date"][5:7]) == row + 1] for row, month in enumerate(MONTHS)}
         rain = [(month, sum(float(row["precipitation"]) for row in part)) for month, part in months.items()]
         wind = [(month, _mean(float(row["wind"]) for row in part)) for month, part in months.items()]
         high = [(month, _mean(float(row["temp_max"]) for row in part)) for month, part in months.items()]
@@ -249,9 +231,7 @@ def _weather(folder: Path) -> Iterator[Table]:
             half = slice(start, start + 6)
             yield _table(f"Rain in Seattle, {span}", "month", "rain", "mm", rain[half], in_time=True)
             yield _table(f"Mean wind in Seattle, {span}", "month", "wind", "m/s", wind[half], in_time=True)
-            yield _table(
-                f"Mean high in Seattle, {span}", "month", "temperature", "degrees C", high[half], in_time=True
-            )
+            yield _table(f"Mean high in Seattle, {span}", "month", "temperature", "degrees C", high[half], in_time=True)
 
 
 def _temperatures(folder: Path) -> Iterator[Table]:
@@ -273,9 +253,7 @@ def _iris(folder: Path) -> Iterator[Table]:
                 (kind, _mean(row[part + side] for row in rows if row["species"] == kind))
                 for kind in ("setosa", "versicolor", "virginica")
             ]
-            yield _table(
-                f"Iris flowers: mean {part} {side.lower()}", "species", f"{part} {side.lower()}", "cm", means
-            )
+            yield _table(f"Iris flowers: mean {part} {side.lower()}", "species", f"{part} {side.lower()}", "cm", means)
 
 
 def _airports(folder: Path) -> Iterator[Table]:

@@ -112,9 +112,7 @@ def test_samples_that_share_a_picture_stay_together(stores: Path) -> None:
     """Pairs of `a` go together; chains of three that are tied picture by picture do too, as wholes."""
     mixture = Mixture.open(config(a=SourceShare(holdout=6), chain=SourceShare(holdout=6)), stores)
     for source, size in (("a", 2), ("chain", 3)):
-        groups = [
-            mixture.heldout_sample(source, j).id.split("_")[0] for j in range(len(mixture.heldout(source)))
-        ]
+        groups = [mixture.heldout_sample(source, j).id.split("_")[0] for j in range(len(mixture.heldout(source)))]
         assert len(groups) == 6
         assert all(groups.count(group) == size for group in groups)
     assert not any(mixture.excluded.values())
@@ -132,9 +130,7 @@ def test_heldout_does_not_depend_on_seed_or_count(stores: Path) -> None:
 
 def test_impossible_numbers_are_refused_with_both(stores: Path) -> None:
     """More wanted than found, and a holdout that groups cannot make up."""
-    with pytest.raises(
-        DataError, match=r"source a: 35 samples wanted, 34 found \(40 in the store, 6 held out"
-    ):
+    with pytest.raises(DataError, match=r"source a: 35 samples wanted, 34 found \(40 in the store, 6 held out"):
         Mixture.open(config(a=SourceShare(35, 6)), stores)
     with pytest.raises(DataError, match=r"source b: holdout 31, but only 30 of its 30"):
         Mixture.open(config(b=SourceShare(None, 31)), stores)

@@ -87,9 +87,7 @@ def test_a_mixture_from_raw_files_to_its_table(place: Path) -> None:
         f"Store.open(Path({str(place)!r}) / 'stores' / 'talk').sample(0); "
         "assert not {'torch', 'deepspeed', 'hydra', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
-    again = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("already prepared") == 4
 
@@ -317,9 +315,7 @@ def test_a_full_disk_is_one_sentence(
     assert list((place / "stores").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "line", [[], ["--mixture", "a", "--source", "b"], ["--source", "charts", "--workers", "0"]]
-)
+@pytest.mark.parametrize("line", [[], ["--mixture", "a", "--source", "b"], ["--source", "charts", "--workers", "0"]])
 def test_a_wrong_command_line_is_two(place: Path, line: list[str]) -> None:
     """As argparse has it."""
     with pytest.raises(SystemExit) as caught:

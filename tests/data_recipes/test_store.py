@@ -146,9 +146,7 @@ def test_too_many_rejects_leave_no_store(tmp_path: Path) -> None:
     """Above the share there is no store, the old one stays, and the quarantine is kept to look at."""
     source = SourceInfo(name="s", reader="test", root=".", max_reject_share=0.3)
     write_store(tmp_path / "s", source, [conversation("a"), conversation("b")])
-    with pytest.raises(
-        RejectedError, match=r"1 of 2 records are bad \(broken_record 1\).*max_reject_share 0.3"
-    ):
+    with pytest.raises(RejectedError, match=r"1 of 2 records are bad \(broken_record 1\).*max_reject_share 0.3"):
         write_store(tmp_path / "s", source, [conversation("a"), REJECT])
     assert len(Store.open(tmp_path / "s")) == 2
     assert "broken_record" in (tmp_path / "s.quarantine.jsonl").read_text()

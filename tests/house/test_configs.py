@@ -69,9 +69,7 @@ def test_experiment_composes_in_every_stage(experiment: str, stage: str) -> None
     assert config.stage.name == stage
 
 
-@pytest.mark.parametrize(
-    ("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)]
-)
+@pytest.mark.parametrize(("group", "choice"), [(group, choice) for group in GROUPS for choice in choices(group)])
 def test_choice_composes(group: str, choice: str) -> None:
     """Every choice of every group composes with the defaults of the other groups."""
     compose(f"{group}={choice}")

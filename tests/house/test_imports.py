@@ -30,9 +30,7 @@ def test_model_words_are_plain() -> None:
 
 def test_data_recipes_load_no_torch() -> None:
     """Every module of data_recipes runs where there is no torch, no engine and no Hydra."""
-    files = sorted(
-        p for p in ROOT.glob("data_recipes/**/*.py") if p.name not in ("__init__.py", "__main__.py")
-    )
+    files = sorted(p for p in ROOT.glob("data_recipes/**/*.py") if p.name not in ("__init__.py", "__main__.py"))
     assert files
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files]
     assert loaded_by(modules, (*HEAVY, "hydra", "omegaconf")) == []

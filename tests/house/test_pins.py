@@ -29,9 +29,7 @@ def test_every_dependency_is_pinned_within_its_range() -> None:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} has no pin in constraints.txt"
-        assert requirement.specifier.contains(pinned[name], prereleases=True), (
-            f"{line} refuses {pinned[name]}"
-        )
+        assert requirement.specifier.contains(pinned[name], prereleases=True), f"{line} refuses {pinned[name]}"
 
 
 def test_pins_name_no_local_build() -> None:

@@ -158,9 +158,7 @@ def tree_paths(text: str) -> Iterator[str]:
 def tree() -> list[str]:
     """Paths of the README's captioned tree: the fenced block with the three packages at line starts."""
     for _, text in blocks():
-        if all(
-            re.search(rf"^\W*{name}/", text, re.MULTILINE) for name in ("llava_next", "data_recipes", "train")
-        ):
+        if all(re.search(rf"^\W*{name}/", text, re.MULTILINE) for name in ("llava_next", "data_recipes", "train")):
             return sorted(set(tree_paths(text)))
     return []
 

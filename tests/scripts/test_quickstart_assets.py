@@ -48,9 +48,7 @@ def test_wrong_sha256_is_refused_with_both_hashes(tmp_path: Path) -> None:
     assert "some-pictures 1.2" in message
 
 
-def test_wrong_content_from_the_registry_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wrong_content_from_the_registry_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A download whose content is wrong is not kept, not even in part."""
 
     def client(package: fetching.Package, folder: Path) -> None:
@@ -62,9 +60,7 @@ def test_wrong_content_from_the_registry_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "name", ["../out.txt", "/etc/out.txt", "a/../../out.txt", "..\\out.txt", "C:/out.txt"]
-)
+@pytest.mark.parametrize("name", ["../out.txt", "/etc/out.txt", "a/../../out.txt", "..\\out.txt", "C:/out.txt"])
 def test_unpacking_stays_in_its_folder(tmp_path: Path, name: str) -> None:
     """No member of a zip or tar is written outside the target, whether it was asked for or not."""
     target = tmp_path / "deep" / "target"
@@ -199,9 +195,7 @@ def test_cached_tokenizer_is_smollm2s() -> None:
 @pytest.mark.full
 def test_dinov2_equals_the_onnx_graph() -> None:
     """The rebuilt Dinov2Model gives the ONNX graph's own backbone output, to 1e-4 of values up to 8."""
-    onnxruntime = pytest.importorskip(
-        "onnxruntime", reason="onnxruntime is not installed: nothing to compare with"
-    )
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: nothing to compare with")
     onnx = pytest.importorskip("onnx")
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

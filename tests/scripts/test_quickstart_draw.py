@@ -92,9 +92,7 @@ def test_a_tie_is_not_asked_about() -> None:
         ),
     ],
 )
-def test_facts_follow_from_the_questions(
-    questions: list[tuple[str, str]], told: tuple[str, str] | None
-) -> None:
+def test_facts_follow_from_the_questions(questions: list[tuple[str, str]], told: tuple[str, str] | None) -> None:
     """Colour and shape are what easy-VQA's own answers say; a denied one is never taken."""
     assert shapes.facts(questions) == told
 
@@ -132,9 +130,7 @@ def test_collage_answers_agree_with_the_cells(tmp_path: Path) -> None:
     assert picture.width / picture.height == pytest.approx(3, rel=0.1)
     seen = [picture.getpixel((8 + 48 + column * 104, 56)) for column in range(3)]
     assert seen == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
-    asked = dict(
-        turn for seed in range(60) for turn in shapes.collage_turns(row, (1, 3), random.Random(seed))
-    )
+    asked = dict(turn for seed in range(60) for turn in shapes.collage_turns(row, (1, 3), random.Random(seed)))
     assert asked["How many shapes are there?"] == "Three."
     assert asked["What colour is the left shape?"] == "Red."
     assert asked["Which shape is at the middle?"] == "A blue circle."
@@ -191,9 +187,7 @@ def test_records_have_llavas_form(tmp_path: Path) -> None:
     assert records[4]["conversations"][0] == {"from": "human", "value": "Why?"}
 
 
-def test_missing_assets_are_named_with_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_missing_assets_are_named_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Without assets the program says which are missing and how to fetch them; exit code 2."""
     assert draw.main(["--cache", str(tmp_path), "--raw", str(tmp_path / "raw")]) == 2
     message = capsys.readouterr().err

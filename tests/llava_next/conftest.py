@@ -1,0 +1,62 @@
+"""Fixtures of the tests of `llava_next`: one thread, tiny backbones, and the real assets where there are any."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_next.build import Backbone, read_backbone
+from tests.tiny import TokenizerName, TowerName, tiny_model
+
+MakeBackbone = Callable[..., Backbone]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny products are slower on several threads, and sums stay the same from run to run on one."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
+    """A tiny backbone, read anew at each call (writing a model touches its config)."""
+
+    def make(
+        tower: TowerName = "clip",
+        template: str = "chatml",
+        kind: TokenizerName = "bytes",
+        tied: bool = False,
+    ) -> Backbone:
+        folder = tmp_path_factory.mktemp("tiny")
+        return read_backbone(tiny_model(folder, tower, template, kind=kind, tied=tied))
+
+    return make
+
+
+def _asset(name: str) -> Path:
+    root = os.environ.get("LLAVA_NEXT_CACHE")
+    if root is None:
+        pytest.skip("LLAVA_NEXT_CACHE is not set: the quickstart's assets are not here")
+    if not (folder := Path(root) / name).is_dir():
+        pytest.skip(f"the quickstart's asset {name} is not in LLAVA_NEXT_CACHE")
+    return folder
+
+
+@pytest.fixture
+def smollm2_tokenizer() -> Path:
+    """The real tokenizer of SmolLM2-135M-Instruct."""
+    return _asset("smollm2_tokenizer")
+
+
+@pytest.fixture
+def smollm2() -> Path:
+    """The real SmolLM2-135M-Instruct, with weights."""
+    return _asset("smollm2_135m")
+
+
+@pytest.fixture
+def dinov2() -> Path:
+    """The real DINOv2-small, with weights."""
+    return _asset("dinov2_small")

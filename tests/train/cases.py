@@ -1,0 +1,245 @@
+"""What ranks do in the tests of train/: a run put together from the package's own parts, watched from inside.
+
+Owns the cases that `tests.ranks` runs (their arguments and results are pickled) and the tiny run they share; what is
+proved stands in the tests.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from data_recipes.config import MixtureConfig
+from llava_next.config import ModelConfig
+from train.config import DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig
+
+Array = npt.NDArray[Any]
+RATES = {"vision_tower": 1.0e-4, "projector": 1.0e-3, "language_model": 5.0e-4}
+TIMEOUT_S = 60
+
+
+def tiny_run(model: ModelConfig, mixture: MixtureConfig, store_root: Path, root: Path) -> RunConfig:
+    """A finetune run with every part trained. 40 samples are steps of 13, 13, 13 and 1: the last has one row only."""
+    stage = StageConfig(
+        "finetune", RATES, batch_size=13, max_length=512, warmup_ratio=0.0, schedule="cosine", weight_decay=0.01
+    )
+    return RunConfig(
+        root=str(root),
+        name="tiny",
+        seed=3,
+        model=model,
+        stage=stage,
+        mixture=mixture,
+        engine=zero(2),
+        packing=PackingConfig(max_tokens=640, max_tiles=24),
+        data=DataConfig(str(store_root), workers=0, length_workers=1),
+        save=SaveConfig(every=0),
+        device="cpu",
+        timeout_s=TIMEOUT_S,
+    )
+
+
+def zero(stage: int) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a ZeRO stage; small buckets and a small threshold, so that all of it is exercised."""
+    options: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 20_000}
+    if stage == 2:
+        options |= {"overlap_comm": True, "contiguous_gradients": True, "allgather_bucket_size": 20_000}
+    if stage == 3:
+        options |= {"stage3_param_persistence_threshold": 100, "stage3_prefetch_bucket_size": 10_000}
+    return {"zero_optimization": options}
+
+
+def with_stage(config: RunConfig, **changes: Any) -> RunConfig:
+    """The run with another stage."""
+    return replace(config, stage=replace(config.stage, **changes))
+
+
+def aligning(config: RunConfig, **changes: Any) -> RunConfig:
+    """The run as stage 1: projector and newline alone, square pictures, captions."""
+    values: dict[str, Any] = {
+        "name": "align",
+        "learning_rates": {"projector": 1.0e-3},
+        "template": "plain",
+        "image_mode": "square",
+        "result": "connector",
+    }
+    return with_stage(config, **(values | changes))
+
+
+@dataclass
+class Record:
+    """What a rank saw of a run. Weights are whole, and on rank 0 only; losses are per step."""
+
+    first_step: int = 0
+    origin: str = ""
+    samples: list[list[int]] = field(default_factory=list)
+    rows: list[list[int]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    by_source: list[list[float]] = field(default_factory=list)
+    tokens: list[list[float]] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    moment_square: float = 0.0
+    before: dict[str, Array] = field(default_factory=dict)
+    after: dict[str, Array] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
+    table: list[Any] = field(default_factory=list)
+
+
+@dataclass
+class Parts:
+    """A run put together as `train.run.run` does, as far as the engine."""
+
+    config: RunConfig
+    world: Any
+    backbone: Any
+    processor: Any
+    mixture: Any
+    table: Any
+    model: Any
+    planner: Any
+    engine: Any
+
+
+@contextmanager
+def built(config: RunConfig) -> Iterator[Parts]:
+    """The parts of a run on this rank, and the engine's end."""
+    from data_recipes.mixture import Mixture
+    from llava_next.build import build_model, read_backbone
+    from llava_next.costs import step_costs
+    from llava_next.hf import load_weights
+    from llava_next.model import set_trained_parts
+    from train.engine import start_engine
+    from train.lengths import open_table
+    from train.loader import Planner
+    from train.world import read_launch, start
+
+    launch = read_launch()
+    stage = config.stage
+    backbone = read_backbone(config.model)
+    processor = backbone.processor(
+        template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
+    )
+    mixture = Mixture.open(config.mixture, Path(config.data.store_root))
+    table = open_table(
+        mixture,
+        processor,
+        Path(config.data.store_root) / ".lengths",
+        is_writer=launch.is_main,
+        num_workers=1,
+        show_progress=False,
+    )
+    world = start(config, launch)
+    model = build_model(backbone, dtype=world.dtype, seed=config.seed, num_sources=len(mixture.source_names))
+    if stage.init_from is not None:
+        load_weights(model, backbone, Path(stage.init_from))
+    set_trained_parts(model, stage.rates)
+    costs = step_costs(
+        backbone.hf_config.vision_config,
+        backbone.hf_config.text_config,
+        num_vision_layers=model.num_tower_layers,
+        trains_tower="vision_tower" in stage.rates,
+        trains_language_model="language_model" in stage.rates,
+    )
+    planner = Planner(table, stage, config.packing, costs, config.seed, world.rank, world.size)
+    engine = start_engine(model, config, world)
+    try:
+        yield Parts(config, world, backbone, processor, mixture, table, model, planner, engine)
+    finally:
+        engine.destroy()
+        del engine, model
+        gc.collect()
+
+
+def train(config: RunConfig, last_step: int | None = None) -> Record:
+    """Trains from where the run's folder says (resumes, else starts afresh) up to `last_step`; keeps what it saw."""
+    from train import checkpoint
+
+    with built(config) as parts:
+        first_step = 0
+        newest = checkpoint.newest(config.run_dir / "checkpoints")
+        if newest is not None:
+            first_step = checkpoint.resume(
+                parts.engine, newest, parts.table.fingerprint, config, parts.world
+            )
+        return train_parts(parts, first_step, last_step or parts.planner.num_steps, origin=str(newest or ""))
+
+
+def train_parts(parts: Parts, first_step: int, last_step: int, origin: str = "") -> Record:
+    """Runs the trainer over these steps; every outcome, and the weights before and after, are kept."""
+    from llava_next.model import part_of
+    from train.loader import StepPlan, batches
+    from train.log import RunLog
+    from train.optim import part_table
+    from train.trainer import StepOutcome, Trainer
+
+    config, world, planner = parts.config, parts.world, parts.planner
+    record = Record(first_step, origin)
+    record.parts = {name: part_of(name) for name, _ in parts.model.named_parameters()}
+    record.table = part_table(parts.model, parts.engine.optimizer)
+    record.before = weights(parts)
+
+    class Watched(Trainer):
+        def train_step(self, plan: StepPlan) -> StepOutcome:
+            outcome = super().train_step(plan)
+            num = len(self.source_names)
+            sums = outcome.agreement.sums.tolist()
+            record.samples.append(planner.table.rows["sample"][plan.samples].tolist())
+            record.rows.append([len(row) for row in plan.rows])
+            record.losses.append(sum(sums[:num]) / plan.divisor)
+            record.by_source.append(sums[:num])
+            record.tokens.append(sums[num:])
+            record.grad_norms.append(outcome.grad_norm)
+            return outcome
+
+    stream = batches(
+        planner,
+        parts.mixture,
+        parts.processor,
+        first_step=first_step,
+        last_step=last_step,
+        num_workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=False,
+    )
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
+    try:
+        Watched(config, world, parts.engine, planner, stream, log, parts.mixture.source_names).run(
+            first_step, last_step
+        )
+    finally:
+        log.close()
+    record.after = weights(parts)
+    record.moment_square = first_moment_square(parts.engine)
+    return record
+
+
+def weights(parts: Parts) -> dict[str, Array]:
+    """Every parameter, whole, on rank 0; every rank must ask."""
+    from train.engine import gathered
+
+    found = {}
+    for name, parameter in parts.model.named_parameters():
+        with gathered([parameter]):
+            if parts.world.is_main:
+                found[name] = parameter.detach().cpu().numpy().copy()
+    return found
+
+
+def first_moment_square(engine: Any) -> float:
+    """The squared norm of Adam's first moments on this rank (of its share, where ZeRO divides them)."""
+    optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return sum(float(state["exp_avg"].double().square().sum()) for state in optimizer.state.values())
+
+
+def relative_difference(ours: dict[str, Array], theirs: dict[str, Array]) -> float:
+    """‖a - b‖ / ‖b‖, one norm over all tensors."""
+    assert ours.keys() == theirs.keys()
+    difference = sum(float(np.square(ours[name].astype(np.float64) - theirs[name]).sum()) for name in ours)
+    size = sum(float(np.square(theirs[name].astype(np.float64)).sum()) for name in ours)
+    return float(np.sqrt(difference / size))
