@@ -3,8 +3,9 @@
 The one owner of this arithmetic: the processor, the length table, the model and the planner all ask it, so that a
 count made from a file header is the count of the features. Sizes are (height, width). Knows nothing of text.
 
-The rules are those of LLaVA-NeXT (`select_best_resolution`, `process_anyres_image`, `unpad_image`) in the exact
-integers that transformers' rounding amounts to; see `ImageLayout` for the order of an image's tokens.
+The rules are those of LLaVA-NeXT (`select_best_resolution`, `process_anyres_image`, `unpad_image`) as transformers
+computes them: the grid in its floats, unpadding in the exact integers that its rounding amounts to. `ImageLayout`
+tells the order of an image's tokens.
 """
 
 import io

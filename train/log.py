@@ -60,6 +60,9 @@ class RunLog:
         path = config.run_dir / "metrics.jsonl"
         _drop_from(path, first_step)
         self._file = path.open("a")
+        self._num_steps = num_steps
+        self._seconds: list[float] = []
+        # A bar rewrites its line, which a log file cannot: there the step lines alone tell how far it is.
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -68,6 +71,7 @@ class RunLog:
             dynamic_ncols=True,
             file=sys.stderr,
             smoothing=0.1,
+            disable=not sys.stderr.isatty(),
         )
         self._wandb = _start_wandb(config)
 
@@ -85,8 +89,10 @@ class RunLog:
         self._file.flush()
         shown = {**values, "lr": max((v for k, v in values.items() if k.startswith("lr/")), default=0.0)}
         line = "  ".join(f"{label} {shown[key]:{form}}" for label, key, form in _COLUMNS if key in shown)
-        if step % self._every == 0:
-            self._bar.write(f"step {step:>5}  {line}", file=sys.stderr)
+        self._seconds = [*self._seconds[-50:], values["perf/step_s"]]
+        eta_s = sum(self._seconds) / len(self._seconds) * (self._num_steps - step - 1)
+        if step % self._every == 0 or step + 1 == self._num_steps:
+            self._bar.write(f"step {step + 1:>5}/{self._num_steps}  {line}  eta {_clock(eta_s)}", file=sys.stderr)
         self._bar.update(1)
         if self._wandb is not None:
             self._wandb.log(values, step=step)
@@ -98,6 +104,12 @@ class RunLog:
             self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 def _rounded(value: float) -> float:

@@ -5,6 +5,7 @@ Imported for its functions by programs, before the libraries it concerns.
 
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ def quiet_libraries(*, on_cpu: bool) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

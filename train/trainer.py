@@ -180,12 +180,16 @@ class StopSignal:
     """Remembers that this process was asked to stop; a second request ends it at once.
 
     SIGTERM (a scheduler), SIGUSR1 (Slurm's warning) and Ctrl-C are one request: save at the next step and leave.
+    Signals within `SAME_REQUEST_S` count as one: after Ctrl-C, torchrun sends its workers a SIGTERM too.
     """
+
+    SAME_REQUEST_S = 3.0
 
     _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __init__(self) -> None:
         self.asked = False
+        self._asked_at = 0.0
         self._before: dict[signal.Signals, object] = {}
 
     def __enter__(self) -> "StopSignal":
@@ -198,6 +202,8 @@ class StopSignal:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        now = time.monotonic()
+        if self.asked and now - self._asked_at > self.SAME_REQUEST_S:
             raise KeyboardInterrupt
-        self.asked = True
+        if not self.asked:
+            self.asked, self._asked_at = True, now

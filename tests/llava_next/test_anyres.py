@@ -25,11 +25,11 @@ BLOG_GRIDS: tuple[Grid, ...] = (*AUTHORS_GRIDS, (1, 4), (4, 1))
 TILE, SIDE = 336, 24
 
 
-def clip_layout(size_hw: tuple[int, int], grids: tuple[Grid, ...] = AUTHORS_GRIDS) -> ImageLayout:
+def _layout(size_hw: tuple[int, int], grids: tuple[Grid, ...] = AUTHORS_GRIDS) -> ImageLayout:
     return image_layout(size_hw, mode="anyres", grids=grids, tile=TILE, patches_per_side=SIDE)
 
 
-def pinpoints(grids: tuple[Grid, ...], tile: int = TILE) -> list[list[int]]:
+def _pinpoints(grids: tuple[Grid, ...], tile: int = TILE) -> list[list[int]]:
     """The grids as transformers reads them: (height, width) in pixels, in the authors' order."""
     return [[rows * tile, cols * tile] for rows, cols in grids]
 
@@ -73,7 +73,7 @@ def test_published_token_table(
     size_wh: tuple[int, int], grid: tuple[int, int], kept: tuple[int, int], num_tokens: int
 ) -> None:
     """Grid, kept map and token count of every size in the published table, five grids."""
-    layout = clip_layout(size_wh[::-1])
+    layout = _layout(size_wh[::-1])
     kept_wh = (layout.kept_cols[1] - layout.kept_cols[0], layout.kept_rows[1] - layout.kept_rows[0])
     assert (layout.grid, kept_wh, layout.num_tokens) == (grid[::-1], kept, num_tokens)
 
@@ -84,7 +84,7 @@ def test_published_token_table_with_seven_grids(
 ) -> None:
     """The blog's two longer grids change three rows of the table (and the thinnest picture's grid) only."""
     changed = {(2000, 400): ((4, 1), 2516), (1344, 336): ((4, 1), 2904), (336, 1344): ((1, 4), 2976)}
-    layout = clip_layout(size_wh[::-1], BLOG_GRIDS)
+    layout = _layout(size_wh[::-1], BLOG_GRIDS)
     if size_wh == (2000, 10):
         assert layout.num_tokens >= 576
         return
@@ -107,7 +107,7 @@ def test_published_token_table_with_seven_grids(
 )
 def test_boundary_sizes_in_exact_arithmetic(size_wh: tuple[int, int], num_tokens: int) -> None:
     """Where the authors' int() of a float product falls below the exact floor, the exact one counts."""
-    assert clip_layout(size_wh[::-1]).num_tokens == num_tokens
+    assert _layout(size_wh[::-1]).num_tokens == num_tokens
 
 
 @pytest.mark.parametrize(("grid", "most"), [
@@ -115,9 +115,9 @@ def test_boundary_sizes_in_exact_arithmetic(size_wh: tuple[int, int], num_tokens
 ])  # fmt: skip
 def test_most_tokens_of_a_grid(grid: Grid, most: int) -> None:
     """A picture that fills its grid has the published number of tokens, and none has more."""
-    assert clip_layout((grid[0] * TILE, grid[1] * TILE), (grid,)).num_tokens == most
+    assert _layout((grid[0] * TILE, grid[1] * TILE), (grid,)).num_tokens == most
     sizes = np.random.default_rng(0).integers(1, 3000, (300, 2))
-    assert max(clip_layout((int(h), int(w)), (grid,)).num_tokens for h, w in sizes) <= most
+    assert max(_layout((int(h), int(w)), (grid,)).num_tokens for h, w in sizes) <= most
 
 
 def _random_sizes(count: int) -> list[tuple[int, int]]:
@@ -139,7 +139,7 @@ def _random_sizes(count: int) -> list[tuple[int, int]]:
 )  # fmt: skip
 def test_equals_stock_functions_at_random_sizes(grids: tuple[Grid, ...], tile: int, patch: int, count: int) -> None:
     """Grid, canvas size, kept map and token count are those of transformers' own functions."""
-    side, points = tile // patch, pinpoints(grids, tile)
+    side, points = tile // patch, _pinpoints(grids, tile)
     stock = LlavaNextProcessor.__new__(LlavaNextProcessor)  # its counter asks for three attributes only
     stock.patch_size, stock.num_additional_image_tokens = patch, 0
     stock.image_processor = LlavaNextImageProcessorPil(image_grid_pinpoints=points)
@@ -168,7 +168,7 @@ def test_kept_range_is_where_unpad_cuts() -> None:
 def test_grid_choice_keeps_the_floats_of_the_published_code() -> None:
     """At these sizes exact arithmetic would choose another grid than the authors' int() of a float product."""
     for size, grid in [((1226, 2451), (1, 2)), ((1141, 570), (2, 1)), ((2433, 1217), (2, 1)), ((1200, 2398), (1, 2))]:
-        assert tuple(select_best_resolution(size, pinpoints(AUTHORS_GRIDS))) == (grid[0] * TILE, grid[1] * TILE)
+        assert tuple(select_best_resolution(size, _pinpoints(AUTHORS_GRIDS))) == (grid[0] * TILE, grid[1] * TILE)
         assert select_grid(size, AUTHORS_GRIDS, TILE) == grid
 
 
@@ -190,11 +190,11 @@ def test_tile_pixels_equal_the_stock_processor() -> None:
     """Before rescaling, every tile of every grid is bit for bit what LlavaNextImageProcessorPil makes."""
     stock = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE},
-        image_grid_pinpoints=pinpoints(AUTHORS_GRIDS), do_rescale=False, do_normalize=False,
+        image_grid_pinpoints=_pinpoints(AUTHORS_GRIDS), do_rescale=False, do_normalize=False,
     )  # fmt: skip
     grids = set()
     for seed, size in enumerate(PICTURES_HW):
-        picture, layout = _noise(size, seed), clip_layout(size)
+        picture, layout = _noise(size, seed), _layout(size)
         grids.add(layout.grid)
         tiles = cut_tiles(picture, layout, TILE)
         assert tiles.dtype == np.uint8
@@ -228,7 +228,7 @@ def test_tiles_come_base_first_then_row_by_row() -> None:
     for index, colour in enumerate(colours):
         top, left = (index // 2) * 336, (index % 2) * 336
         pixels[top : top + 336, left : left + 336] = colour
-    tiles = cut_tiles(Image.fromarray(pixels), clip_layout((672, 672)), TILE)
+    tiles = cut_tiles(Image.fromarray(pixels), _layout((672, 672)), TILE)
     for tile, colour in zip(tiles[1:], colours, strict=True):
         assert (tile == np.array(colour, dtype=np.uint8)).all()
     base = tiles[0]
@@ -253,7 +253,7 @@ def test_padding_is_black_and_centred_to_the_top_left() -> None:
 @pytest.mark.parametrize("size", [(480, 640), (200, 300), (1000, 299), (301, 1000), (899, 1024)])
 def test_newlines_end_every_kept_row(size: tuple[int, int]) -> None:
     """Newlines stand at 576 + (i + 1) * (width + 1) - 1 for kept row i, and nowhere else."""
-    layout = clip_layout(size)
+    layout = _layout(size)
     rows = layout.kept_rows[1] - layout.kept_rows[0]
     cols = layout.kept_cols[1] - layout.kept_cols[0]
     expected = SIDE * SIDE + (np.arange(rows) + 1) * (cols + 1) - 1
@@ -278,7 +278,7 @@ def test_token_sources_are_the_unpadded_merged_map(size: tuple[int, int]) -> Non
 @pytest.mark.parametrize("size", [(10, 2000), (1, 5000), (1, 50)])
 def test_a_picture_too_thin_for_a_row_keeps_its_base_view(size: tuple[int, int]) -> None:
     """Zero kept rows: the base view's tokens alone, tiles as ever, no error."""
-    layout = clip_layout(size)
+    layout = _layout(size)
     if layout.kept_rows[0] == layout.kept_rows[1]:
         assert layout.num_tokens == SIDE * SIDE
     assert len(layout.token_sources()) == layout.num_tokens
@@ -288,13 +288,13 @@ def test_a_picture_too_thin_for_a_row_keeps_its_base_view(size: tuple[int, int])
 def test_a_picture_of_another_size_than_counted_is_refused() -> None:
     """A picture that is not the size its tokens were counted for stops the run, with both sizes."""
     with pytest.raises(ModelError, match=r"10x20 .* 20x10"):
-        cut_tiles(_noise((10, 20)), clip_layout((20, 10)), TILE)
+        cut_tiles(_noise((10, 20)), _layout((20, 10)), TILE)
 
 
 def test_sizes_and_grids_are_checked() -> None:
     """No size without a pixel; no empty, doubled or tileless list of grids."""
     with pytest.raises(ModelError, match="positive"):
-        clip_layout((0, 10))
+        _layout((0, 10))
     for grids, message in [((), "at least one"), (((0, 1),), "at least 1"), (((1, 2), (1, 2)), "twice")]:
         with pytest.raises(ModelError, match=message):
             check_grids(grids)  # type: ignore[arg-type]

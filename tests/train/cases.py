@@ -243,3 +243,167 @@ def relative_difference(ours: dict[str, Array], theirs: dict[str, Array]) -> flo
     difference = sum(float(np.square(ours[name].astype(np.float64) - theirs[name]).sum()) for name in ours)
     size = sum(float(np.square(theirs[name].astype(np.float64)).sum()) for name in ours)
     return float(np.sqrt(difference / size))
+
+
+def train_and_write(config: RunConfig) -> Record:
+    """Trains a run and writes its result, as `train.run` does at the end."""
+    from llava_next.hf import write_connector, write_hf
+    from train.engine import gathered
+
+    with built(config) as parts:
+        record = train_parts(parts, 0, parts.planner.num_steps)
+        target = config.run_dir / config.stage.result if parts.world.is_main else None
+        if config.stage.result == "connector":
+            write_connector(parts.model, parts.backbone, target, gathered)
+        else:
+            write_hf(parts.model, parts.backbone, parts.processor, target, gathered)
+        return record
+
+
+def first_loss(config: RunConfig) -> tuple[float, float]:
+    """The first step's loss as the trainer has it, and from each sample's token losses by plain arithmetic."""
+    from llava_next.batch import collate
+
+    with built(config) as parts:
+        plan = parts.planner.plan(0)
+        means, tokens = [], []
+        for known in parts.table.rows[plan.samples]:
+            sample = parts.mixture.sample(int(known["sample"]))
+            example = parts.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+            batch = collate([example], tile=parts.backbone.tile, patches_per_tile=parts.backbone.patches_per_side**2)
+            losses = parts.model.score(batch).losses
+            means.append(float(losses.mean()))
+            tokens.append(len(losses))
+        weighs = [1.0] * len(tokens) if config.stage.loss_weighting == "sample" else tokens
+        expected = float(np.average(means, weights=weighs))
+        return train_parts(parts, 0, 1).losses[0], expected
+
+
+@dataclass
+class Unequal:
+    """A step of unlike rows: what each micro-step of this rank held, and every collective in order."""
+
+    kinds: list[str]
+    collectives: list[tuple[str, int]]
+    loss: float
+
+
+def unequal_step(config: RunConfig) -> Unequal:
+    """One step in which a rank has text where the other has pictures, and nothing where the other has text."""
+    with built(config) as parts:
+        tiles = np.asarray(parts.table.rows["tiles"])
+        text, pictures = np.flatnonzero(tiles == 0)[:4], np.flatnonzero(tiles > 0)[:4]
+        rows = {"text": text[:2], "pictures": pictures[:2], "nothing": text[:0]}
+        mine = (("text", "pictures", "nothing"), ("pictures", "nothing", "text"))
+        kinds = list(mine[parts.world.rank])
+        samples = np.concatenate([rows[kind] for kinds_of in mine for kind in kinds_of])
+        plan = replace(
+            parts.planner.plan(0),
+            samples=samples,
+            rows=tuple(rows[kind] for kind in kinds),
+            num_supervised=int(parts.table.rows["supervised"][samples].sum()),
+        )
+        with recorded_collectives() as seen:
+            outcome = _step(parts, plan)
+        return Unequal(kinds, seen, float(outcome.agreement.sums[: len(parts.mixture.source_names)].sum()))
+
+
+def _step(parts: Parts, plan: Any) -> Any:
+    """One step of the trainer over the rows of `plan`."""
+    from train.loader import _Rows
+    from train.optim import set_rates
+    from train.trainer import Trainer
+
+    encode = _Rows(parts.mixture, parts.table, parts.processor, False)
+    stream = (encode[row] for row in plan.rows)
+    names = parts.mixture.source_names
+    log: Any = None
+    trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, names)
+    set_rates(parts.engine.optimizer.param_groups, 1.0)
+    return trainer.train_step(plan)
+
+
+@contextmanager
+def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
+    """Every collective that DeepSpeed issues meanwhile, with the number of elements of its first tensor."""
+    from deepspeed.comm.torch import TorchBackend
+
+    names = (
+        "all_reduce",
+        "inference_all_reduce",
+        "all_reduce_coalesced",
+        "reduce",
+        "reduce_scatter",
+        "reduce_scatter_tensor",
+        "broadcast",
+        "all_gather",
+        "all_gather_into_tensor",
+        "all_gather_coalesced",
+        "all_to_all_single",
+        "barrier",
+    )
+    kept = {name: getattr(TorchBackend, name) for name in names}
+    seen: list[tuple[str, int]] = []
+
+    def watched(name: str) -> Any:
+        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            sizes = [value.numel() for value in (*args, *kwargs.values()) if hasattr(value, "numel")]
+            seen.append((name, sizes[0] if sizes else 0))
+            return kept[name](self, *args, **kwargs)
+
+        return call
+
+    for name in names:
+        setattr(TorchBackend, name, watched(name))
+    try:
+        yield seen
+    finally:
+        for name in names:
+            setattr(TorchBackend, name, kept[name])
+
+
+def wrong_count(config: RunConfig) -> tuple[str, bool]:
+    """A step whose table counts one supervised token too many: the error's words, and whether a weight changed."""
+    with built(config) as parts:
+        plan = parts.planner.plan(0)
+        return _refused(parts, replace(plan, num_supervised=plan.num_supervised + 1))
+
+
+def poisoned_step(config: RunConfig) -> tuple[str, bool]:
+    """A step in which rank 1's loss is not a number: the error's words, and whether a weight changed."""
+    with built(config) as parts:
+        if parts.world.rank == 1:
+            parts.model.tile_shift.fill_(float("nan"))
+        return _refused(parts, parts.planner.plan(0))
+
+
+def _refused(parts: Parts, plan: Any) -> tuple[str, bool]:
+    from train.trainer import StepError
+
+    before = weights(parts)
+    try:
+        _step(parts, plan)
+    except StepError as error:
+        after = weights(parts)
+        return str(error), any(not np.array_equal(before[name], after[name]) for name in before)
+    raise AssertionError("the step was not refused")
+
+
+def sleep_for_ever(stuck: int) -> None:
+    """One rank never comes."""
+    import time
+
+    from train.world import read_launch
+
+    if read_launch().rank == stuck:
+        time.sleep(3600)
+
+
+def sum_of_ranks() -> float:
+    """The sum of all ranks' numbers, by a collective."""
+    import torch
+    import torch.distributed as dist
+
+    value = torch.tensor(float(dist.get_rank()))
+    dist.all_reduce(value)
+    return float(value)

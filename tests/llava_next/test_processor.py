@@ -1,0 +1,252 @@
+"""Messages and sizes become ids, labels and counts; the same layout with and without pixels."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from data_recipes.sample import Message
+from llava_next.anyres import image_layout
+from llava_next.build import read_tokenizer
+from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig
+from llava_next.conversation import TEMPLATES
+from llava_next.processor import IGNORE, Processor, RejectReason, SampleLayout, SampleRejected
+from tests.tiny import PATCHES_PER_SIDE, SIZES_HW, TILE, TokenizerName, encoded_picture, tiny_tokenizer
+
+SIZE = (45, 61)
+NUM_IMAGE_TOKENS = image_layout(
+    SIZE, mode="anyres", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=PATCHES_PER_SIDE
+).num_tokens
+
+
+def _processor(tokenizer_path: Path, template: str, max_length: int = 4096, image_mode: str = "anyres") -> Processor:
+    config = ProcessorConfig(
+        template=template,
+        image_mode="anyres" if image_mode == "anyres" else "square",
+        grids=AUTHORS_GRIDS,
+        tile=TILE,
+        patches_per_side=PATCHES_PER_SIDE,
+        max_length=max_length,
+    )
+    return Processor(read_tokenizer(str(tokenizer_path)), config)
+
+
+def _rounds(*turns: str, picture: bool = True) -> list[Message]:
+    messages = [Message("user" if i % 2 == 0 else "assistant", text) for i, text in enumerate(turns)]
+    if picture:
+        messages[0] = Message("user", "<image>\n" + messages[0].text)
+    return messages
+
+
+# Answers that open with a letter, a digit, a quote, another script, an emoji, a space of their own, a line break.
+ANSWERS = ["A red circle.", "42", '"Quoted," he said.', "你好，世界", "🙂 fine", "line one\nline two", "é"]
+
+
+def _supervised_runs(layout: SampleLayout) -> list[list[int]]:
+    """The ids of each unbroken run of supervised positions."""
+    runs: list[list[int]] = []
+    for position in np.flatnonzero(layout.labels != IGNORE):
+        if runs and layout.labels[position - 1] != IGNORE:
+            runs[-1].append(int(layout.ids[position]))
+        else:
+            runs.append([int(layout.ids[position])])
+    return runs
+
+
+def _check_supervision(processor: Processor, answers: Sequence[str]) -> None:
+    template = processor.template
+    turns = [turn for answer in answers for turn in (f"Question {len(answer)}?", answer)]
+    layout = processor.layout(_rounds(*turns), [SIZE])
+    assert (layout.labels[layout.labels != IGNORE] == layout.ids[layout.labels != IGNORE]).all()
+    runs = _supervised_runs(layout)
+    if template.caption_only:  # captions follow one another with nothing between
+        assert len(runs) == 1
+        assert processor.tokenizer.decode(runs[0]).strip() == "\n".join(answers).strip()
+        return
+    decoded = [processor.tokenizer.decode(run) for run in runs]
+    expected = [template.answer_format.replace("{text}", answer) + template.end for answer in answers]
+    # A sentencepiece decoder drops the space at the very beginning of what it decodes.
+    assert [text.removeprefix(" ") for text in decoded] == [text.removeprefix(" ") for text in expected]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_supervised_text_is_the_answers_and_their_ends(tmp_path: Path, template: str, kind: TokenizerName) -> None:
+    """Each supervised run decodes to one answer with its end token; nothing of a question or a header is in it."""
+    _check_supervision(_processor(tiny_tokenizer(tmp_path / kind, kind), template), ANSWERS)
+
+
+@pytest.mark.parametrize("template", ["chatml", "qwen_1_5", "chatml_direct"])
+def test_supervised_text_with_a_real_tokenizer(smollm2_tokenizer: Path, template: str) -> None:
+    """The same with SmolLM2's tokenizer, whose merges are those of real text."""
+    _check_supervision(_processor(smollm2_tokenizer, template), ANSWERS)
+
+
+@pytest.mark.parametrize("kind", ["bytes", "metaspace"])
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_ids_are_the_whole_text_with_image_tokens_in_place(tmp_path: Path, template: str, kind: TokenizerName) -> None:
+    """Tokenizing the rendered text in one go, each placeholder one token, and then widening it, gives our ids."""
+    processor = _processor(tiny_tokenizer(tmp_path / kind, kind), template)
+    messages = _rounds("What is it?", "A red circle.", "And now?", "Blue.")
+    text = "".join(segment.text for segment in processor.template.render(messages))
+    whole = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    expected = [processor.tokenizer.bos_token_id] if processor.template.bos else []
+    for token in whole:
+        expected += [token] * (NUM_IMAGE_TOKENS if token == processor.image_token_id else 1)
+    assert processor.layout(messages, [SIZE]).ids.tolist() == expected
+
+
+def test_plain_supervises_the_caption_and_its_line_break(tmp_path: Path) -> None:
+    """Stage 1: bos and picture masked, caption and final line break supervised, no end token."""
+    processor = _processor(tiny_tokenizer(tmp_path), "plain")
+    layout = processor.layout(_rounds("Describe it.", "A red circle."), [SIZE])
+    assert layout.ids[0] == processor.tokenizer.bos_token_id
+    assert (layout.ids[1 : 1 + NUM_IMAGE_TOKENS] == processor.image_token_id).all()
+    assert (layout.labels[: 1 + NUM_IMAGE_TOKENS] == IGNORE).all()
+    rest = layout.ids[1 + NUM_IMAGE_TOKENS :]
+    np.testing.assert_array_equal(layout.labels[1 + NUM_IMAGE_TOKENS :], rest)
+    assert processor.tokenizer.decode(rest) == "A red circle.\n"
+
+
+def test_mistral_supervises_the_space_before_the_end(tmp_path: Path) -> None:
+    """The token(s) between the answer's last word and </s> are supervised."""
+    processor = _processor(tiny_tokenizer(tmp_path), "mistral_instruct")
+    layout = processor.layout(_rounds("What?", "Blue."), [SIZE])
+    assert processor.tokenizer.decode(layout.labels[layout.labels != IGNORE]) == " Blue. </s>"
+
+
+@pytest.mark.parametrize("image_mode", ["anyres", "square"])
+def test_counts_without_pixels_are_the_counts_with_pixels(tmp_path: Path, image_mode: str) -> None:
+    """`encode` is `layout` plus tiles: same ids, labels and counts; as many tiles as counted, of every grid."""
+    processor = _processor(tiny_tokenizer(tmp_path), "chatml", image_mode=image_mode)
+    for number, size in enumerate(SIZES_HW):
+        other = SIZES_HW[number - 1]
+        messages = _rounds("Compare <image> with it.", "They differ.", "Sure?", "Yes.")
+        pictures = [encoded_picture(number, size), encoded_picture(number + 50, other)]
+        layout = processor.layout(messages, [size, other])
+        example = processor.encode(messages, [size, other], pictures)
+        np.testing.assert_array_equal(example.layout.ids, layout.ids)
+        np.testing.assert_array_equal(example.layout.labels, layout.labels)
+        assert example.tiles.shape == (layout.num_tiles, TILE, TILE, 3)
+        num_image_tokens = int((layout.ids == layout.image_token_id).sum())
+        assert num_image_tokens == sum(image.num_tokens for image in layout.images)
+        assert layout.num_tokens == len(layout.ids) == len(layout.labels)
+
+
+def test_text_only_samples_have_no_tiles(tmp_path: Path) -> None:
+    """No picture: zero tiles of the tower's side, no image token."""
+    example = _processor(tiny_tokenizer(tmp_path), "chatml").encode(_rounds("Hi", "Ho", picture=False), [], [])
+    assert example.tiles.shape == (0, TILE, TILE, 3)
+    assert example.layout.images == ()
+    assert not (example.layout.ids == example.layout.image_token_id).any()
+
+
+def test_a_long_sample_is_cut_after_the_last_answer_that_fits(tmp_path: Path) -> None:
+    """For every maximum length: a prefix of the whole that ends with an end token; lost rounds are counted."""
+    path = tiny_tokenizer(tmp_path)
+    messages = _rounds("Q one?", "First.", "Q two?", "Second, longer.", "Q three?", "Third.")
+    whole = _processor(path, "chatml").layout(messages, [SIZE])
+    end = AutoTokenizer.from_pretrained(path).convert_tokens_to_ids("<|im_end|>")
+    ends = np.flatnonzero(whole.labels == end) + 1
+    assert len(ends) == 3
+    for max_length in range(int(ends[0]), len(whole.ids) + 3):
+        layout = _processor(path, "chatml", max_length).layout(messages, [SIZE])
+        assert layout.num_tokens <= max_length
+        np.testing.assert_array_equal(layout.ids, whole.ids[: layout.num_tokens])
+        np.testing.assert_array_equal(layout.labels, whole.labels[: layout.num_tokens])
+        if max_length >= len(whole.ids):
+            assert (layout.num_tokens, layout.num_rounds_cut) == (len(whole.ids), 0)
+        else:
+            fitting = int((ends <= max_length).sum())
+            assert (layout.num_tokens, layout.num_rounds_cut) == (ends[fitting - 1], 3 - fitting)
+
+
+def test_pictures_of_lost_rounds_are_lost_with_them(tmp_path: Path) -> None:
+    """A cut in front of the second picture keeps the first picture's layout and tiles only."""
+    path = tiny_tokenizer(tmp_path)
+    messages = _rounds("One?", "First.", "<image>\nTwo?", "Second.")
+    sizes, pictures = [SIZE, (56, 56)], [encoded_picture(0, SIZE), encoded_picture(1, (56, 56))]
+    whole = _processor(path, "chatml").encode(messages, sizes, pictures)
+    assert len(whole.layout.images) == 2
+    cut = _processor(path, "chatml", whole.layout.num_tokens - 10).encode(messages, sizes, pictures)
+    assert cut.layout.images == whole.layout.images[:1]
+    assert cut.layout.num_rounds_cut == 1
+    np.testing.assert_array_equal(cut.tiles, whole.tiles[: len(cut.tiles)])
+    assert len(cut.tiles) == cut.layout.num_tiles
+
+
+def test_a_sample_whose_first_answer_does_not_fit_is_rejected(tmp_path: Path) -> None:
+    """Too long is a reason with both numbers, not a sample without an answer."""
+    path = tiny_tokenizer(tmp_path)
+    messages = _rounds("Q?", "A.")
+    length = _processor(path, "chatml").layout(messages, [SIZE]).num_tokens
+    with pytest.raises(SampleRejected, match=f"{length} tokens.*{length - 2}") as caught:
+        _processor(path, "chatml", length - 2).layout(messages, [SIZE])
+    assert caught.value.reason is RejectReason.TOO_LONG
+
+
+def test_a_sample_without_an_answer_is_rejected(tmp_path: Path) -> None:
+    """Nothing to learn from: rejected with a reason, never a row without a target."""
+    with pytest.raises(SampleRejected) as caught:
+        _processor(tiny_tokenizer(tmp_path), "chatml").layout(_rounds("Q?"), [SIZE])
+    assert caught.value.reason is RejectReason.NO_SUPERVISED
+
+
+@pytest.mark.parametrize("num_sizes", [0, 2])
+def test_placeholders_and_pictures_must_agree(tmp_path: Path, num_sizes: int) -> None:
+    """One placeholder with none or two pictures is an error with both numbers."""
+    with pytest.raises(ModelError, match=f"1 placeholders .* {num_sizes} pictures"):
+        _processor(tiny_tokenizer(tmp_path), "chatml").layout(_rounds("Q?", "A."), [SIZE] * num_sizes)
+
+
+def test_fingerprint_follows_all_that_decides_an_encoding(tmp_path: Path) -> None:
+    """Another maximum length, template, mode, grid, tile or tokenizer: another fingerprint. The same: the same."""
+    path = tiny_tokenizer(tmp_path / "a")
+    base = _processor(path, "chatml")
+    tokenizer = base.tokenizer
+    changed = [
+        Processor(tokenizer, replace(base.config, **change))
+        for change in (
+            {"max_length": 4095},
+            {"template": "qwen_1_5"},
+            {"image_mode": "square"},
+            {"grids": AUTHORS_GRIDS[::-1]},
+            {"tile": 42},
+            {"patches_per_side": 2},
+        )
+    ]
+    changed.append(_processor(tiny_tokenizer(tmp_path / "b", "metaspace"), "chatml"))
+    fingerprints = [processor.fingerprint for processor in (base, *changed)]
+    assert len(set(fingerprints)) == len(fingerprints)
+    assert _processor(path, "chatml").fingerprint == base.fingerprint
+
+
+def test_a_prompt_ends_where_the_answer_begins(tmp_path: Path) -> None:
+    """The ids of a question are the first ids of the same question with its answer."""
+    for template in sorted(set(TEMPLATES) - {"plain"}):
+        processor = _processor(tiny_tokenizer(tmp_path / template), template)
+        messages = _rounds("What is it?", "A red circle.")
+        ids, images = processor.prompt(messages[:1], [SIZE])
+        whole = processor.layout(messages, [SIZE])
+        np.testing.assert_array_equal(ids, whole.ids[: len(ids)])
+        assert len(ids) == int(np.flatnonzero(whole.labels != IGNORE)[0])
+        assert images == whole.images
+
+
+def test_tokenizers_that_cannot_serve_are_refused(tmp_path: Path) -> None:
+    """No bos for a template that opens with one; an end token that is several tokens; each by name."""
+    without_bos = tiny_tokenizer(tmp_path / "qwen", bos=None)
+    with pytest.raises(ModelError, match="vicuna_v1 opens with the beginning-of-sequence token"):
+        _processor(without_bos, "vicuna_v1")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    bare = Tokenizer(models.BPE())
+    bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bare.add_tokens(["<", "|", "im", "_", "end", ">", "s", "/"])
+    PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="s").save_pretrained(tmp_path / "bare")
+    with pytest.raises(ModelError, match=r"end token of template chatml.*must be one"):
+        _processor(tmp_path / "bare", "chatml")
