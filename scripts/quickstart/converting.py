@@ -175,24 +175,52 @@ def write_smollm2_tokenizer(gguf_file: Path, folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", settings)
 
 
-def write_smollm2(gguf_file: Path, folder: Path) -> None:
-    """SmolLM2-135M-Instruct in fp32, with its tokenizer, as AutoModelForCausalLM.from_pretrained loads it."""
+QUICKSTART_LAYERS = (0, 1, 2, 27, 28, 29)
+"""Of SmolLM2's thirty: the first turn tokens into meaning and the last turn meaning into tokens. Of the choices of
+six that were tried, this one predicts text best without any training (11.3 nats a token; the first six: 20.4)."""
+
+
+def write_smollm2_six_layers(gguf_file: Path, folder: Path) -> None:
+    """SmolLM2-135M-Instruct with six of its layers, for two cores; otherwise as `write_smollm2`."""
+    write_smollm2(gguf_file, folder, QUICKSTART_LAYERS)
+
+
+def write_smollm2(gguf_file: Path, folder: Path, layers: tuple[int, ...] | None = None) -> None:
+    """SmolLM2-135M-Instruct in fp32, with its tokenizer, as AutoModelForCausalLM.from_pretrained loads it.
+
+    Args:
+        layers: the layers to keep, numbered from 0; None for all.
+    """
     from gguf.quants import dequantize
 
     reader, fields = _gguf_fields(gguf_file)
     heads = {"q": fields["llama.attention.head_count"], "k": fields["llama.attention.head_count_kv"]}
     tensors: Tensors = {}
     for entry in reader.tensors:
+        name = _kept_name(_llama_name(entry.name), layers)
+        if name is None:
+            continue
         value = dequantize(entry.data, entry.tensor_type).astype(np.float32, copy=False)
         for part, num_heads in heads.items():
             if entry.name.endswith(f"attn_{part}.weight"):
                 value = _halves_from_pairs(value, num_heads)
-        tensors[_llama_name(entry.name)] = np.ascontiguousarray(value)
+        tensors[name] = np.ascontiguousarray(value)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", _llama_config(fields))
+    config = _llama_config(fields)
+    write_json(folder / "config.json", config | ({"num_hidden_layers": len(layers)} if layers else {}))
     ids = {f"{name}_token_id": fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}
     write_json(folder / "generation_config.json", ids | {"pad_token_id": fields["tokenizer.ggml.padding_token_id"]})
     write_smollm2_tokenizer(gguf_file, folder)
+
+
+def _kept_name(name: str, layers: tuple[int, ...] | None) -> str | None:
+    """The tensor's name when only `layers` are kept and numbered anew; None if it is not kept."""
+    parts = name.split(".")
+    if layers is None or parts[1] != "layers":
+        return name
+    if int(parts[2]) not in layers:
+        return None
+    return ".".join([*parts[:2], str(layers.index(int(parts[2]))), *parts[3:]])
 
 
 def _halves_from_pairs(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:

@@ -117,7 +117,7 @@ def test_align_trains_the_connector_alone(
     start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int
 ) -> None:
     """Stage 1 moves every tensor of projector and newline; the frozen parts are bit-equal."""
-    config = replace(aligning(run_config), engine=zero(stage))
+    config = replace(aligning(run_config, image_mode="anyres"), engine=zero(stage))
     record = start_ranks(size).run(cases.train, config)[0]
     for name, part in record.parts.items():
         same = np.array_equal(record.before[name], record.after[name])
@@ -188,7 +188,9 @@ def test_connector_goes_from_align_to_finetune(
     assert len(connector) == 5
     for name in connector:
         np.testing.assert_array_equal(record.before[name], written.after[name])
-        assert not np.array_equal(record.before[name], written.before[name])
+        # Square pictures have no newline token, so stage 1 leaves that vector as it was.
+        moved = not np.array_equal(record.before[name], written.before[name])
+        assert moved == (record.parts[name] == "projector")
 
 
 @pytest.mark.parametrize("stage", [3, 2, pytest.param(1, marks=pytest.mark.full)])

@@ -1,0 +1,129 @@
+"""What the model's tests share: encoded samples, a stock twin with the same weights, gradients side by side."""
+
+import io
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import LlavaNextForConditionalGeneration
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+from data_recipes.sample import Message
+from llava_next.batch import Batch, collate
+from llava_next.build import Backbone
+from llava_next.config import ImageMode
+from llava_next.hf import live_parameters
+from llava_next.model import LlavaNext
+from llava_next.processor import Example
+from tests.tiny import encoded_picture
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """An example, and the bytes of the pictures that it was made from."""
+
+    example: Example
+    pictures: tuple[bytes, ...]
+
+
+def encoded(
+    backbone: Backbone,
+    sizes_hw: Sequence[tuple[int, int]],
+    *,
+    seed: int = 0,
+    rounds: int = 1,
+    image_mode: ImageMode = "anyres",
+) -> Encoded:
+    """A conversation of this many rounds whose first question shows pictures of these sizes."""
+    messages = []
+    for turn in range(rounds):
+        shown = "<image>\n" * len(sizes_hw) if turn == 0 else ""
+        messages.append(Message("user", f"{shown}What is number {seed} in line {turn}?"))
+        messages.append(Message("assistant", "It is " + " ".join("0123456789"[: 2 + (seed + turn) % 5]) + "."))
+    pictures = tuple(encoded_picture(100 * seed + i, size) for i, size in enumerate(sizes_hw))
+    processor = backbone.processor(template=None, image_mode=image_mode, max_length=4096)
+    return Encoded(processor.encode(messages, sizes_hw, pictures), pictures)
+
+
+def mixed(backbone: Backbone) -> list[Encoded]:
+    """Several samples: pictures of several grids, two pictures, text only, several rounds."""
+    sizes: list[list[tuple[int, int]]] = [[(45, 61)], [], [(28, 90), (90, 31)], [(20, 20)], [], [(33, 140)]]
+    return [encoded(backbone, each, seed=seed, rounds=1 + seed % 3) for seed, each in enumerate(sizes)]
+
+
+def row(backbone: Backbone, examples: Sequence[Example], *, per_sample: bool = False) -> Batch:
+    """The examples in one row, each its own source, so that the per-source sums are per-sample sums."""
+    return collate(
+        examples,
+        tile=backbone.tile,
+        patches_per_tile=backbone.patches_per_side**2,
+        source_ids=range(len(examples)),
+        per_sample=per_sample,
+    )
+
+
+def stock_twin(model: LlavaNext, backbone: Backbone) -> LlavaNextForConditionalGeneration:
+    """A stock model, whole tower and all, with the same weights."""
+    config = deepcopy(backbone.hf_config)
+    config.text_config._attn_implementation = "sdpa"
+    stock = LlavaNextForConditionalGeneration(config).to(model.hf.model.image_newline.dtype)
+    state = {name.removeprefix("hf."): p.detach().clone() for name, p in live_parameters(model)}
+    missing, unexpected = stock.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}
+    if missing:
+        assert config.tie_word_embeddings
+    return stock
+
+
+def stock_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]:
+    """What stock transformers is given for a sample: its own pixels of the same pictures, our ids and labels."""
+    layout = sample.example.layout
+    inputs = {
+        "input_ids": torch.from_numpy(layout.ids.astype(np.int64))[None],
+        "labels": torch.from_numpy(layout.labels.astype(np.int64))[None],
+    }
+    if sample.pictures:
+        tower = backbone.config.vision_tower
+        stock = LlavaNextImageProcessorPil(
+            size={"shortest_edge": backbone.tile},
+            crop_size={"height": backbone.tile, "width": backbone.tile},
+            image_grid_pinpoints=backbone.hf_config.image_grid_pinpoints,
+            image_mean=list(tower.image_mean),
+            image_std=list(tower.image_std),
+        )
+        pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in sample.pictures]
+        pixels = stock(pictures, return_tensors="pt")
+        inputs |= {"pixel_values": pixels["pixel_values"], "image_sizes": pixels["image_sizes"]}
+    return inputs
+
+
+def gradients(model: LlavaNext) -> dict[str, torch.Tensor | None]:
+    """Each parameter's gradient by name (a copy)."""
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def is_key_bias(name: str) -> bool:
+    """The true gradient of a tower's key bias is zero (softmax does not see it): what is there is rounding."""
+    return name.endswith(("k_proj.bias", "key.bias"))
+
+
+def worst_difference(
+    ours: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor | None], names: Iterable[str]
+) -> float:
+    """The largest relative difference (2-norm) over these tensors, key biases apart; absent counts as zero."""
+    worst = 0.0
+    for name in names:
+        if is_key_bias(name):
+            continue
+        a, b = ours[name], theirs[name]
+        if a is None or b is None:
+            assert all(gradient is None or not gradient.any() for gradient in (a, b)), name
+            continue
+        scale = float(b.norm())
+        difference = float((a - b).norm()) / scale if scale else float(a.norm())
+        worst = max(worst, difference)
+    return worst

@@ -1,0 +1,115 @@
+"""Attention inside segments, and the language models that it must refuse."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import (
+    FalconConfig,
+    Gemma2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from llava_next.attention import refuse_unsupported, segment_attention
+from llava_next.batch import Segments
+from llava_next.config import ModelError
+
+LENGTHS = (5, 1, 9, 3)
+
+
+def _segments(device: str = "cpu") -> Segments:
+    bounds = torch.tensor([0, 5, 6, 15, 18], dtype=torch.int32, device=device)
+    return Segments(bounds, LENGTHS)
+
+
+def _qkv(dtype: torch.dtype, device: str = "cpu", width: int = 8) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 4, 18, width), (1, 2, 18, width), (1, 2, 18, width)]
+    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+
+def _masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
+    """Dense attention under a block-diagonal causal mask."""
+    number = torch.repeat_interleave(torch.arange(4), torch.tensor(LENGTHS))
+    allowed = (number[:, None] == number[None]) & torch.ones(18, 18).tril().bool()
+    output = scaled_dot_product_attention(
+        query, key, value, attn_mask=allowed.to(query.device), scale=scale, enable_gqa=True
+    )
+    return output.transpose(1, 2)
+
+
+def test_equals_a_block_diagonal_causal_mask() -> None:
+    """Outputs and gradients of grouped-query attention, fp64, with a scale of its own."""
+    inputs = _qkv(torch.float64)
+    output, weights = segment_attention(torch.nn.Module(), *inputs, None, scaling=0.3, segments=_segments())
+    assert weights is None
+    expected = _masked(*inputs, scale=0.3)
+    torch.testing.assert_close(output, expected, rtol=1e-10, atol=1e-12)
+    upstream = torch.randn(output.shape, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(output, inputs, upstream),
+        torch.autograd.grad(expected, inputs, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.gpu
+def test_the_kernel_on_cuda_equals_the_mask() -> None:
+    """torch's variable-length flash attention in bf16: outputs and gradients as the dense mask in fp32."""
+    inputs = _qkv(torch.bfloat16, "cuda", width=64)
+    output, _ = segment_attention(torch.nn.Module(), *inputs, None, scaling=0.125, segments=_segments("cuda"))
+    exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    expected = _masked(*exact, scale=0.125)
+    torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+    upstream = torch.randn(expected.shape, device="cuda")
+    for ours, theirs in zip(
+        torch.autograd.grad(output, inputs, upstream.bfloat16()),
+        torch.autograd.grad(expected, exact, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours.float(), theirs, rtol=5e-2, atol=5e-2)
+
+
+def test_without_segments_it_stops() -> None:
+    """A call that would attend across samples, or drop out, is an error and not a guess."""
+    with pytest.raises(ValueError, match="within segments"):
+        segment_attention(torch.nn.Module(), *_qkv(torch.float32), None)
+    with pytest.raises(ValueError, match="dropout"):
+        segment_attention(torch.nn.Module(), *_qkv(torch.float32), None, dropout=0.1, segments=_segments())
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (MistralConfig(sliding_window=4096), "sliding window of 4096"),
+        (Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0), "sliding window of 64"),
+        (Gemma2Config(sliding_window=None), "softcapping"),
+        (GptOssConfig(sliding_window=None), "sinks"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_what_is_not_implemented_is_refused(config: PretrainedConfig, word: str) -> None:
+    """Sliding windows, softcapping and sinks are told by name, never ignored."""
+    with pytest.raises(ModelError, match=word):
+        refuse_unsupported(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LlamaConfig(), MistralConfig(sliding_window=None), Qwen2Config(use_sliding_window=False), Qwen3Config()],
+    ids=lambda config: config.model_type,
+)
+def test_full_attention_passes(config: PretrainedConfig) -> None:
+    """The published backbones are not refused."""
+    refuse_unsupported(config)
+
+
+def test_attention_with_alibi_is_refused() -> None:
+    """A model that adds position biases of its own to the scores would lose them: refused."""
+    with pytest.raises(ModelError):
+        refuse_unsupported(FalconConfig(alibi=True))

@@ -1,0 +1,269 @@
+"""From a `ModelConfig` to a model: derived values, first weights, and what is refused before any training."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
+
+from llava_next.build import VOCABULARY_MULTIPLE, build_model, read_backbone, read_tokenizer, with_tile
+from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
+from llava_next.conversation import IMAGE_PLACEHOLDER
+from llava_next.hf import live_parameters
+from llava_next.model import LlavaNext
+from tests.llava_next.conftest import MakeBackbone
+from tests.llava_next.models import encoded, row
+from tests.tiny import PATCH, TILE, TowerName, tiny_model, tiny_tokenizer
+
+TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
+
+
+def _state(model: LlavaNext) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in live_parameters(model)}
+
+
+def _pretrained(folder: Path, tower: TowerName = "clip", **options: Any) -> ModelConfig:
+    """A tiny model whose parts lie on disk with weights."""
+    config = tiny_model(folder, tower, **options)
+    backbone = read_backbone(config)
+    torch.manual_seed(11)
+    vision = AutoModel.from_config(backbone.hf_config.vision_config)
+    vision.save_pretrained(config.vision_tower.path)
+    text = type(backbone.hf_config.text_config).from_pretrained(config.language_model.path)
+    AutoModelForCausalLM.from_config(text).save_pretrained(config.language_model.path)
+    return ModelConfig(
+        replace(config.language_model, weights="pretrained"),
+        replace(config.vision_tower, weights="pretrained"),
+        config.grids,
+    )
+
+
+def _edit_weights(path: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    file = Path(path) / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _edit_config(path: str, **values: Any) -> None:
+    file = Path(path) / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_random_weights_follow_the_seed_alone(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """The same seed gives the same weights whatever was drawn before, another seed others; torch's own stream of
+    random numbers is left where it was."""
+    torch.manual_seed(1)
+    first = _state(build_model(make_backbone(tower), dtype=torch.float32, seed=5))
+    drawn = torch.rand(3)
+    torch.manual_seed(1)
+    assert torch.equal(torch.rand(3), drawn)
+    torch.manual_seed(2)
+    second = _state(build_model(make_backbone(tower), dtype=torch.float32, seed=5))
+    other = _state(build_model(make_backbone(tower), dtype=torch.float32, seed=6))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    names = [name for name in first if first[name].unique().numel() > 1]  # norms and biases start as constants
+    assert all(not torch.equal(first[name], other[name]) for name in names)
+    assert {"hf.model.image_newline", "hf.model.multi_modal_projector.linear_1.weight"} <= set(names)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_what_follows_from_the_parts(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """Vocabulary, image token, pinpoints, patches and the select strategy are derived, never configured."""
+    backbone = make_backbone(tower)
+    hf = backbone.hf_config
+    assert hf.text_config.vocab_size % VOCABULARY_MULTIPLE == 0
+    assert hf.text_config.vocab_size >= len(backbone.tokenizer)
+    assert backbone.tokenizer.convert_ids_to_tokens(hf.image_token_index) == IMAGE_PLACEHOLDER
+    assert hf.image_grid_pinpoints == [[r * TILE, c * TILE] for r, c in backbone.config.grids]
+    assert (backbone.tile, backbone.patches_per_side) == (TILE, TILE // PATCH)
+    model = build_model(backbone, dtype=torch.float32, seed=0)
+    assert model.hf.get_input_embeddings().weight.shape[0] == hf.text_config.vocab_size
+    features = model.tile_features(torch.zeros(2, TILE, TILE, 3, dtype=torch.uint8))
+    assert features.shape == (2, (TILE // PATCH) ** 2, hf.text_config.hidden_size)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_weight_has_the_asked_type(make_backbone: MakeBackbone, dtype: torch.dtype) -> None:
+    """Of every part, kept-aside layers included; and a row runs in it with losses in float32."""
+    backbone = make_backbone("siglip")
+    model = build_model(backbone, dtype=dtype, seed=0)
+    assert {parameter.dtype for _, parameter in live_parameters(model)} == {dtype}
+    total, _, _ = model(row(backbone, [encoded(backbone, [(45, 61)]).example]))
+    assert total.dtype == torch.float32
+    assert torch.isfinite(total)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_pretrained_parts_keep_their_weights(tmp_path: Path, tower: TowerName) -> None:
+    """Tower and language model hold the tensors of their files; new rows of the table are the mean of the old."""
+    config = _pretrained(tmp_path, tower)
+    model = build_model(read_backbone(config), dtype=torch.float32, seed=0)
+    state = {name.removeprefix("hf.model."): tensor for name, tensor in _state(model).items()}
+    vision = AutoModel.from_pretrained(config.vision_tower.path).state_dict()
+    for name, tensor in vision.items():
+        assert torch.equal(state[f"vision_tower.{name}"], tensor), name
+    text = load_file(Path(config.language_model.path) / "model.safetensors")
+    for name, tensor in text.items():
+        ours = state["hf.lm_head.weight" if name == "lm_head.weight" else name.replace("model.", "language_model.", 1)]
+        assert torch.equal(ours[: len(tensor)], tensor), name
+        if len(ours) > len(tensor):
+            torch.testing.assert_close(ours[len(tensor) :], tensor.mean(0).expand_as(ours[len(tensor) :]))
+    assert model.hf.get_input_embeddings().weight.shape[0] == model.hf.config.text_config.vocab_size
+
+
+def test_a_directory_of_a_whole_clip_gives_its_vision_tower(tmp_path: Path) -> None:
+    """openai's directories hold both of CLIP's towers: the vision one is read, complete."""
+    vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3,
+              "image_size": TILE, "patch_size": PATCH}  # fmt: skip
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": 32}  # fmt: skip
+    torch.manual_seed(0)
+    clip = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8))
+    clip.save_pretrained(tmp_path / "clip")
+    config = tiny_model(tmp_path)
+    config = replace(config, vision_tower=VisionTowerConfig("clip", str(tmp_path / "clip")))
+    model = build_model(read_backbone(config), dtype=torch.float32, seed=0)
+    state = _state(model)
+    found = {name: tensor for name, tensor in clip.state_dict().items() if name.startswith("vision_model.")}
+    ours = {name: t for name, t in state.items() if name.startswith("hf.model.vision_tower.")}
+    assert len(found) == len(ours) > 40
+    for name, tensor in found.items():
+        short = name.removeprefix("vision_model.")
+        match = [t for n, t in ours.items() if n.removeprefix("hf.model.vision_tower.").endswith(short)]
+        assert any(torch.equal(tensor, candidate) for candidate in match), name
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_a_missing_tensor_is_refused(tmp_path: Path, part: str) -> None:
+    """transformers would make it up at random and only mention it: here it stops, with its name."""
+    config = _pretrained(tmp_path)
+    path = getattr(config, part).path
+    name = [n for n in load_file(Path(path) / "model.safetensors") if n.endswith("k_proj.weight")][0]
+    _edit_weights(path, lambda tensors: tensors.pop(name))
+    with pytest.raises(ModelError, match=rf"{part}.path=.*lacks .*k_proj.weight.*random"):
+        build_model(read_backbone(config), dtype=torch.float32, seed=0)
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, part: str) -> None:
+    """A config.json that does not belong to its weights stops, with the key."""
+    config = _pretrained(tmp_path)
+    _edit_config(getattr(config, part).path, intermediate_size=64)
+    with pytest.raises(ModelError, match=rf"model\.{part}\.path"):
+        build_model(read_backbone(config), dtype=torch.float32, seed=0)
+
+
+def test_no_weights_at_all_are_refused(tmp_path: Path) -> None:
+    """A folder with a config.json only, where weights are asked for: told with the key, for each part."""
+    config = tiny_model(tmp_path)
+    for part in ("language_model", "vision_tower"):
+        asked = replace(config, **{part: replace(getattr(config, part), weights="pretrained")})
+        with pytest.raises(ModelError, match=rf"model\.{part}\.path"):
+            build_model(read_backbone(asked), dtype=torch.float32, seed=0)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) -> None:
+    """A larger tile: a larger table whose class token is the old one, nothing else changed, and rows run."""
+    config = _pretrained(tmp_path, tower)
+    same = _state(build_model(read_backbone(config), dtype=torch.float32, seed=0))
+    backbone = read_backbone(with_tile(config, 42))
+    model = build_model(backbone, dtype=torch.float32, seed=0)
+    larger = _state(model)
+    changed = [name for name in same if same[name].shape != larger[name].shape]
+    assert len(changed) == 1
+    assert "position_embedding" in changed[0]
+    assert all(torch.equal(same[name], larger[name]) for name in same if name not in changed)
+    prefix = 0 if tower == "siglip" else 1
+    old, new = (state[changed[0]].reshape(-1, 24) for state in (same, larger))
+    assert new.shape == (36 + prefix, 24)
+    assert torch.equal(old[:prefix], new[:prefix])
+    assert float(new[prefix:].mean()) == pytest.approx(float(old[prefix:].mean()), abs=1e-2)
+    total, _, _ = model(row(backbone, [encoded(backbone, [(45, 61)]).example]))
+    assert torch.isfinite(total)
+
+
+def test_the_same_tile_leaves_the_positions_alone(tmp_path: Path) -> None:
+    """Naming the tower's own size changes no bit; a constant table stays constant at any size."""
+    config = _pretrained(tmp_path)
+    same = _state(build_model(read_backbone(config), dtype=torch.float32, seed=0))
+    named = _state(build_model(read_backbone(with_tile(config, TILE)), dtype=torch.float32, seed=0))
+    assert all(torch.equal(same[name], named[name]) for name in same)
+
+    def flatten(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(n for n in tensors if "position_embedding" in n)
+        tensors[name] = torch.full_like(tensors[name], 0.25)
+
+    _edit_weights(config.vision_tower.path, flatten)
+    state = _state(build_model(read_backbone(with_tile(config, 56)), dtype=torch.float32, seed=0))
+    table = next(tensor for name, tensor in state.items() if "position_embedding" in name)
+    torch.testing.assert_close(table, torch.full_like(table, 0.25))
+
+
+def test_real_parts_give_finite_features(smollm2: Path, dinov2: Path) -> None:
+    """SmolLM2's first layer and DINOv2-small on 70-pixel tiles, real weights: a row of sound losses.
+
+    DINOv2's own interpolation of its table and ours agree on where things are.
+    """
+    config = ModelConfig(
+        LanguageModelConfig("smollm2", str(smollm2), "chatml", overrides={"num_hidden_layers": 1}),
+        VisionTowerConfig("dinov2", str(dinov2), tile=70),
+    )
+    backbone = read_backbone(config)
+    model = build_model(backbone, dtype=torch.float32, seed=0)
+    with torch.no_grad():
+        total, _, tokens = model(row(backbone, [encoded(backbone, [(45, 61)]).example]))
+        ours = model.hf.model.vision_tower.embeddings(torch.zeros(1, 3, 70, 70))
+        native = AutoModel.from_pretrained(dinov2).embeddings(torch.zeros(1, 3, 70, 70))
+    assert torch.isfinite(total)
+    assert 0 < float(total) / int(tokens.sum()) < 20
+    similarity = torch.nn.functional.cosine_similarity(ours.flatten(), native.flatten(), dim=0)
+    assert float(similarity) > 0.98
+
+
+def test_folders_and_keys_that_are_not_there(tmp_path: Path) -> None:
+    """No folder, no config.json, no tokenizer, an unknown override: each with the key that names it."""
+    config = tiny_model(tmp_path)
+    language, tower = config.language_model, config.vision_tower
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = [
+        (replace(config, language_model=replace(language, path=str(tmp_path / "no"))), r"language_model\.path"),
+        (replace(config, vision_tower=replace(tower, path=str(empty))), r"vision_tower\.path"),
+        (replace(config, language_model=replace(language, tokenizer=str(empty))), r"language_model\.tokenizer"),
+        (replace(config, language_model=replace(language, overrides={"depth": 1})), r"overrides.*'depth'"),
+        (replace(config, vision_tower=replace(tower, tile=30)), r"tile=30 is not a multiple .* 7 pixels"),
+        (replace(config, grids=((0, 1),)), r"model\.grids"),
+    ]
+    for wrong, message in cases:
+        with pytest.raises(ModelError, match=message):
+            read_backbone(wrong)
+
+
+def test_a_stage_longer_than_the_positions_is_refused(make_backbone: MakeBackbone) -> None:
+    """max_length beyond the language model's positions: both numbers and the way out."""
+    backbone = make_backbone()
+    with pytest.raises(ModelError, match=r"max_length=5000 is longer than the 4096 positions.*lower it"):
+        backbone.processor(template=None, image_mode="anyres", max_length=5000)
+    assert backbone.processor(template=None, image_mode="anyres", max_length=64).config.template == "chatml"
+    assert backbone.processor(template="plain", image_mode="square", max_length=64).config.template == "plain"
+
+
+def test_a_tokenizer_gets_an_image_token_once(tmp_path: Path) -> None:
+    """One new special token behind the old ones, none where there is one; its other specials stay."""
+    path = tiny_tokenizer(tmp_path / "plain")
+    tokenizer = read_tokenizer(str(path))
+    assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == len(tokenizer) - 1
+    assert tokenizer("<|im_end|><image>", add_special_tokens=False)["input_ids"] == [
+        tokenizer.convert_tokens_to_ids("<|im_end|>"), len(tokenizer) - 1,
+    ]  # fmt: skip
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert len(read_tokenizer(str(tmp_path / "again"))) == len(tokenizer)
+    assert "<|im_end|>" in read_tokenizer(str(tmp_path / "again")).all_special_tokens

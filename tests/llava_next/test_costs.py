@@ -1,0 +1,46 @@
+"""FLOPs by formula against FLOPs counted by torch while the model runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from llava_next.build import build_model
+from llava_next.costs import StepCosts, step_costs
+from tests.llava_next.conftest import MakeBackbone
+from tests.llava_next.models import mixed, row
+from tests.tiny import TowerName
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
+def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """Forward products of the language model are exactly tokens x cost; a tile's are right but for the class token.
+
+    torch counts no attention on the CPU, so the formula's attention terms are taken out of the comparison.
+    """
+    backbone = make_backbone(tower)
+    model = build_model(backbone, dtype=torch.float32, seed=0, num_sources=8)
+    batch = row(backbone, [sample.example for sample in mixed(backbone)])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(batch)
+    counted = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
+    vision, language = backbone.hf_config.vision_config, backbone.hf_config.text_config
+    frozen = step_costs(vision, language, num_vision_layers=2, trains_tower=False, trains_language_model=False)
+    trained = step_costs(vision, language, num_vision_layers=2, trains_tower=True, trains_language_model=True)
+    num_tokens, num_tiles = batch.input_ids.numel(), len(batch.tiles)
+    assert counted["LlavaNext.hf.model.language_model"] == num_tokens * trained.token / 3
+    assert frozen.token == pytest.approx(trained.token * 2 / 3)
+    patches = backbone.patches_per_side**2
+    projector = counted["LlavaNext.hf.model.multi_modal_projector"] / num_tiles
+    attention = 2 * 4 * patches * patches * vision.hidden_size
+    encoder = frozen.tile - 3 * projector - attention
+    assert trained.tile - frozen.tile == pytest.approx(2 * (encoder + attention))
+    name = model.tower_layers_name
+    layers = sum(counted[f"LlavaNext.{name}.{index}"] for index in range(2)) / num_tiles
+    prefix = model.num_prefix_tokens
+    assert layers == pytest.approx(encoder * (patches + prefix) / patches)
+
+
+def test_costs_of_samples_add_up() -> None:
+    """n tokens cost n * token + n² / 2 * pair, and tiles on top."""
+    costs = StepCosts(tile=7.0, token=3.0, pair=2.0)
+    assert costs.of(10, 2, 100) == 7 * 2 + 3 * 10 + 2 * 100 / 2
