@@ -92,8 +92,16 @@ def refuse_unsupported(config: PretrainedConfig) -> None:
             "attention does not implement; set sliding_window: null in model.language_model.overrides if every "
             "sample is shorter"
         )
+    # A sliding layer without a window (above) is full; one that carries a state would carry it to the next sample.
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if kinds:
+        raise ModelError(f"{config.model_type} has {min(kinds)} layers, which do not stay inside packed samples")
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(config, key, None):
             raise ModelError(f"{config.model_type} uses {key}, which packed attention does not implement")
+    for key in ("logit_scale", "logits_scaling"):
+        scale = getattr(config, key, None)
+        if scale not in (None, 1):
+            raise ModelError(f"{config.model_type} scales its logits ({key}={scale}), which LLaVA-NeXT's head does not")
     if "gpt_oss" in config.model_type:
         raise ModelError(f"{config.model_type} uses attention sinks, which packed attention does not implement")

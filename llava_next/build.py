@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -206,7 +207,7 @@ def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:
         model, found = AutoModelForCausalLM.from_pretrained(
             config.path, config=text, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.language_model.path: the weights in {config.path} were not read: {error}") from error
     finally:
         text.vocab_size = wanted
@@ -249,7 +250,7 @@ def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
     native = getattr(native, "vision_config", native)
     try:
         tower, found = AutoModel.from_pretrained(config.path, config=native, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.vision_tower.path: the weights in {config.path} were not read: {error}") from error
     refuse_made_up(found, f"model.vision_tower.path={config.path}")
     if vision.image_size == native.image_size:

@@ -8,6 +8,9 @@ a configuration can be read and refused in a fraction of a second, before torch 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+PARTS = ("vision_tower", "projector", "image_newline", "language_model")
+"""What can be trained or frozen, each with its own learning rate; the head belongs to the language model."""
+
 Grid = tuple[int, int]
 """A tile grid as (rows, columns)."""
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import (
@@ -117,10 +117,15 @@ def load_weights(model: LlavaNext, backbone: Backbone, source: Path) -> str:
     Raises:
         ModelError: nothing that can be loaded lies there, or it does not fit: the tensor, both shapes, the way out.
     """
-    if (source / _CONTRACT).is_file():
-        return _load_connector(model, backbone, source)
-    if (source / "config.json").is_file():
-        return _load_hf(model, backbone, source)
+    try:
+        if (source / _CONTRACT).is_file():
+            return _load_connector(model, backbone, source)
+        if (source / "config.json").is_file():
+            return _load_hf(model, backbone, source)
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
+        raise ModelError(
+            f"stage.init_from={source} cannot be read, a file in it is damaged or missing: {error}"
+        ) from error
     raise ModelError(
         f"stage.init_from={source} holds neither a connector ({_CONTRACT}) nor a model (config.json); run stage=align "
         "first, or start from fresh parts with stage.init_from=null"
@@ -290,6 +295,8 @@ def chat_template(template: Template) -> str:
     default = "" if template.default_system is None else template.system_format.format(text=template.default_system)
     return "".join(
         [
+            # Whoever tokenizes the rendered text adds the token itself only where it is not there yet, or never.
+            "{{ bos_token }}" if template.bos else "",
             "{%- macro text_of(content) -%}{%- if content is string -%}{{ content }}{%- else -%}",
             "{%- for item in content if item.type == 'image' -%}{{ '<image>' }}{{ '\\n' }}{%- endfor -%}",
             "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}{%- endif -%}",
@@ -320,7 +327,7 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
     """
     try:
         hf, found = LlavaNextForConditionalGeneration.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source} is no model that transformers reads: {error}") from error
     refuse_made_up(found, str(source))
     tile = hf.config.vision_config.image_size

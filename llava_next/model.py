@@ -17,11 +17,8 @@ from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 
 from llava_next.attention import SEGMENT_ATTENTION, refuse_unsupported, register
 from llava_next.batch import Batch
-from llava_next.config import ModelError
+from llava_next.config import PARTS, ModelError
 from llava_next.loss import token_losses
-
-PARTS = ("vision_tower", "projector", "image_newline", "language_model")
-"""What can be trained or frozen, each with its own learning rate; the head belongs to the language model."""
 
 
 class LossSums(NamedTuple):
@@ -71,6 +68,8 @@ class LlavaNext(nn.Module):
         super().__init__()
         register()
         refuse_unsupported(hf.config.text_config)
+        if hf.lm_head.bias is not None:
+            raise ModelError(f"{hf.config.text_config.model_type} has a biased head, LLaVA-NeXT's has no bias")
         hf.model.language_model.set_attn_implementation(SEGMENT_ATTENTION)
         hf.model.vision_tower.set_attn_implementation("sdpa")
         self.hf = hf

@@ -19,7 +19,9 @@ from train.config import CONFIG_DIR, ConfigError, RunConfig, check, explain
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+"""A mistake in the configuration or the data it names: running it again cannot help."""
 EXIT_INTERRUPTED = 75
+"""Saved and left because it was asked to (EX_TEMPFAIL): run the same command again to go on."""
 
 
 def main() -> int:

@@ -99,4 +99,7 @@ def resume(
 
 
 def _complete(folder: Path) -> list[Path]:
-    return sorted(place for place in folder.glob("step_*") if (place / _STATE).is_file())
+    # By number, and not .partial: a write that was killed just before its rename holds every file.
+    found = [place for place in folder.glob("step_*") if place.name.removeprefix("step_").isdigit()]
+    found.sort(key=lambda place: int(place.name.removeprefix("step_")))
+    return [place for place in found if (place / _STATE).is_file()]

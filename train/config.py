@@ -19,11 +19,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_recipes.config import MixtureConfig
-from llava_next.config import ImageMode, ModelConfig, check_grids
+from llava_next.config import PARTS, ImageMode, ModelConfig, check_grids
 from llava_next.conversation import TEMPLATES
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
-PARTS = ("vision_tower", "projector", "image_newline", "language_model")
 _STRICT = {"extra": "forbid"}
 
 _ENGINE_OWNED = {

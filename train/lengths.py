@@ -124,7 +124,9 @@ def _write(
     beat = _beat(place)
     beat.touch()
     kept, rejects, cut = [], [], 0
-    with tqdm(total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress, mininterval=0.5) as bar:
+    with tqdm(
+        total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress, mininterval=0.5
+    ) as bar:
         for rows, rejected, rounds_cut in _count_all(mixture, processor, num_workers):
             kept.append(rows)
             rejects += rejected

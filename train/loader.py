@@ -6,6 +6,7 @@ a sample.
 """
 
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -165,5 +166,9 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
+    # A terminal, torchrun and Slurm ask every process of a run to stop; the rank decides, and needs its next batches
+    # to finish the step. A worker whose rank is gone ends by itself.
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

@@ -5,6 +5,7 @@ One line a step. Resuming removes the lines of steps that will be run again, so 
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from typing import Any, TextIO
@@ -112,8 +113,9 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.8g}")
+def _rounded(value: float) -> float | None:
+    """Eight digits; null for what JSON has no number for (DeepSpeed knows no gradient norm at ZeRO 0)."""
+    return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
 def _drop_from(path: Path, first_step: int) -> None:

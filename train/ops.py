@@ -87,7 +87,7 @@ def _compile(timeout_s: float) -> None:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, 9)
-        process.wait()
+        process.communicate()
         raise OpBuildError(f"DeepSpeed's CPU op did not compile within {timeout_s:.0f} s") from None
     except BaseException:
         os.killpg(process.pid, 9)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from llava_next.config import PARTS
 from llava_next.model import LlavaNext, num_parameters, part_of
-from train.config import PARTS, StageConfig
+from train.config import StageConfig
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,6 @@ def run(config: RunConfig, launch: Launch) -> None:
     )
     world = start(config, launch)
     try:
-        if world.is_main:
-            _write_about(config, mixture, table)
         model = _build(backbone, config, world, num_sources=len(mixture.source_names))
         costs = step_costs(
             backbone.hf_config.vision_config,
@@ -69,6 +67,8 @@ def run(config: RunConfig, launch: Launch) -> None:
         first_step = 0
         if resumed_from is not None:
             first_step = checkpoint.resume(engine, resumed_from, table.fingerprint, config, world)
+        if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
+            _write_about(config, mixture, table)
         log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
         try:
             log.say(_opening(config, world, table, num_steps, resumed_from, first_step))

@@ -1,13 +1,13 @@
-"""Who this process is: rank, device, process group, exit codes, and the one small collective of a step.
+"""Who this process is: rank, device, process group, and the one small collective of a step.
 
 Reads what torchrun, the deepspeed launcher, Slurm's srun or nobody set in the environment. Nothing here knows the
 model or the data.
 """
 
-import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -16,15 +16,6 @@ import torch.distributed as dist
 
 from train.config import RunConfig
 from train.quiet import muted_stdout
-
-EXIT_OK = 0
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-"""A mistake in the configuration or the data it names: running it again cannot help."""
-EXIT_INTERRUPTED = 75
-"""Saved and left because it was asked to (EX_TEMPFAIL): run the same command again to go on."""
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,11 +126,13 @@ def barrier(world: World) -> None:
         dist.barrier(group=world.host_group)
 
 
-def wait_for(path_exists, heartbeat_age_s, *, what: str, patience_s: float = 120.0) -> None:  # type: ignore[no-untyped-def]
+def wait_for(
+    is_there: Callable[[], bool], heartbeat_age_s: Callable[[], float | None], *, what: str, patience_s: float = 120.0
+) -> None:
     """Waits while another process makes a file, as long as that process shows signs of life.
 
     Args:
-        path_exists: tells whether the file is there.
+        is_there: tells whether the file is there.
         heartbeat_age_s: seconds since the maker's last sign of life, or None if there never was one.
         what: for the error.
 
@@ -147,9 +140,10 @@ def wait_for(path_exists, heartbeat_age_s, *, what: str, patience_s: float = 120
         TimeoutError: no sign of life for `patience_s`.
     """
     started = time.monotonic()
-    while not path_exists():
-        age = heartbeat_age_s()
-        silent = time.monotonic() - started if age is None else age
+    while not is_there():
+        age, waited = heartbeat_age_s(), time.monotonic() - started
+        # A sign of life from before the wait may be a killed maker's: it says nothing about the one that starts now.
+        silent = waited if age is None else min(age, waited)
         if silent > patience_s:
             raise TimeoutError(f"{what}: the process that makes it gave no sign of life for {patience_s:.0f} s")
         time.sleep(0.2)

@@ -14,13 +14,17 @@ from data_recipes.questions import by_hash, merge
 from data_recipes.sample import DataError, Reason, Reject, Sample
 
 
-def samples(root: Path, split: str = "train", max_questions: int | None = None) -> Iterator[Sample | Reject]:
+def samples(
+    root: Path, split: str = "train", max_questions: int | None = None, max_yes_no: int | None = None
+) -> Iterator[Sample | Reject]:
     """Yield one sample per picture of `split`, by number.
 
     Args:
         root: the folder that holds `data/`.
         split: train or test.
         max_questions: at most so many questions on a picture, those with the smallest hashes; None for all.
+        max_yes_no: at most so many of them that are answered by yes or no, chosen alike. Three quarters of the
+            set's questions are, and most of those by "no", so that hardly a picture is needed to answer them.
 
     Raises:
         DataError: `max_questions` is below 1, or there is no such split.
@@ -46,4 +50,10 @@ def samples(root: Path, split: str = "train", max_questions: int | None = None) 
     for number in sorted(by_picture):
         place = f"{split}/questions.json, picture {number}"
         picture = folder / "images" / f"{number}.png"
-        yield merge(f"easy_vqa_{split}_{number}", by_hash(by_picture[number], max_questions), picture, place)
+        questions = _fewer_yes_no(by_picture[number], max_yes_no)
+        yield merge(f"easy_vqa_{split}_{number}", by_hash(questions, max_questions), picture, place)
+
+
+def _fewer_yes_no(questions: list[tuple[str, str]], num_wanted: int | None) -> list[tuple[str, str]]:
+    yes_no = [question for question in questions if question[1] in ("yes", "no")]
+    return [question for question in questions if question not in yes_no] + by_hash(yes_no, num_wanted)

@@ -41,7 +41,7 @@ def write_captions(cache: Path, folder: Path, scale: float, seed: int) -> int:
     return len(out.records)
 
 
-_COUNTS = {"shape": 420, "strip": 380, "photograph": 300, "pair": 180, "form": 120, "chart": 200}
+_COUNTS = {"shape": 1200, "strip": 380, "photograph": 240, "pair": 120, "form": 60, "chart": 120}
 
 
 def _add(

@@ -178,3 +178,25 @@ def test_readers_read_no_picture(tmp_path: Path) -> None:
         path.unlink()
     assert list(chartqa.samples(root)) == before
     assert picture(1) != picture(2)
+
+
+def test_easy_vqa_can_ask_fewer_yes_no_questions(tmp_path: Path) -> None:
+    """`max_yes_no` leaves out only questions answered by yes or no, and every other question stays."""
+    from data_recipes.readers.easy_vqa import samples
+
+    folder = tmp_path / "data" / "train"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "0.png").write_bytes(b"")
+    questions = [[f"is it {word}?", "no", 0] for word in "abcd"] + [["what is it?", "a circle", 0]]
+    (folder / "questions.json").write_text(json.dumps(questions))
+    answers = {}
+    for limit in (None, 0, 1, 9):
+        (sample,) = samples(tmp_path, max_yes_no=limit)
+        assert isinstance(sample, Sample)
+        answers[limit] = sorted(m.text for m in sample.messages if m.role == "assistant")
+    assert answers == {
+        None: ["a circle", *["no"] * 4],
+        0: ["a circle"],
+        1: ["a circle", "no"],
+        9: ["a circle", *["no"] * 4],
+    }

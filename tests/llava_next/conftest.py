@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llava_next.build import Backbone, read_backbone
+from llava_next.config import ModelConfig
 from tests.tiny import TokenizerName, TowerName, tiny_model
 
 MakeBackbone = Callable[..., Backbone]
@@ -19,9 +20,10 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
-    """A tiny backbone, read anew at each call (writing a model touches its config)."""
+    """A tiny backbone, read anew at each call (building and writing a model touch its config)."""
+    configs: dict[tuple[object, ...], ModelConfig] = {}
 
     def make(
         tower: TowerName = "clip",
@@ -29,8 +31,11 @@ def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
         kind: TokenizerName = "bytes",
         tied: bool = False,
     ) -> Backbone:
-        folder = tmp_path_factory.mktemp("tiny")
-        return read_backbone(tiny_model(folder, tower, template, kind=kind, tied=tied))
+        key = (tower, template, kind, tied)
+        if key not in configs:
+            folder = tmp_path_factory.mktemp("tiny")
+            configs[key] = tiny_model(folder, tower, template, kind=kind, tied=tied)
+        return read_backbone(configs[key])
 
     return make
 

@@ -4,14 +4,18 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import (
-    FalconConfig,
+    BambaConfig,
+    CohereConfig,
     Gemma2Config,
     GptOssConfig,
+    GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     PretrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3NextConfig,
 )
 
 from llava_next.attention import refuse_unsupported, segment_attention
@@ -26,10 +30,14 @@ def _segments(device: str = "cpu") -> Segments:
     return Segments(bounds, LENGTHS)
 
 
-def _qkv(dtype: torch.dtype, device: str = "cpu", width: int = 8) -> list[torch.Tensor]:
+def _qkv(dtype: torch.dtype, device: str = "cpu", width: int = 8) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 4, 18, width), (1, 2, 18, width), (1, 2, 18, width)]
-    return [torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes]
+
+    def random(num_heads: int) -> torch.Tensor:
+        values = torch.randn((1, num_heads, 18, width), generator=generator)
+        return values.to(device, dtype).requires_grad_()
+
+    return random(4), random(2), random(2)
 
 
 def _masked(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
@@ -63,7 +71,8 @@ def test_the_kernel_on_cuda_equals_the_mask() -> None:
     """torch's variable-length flash attention in bf16: outputs and gradients as the dense mask in fp32."""
     inputs = _qkv(torch.bfloat16, "cuda", width=64)
     output, _ = segment_attention(torch.nn.Module(), *inputs, None, scaling=0.125, segments=_segments("cuda"))
-    exact = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    query, key, value = (tensor.detach().float().requires_grad_() for tensor in inputs)
+    exact = (query, key, value)
     expected = _masked(*exact, scale=0.125)
     torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
     upstream = torch.randn(expected.shape, device="cuda")
@@ -90,26 +99,31 @@ def test_without_segments_it_stops() -> None:
         (Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0), "sliding window of 64"),
         (Gemma2Config(sliding_window=None), "softcapping"),
         (GptOssConfig(sliding_window=None), "sinks"),
+        (Llama4TextConfig(), "chunked_attention layers"),
+        (Qwen3NextConfig(), "linear_attention layers"),
+        (BambaConfig(), "linear_attention layers"),
+        (CohereConfig(), r"logit_scale=0\.0625"),
+        (GraniteConfig(logits_scaling=8.0), r"logits_scaling=8\.0"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
 def test_what_is_not_implemented_is_refused(config: PretrainedConfig, word: str) -> None:
-    """Sliding windows, softcapping and sinks are told by name, never ignored."""
+    """Windows, softcapping, sinks, states that outlive a sample, scaled logits: told by name, never ignored."""
     with pytest.raises(ModelError, match=word):
         refuse_unsupported(config)
 
 
 @pytest.mark.parametrize(
     "config",
-    [LlamaConfig(), MistralConfig(sliding_window=None), Qwen2Config(use_sliding_window=False), Qwen3Config()],
+    [
+        LlamaConfig(),
+        MistralConfig(sliding_window=None),
+        Qwen2Config(use_sliding_window=False),
+        Qwen3Config(),
+        GraniteConfig(logits_scaling=1.0),
+    ],
     ids=lambda config: config.model_type,
 )
 def test_full_attention_passes(config: PretrainedConfig) -> None:
     """The published backbones are not refused."""
     refuse_unsupported(config)
-
-
-def test_attention_with_alibi_is_refused() -> None:
-    """A model that adds position biases of its own to the scores would lose them: refused."""
-    with pytest.raises(ModelError):
-        refuse_unsupported(FalconConfig(alibi=True))

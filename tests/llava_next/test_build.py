@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
+from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, PhiConfig
 
 from llava_next.build import VOCABULARY_MULTIPLE, build_model, read_backbone, read_tokenizer, with_tile
 from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
@@ -145,7 +145,7 @@ def test_a_missing_tensor_is_refused(tmp_path: Path, part: str) -> None:
     """transformers would make it up at random and only mention it: here it stops, with its name."""
     config = _pretrained(tmp_path)
     path = getattr(config, part).path
-    name = [n for n in load_file(Path(path) / "model.safetensors") if n.endswith("k_proj.weight")][0]
+    name = next(n for n in load_file(Path(path) / "model.safetensors") if n.endswith("k_proj.weight"))
     _edit_weights(path, lambda tensors: tensors.pop(name))
     with pytest.raises(ModelError, match=rf"{part}.path=.*lacks .*k_proj.weight.*random"):
         build_model(read_backbone(config), dtype=torch.float32, seed=0)
@@ -157,6 +157,16 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, part: str) -> None
     config = _pretrained(tmp_path)
     _edit_config(getattr(config, part).path, intermediate_size=64)
     with pytest.raises(ModelError, match=rf"model\.{part}\.path"):
+        build_model(read_backbone(config), dtype=torch.float32, seed=0)
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_weights_that_were_cut_off_are_refused(tmp_path: Path, part: str) -> None:
+    """Half a file, as a broken download leaves it: told with the key of the folder."""
+    config = _pretrained(tmp_path)
+    file = Path(getattr(config, part).path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=rf"model\.{part}\.path: the weights .* were not read"):
         build_model(read_backbone(config), dtype=torch.float32, seed=0)
 
 
@@ -180,7 +190,8 @@ def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) 
     changed = [name for name in same if same[name].shape != larger[name].shape]
     assert len(changed) == 1
     assert "position_embedding" in changed[0]
-    assert all(torch.equal(same[name], larger[name]) for name in same if name not in changed)
+    read = [n for n in same if n.startswith(("hf.model.vision_tower.", "hf.model.language_model.", "hf.lm_head."))]
+    assert all(torch.equal(same[name], larger[name]) for name in read if name not in changed)
     prefix = 0 if tower == "siglip" else 1
     old, new = (state[changed[0]].reshape(-1, 24) for state in (same, larger))
     assert new.shape == (36 + prefix, 24)
@@ -188,6 +199,25 @@ def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) 
     assert float(new[prefix:].mean()) == pytest.approx(float(old[prefix:].mean()), abs=1e-2)
     total, _, _ = model(row(backbone, [encoded(backbone, [(45, 61)]).example]))
     assert torch.isfinite(total)
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_a_resampled_table_keeps_its_directions(tmp_path: Path, prefix: int) -> None:
+    """A table that grows from row to row still does, and is even along each row; the class token stays."""
+    config = _pretrained(tmp_path, "clip" if prefix else "siglip")
+
+    def slope(tensors: dict[str, torch.Tensor]) -> None:
+        name = next(n for n in tensors if "position_embedding" in n)
+        rows = torch.arange(4.0).repeat_interleave(4)
+        tensors[name] = torch.cat([torch.full((prefix,), 9.0), rows])[:, None].repeat(1, 24)
+
+    _edit_weights(config.vision_tower.path, slope)
+    state = _state(build_model(read_backbone(with_tile(config, 42)), dtype=torch.float32, seed=0))
+    table = next(tensor for name, tensor in state.items() if "position_embedding" in name)
+    assert (table[:prefix] == 9).all()
+    grid = table[prefix:].view(6, 6, 24)
+    torch.testing.assert_close(grid, grid[:, :1].expand_as(grid))
+    assert (grid[1:] > grid[:-1]).all()
 
 
 def test_the_same_tile_leaves_the_positions_alone(tmp_path: Path) -> None:
@@ -267,3 +297,12 @@ def test_a_tokenizer_gets_an_image_token_once(tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path / "again")
     assert len(read_tokenizer(str(tmp_path / "again"))) == len(tokenizer)
     assert "<|im_end|>" in read_tokenizer(str(tmp_path / "again")).all_special_tokens
+
+
+def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
+    """LLaVA-NeXT's head has none: the bias would be lost in silence, here and in the export."""
+    config = tiny_model(tmp_path)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    PhiConfig(vocab_size=520, **sizes).save_pretrained(config.language_model.path)
+    with pytest.raises(ModelError, match="biased head"):
+        build_model(read_backbone(config), dtype=torch.float32, seed=0)

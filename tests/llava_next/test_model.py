@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from llava_next import loss
 from llava_next.batch import Batch
 from llava_next.build import Backbone, build_model
-from llava_next.config import ModelError
-from llava_next.model import PARTS, LlavaNext, num_parameters, part_of, set_trained_parts
+from llava_next.config import PARTS, ModelError
+from llava_next.model import LlavaNext, num_parameters, part_of, set_trained_parts
 from llava_next.processor import Example
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import (

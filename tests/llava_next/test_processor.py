@@ -12,7 +12,7 @@ from data_recipes.sample import Message
 from llava_next.anyres import image_layout
 from llava_next.build import read_tokenizer
 from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig
-from llava_next.conversation import TEMPLATES
+from llava_next.conversation import TEMPLATES, Segment
 from llava_next.processor import IGNORE, Processor, RejectReason, SampleLayout, SampleRejected
 from tests.tiny import PATCHES_PER_SIDE, SIZES_HW, TILE, TokenizerName, encoded_picture, tiny_tokenizer
 
@@ -97,6 +97,17 @@ def test_ids_are_the_whole_text_with_image_tokens_in_place(tmp_path: Path, templ
     for token in whole:
         expected += [token] * (NUM_IMAGE_TOKENS if token == processor.image_token_id else 1)
     assert processor.layout(messages, [SIZE]).ids.tolist() == expected
+
+
+@pytest.mark.parametrize("supervised", [False, True])
+def test_a_token_across_a_border_belongs_to_its_last_character(tmp_path: Path, supervised: bool) -> None:
+    """The piece "▁ASSISTANT:" begins with the space of the segment before: it counts where its letters stand."""
+    processor = _processor(tiny_tokenizer(tmp_path, "metaspace"), "chatml")
+    segments = [Segment("Hi, ", not supervised), Segment("ASSISTANT:", supervised)]
+    ids, labels, _ = processor._tokens(segments, [])
+    assert processor.tokenizer.convert_ids_to_tokens(int(ids[-1])) == "▁ASSISTANT:"
+    assert (labels[-1] != IGNORE) == supervised
+    assert ((labels[:-1] == IGNORE) == supervised).all()
 
 
 def test_plain_supervises_the_caption_and_its_line_break(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ proved stands in the tests.
 """
 
 import gc
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -121,9 +122,7 @@ def built(config: RunConfig) -> Iterator[Parts]:
     launch = read_launch()
     stage = config.stage
     backbone = read_backbone(config.model)
-    processor = backbone.processor(
-        template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
-    )
+    processor = backbone.processor(template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length)
     mixture = Mixture.open(config.mixture, Path(config.data.store_root))
     table = open_table(
         mixture,
@@ -163,14 +162,17 @@ def train(config: RunConfig, last_step: int | None = None) -> Record:
         first_step = 0
         newest = checkpoint.newest(config.run_dir / "checkpoints")
         if newest is not None:
-            first_step = checkpoint.resume(
-                parts.engine, newest, parts.table.fingerprint, config, parts.world
-            )
+            first_step = checkpoint.resume(parts.engine, newest, parts.table.fingerprint, config, parts.world)
         return train_parts(parts, first_step, last_step or parts.planner.num_steps, origin=str(newest or ""))
 
 
-def train_parts(parts: Parts, first_step: int, last_step: int, origin: str = "") -> Record:
-    """Runs the trainer over these steps; every outcome, and the weights before and after, are kept."""
+def train_parts(
+    parts: Parts, first_step: int, last_step: int, *, origin: str = "", stop_after: int | None = None
+) -> Record:
+    """Runs the trainer over these steps; every outcome, and the weights before and after, are kept.
+
+    `stop_after` asks this process to stop in the step of that number, as a signal would.
+    """
     from llava_next.model import part_of
     from train.loader import StepPlan, batches
     from train.log import RunLog
@@ -185,6 +187,8 @@ def train_parts(parts: Parts, first_step: int, last_step: int, origin: str = "")
 
     class Watched(Trainer):
         def train_step(self, plan: StepPlan) -> StepOutcome:
+            if stop_after is not None and plan.step + 1 == stop_after and world.is_main:
+                signal.raise_signal(signal.SIGUSR1)  # one rank is enough: the step makes it known to all
             outcome = super().train_step(plan)
             num = len(self.source_names)
             sums = outcome.agreement.sums.tolist()
@@ -407,3 +411,74 @@ def sum_of_ranks() -> float:
     value = torch.tensor(float(dist.get_rank()))
     dist.all_reduce(value)
     return float(value)
+
+
+def train_up_to(config: RunConfig, last_step: int) -> Record:
+    """Trains up to `last_step` and saves there, as a run that is asked to stop does."""
+    from train.trainer import Interrupted
+
+    with built(config) as parts:
+        try:
+            return train_parts(parts, 0, parts.planner.num_steps, stop_after=last_step)
+        except Interrupted as stopped:
+            assert stopped.step == last_step
+            return Record()
+
+
+def refusals(config: RunConfig) -> list[str]:
+    """What a checkpoint says to other data, another seed, another number of ranks and another ZeRO stage."""
+    from train import checkpoint
+    from train.config import ConfigError
+
+    with built(config) as parts:
+        place = checkpoint.newest(config.run_dir / "checkpoints")
+        assert place is not None
+        fingerprint, world = parts.table.fingerprint, parts.world
+        told = []
+        for data, other, where in (
+            ("0" * 64, config, world),
+            (fingerprint, replace(config, seed=config.seed + 1), world),
+            (fingerprint, config, replace(world, size=world.size + 1)),
+            (fingerprint, replace(config, engine=zero(1)), world),
+        ):
+            try:
+                checkpoint.resume(parts.engine, place, data, other, where)
+            except ConfigError as error:
+                told.append(str(error))
+        return told
+
+
+def save_often(config: RunConfig, keep: int) -> list[list[str]]:
+    """The names in the checkpoint folder after each of four saves."""
+    from train import checkpoint
+
+    folder = config.run_dir / "checkpoints"
+    with built(config) as parts:
+        names = []
+        for step in (1, 2, 3, 4):
+            state = checkpoint.run_state(step, parts.table.fingerprint, config, parts.world)
+            checkpoint.save(parts.engine, folder, state, parts.world, keep=keep)
+            names.append(sorted(place.name for place in folder.iterdir()))
+        return names
+
+
+def resume_elsewhere(config: RunConfig) -> Record:
+    """Resumes into a model whose every weight, frozen ones too, was first set to something else."""
+    import torch
+
+    from llava_next import build
+
+    build_model = build.build_model
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        model = build_model(*args, **kwargs)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1.0)
+        return model
+
+    build.build_model = spoiled
+    try:
+        return train(config)
+    finally:
+        build.build_model = build_model

@@ -92,7 +92,7 @@ def test_launcher_argument_is_taken_away(tmp_path: Path) -> None:
     assert said.stderr.startswith("error: seed:")
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["experiment=quickstart", "--cfg", "job"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["experiment=quickstart", "--cfg", "job"]])
 def test_hydra_still_helps(tmp_path: Path, arguments: list[str]) -> None:
     """`--help` and `--cfg job` print what they are asked for, and exit with 0 before torch is imported."""
     said = Said(tmp_path, arguments)

@@ -34,7 +34,9 @@ ANSWERS = ("red", "blue", "a cat", "no")
 
 def _sample(number: int) -> StoredSample:
     messages = (Message("user", "<image>\nWhat is it?"), Message("assistant", ANSWERS[number]))
-    return StoredSample(str(number), "shapes", messages, (SIZE_HW,), (encoded_picture(number, SIZE_HW),), (str(number),))
+    return StoredSample(
+        str(number), "shapes", messages, (SIZE_HW,), (encoded_picture(number, SIZE_HW),), (str(number),)
+    )
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
+from llava_next.config import PARTS
 from llava_next.build import build_model, read_backbone
 from llava_next.model import LlavaNext, part_of, set_trained_parts
 from tests.train.cases import RATES, with_stage
-from train.config import PARTS, RunConfig, StageConfig
+from train.config import RunConfig, StageConfig
 from train.optim import format_part_table, parameter_groups, part_table, schedule_factor, set_rates
 
 

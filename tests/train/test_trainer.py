@@ -58,9 +58,7 @@ def assert_same_training(ours: Record, theirs: Record) -> None:
 
 
 @worlds
-def test_ranks_and_zero_change_nothing(
-    start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int
-) -> None:
+def test_ranks_and_zero_change_nothing(start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int) -> None:
     """Any number of ranks and any ZeRO stage see the same samples and losses and end at the same weights, with every
     part trained, text-only samples among the others, and a last step in which all ranks but one have no row."""
     alone = finished(start_ranks, run_config, 1, 2)
@@ -68,9 +66,7 @@ def test_ranks_and_zero_change_nothing(
     assert_same_training(finished(start_ranks, run_config, size, stage), alone)
 
 
-@pytest.mark.parametrize(
-    ("size", "stage"), [(1, 2), (2, 3), pytest.param(3, 2, marks=pytest.mark.full)], ids=str
-)
+@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 3), pytest.param(3, 2, marks=pytest.mark.full)], ids=str)
 def test_row_budget_changes_nothing(start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int) -> None:
     """A larger row budget means fewer micro-steps, and nothing else."""
     narrow = finished(start_ranks, run_config, 1, 2)
@@ -176,9 +172,7 @@ def test_loss_weighting(start_ranks: StartRanks, run_config: RunConfig, weightin
 
 
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.full)])
-def test_connector_goes_from_align_to_finetune(
-    start_ranks: StartRanks, run_config: RunConfig, stage: int
-) -> None:
+def test_connector_goes_from_align_to_finetune(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
     """The second stage starts from exactly the projector and newline that the first one wrote."""
     aligned = replace(aligning(run_config), engine=zero(stage))
     written = start_ranks(2).run(cases.train_and_write, aligned)[0]

@@ -1,0 +1,137 @@
+"""Runs the program as a stranger does, in its own processes, on a tiny mixture.
+
+Owns the command lines and the folder of YAML files that goes with them; what is proved stands in the tests.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from train.config import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+TIMEOUT_S = 180.0
+_BIN = Path(sys.executable).parent
+LAUNCHERS = {
+    "plain": [sys.executable, "-m", "train"],
+    "torchrun": [str(_BIN / "torchrun"), "--standalone", "--nproc-per-node", "2", "-m", "train"],
+    # Without a GPU the launcher asks DS_ACCELERATOR and takes the number of processes as it is told.
+    "deepspeed": [str(_BIN / "deepspeed"), "--num_accelerators", "2", "--module", "train"],
+}
+
+
+class Program:
+    """The program with a tiny model and mixture; every call is one run of one stage.
+
+    Args:
+        config: names the tiny parts.
+        folder: for the YAML files and the runs.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path) -> None:
+        self.folder = folder
+        self.root = folder / "outputs"
+        self._store_root = config.data.store_root
+        parts = {
+            "model/language_model/tiny.yaml": asdict(config.model.language_model),
+            "model/vision_tower/tiny.yaml": asdict(config.model.vision_tower),
+            "mixture/tiny.yaml": asdict(config.mixture),
+        }
+        for name, values in parts.items():
+            path = folder / "configs" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(_plain(values)))
+
+    def command(self, launcher: str, *overrides: str) -> list[str]:
+        """The command line of a finetune run, unless the overrides say otherwise; later ones win."""
+        return [
+            *LAUNCHERS[launcher],
+            "--config-dir",
+            str(self.folder / "configs"),
+            "model/language_model=tiny",
+            "model/vision_tower=tiny",
+            "mixture=tiny",
+            f"root={self.root}",
+            f"data.store_root={self._store_root}",
+            "data.workers=1",
+            "data.length_workers=1",
+            "stage.batch_size=13",
+            "stage.max_length=512",
+            "packing.max_tokens=640",
+            "packing.max_tiles=24",
+            "device=cpu",
+            "timeout_s=60",
+            *overrides,
+        ]
+
+    def start(self, launcher: str, *overrides: str) -> "subprocess.Popen[str]":
+        """Starts it in a process group of its own."""
+        hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "DS_ACCELERATOR")
+        kept = {key: value for key, value in os.environ.items() if key not in hidden}
+        if launcher == "deepspeed":
+            kept["DS_ACCELERATOR"] = "cpu"
+        return subprocess.Popen(
+            self.command(launcher, *overrides),
+            cwd=ROOT,
+            env={**kept, "OMP_NUM_THREADS": "1", "PATH": f"{_BIN}{os.pathsep}{kept.get('PATH', '')}"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, launcher: str, *overrides: str) -> tuple[int, str]:
+        """Runs it to its end; returns exit code and all that it said."""
+        return finish(self.start(launcher, *overrides))
+
+    def metrics(self, name: str, stage: str = "finetune") -> list[dict[str, Any]]:
+        """The lines of a run's metrics.jsonl."""
+        path = self.root / name / stage / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def wait_for_step(self, process: "subprocess.Popen[str]", name: str, step: int) -> None:
+        """Waits until a running program has finished this step."""
+        deadline = time.monotonic() + TIMEOUT_S
+        while len(self.metrics(name)) <= step:
+            if process.poll() is not None or time.monotonic() > deadline:
+                kill_group(process)
+                raise AssertionError(f"step {step} of {name} never came:\n{process.communicate()[0]}")
+            time.sleep(0.05)
+
+
+def finish(process: "subprocess.Popen[str]", timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
+    """Exit code and output of a program, which is killed with all of its processes when it takes too long."""
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        output, _ = process.communicate()
+        raise AssertionError(f"not finished after {timeout_s:.0f} s:\n{output}") from None
+    return process.returncode, output
+
+
+def kill_group(process: "subprocess.Popen[str]") -> None:
+    """Ends a program and every process that it started."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def _plain(values: Any) -> Any:
+    """Tuples as lists, as YAML has them."""
+    if isinstance(values, dict):
+        return {key: _plain(value) for key, value in values.items()}
+    if isinstance(values, tuple | list):
+        return [_plain(value) for value in values]
+    return values

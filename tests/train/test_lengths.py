@@ -1,0 +1,199 @@
+"""Owns the proofs about the length table: it counts what will be trained on, is made once, and is complete or absent."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_recipes.mixture import Mixture
+from llava_next.build import read_backbone
+from llava_next.processor import Processor, SampleRejected
+from train import lengths
+from train.config import ConfigError, RunConfig
+from train.lengths import LengthTable, data_fingerprint, open_table
+from train.world import wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def processor_of(config: RunConfig, **changes: Any) -> Processor:
+    """The processor of the run's stage with these changes."""
+    stage = replace(config.stage, **changes)
+    return read_backbone(config.model).processor(
+        template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
+    )
+
+
+def mixture_of(config: RunConfig, **changes: Any) -> Mixture:
+    """The run's mixture, opened."""
+    return Mixture.open(replace(config.mixture, **changes), Path(config.data.store_root))
+
+
+def made(mixture: Mixture, processor: Processor, folder: Path, num_workers: int = 1) -> LengthTable:
+    """The table, written by this process."""
+    return open_table(mixture, processor, folder, is_writer=True, num_workers=num_workers, show_progress=False)
+
+
+def test_table_counts_what_layout_counts(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Tokens, supervised tokens, tiles and source of every kept sample are those of its layout; every other sample is
+    in the quarantine with its reason; cut rounds are counted. Nothing is counted twice or forgotten."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts, max_length=150)
+    table = made(mixture, processor, tmp_path)
+    expected, reasons, cut = [], Counter[str](), 0
+    for number in range(mixture.num_samples):
+        text = mixture.text(number)
+        try:
+            layout = processor.layout(text.messages, text.sizes_hw)
+        except SampleRejected as rejected:
+            reasons[rejected.reason.value] += 1
+            continue
+        cut += layout.num_rounds_cut
+        expected.append(
+            (number, layout.num_tokens, layout.num_supervised, layout.num_tiles, mixture.source_ids[number])
+        )
+    assert table.rows.tolist() == expected
+    assert table.rejects == dict(reasons)
+    assert reasons["too_long"] > 0
+    assert table.num_rounds_cut == cut > 0
+    quarantine = [json.loads(line) for line in table.quarantine.read_text().splitlines()]
+    assert len(quarantine) + len(table) == mixture.num_samples
+    assert Counter(entry["reason"] for entry in quarantine) == reasons
+    for entry in quarantine:
+        assert entry["source"] in mixture.source_names
+        assert "150" in entry["detail"]
+
+
+def test_number_of_workers_changes_nothing(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process or several make the same table, in the mixture's order."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    monkeypatch.setattr(lengths, "_CHUNK", 7)
+    alone = made(mixture, processor, tmp_path / "alone")
+    several = made(mixture, processor, tmp_path / "several", num_workers=2)
+    np.testing.assert_array_equal(alone.rows, several.rows)
+    assert alone.rows["sample"].tolist() == sorted(alone.rows["sample"].tolist())
+
+
+def test_table_is_made_once(tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second start, and every other rank, reads the file of the first by memory map."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    first = made(mixture, processor, tmp_path)
+    written = (first.folder / "rows.npy").stat().st_mtime_ns
+    monkeypatch.setattr(lengths, "_write", lambda *_: pytest.fail("it was made again"))
+    second = made(mixture, processor, tmp_path)
+    reader = open_table(mixture, processor, tmp_path, is_writer=False, num_workers=1, show_progress=False)
+    assert (second.folder / "rows.npy").stat().st_mtime_ns == written
+    assert isinstance(reader.rows, np.memmap)
+    np.testing.assert_array_equal(reader.rows, first.rows)
+
+
+def test_other_data_has_another_table(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Whatever could change a length makes another fingerprint: samples, seed of a subset, template, mode, maximum."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    first = made(mixture, processor, tmp_path)
+    sources = dict(tiny_parts.mixture.sources)
+    fewer = {**sources, "tiny_pictures": replace(sources["tiny_pictures"], count=5)}
+    others = [
+        (mixture_of(tiny_parts, sources=fewer), processor),
+        (mixture, processor_of(tiny_parts, template="plain")),
+        (mixture, processor_of(tiny_parts, image_mode="square")),
+        (mixture, processor_of(tiny_parts, max_length=100)),
+    ]
+    found = {first.fingerprint, *(data_fingerprint(*other) for other in others)}
+    assert len(found) == 1 + len(others)
+    assert made(*others[0], tmp_path).folder != first.folder
+    assert first.folder.is_dir()
+
+
+def test_nothing_left_is_the_users_mistake(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A maximum length that no sample keeps is one sentence with the key, the reasons and where to look."""
+    with pytest.raises(ConfigError, match=r"stage\.max_length=10 leaves no sample .*\d+ too_long.*quarantine"):
+        made(mixture_of(tiny_parts), processor_of(tiny_parts, max_length=10), tmp_path)
+
+
+_WRITER = """
+import os, signal, sys, pickle
+from pathlib import Path
+from train import lengths
+mixture, processor, folder = pickle.loads(Path(sys.argv[1]).read_bytes())
+lengths._CHUNK = 5
+count = lengths._count
+def killed(numbers):
+    if numbers.start >= 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return count(numbers)
+lengths._count = killed
+lengths.open_table(mixture, processor, folder, is_writer=True, num_workers=1, show_progress=False)
+"""
+
+
+def test_killed_writer_leaves_nothing_complete(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Killed in the middle, a writer leaves no table; the next one makes it whole, and readers do not fall over what
+    the first left behind."""
+    import pickle
+
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    folder = tmp_path / "tables"
+    (tmp_path / "arguments").write_bytes(pickle.dumps((mixture, processor, folder)))
+    done = subprocess.run(
+        [sys.executable, "-c", _WRITER, str(tmp_path / "arguments")], cwd=ROOT, check=False, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    place = folder / data_fingerprint(mixture, processor)[:16]
+    assert not place.exists()
+    assert list(folder.iterdir()), "it had begun"
+    table = made(mixture, processor, folder)
+    np.testing.assert_array_equal(table.rows, made(mixture, processor, tmp_path / "fresh").rows)
+
+
+def test_writer_that_comes_second_yields(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that make the same table at once both end with the one that was there first."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    first = made(mixture, processor, tmp_path / "first")
+    count_all, shared = lengths._count_all, tmp_path / "shared"
+
+    def beaten(*args: Any) -> Any:
+        yield from count_all(*args)
+        shutil.copytree(first.folder, shared / first.folder.name)
+
+    monkeypatch.setattr(lengths, "_count_all", beaten)
+    written = (first.folder / "table.json").stat().st_mtime_ns
+    table = made(mixture, processor, shared)
+    assert len(table) == mixture.num_samples
+    assert (table.folder / "table.json").stat().st_mtime_ns == written
+
+
+def test_waiting_ends() -> None:
+    """A process that waits for a writer gives up when the writer is silent, and says what it waited for."""
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="the thing: the process that makes it gave no sign of life for 0 s"):
+        wait_for(lambda: False, lambda: None, what="the thing", patience_s=0.3)
+    assert time.monotonic() - started < 3
+
+
+def test_waiting_goes_on_while_the_writer_lives() -> None:
+    """Signs of life keep a waiting process patient for longer than its patience."""
+    started = time.monotonic()
+    wait_for(lambda: time.monotonic() - started > 1.0, lambda: 0.1, what="it", patience_s=0.3)
+
+
+def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
+    """What a writer that was killed yesterday left behind says nothing about the one that starts now."""
+    beat = tmp_path / "beat"
+    beat.touch()
+    os.utime(beat, (0, 0))
+    started = time.monotonic()
+    wait_for(lambda: time.monotonic() - started > 0.5, lambda: lengths._age_s(beat), what="it", patience_s=2.0)

@@ -1,0 +1,222 @@
+"""Owns the proofs about the way from a step's number to batches: what is planned is what is read, by every rank."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_recipes.mixture import Mixture
+from data_recipes.order import samples_of_step
+from llava_next.batch import Batch
+from llava_next.build import read_backbone
+from llava_next.costs import StepCosts
+from llava_next.processor import Processor
+from tests.tiny import tiny_samples, tiny_store
+from train.config import RunConfig
+from train.lengths import LengthTable, open_table
+from train.loader import Planner, SampleError, batches
+
+COSTS = StepCosts(tile=5.0, token=1.0, pair=0.01)
+
+
+class Data:
+    """What a rank reads with: mixture, processor and table of a run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        stage = config.stage
+        self.mixture = Mixture.open(config.mixture, Path(config.data.store_root))
+        self.processor: Processor = read_backbone(config.model).processor(
+            template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
+        )
+        folder = Path(config.data.store_root) / ".lengths"
+        self.table: LengthTable = open_table(
+            self.mixture, self.processor, folder, is_writer=True, num_workers=1, show_progress=False
+        )
+
+    def planner(self, rank: int = 0, num_ranks: int = 1, **changes: Any) -> Planner:
+        """The plan of one rank."""
+        stage = replace(self.config.stage, **changes)
+        return Planner(self.table, stage, self.config.packing, COSTS, self.config.seed, rank, num_ranks)
+
+    def read(self, planner: Planner, num_workers: int = 0, first_step: int = 0) -> list[Batch]:
+        """All batches of one rank."""
+        stream = batches(
+            planner,
+            self.mixture,
+            self.processor,
+            first_step=first_step,
+            last_step=planner.num_steps,
+            num_workers=num_workers,
+            prefetch=2,
+            pin_memory=False,
+        )
+        return list(stream)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_parts: RunConfig) -> Data:
+    """The tiny run's data."""
+    return Data(tiny_parts)
+
+
+def assert_equal(ours: Batch, theirs: Batch) -> None:
+    """Every tensor of two batches is the same."""
+    assert ours.segments.lengths == theirs.segments.lengths
+    for name in ("input_ids", "position_ids", "tiles", "image_positions", "image_sources", "target_positions"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+    for name in ("target_ids", "target_sources", "target_samples", "target_weights"):
+        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+
+
+def test_a_step_is_the_same_samples_for_any_ranks(data: Data) -> None:
+    """The samples of a step are a function of data, batch size, seed and step; ranks share them, each sample once, in
+    as many rows each. Budgets have no say either."""
+    for step in range(data.planner().num_steps):
+        expected = samples_of_step(step, len(data.table), 13, data.config.seed, 1.0)
+        for num_ranks in (1, 2, 3, 4, 7):
+            plans = [data.planner(rank, num_ranks).plan(step) for rank in range(num_ranks)]
+            dealt = [int(sample) for plan in plans for row in plan.rows for sample in row]
+            assert sorted(dealt) == sorted(expected.tolist())
+            assert len({len(plan.rows) for plan in plans}) == 1
+            for plan in plans:
+                np.testing.assert_array_equal(plan.samples, expected)
+                assert plan.divisor == plan.num_supervised == data.table.rows["supervised"][expected].sum()
+
+
+def test_an_epoch_meets_every_sample_once(data: Data) -> None:
+    """One epoch's steps are every kept sample, in an order that the seed decides."""
+    planner = data.planner()
+    met = np.concatenate([planner.plan(step).samples for step in range(planner.num_steps)])
+    assert sorted(met.tolist()) == list(range(len(data.table)))
+    other = replace(planner, seed=planner.seed + 1)
+    assert not np.array_equal(planner.plan(0).samples, other.plan(0).samples)
+
+
+def test_divisor_follows_the_weighting(data: Data) -> None:
+    """A step's loss sum is divided by its supervised tokens, or by its samples."""
+    assert data.planner(loss_weighting="sample").plan(0).divisor == 13
+    assert data.planner(loss_weighting="token").plan(0).divisor == data.planner().plan(0).num_supervised
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_batches_are_the_plan(data: Data, num_ranks: int) -> None:
+    """What a rank's loader yields is the planned rows in the planned order, with the counts of the table: the tokens
+    of every sample, the supervised tokens and the source of each."""
+    for rank in range(num_ranks):
+        planner = data.planner(rank, num_ranks)
+        rows = [row for step in range(planner.num_steps) for row in planner.plan(step).rows]
+        read = data.read(planner)
+        assert len(read) == len(rows)
+        for batch, row in zip(read, rows, strict=True):
+            known = data.table.rows[row]
+            assert batch.segments.lengths == (tuple(known["tokens"].tolist()) or (1,))
+            assert len(batch.tiles) == max(1, known["tiles"].sum())
+            counts = torch.bincount(batch.target_samples, minlength=len(row)).tolist()
+            assert counts == known["supervised"].tolist()
+            for sample, source in zip(batch.target_samples.tolist(), batch.target_sources.tolist(), strict=True):
+                assert source == known["source"][sample]
+
+
+def test_a_row_with_nothing_left(data: Data) -> None:
+    """A rank that has no sample in a micro-step reads one unsupervised token and one blank tile."""
+    empty = [batch for rank in (0, 1) for batch in data.read(data.planner(rank, 2)) if not len(batch.target_ids)]
+    assert len(empty) == 1
+    assert (empty[0].input_ids.shape, empty[0].tiles.shape[0]) == ((1, 1), 1)
+    assert not empty[0].tiles.any()
+
+
+def test_sample_weights_sum_to_one(data: Data) -> None:
+    """Weighing by sample gives every sample the same say, however many tokens it has."""
+    for batch in data.read(data.planner(loss_weighting="sample")):
+        sums = torch.zeros(len(batch.segments.lengths)).index_add_(0, batch.target_samples, batch.target_weights)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_workers_change_nothing(data: Data, num_workers: int) -> None:
+    """Any number of reading processes yields the same batches in the same order, from any step on."""
+    planner = data.planner(1, 2)
+    alone = data.read(planner)
+    for first_step in (0, 2):
+        skipped = sum(len(planner.plan(step).rows) for step in range(first_step))
+        for ours, theirs in zip(data.read(planner, num_workers, first_step), alone[skipped:], strict=True):
+            assert_equal(ours, theirs)
+
+
+def broken(config: RunConfig, tmp_path: Path, damage: Any) -> Data:
+    """The run over one source whose third picture's bytes are damaged after they were counted."""
+    from data_recipes import store as store_module
+
+    root = tmp_path / "stores"
+    samples = tiny_samples(8)
+    tiny_store(root, "fragile", samples)
+    name = samples[2].id
+    mixture = replace(config.mixture, sources={"fragile": next(iter(config.mixture.sources.values()))})
+    data = Data(replace(config, mixture=mixture, data=replace(config.data, store_root=str(root))))
+    read = data.mixture.sample
+
+    def damaged(index: int) -> store_module.StoredSample:
+        sample = read(index)
+        return replace(sample, pictures=tuple(map(damage, sample.pictures))) if sample.id == name else sample
+
+    data.mixture.sample = damaged  # type: ignore[method-assign]
+    return data
+
+
+def cut_off(picture: bytes) -> bytes:
+    """The first half."""
+    return picture[: len(picture) // 2]
+
+
+def bad_checksum(picture: bytes) -> bytes:
+    """A PNG whose pixel data do not fit their checksum."""
+    place = picture.index(b"IDAT") + 12
+    return picture[:place] + bytes([picture[place] ^ 255]) + picture[place + 1 :]
+
+
+def no_picture(_: bytes) -> bytes:
+    """Something else."""
+    return b"<html>not found</html>"
+
+
+def other_size(_: bytes) -> bytes:
+    """A sound picture, but not the one that was counted."""
+    shown = tiny_samples(2)[1].pictures[0]
+    assert isinstance(shown, bytes)
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("damage", "num_workers"),
+    [(cut_off, 0), (bad_checksum, 0), (no_picture, 0), (other_size, 0), (cut_off, 1)],
+)
+def test_broken_picture_names_its_sample(tiny_parts: RunConfig, tmp_path: Path, damage: Any, num_workers: int) -> None:
+    """A picture that cannot be read any more stops the run with the sample's id and source: no sample is replaced."""
+    data = broken(tiny_parts, tmp_path, damage)
+    with pytest.raises(SampleError, match="sample '000002' of source fragile"):
+        data.read(data.planner(), num_workers)
+
+
+def test_table_of_other_data_is_found_out(data: Data) -> None:
+    """A sample that encodes to other numbers than the table's stops the run, with both and the way out."""
+    rows = np.array(data.table.rows)
+    rows["supervised"][5] += 1
+    wrong = replace(data.table, rows=rows)
+    planner = replace(data.planner(), table=wrong)
+    with pytest.raises(SampleError, match=r"sample .* of source tiny_.*was counted as .*encodes to.*delete it"):
+        data.read(planner)
+
+
+def test_first_sample_is_as_prepared(data: Data) -> None:
+    """The pixels and ids that a batch holds are the processor's own for that sample."""
+    planner = data.planner()
+    batch, row = data.read(planner)[0], planner.plan(0).rows[0]
+    stored = data.mixture.sample(int(data.table.rows["sample"][row[0]]))
+    example = data.processor.encode(stored.messages, stored.sizes_hw, stored.pictures)
+    length = example.layout.num_tokens
+    assert batch.input_ids[0, :length].tolist() == example.layout.ids.tolist()
+    np.testing.assert_array_equal(batch.tiles[: len(example.tiles)], example.tiles)

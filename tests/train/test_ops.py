@@ -1,0 +1,133 @@
+"""Owns the proofs about DeepSpeed's compiled op: built once by one process, never waited for in silence or for ever."""
+
+import fcntl
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from train import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache; the environment is put back afterwards."""
+    monkeypatch.setenv("LLAVA_NEXT_CACHE", str(tmp_path))
+    for name in ("TORCH_EXTENSIONS_DIR", "PATH"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    return tmp_path
+
+
+@pytest.fixture
+def builds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Takes the place of the compiler; one entry a build."""
+    done: list[float] = []
+    monkeypatch.setattr(ops, "_compile", done.append)
+    return done
+
+
+def test_built_once(builds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """The first start builds and says so; later ones find it, say nothing, and torch is told where it lies."""
+    ops.ensure_built(timeout_s=5)
+    assert "compiling" in capsys.readouterr().err
+    ops.ensure_built(timeout_s=5)
+    assert builds == [5]
+    assert capsys.readouterr().err == ""
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(ops.extensions_folder())
+    assert os.environ["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
+
+
+def test_stale_lock_is_thrown_away(builds: list[float]) -> None:
+    """The lock file that a killed build left behind is gone before the next one starts: it would wait for ever."""
+    lock = ops.extensions_folder() / ops._OP / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    ops.ensure_built(timeout_s=5)
+    assert not lock.exists()
+    assert len(builds) == 1
+
+
+@contextmanager
+def another_process(folder: Path, lives_s: float, finishes: bool) -> Iterator[None]:
+    """A process that holds the build's lock for a while, and then has built, or has died."""
+    marker = folder / f"{ops._OP}.built"
+    script = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
+        f"print('held', flush=True); time.sleep({lives_s})\n" + (f"open({str(marker)!r}, 'w')" if finishes else "")
+    )
+    folder.mkdir(parents=True)
+    command = [sys.executable, "-c", script, str(folder / "build.flock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield
+        process.kill()
+
+
+def test_second_process_waits(builds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """While another process builds, this one says that it waits, and then uses what was built."""
+    with another_process(ops.extensions_folder(), 1.0, finishes=True):
+        ops.ensure_built(timeout_s=30)
+    assert builds == []
+    assert "waiting for another process" in capsys.readouterr().err
+
+
+def test_builder_that_died_is_followed(builds: list[float]) -> None:
+    """The lock of a process dies with it: the one that waited builds."""
+    with another_process(ops.extensions_folder(), 0.5, finishes=False):
+        ops.ensure_built(timeout_s=30)
+    assert len(builds) == 1
+
+
+def test_waiting_ends(builds: list[float]) -> None:
+    """A build that takes too long in another process is an error that says where to look."""
+    started = time.monotonic()
+    with (
+        another_process(ops.extensions_folder(), 60.0, finishes=True),
+        pytest.raises(ops.OpBuildError, match=r"another process has been compiling .* for 1 s; see .*build\.flock"),
+    ):
+        ops.ensure_built(timeout_s=1.0, say=False)
+    assert time.monotonic() - started < 10
+    assert builds == []
+
+
+def test_failed_build_is_told_and_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's last words are in the error, nothing counts as built, and the lock is free again."""
+    monkeypatch.setattr(ops, "_BUILD", "import sys; print('fatal error: Python.h: no such file'); sys.exit(1)")
+    for _ in range(2):
+        with pytest.raises(ops.OpBuildError, match=r"(?s)C\+\+ compiler and Python's headers.*Python\.h"):
+            ops.ensure_built(timeout_s=60, say=False)
+    assert not list(ops.extensions_folder().glob("*.built"))
+    with (ops.extensions_folder() / "build.flock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_endless_build_is_ended(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that hangs is killed with everything that it started."""
+    monkeypatch.setattr(
+        ops,
+        "_BUILD",
+        "import subprocess, time; p = subprocess.Popen(['sleep', '60']);"
+        f"open({str(cache / 'child')!r}, 'w').write(str(p.pid)); time.sleep(60)",
+    )
+    with pytest.raises(ops.OpBuildError, match="did not compile within 2 s"):
+        ops.ensure_built(timeout_s=2.0, say=False)
+    time.sleep(0.2)
+    stat = Path("/proc") / (cache / "child").read_text() / "stat"
+    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+
+
+def test_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """$LLAVA_NEXT_CACHE, or llava_next in the user's own cache."""
+    monkeypatch.setenv("LLAVA_NEXT_CACHE", "/some/where")
+    assert ops.cache_root() == Path("/some/where")
+    monkeypatch.delenv("LLAVA_NEXT_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert ops.cache_root() == Path("/xdg/llava_next")

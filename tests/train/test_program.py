@@ -1,0 +1,204 @@
+"""Owns the proofs about the program as a stranger runs it: three launchers, one result; what lies in the run's folder;
+stopping, being killed and going on.
+"""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train.launch import Program, finish, kill_group
+from train.config import RunConfig, load_yaml
+
+FRESH = "stage.init_from=null"
+LONG = (FRESH, "stage.epochs=12", "save.every=0")  # 37 steps
+
+
+@pytest.fixture(scope="module")
+def program(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Program:
+    """The program on the tiny run's parts."""
+    return Program(tiny_parts, tmp_path_factory.mktemp("program"))
+
+
+@pytest.fixture(scope="module")
+def by_torchrun(program: Program) -> list[dict[str, Any]]:
+    """The metrics of a run that two ranks under torchrun finished."""
+    code, output = program.run("torchrun", "name=torchrun", FRESH)
+    assert code == 0, output
+    return program.metrics("torchrun")
+
+
+def losses(lines: list[dict[str, Any]]) -> list[float]:
+    """The loss of each step."""
+    assert [line["step"] for line in lines] == list(range(len(lines)))
+    return [line["train/loss"] for line in lines]
+
+
+def test_run_folder_is_complete(program: Program, by_torchrun: list[dict[str, Any]]) -> None:
+    """A finished run leaves its configuration, its data's numbers, one line a step, a log of each rank, its exit, a
+    checkpoint, and a model that stock transformers loads whole."""
+    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+
+    folder = program.root / "torchrun" / "finetune"
+    assert len(losses(by_torchrun)) == 4
+    assert load_yaml(folder / "config.yaml").run_dir == folder
+    about = json.loads((folder / "data.json").read_text())
+    assert (about["num_samples"], about["rejects"]) == (40, {})
+    assert sum(row["used"] for row in about["mixture"]) == 40
+    assert (folder / "quarantine.jsonl").read_text() == ""
+    assert sorted(path.name for path in (folder / "log").iterdir()) == ["rank_000.log", "rank_001.log"]
+    assert "started afresh" in (folder / "log" / "rank_000.log").read_text()
+    assert json.loads((folder / "exit.json").read_text()) == {"code": 0, "reason": "finished"}
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
+    assert not list(folder.glob("*.partial"))
+    model, found = LlavaNextForConditionalGeneration.from_pretrained(folder / "export", output_loading_info=True)
+    assert [problem for problem in found.values() if problem] == []
+    processor = LlavaNextProcessor.from_pretrained(folder / "export")
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["plain", "deepspeed"])
+def test_launchers_agree(program: Program, by_torchrun: list[dict[str, Any]], launcher: str) -> None:
+    """One process, torchrun and the deepspeed launcher give the same losses."""
+    code, output = program.run(launcher, f"name={launcher}", FRESH)
+    assert code == 0, output
+    assert losses(program.metrics(launcher)) == pytest.approx(losses(by_torchrun), rel=1e-5)
+
+
+@pytest.mark.full
+def test_two_stages_with_one_command_line(program: Program) -> None:
+    """Run twice with another `stage=`, the second stage finds the first one's connector by itself; a third start of a
+    finished run has nothing to do and says so with exit code 0."""
+    for stage in ("align", "finetune", "finetune"):
+        code, output = program.run("plain", "name=both", f"stage={stage}")
+        assert code == 0, output
+    assert (program.root / "both" / "align" / "connector" / "contract.json").is_file()
+    assert (program.root / "both" / "finetune" / "export" / "config.json").is_file()
+    assert "resumed from" in output
+    assert len(losses(program.metrics("both"))) == len(losses(program.metrics("both", "align"))) == 4
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(program: Program) -> list[float]:
+    """The losses of a long run that nobody disturbed."""
+    code, output = program.run("plain", "name=uninterrupted", *LONG)
+    assert code == 0, output
+    return losses(program.metrics("uninterrupted"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("whole_group", [False, True], ids=["process", "group"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_asked_to_stop(
+    program: Program, uninterrupted: list[float], number: signal.Signals, whole_group: bool
+) -> None:
+    """SIGTERM, Slurm's SIGUSR1 and Ctrl-C, sent to the program or (as a terminal and a scheduler do) to every process of
+    it: saved, exit code 75, and the same command goes on where it stopped, to the losses of an undisturbed run."""
+    name = f"stopped_{number.name}_{whole_group}"
+    process = program.start("plain", f"name={name}", *LONG)
+    program.wait_for_step(process, name, 3)
+    if whole_group:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
+    code, output = finish(process)
+    assert code == 75, output
+    assert "run the same command again" in output
+    done = len(program.metrics(name))
+    assert 4 <= done < len(uninterrupted)
+    folder = program.root / name / "finetune"
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+    code, output = program.run("plain", f"name={name}", *LONG)
+    assert code == 0, output
+    assert f"at step {done}" in output
+    assert losses(program.metrics(name)) == uninterrupted
+
+
+@pytest.mark.full
+def test_killed_run_goes_on_from_its_checkpoint(program: Program, uninterrupted: list[float]) -> None:
+    """Killed without warning, a run goes on from its newest checkpoint; no step stands twice in its metrics."""
+    options = ("name=killed", *LONG[:2], "save.every=3", "save.keep=2")
+    process = program.start("plain", *options)
+    program.wait_for_step(process, "killed", 7)
+    kill_group(process)
+    process.communicate()
+    code, output = program.run("plain", *options)
+    assert code == 0, output
+    assert "resumed from" in output
+    assert losses(program.metrics("killed")) == uninterrupted
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_dead_rank_ends_the_run(program: Program, launcher: str) -> None:
+    """One rank killed without warning: no other waits for it for ever, and the launcher tells of a failure."""
+    name = f"dead_{launcher}"
+    process = program.start(launcher, f"name={name}", *LONG)
+    program.wait_for_step(process, name, 2)
+    os.kill(_ranks_of(process)[1], signal.SIGKILL)
+    code, output = finish(process)
+    assert code != 0, output
+    assert len(program.metrics(name)) < 37
+
+
+def _ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """Process ids of the ranks of a launched program, by rank."""
+    found = {}
+    for path in Path("/proc").iterdir():
+        try:
+            if path.name.isdigit() and os.getpgid(int(path.name)) == process.pid:
+                variables = dict(
+                    line.split("=", 1) for line in (path / "environ").read_text().split("\0") if "=" in line
+                )
+                words = (path / "cmdline").read_text().split("\0")
+                if "RANK" in variables and "train" in words and "launcher" not in " ".join(words):
+                    found.setdefault(int(variables["RANK"]), []).append(int(path.name))
+        except OSError:
+            continue
+    return [min(found[rank]) for rank in sorted(found)]  # its loader's workers are younger
+
+
+@pytest.mark.full
+def test_torchrun_passes_a_stop_on(program: Program, uninterrupted: list[float]) -> None:
+    """SIGTERM to torchrun reaches the ranks, which save within its 30 seconds; the same command then goes on, with two
+    ranks as before. torchrun's own exit code is not ours to choose."""
+    process = program.start("torchrun", "name=stopped_torchrun", *LONG)
+    program.wait_for_step(process, "stopped_torchrun", 3)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code != 0, output
+    done = len(program.metrics("stopped_torchrun"))
+    assert done < len(uninterrupted)
+    code, output = program.run("torchrun", "name=stopped_torchrun", *LONG)
+    assert code == 0, output
+    assert f"at step {done}" in output
+    assert losses(program.metrics("stopped_torchrun")) == pytest.approx(uninterrupted, rel=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("launcher", "expected"), [("torchrun", 1), ("deepspeed", 2)])
+def test_mistake_is_told_once_under_a_launcher(program: Program, launcher: str, expected: int) -> None:
+    """Two ranks with a wrong key: one of them speaks. The deepspeed launcher passes 2 on, torchrun makes it 1."""
+    code, output = program.run(launcher, "name=mistake", "packing.max_token=3")
+    assert code == expected, output
+    assert output.count("error: packing.max_token:") == 1, output
+
+
+@pytest.mark.full
+def test_refused_resume_changes_nothing(program: Program) -> None:
+    """A start that a checkpoint refuses is the user's mistake, and leaves the folder as the first run left it."""
+    code, output = program.run("plain", "name=refused", FRESH)
+    assert code == 0, output
+    folder = program.root / "refused" / "finetune"
+    before = {name: (folder / name).read_bytes() for name in ("config.yaml", "data.json", "metrics.jsonl")}
+    code, output = program.run("plain", "name=refused", FRESH, "seed=5")
+    assert code == 2, output
+    assert output.count("error: ") == 1
+    assert "seed=0" in output
+    assert {name: (folder / name).read_bytes() for name in before} == before
