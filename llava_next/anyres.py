@@ -145,10 +145,26 @@ def decode(picture: bytes) -> Image.Image:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
-    if image.mode.startswith("I;16") or image.mode == "I":
-        # Pillow clips 16-bit grey at 255 when it converts: scale it instead, or scans turn white.
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode[0] in "IF":
+        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     return image.convert("RGB")
+
+
+def _to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values of any depth as uint8. Pillow clips them at 255 when it converts, which turns 16-bit scans white.
+
+    What white is cannot be read from a file: 1 for fractions, else the least of 255, 65535 and 2³² - 1 that no
+    value exceeds.
+    """
+    values = np.nan_to_num(grey.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0).clip(min=0)
+    largest = float(values.max(initial=0.0))
+    if np.issubdtype(grey.dtype, np.floating) and largest <= 1:
+        white = 1.0
+    elif grey.dtype.itemsize == 2 or largest > 255:
+        white = 65535.0 if largest <= 65535 else 2.0**32 - 1
+    else:
+        white = 255.0
+    return (values * (255.0 / white)).astype(np.uint8)
 
 
 def cut_tiles(image: Image.Image, layout: ImageLayout, tile: int) -> np.ndarray:

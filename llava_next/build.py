@@ -155,11 +155,17 @@ def build_model(backbone: Backbone, *, dtype: torch.dtype, seed: int, num_source
     try:
         language = _language_model(backbone, dtype)
         tower = _vision_tower(backbone, dtype)
+        if not hasattr(language.base_model, "embed_tokens"):
+            raise ModelError(
+                f"model.language_model: {backbone.hf_config.text_config.model_type} keeps its embedding under another "
+                "name than embed_tokens, which LLaVA-NeXT needs; choose a Llama-like model"
+            )
         with torch.device("meta"):
             hf = LlavaNextForConditionalGeneration(backbone.hf_config)
         hf.model.language_model = language.base_model
         hf.lm_head = language.get_output_embeddings()
         hf.model.vision_tower = tower
+        torch.manual_seed(seed)  # again, so that the connector does not depend on what the other parts have drawn
         hf.model.multi_modal_projector.to_empty(device="cpu")
         for module in hf.model.multi_modal_projector.children():
             if isinstance(module, nn.Linear):

@@ -4,6 +4,7 @@ Writing streams tensor by tensor; where parameters are partitioned every rank wa
 `gather` makes them whole. Everything is safetensors. A directory is complete or absent.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import processors
 from torch import nn
 from transformers import (
     GenerationConfig,
@@ -276,12 +278,22 @@ def _stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProce
     strategy = backbone.hf_config.vision_feature_select_strategy
     return LlavaNextProcessor(
         image_processor=image_processor,
-        tokenizer=backbone.tokenizer,
+        tokenizer=_serving_tokenizer(backbone, processor.template),
         patch_size=vision.patch_size,
         vision_feature_select_strategy=strategy,
         num_additional_image_tokens=1 if strategy == "default" else 0,
         chat_template=chat_template(processor.template),
     )
+
+
+def _serving_tokenizer(backbone: Backbone, template: Template) -> Any:
+    """The tokenizer, made to add no token of its own where the template opens without one."""
+    if template.bos:
+        return backbone.tokenizer
+    tokenizer = copy.deepcopy(backbone.tokenizer)
+    nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+    tokenizer.backend_tokenizer.post_processor = nothing
+    return tokenizer
 
 
 def chat_template(template: Template) -> str:
@@ -332,8 +344,8 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
     refuse_made_up(found, str(source))
     tile = hf.config.vision_config.image_size
     grids = tuple((height // tile, width // tile) for height, width in hf.config.image_grid_pinpoints)
-    backbone = Backbone(replace(config, grids=grids), hf.config, read_tokenizer(str(source)))
-    tower = config.vision_tower
+    tower = replace(config.vision_tower, feature_layer=hf.config.vision_feature_layer)
+    backbone = Backbone(replace(config, grids=grids, vision_tower=tower), hf.config, read_tokenizer(str(source)))
     return backbone, LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std)
 
 

@@ -13,7 +13,7 @@ CHUNK_LOGITS = 1 << 26
 
 
 def token_losses(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of each target, in float32.
+    """Cross entropy of each target, in float32 (in float64 for a float64 model).
 
     Args:
         hidden: [L, D], the states that predict the targets.
@@ -21,11 +21,11 @@ def token_losses(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch
         targets: int64 [L].
 
     Returns:
-        float32 [L].
+        [L].
     """
     if not len(targets):
         # Still a function of both, so that their gradients exist (as zeros) on a rank without a target.
-        return (hidden.sum() + head_weight[:1].sum()).float() * 0 + hidden.new_zeros(0, dtype=torch.float32)
+        return (hidden.sum() + head_weight[:1].sum()) * 0 + hidden.new_zeros(0, dtype=torch.float32)
     rows = max(1, CHUNK_LOGITS // head_weight.shape[0])
     if len(targets) <= rows:
         return _losses(hidden, head_weight, targets)
@@ -37,4 +37,6 @@ def token_losses(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch
 
 
 def _losses(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(F.linear(hidden, head_weight).float(), targets, reduction="none")
+    logits = F.linear(hidden, head_weight)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return F.cross_entropy(logits, targets, reduction="none")

@@ -46,7 +46,7 @@ class LlavaNext(nn.Module):
 
     Args:
         hf: the stock model. Its tower is cut in place: the layers above the feature layer are kept aside for export
-            (`upper_tower_layers`), frozen and never run.
+            (`upper_tower_layers`), frozen and never run. So `hf` itself no longer runs; what generates is the export.
         image_mean, image_std: of the tower's training, for tiles in [0, 1].
         num_sources: length of the per-source sums.
 

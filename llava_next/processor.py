@@ -104,10 +104,12 @@ class Processor:
     @property
     def fingerprint(self) -> str:
         """Changes whenever an encoding could: the configuration, the template's text and the whole tokenizer."""
+        tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        tokenizer.pop("post_processor")  # adds special tokens, which are never asked for here
         parts = [
             json.dumps(asdict(self.config), sort_keys=True),
             json.dumps(asdict(self.template), sort_keys=True),
-            self.tokenizer.backend_tokenizer.to_str(),
+            json.dumps(tokenizer, sort_keys=True),
             str(self.tokenizer.bos_token_id),
         ]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()

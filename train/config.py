@@ -5,6 +5,7 @@ and not a queue slot. Parts whose owner is another package (model, mixture) are 
 """
 
 import difflib
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -219,23 +220,31 @@ def _check_values(config: RunConfig) -> None:
     for part, rate in stage.learning_rates.items():
         if part not in PARTS:
             raise ConfigError(f"stage.learning_rates.{part}: there is no such part; the parts are {', '.join(PARTS)}")
-        if rate is not None and rate <= 0:
+        if rate is not None and not 0 < rate < math.inf:
             raise ConfigError(f"stage.learning_rates.{part} must be above 0, got {rate}; leave it out to freeze it")
     if not stage.rates:
         raise ConfigError(f"stage.learning_rates names no part: nothing would train; name some of {', '.join(PARTS)}")
     for key, value, least in (
+        ("seed", config.seed, 0),
         ("stage.batch_size", stage.batch_size, 1),
         ("stage.max_length", stage.max_length, 2),
         ("data.workers", config.data.workers, 0),
         ("data.prefetch", config.data.prefetch, 1),
+        ("data.length_workers", config.data.length_workers, 0),
         ("save.every", config.save.every, 0),
         ("save.keep", config.save.keep, 1),
+        ("log.every", config.log.every, 1),
         ("timeout_s", config.timeout_s, 1),
+        ("max_steps", config.max_steps, 1),
     ):
-        if value < least:
+        if value is not None and value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
-    if stage.epochs <= 0:
-        raise ConfigError(f"stage.epochs must be above 0, got {stage.epochs}")
+    if not 0 < stage.epochs < math.inf:
+        raise ConfigError(f"stage.epochs must be above 0 and finite, got {stage.epochs}")
+    if not 0 <= stage.weight_decay < math.inf:
+        raise ConfigError(f"stage.weight_decay must be 0 or more, got {stage.weight_decay}")
+    if stage.clip_norm is not None and not 0 < stage.clip_norm < math.inf:
+        raise ConfigError(f"stage.clip_norm must be above 0, got {stage.clip_norm}; null leaves gradients as they are")
     if not 0 <= stage.warmup_ratio < 1:
         raise ConfigError(f"stage.warmup_ratio is a share of the steps, from 0 to below 1, got {stage.warmup_ratio}")
     for key, template in (
@@ -266,7 +275,10 @@ def _check_engine(engine: dict[str, Any]) -> None:
     for key, owner in _ENGINE_OWNED.items():
         if key in engine:
             raise ConfigError(f"engine.{key} is the run's own, set by {owner}; remove it from the engine's dictionary")
-    stage = engine.get("zero_optimization", {}).get("stage", 0)
+    zero = engine.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"engine.zero_optimization must be a dictionary with a `stage`, got {zero!r}")
+    stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"engine.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
 
@@ -284,11 +296,16 @@ def _check_folders(config: RunConfig) -> None:
     prepare = f"python -m data_recipes.prepare --mixture {config.mixture.name} --raw RAW --stores {store_root}"
     if not store_root.is_dir():
         raise ConfigError(f"data.store_root: there is no folder {store_root}; prepare it with `{prepare}`")
-    for source in config.mixture.sources:
+    for source in (*config.mixture.sources, *config.mixture.exclude):
         if not (store_root / source / "manifest.json").is_file():
-            raise ConfigError(
-                f"mixture.sources.{source}: there is no prepared source in {store_root / source}; run `{prepare}`"
-            )
+            key = f"mixture.sources.{source}" if source in config.mixture.sources else "mixture.exclude"
+            raise ConfigError(f"{key}: there is no prepared source in {store_root / source}; run `{prepare}`")
+    start = config.stage.init_from
+    if start is not None and not Path(start).is_dir():
+        raise ConfigError(
+            f"stage.init_from: there is no folder {start}; run stage=align first, or start from fresh parts with "
+            "stage.init_from=null"
+        )
 
 
 def explain(text: str) -> str:

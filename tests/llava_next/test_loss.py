@@ -18,7 +18,7 @@ def test_chunked_equals_whole(monkeypatch: pytest.MonkeyPatch, num_targets: int)
     for chunk_logits in (1 << 26, 4 * 11):
         monkeypatch.setattr(loss, "CHUNK_LOGITS", chunk_logits)
         losses = loss.token_losses(hidden, head, targets)
-        assert losses.dtype == torch.float32
+        assert losses.dtype == torch.float64
         results.append((losses, *torch.autograd.grad(losses.sum(), (hidden, head))))
     for whole, chunked in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=1e-6, atol=1e-7)

@@ -119,7 +119,7 @@ def checked(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     return check(OmegaConf.create(values))
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown part": ({"stage.learning_rates": {"projektor": 1e-3}}, ["stage.learning_rates.projektor", "projector"]),
     "no part": ({"stage.learning_rates": {}}, ["stage.learning_rates", "nothing would train"]),
     "zero rate": ({"stage.learning_rates.projector": 0.0}, ["learning_rates.projector", "0.0", "leave it out"]),
@@ -151,6 +151,17 @@ BAD = {
     "no sources": ({"mixture.sources": {}}, ["mixture", "`sources` is empty"]),
     "source key": ({"mixture.sources.tiny_chats.coumt": 3}, ["mixture.sources.tiny_chats.coumt", "no such key"]),
     "no such source": ({"mixture.sources.nobody": {}}, ["mixture.sources.nobody", "data_recipes.prepare"]),
+    "excluded source": ({"mixture.exclude": ["nobody"]}, ["mixture.exclude", "nobody", "data_recipes.prepare"]),
+    "start": ({"stage.init_from": "/none/such"}, ["stage.init_from", "/none/such", "stage=align", "init_from=null"]),
+    "seed": ({"seed": -1}, ["seed", "at least 0", "-1"]),
+    "counting": ({"data.length_workers": -1}, ["data.length_workers", "at least 0"]),
+    "log": ({"log.every": 0}, ["log.every", "at least 1"]),
+    "no steps": ({"max_steps": 0}, ["max_steps", "at least 1", "0"]),
+    "endless": ({"stage.epochs": float("inf")}, ["stage.epochs", "finite"]),
+    "no number": ({"stage.learning_rates.projector": float("nan")}, ["learning_rates.projector", "nan"]),
+    "clipping": ({"stage.clip_norm": 0.0}, ["stage.clip_norm", "above 0", "null"]),
+    "decay": ({"stage.weight_decay": -0.1}, ["stage.weight_decay", "0 or more"]),
+    "no ZeRO": ({"engine.zero_optimization": None}, ["engine.zero_optimization", "dictionary", "None"]),
     "tokenizer": ({"model.language_model.tokenizer": "/none"}, ["model.language_model.tokenizer", "/none"]),
 }
 

@@ -1,4 +1,4 @@
-"""Owns the proofs about the length table: it counts what will be trained on, is made once, and is complete or absent."""
+"""Owns the proofs about the length table: it counts what is trained on, is made once, and is complete or absent."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Owns the proofs about groups and rates: the schedule is the one the recipes name, the table is the live optimizer's."""
+"""Owns the proofs about groups and rates: the schedule is transformers' own, the table the live optimizer's."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_with_warmup
 
-from llava_next.config import PARTS
 from llava_next.build import build_model, read_backbone
+from llava_next.config import PARTS
 from llava_next.model import LlavaNext, part_of, set_trained_parts
 from tests.train.cases import RATES, with_stage
 from train.config import RunConfig, StageConfig
@@ -91,7 +91,7 @@ def test_set_rates_writes_the_live_groups(model: LlavaNext, tiny_parts: RunConfi
 @pytest.mark.parametrize("trained", [("projector",), ("projector", "language_model"), PARTS])
 def test_part_table_shows_the_live_optimizer(model: LlavaNext, trained: tuple[str, ...]) -> None:
     """Every part is shown with its parameters and its rate as the optimizer has it; a part in no group is frozen."""
-    chosen = stage(learning_rates={part: 1.0e-4 for part in trained})
+    chosen = stage(learning_rates=dict.fromkeys(trained, 0.0001))
     set_trained_parts(model, chosen.rates)
     optimizer = torch.optim.AdamW(parameter_groups(model, chosen))
     rows = part_table(model, optimizer)

@@ -94,11 +94,9 @@ def uninterrupted(program: Program) -> list[float]:
 @pytest.mark.full
 @pytest.mark.parametrize("whole_group", [False, True], ids=["process", "group"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_asked_to_stop(
-    program: Program, uninterrupted: list[float], number: signal.Signals, whole_group: bool
-) -> None:
-    """SIGTERM, Slurm's SIGUSR1 and Ctrl-C, sent to the program or (as a terminal and a scheduler do) to every process of
-    it: saved, exit code 75, and the same command goes on where it stopped, to the losses of an undisturbed run."""
+def test_asked_to_stop(program: Program, uninterrupted: list[float], number: signal.Signals, whole_group: bool) -> None:
+    """SIGTERM, Slurm's SIGUSR1 and Ctrl-C, to the program or (as a terminal and a scheduler do) to every process of it:
+    saved, exit code 75, and the same command goes on where it stopped, to the losses of an undisturbed run."""
     name = f"stopped_{number.name}_{whole_group}"
     process = program.start("plain", f"name={name}", *LONG)
     program.wait_for_step(process, name, 3)
@@ -149,7 +147,7 @@ def test_dead_rank_ends_the_run(program: Program, launcher: str) -> None:
 
 def _ranks_of(process: "subprocess.Popen[str]") -> list[int]:
     """Process ids of the ranks of a launched program, by rank."""
-    found = {}
+    found: dict[int, list[int]] = {}
     for path in Path("/proc").iterdir():
         try:
             if path.name.isdigit() and os.getpgid(int(path.name)) == process.pid:

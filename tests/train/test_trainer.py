@@ -209,7 +209,7 @@ def test_wrong_count_stops_the_step(start_ranks: StartRanks, run_config: RunConf
 
 
 def test_non_finite_loss_stops_the_step(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """A loss that is not finite on one rank stops all of them, naming the source and the samples; nothing is applied."""
+    """A loss that is not finite on one rank stops all of them, naming source and samples; nothing is applied."""
     for told, changed in start_ranks(2).run(cases.poisoned_step, run_config):
         assert "not finite" in told
         assert "tiny_" in told
@@ -221,7 +221,7 @@ def test_stuck_rank_is_named(run_config: RunConfig, tmp_path: Path) -> None:
     """A rank that never reaches its collective is named by the harness, with the place where it stands."""
     ranks = Ranks(2, tmp_path)
     try:
-        with pytest.raises(AssertionError, match="(?s)rank 1 is stuck.*sleep_for_ever"):
+        with pytest.raises(AssertionError, match=r"(?s)rank 1 is stuck.*sleep_for_ever"):
             ranks.run(cases.sleep_for_ever, 1, timeout_s=3)
         assert ranks.run(cases.sum_of_ranks) == [1.0, 1.0]  # the next case gets new ranks
     finally:
