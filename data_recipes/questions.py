@@ -27,7 +27,7 @@ def merge(
     turns: list[tuple[object, object]] = []
     for number, (question, answer) in enumerate(questions):
         opening = f"{IMAGE_PLACEHOLDER}\n" if number == 0 else ""
-        turns.append(("user", f"{opening}{question}\n{suffix}"))
+        turns.append(("user", f"{opening}{question}\n{suffix}".rstrip("\n")))
         turns.append(("assistant", answer))
     return assemble(sample_id, turns, [picture], place)
 

@@ -179,6 +179,8 @@ def _join_group() -> None:
     ops.ensure_built()
     import deepspeed
 
+    importlib.import_module("train.run")  # brings all that cases need: seconds that are no case's own
+
     # A collective that waits longer than any case may take is a hang; the harness tells of it first.
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=600), verbose=False)
 

@@ -10,9 +10,11 @@ import os
 import sys
 import traceback
 from contextlib import redirect_stderr
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from train.config import CONFIG_DIR, ConfigError, RunConfig, check, explain
@@ -41,10 +43,12 @@ def main() -> int:
 def _compose() -> RunConfig | None:
     """The checked configuration, or None when Hydra only printed something."""
     found: list[DictConfig] = []
+    recipes: list[str] = []
 
     @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
     def compose(composed: DictConfig) -> None:
         found.append(composed)
+        recipes.append(_recipe_used(HydraConfig.get()))
 
     said = io.StringIO()
     try:
@@ -53,7 +57,19 @@ def _compose() -> RunConfig | None:
     except SystemExit as error:
         if error.code:
             raise ConfigError(explain(said.getvalue())) from None
-    return check(found[0]) if found else None
+    return replace(check(found[0]), recipe=recipes[0]) if found else None
+
+
+def _recipe_used(hydra_config: DictConfig) -> str:
+    """Where the stage's numbers come from, as a sentence; Hydra itself names a recipe that is not there, too."""
+    choice = hydra_config.runtime.choices.get("recipe")
+    folders = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
+    if any((folder / "recipe" / f"{choice}.yaml").is_file() for folder in folders):
+        sentence = f"recipe {choice}.yaml (its comments say which numbers are published and which assumed)"
+    else:
+        sentence = f"no recipe {choice}.yaml: the numbers are the stage's own"
+    typed = [override for override in hydra_config.overrides.task if override.lstrip("+~").startswith("stage.")]
+    return f"{sentence}; changed by hand: {' '.join(typed)}" if typed else sentence
 
 
 def _run(config: RunConfig) -> int:

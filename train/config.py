@@ -49,15 +49,15 @@ class ConfigError(ValueError):
 class StageConfig:
     """What a stage trains, on how much, how fast.
 
-    `learning_rates` is the whole truth of what is trained: a part that is not named is frozen (image_newline follows
-    the projector unless it is named). `init_from` is the folder whose weights the stage starts from (null: fresh
+    `learning_rates` is the whole truth of what is trained: a part that is not named, or null, is frozen
+    (image_newline follows the projector unless it is named). `init_from` is the folder whose weights the stage starts from (null: fresh
     parts). Lengths are in tokens, image tokens included.
     """
 
     __pydantic_config__ = _STRICT
 
     name: str
-    learning_rates: dict[str, float]
+    learning_rates: dict[str, float | None]
     batch_size: int
     max_length: int
     epochs: float = 1.0
@@ -144,6 +144,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_s: int = 1800
     max_steps: int | None = None
+    recipe: str | None = None
+    """Where the stage's numbers come from; the program writes it, nobody sets it."""
 
     @property
     def run_dir(self) -> Path:
@@ -151,12 +153,13 @@ class RunConfig:
         return Path(self.root) / self.name / self.stage.name
 
 
-def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> RunConfig:
+def load(overrides: Sequence[str] = (), config_dir: str | None = None, *, folders: bool = True) -> RunConfig:
     """Composes and checks a configuration as the command line does.
 
     Args:
         overrides: as on the command line, for example ["experiment=quickstart", "stage=align"].
         config_dir: a folder of further YAML files.
+        folders: also check that the folders it names exist.
 
     Raises:
         ConfigError: with one sentence.
@@ -166,7 +169,7 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> RunCon
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
             composed = compose("train", overrides=[*overrides, *searchpath])
-        return check(composed)
+        return check(composed, folders=folders)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(str(error))) from error
 
@@ -198,7 +201,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(explain(str(error))) from error
     assert isinstance(plain, dict)
-    for choice in ("hydra", "experiment", "recipe"):
+    for choice in ("hydra", "experiment"):
         plain.pop(choice, None)
     try:
         config = pydantic.TypeAdapter(RunConfig).validate_python(plain)

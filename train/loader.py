@@ -7,6 +7,7 @@ a sample.
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -166,9 +167,17 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
-    # A terminal, torchrun and Slurm ask every process of a run to stop; the rank decides, and needs its next batches
-    # to finish the step. A worker whose rank is gone ends by itself.
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    # A terminal, torchrun and Slurm ask every process of a run to stop. The rank decides, and needs its next batches
+    # to finish the step: its workers end when it says so, or when it is gone.
+    for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)
+
+
+def _end_when_told(rank_pid: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != rank_pid:
+        pass
+    os._exit(0)

@@ -135,6 +135,7 @@ def _opening(
     left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
     return (
         f"{config.run_dir}: stage {stage.name}, {origin}\n"
+        f"{config.recipe or ''}\n"
         f"{len(table):,} samples{left_out}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
         f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}; data {table.fingerprint[:12]}"
     )

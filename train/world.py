@@ -13,6 +13,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from train.config import RunConfig
 from train.quiet import muted_stdout
@@ -74,14 +75,16 @@ def start(config: RunConfig, launch: Launch) -> World:
         env.setdefault("MASTER_PORT", str(_free_port()))
     else:
         env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
+    timeout = timedelta(seconds=config.timeout_s)
     if not dist.is_initialized():
         with muted_stdout():
             deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo",
-                timeout=timedelta(seconds=config.timeout_s),
-                verbose=False,
+                dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False
             )
-    host_group = dist.new_group(backend="gloo") if device.type == "cuda" else dist.group.WORLD
+    # DeepSpeed makes groups of its own and passes them no timeout: they take torch's default, half an hour.
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     dtype = torch.float32
     if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
         dtype = torch.bfloat16

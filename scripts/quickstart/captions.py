@@ -41,7 +41,7 @@ def write_captions(cache: Path, folder: Path, scale: float, seed: int) -> int:
     return len(out.records)
 
 
-_COUNTS = {"shape": 1200, "strip": 380, "photograph": 240, "pair": 120, "form": 60, "chart": 120}
+_COUNTS = {"shape": 2000, "strip": 200, "photograph": 140, "pair": 60, "form": 40, "chart": 60}
 
 
 def _add(

@@ -1,11 +1,14 @@
-"""Turns model files of packages into Hugging Face directories: DINOv2-small and SmolLM2-135M-Instruct.
+"""Turns model files of packages into Hugging Face directories: DINOv2-small, SmolLM2-135M-Instruct, tokenizers.
 
 Only numpy, onnx, gguf, tokenizers and safetensors are needed, no torch, so a conversion starts at once. The
 tensors get the names of the published checkpoints, which `from_pretrained` of every transformers version
 reads. Where the files come from stands in assets.py.
 """
 
+import base64
 import json
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -270,3 +273,69 @@ def _llama_config(fields: dict[str, Any]) -> dict[str, Any]:
         "use_cache": True,
         "vocab_size": len(fields["tokenizer.ggml.tokens"]),
     }
+
+
+_LLAMA_TOKENIZER: dict[str, Any] = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "clean_up_tokenization_spaces": False,
+}
+
+
+def write_vicuna_tokenizer(source: Path, folder: Path) -> None:
+    """Vicuna v1.5's tokenizer (Llama's 32,000 pieces) from the two tables inside a JavaScript file.
+
+    With `legacy: false`, as its directory has it: no word mark behind an end token. Raises ValueError if a table
+    is missing.
+    """
+    from tokenizers import AddedToken, Tokenizer, models
+
+    tables = dict(re.findall(r'const (llama_\w+) = "([^"]+)"', source.read_text(encoding="utf-8")))
+    if not {"llama_vocab_base64", "llama_merges_binary"} <= tables.keys():
+        raise ValueError(f"{source.name} holds other tables than expected: {sorted(tables)}")
+    pieces = base64.b64decode(tables["llama_vocab_base64"]).decode().split("\n")
+    pairs = struct.iter_unpack("<2H", base64.b64decode(tables["llama_merges_binary"]))
+    vocabulary = {piece: row for row, piece in enumerate(pieces)}
+    merges = [(pieces[left], pieces[right]) for left, right in pairs]
+    model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in pieces[:3]])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", _LLAMA_TOKENIZER | {"legacy": False})
+
+
+def write_mistral_tokenizer(source: Path, folder: Path) -> None:
+    """Mistral-7B-Instruct's first tokenizer: the package's file as it is, with the published settings."""
+    (folder / "tokenizer.json").write_bytes(source.read_bytes())
+    write_json(folder / "tokenizer_config.json", _LLAMA_TOKENIZER | {"legacy": True})
+
+
+def write_qwen_tokenizer(source: Path, folder: Path) -> None:
+    """Qwen1.5's and Qwen2's tokenizer: Qwen3's without the later special tokens, merges in the older notation."""
+    tokenizer = json.loads(source.read_text(encoding="utf-8"))
+    specials = ["<|im_start|>", "<|im_end|>"]
+    known = ["<|endoftext|>", *specials]
+    tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] in known]
+    tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
+    write_json(folder / "tokenizer.json", tokenizer)
+    settings: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": specials, "bos_token": None}
+    settings |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
+    write_json(folder / "tokenizer_config.json", settings)
+
+
+def write_llama3_tokenizer(source: Path, folder: Path) -> None:
+    """Llama-3-Instruct's tokenizer: the package's file as it is, with the published settings and chat template."""
+    (folder / "tokenizer.json").write_bytes(source.read_bytes())
+    turn = (
+        "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>'"
+    )
+    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    settings |= {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    settings["chat_template"] = (
+        "{% for message in messages %}{% set content = " + turn + " %}"
+        "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+    )
+    write_json(folder / "tokenizer_config.json", settings)

@@ -20,7 +20,7 @@ from llava_next.config import ModelConfig
 from train.config import DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig
 
 Array = npt.NDArray[Any]
-RATES = {"vision_tower": 1.0e-4, "projector": 1.0e-3, "language_model": 5.0e-4}
+RATES: dict[str, float | None] = {"vision_tower": 1.0e-4, "projector": 1.0e-3, "language_model": 5.0e-4}
 TIMEOUT_S = 60
 
 

@@ -104,7 +104,7 @@ class Program:
         deadline = time.monotonic() + TIMEOUT_S
         while len(self.metrics(name)) <= step:
             if process.poll() is not None or time.monotonic() > deadline:
-                kill_group(process)
+                kill_all(process)
                 raise AssertionError(f"step {step} of {name} never came:\n{process.communicate()[0]}")
             time.sleep(0.05)
 
@@ -114,18 +114,49 @@ def finish(process: "subprocess.Popen[str]", timeout_s: float = TIMEOUT_S) -> tu
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        kill_group(process)
+        kill_all(process)
         output, _ = process.communicate()
         raise AssertionError(f"not finished after {timeout_s:.0f} s:\n{output}") from None
     return process.returncode, output
 
 
-def kill_group(process: "subprocess.Popen[str]") -> None:
-    """Ends a program and every process that it started."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+def kill_all(process: "subprocess.Popen[str]") -> None:
+    """Ends a program and every process that it started, launchers' sessions of their own included."""
+    for pid in [process.pid, *_descendants(process.pid)]:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
+    """Process ids of the ranks of a launched program, by rank."""
+    found: dict[int, list[int]] = {}
+    for pid in _descendants(process.pid):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+            entries = Path(f"/proc/{pid}/environ").read_text().split("\0")
+        except OSError:
+            continue
+        rank = dict(entry.split("=", 1) for entry in entries if "=" in entry).get("RANK")
+        if rank is not None and "train" in words and "deepspeed.launcher.launch" not in words:
+            found.setdefault(int(rank), []).append(pid)
+    return [min(found[rank]) for rank in sorted(found)]  # the workers of its loader are younger
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process ids of all children, and theirs."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        children.setdefault(parent, []).append(int(path.name))
+    found = list(children.get(pid, []))
+    for child in found:
+        found += children.get(child, [])
+    return found
 
 
 def _plain(values: Any) -> Any:

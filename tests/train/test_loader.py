@@ -1,5 +1,10 @@
 """Owns the proofs about the way from a step's number to batches: what is planned is what is read, by every rank."""
 
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -220,3 +225,30 @@ def test_first_sample_is_as_prepared(data: Data) -> None:
     length = example.layout.num_tokens
     assert batch.input_ids[0, :length].tolist() == example.layout.ids.tolist()
     np.testing.assert_array_equal(batch.tiles[: len(example.tiles)], example.tiles)
+
+
+def test_workers_end_when_their_rank_says_so(data: Data) -> None:
+    """A worker that is asked to stop by anybody but its rank reads on; one that its rank ends is gone at once."""
+    earlier = set(multiprocessing.active_children())
+    planner = replace(data.planner(), stage=replace(data.config.stage, epochs=50.0))
+    stream = batches(
+        planner,
+        data.mixture,
+        data.processor,
+        first_step=0,
+        last_step=planner.num_steps,
+        num_workers=1,
+        prefetch=1,
+        pin_memory=False,
+    )
+    next(stream)
+    [worker] = set(multiprocessing.active_children()) - earlier
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(number)})"], check=True)
+    for _ in range(10):
+        next(stream)
+    assert worker.is_alive()
+    assert worker.pid is not None
+    os.kill(worker.pid, signal.SIGTERM)
+    worker.join(3)
+    assert worker.exitcode == 0

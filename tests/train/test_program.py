@@ -5,13 +5,12 @@ stopping, being killed and going on.
 import json
 import os
 import signal
-import subprocess
-from pathlib import Path
+import time
 from typing import Any
 
 import pytest
 
-from tests.train.launch import Program, finish, kill_group
+from tests.train.launch import Program, finish, kill_all, ranks_of
 from train.config import RunConfig, load_yaml
 
 FRESH = "stage.init_from=null"
@@ -124,7 +123,7 @@ def test_killed_run_goes_on_from_its_checkpoint(program: Program, uninterrupted:
     options = ("name=killed", *LONG[:2], "save.every=3", "save.keep=2")
     process = program.start("plain", *options)
     program.wait_for_step(process, "killed", 7)
-    kill_group(process)
+    kill_all(process)
     process.communicate()
     code, output = program.run("plain", *options)
     assert code == 0, output
@@ -139,27 +138,26 @@ def test_dead_rank_ends_the_run(program: Program, launcher: str) -> None:
     name = f"dead_{launcher}"
     process = program.start(launcher, f"name={name}", *LONG)
     program.wait_for_step(process, name, 2)
-    os.kill(_ranks_of(process)[1], signal.SIGKILL)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
     code, output = finish(process)
     assert code != 0, output
     assert len(program.metrics(name)) < 37
 
 
-def _ranks_of(process: "subprocess.Popen[str]") -> list[int]:
-    """Process ids of the ranks of a launched program, by rank."""
-    found: dict[int, list[int]] = {}
-    for path in Path("/proc").iterdir():
-        try:
-            if path.name.isdigit() and os.getpgid(int(path.name)) == process.pid:
-                variables = dict(
-                    line.split("=", 1) for line in (path / "environ").read_text().split("\0") if "=" in line
-                )
-                words = (path / "cmdline").read_text().split("\0")
-                if "RANK" in variables and "train" in words and "launcher" not in " ".join(words):
-                    found.setdefault(int(variables["RANK"]), []).append(int(path.name))
-        except OSError:
-            continue
-    return [min(found[rank]) for rank in sorted(found)]  # its loader's workers are younger
+@pytest.mark.full
+def test_stuck_rank_ends_the_run(program: Program) -> None:
+    """One rank stands still: the others give up after `timeout_s`, say who they are, and the run ends."""
+    process = program.start("torchrun", "name=stuck", *LONG, "timeout_s=8")
+    program.wait_for_step(process, "stuck", 2)
+    os.kill(ranks_of(process)[1], signal.SIGSTOP)
+    started = time.monotonic()
+    code, output = finish(process)
+    assert code != 0, output
+    assert "rank 0: " in output
+    told = json.loads((program.root / "stuck" / "finetune" / "exit.json").read_text())
+    assert (told["code"], told["reason"][:7]) == (1, "rank 0:")
+    # The collective's timeout, and torchrun's own 30 seconds for the rank that does not end.
+    assert time.monotonic() - started < 8 + 30 + 20
 
 
 @pytest.mark.full

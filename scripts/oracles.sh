@@ -1,0 +1,118 @@
+#!/usr/bin/env bash
+# Runs the authors' own code and keeps what it says in tests/oracles/*.json, which the tests compare ours with.
+#
+#   ./scripts/oracles.sh [--check]
+#
+# --check     writes nothing: tells whether the fixtures in tests/oracles are what the authors' code says now
+# The authors' code is the package llava-torch, in an environment of its own: it wants old versions. The templates
+# that came later (Llama-3, Qwen, ChatML's repaired labels) are in their repository only: one file of it, at a commit
+# and with a hash written here. Where GitHub cannot be reached and the file is not given, those fixtures stay as they are.
+#
+# LLAVA_NEXT_CACHE     where assets and the environment are kept (default: ~/.cache/llava_next)
+# LLAVA_NEXT_TRAIN_PY  that file, llava/train/train.py of LLaVA-VL/LLaVA-NeXT, where it lies already
+# ORACLE_PYTHON        Python 3.11 or 3.12 for the environment (default: the first of python3.11 python3.12)
+# TORCH_CPU_INDEX      where CPU wheels of torch come from, where pip would take a CUDA build
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+COMMIT=df179663ae8b83207df100a1f7af24caec633ff9
+SHA256=29a796981630025ffa9adf9f009108810f3582095d453c3f9113c2f38a80fa41
+# What the authors' packages of early 2024 run with (the first), and what their repository named when it learnt
+# Llama-3 and Qwen (the second, put in front of the first).
+PINS=(transformers==4.36.2 tokenizers==0.15.2 accelerate==0.21.0 "numpy<2" pillow==13.0.0 sentencepiece==0.2.0
+    einops==0.8.1 requests protobuf==4.25.8 psutil pyyaml huggingface-hub==0.25.2 safetensors==0.4.5)
+AUTHORS=(llava-torch==1.2.2.post1)
+LATER=(transformers==4.40.2 tokenizers==0.19.1 jinja2==3.1.6 markupsafe==3.0.2)
+TORCH=torch==2.13.0
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+
+say() { printf '%s\n' "$*"; }
+stop() { printf 'oracles: %s\n' "$*" >&2; exit 2; }
+
+check=()
+case ${1:-} in
+    "") ;;
+    --check) check=(--check) ;;
+    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    *) stop "unknown argument '$1'; known: --check" ;;
+esac
+
+CACHE=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}
+ENV=$CACHE/oracle_env
+mkdir -p "$CACHE"
+export LLAVA_NEXT_CACHE=$CACHE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES="" TRANSFORMERS_VERBOSITY=error
+
+# ------------------------------------------------------------------------------------------------ tokenizers, code
+
+./scripts/setup.sh --extras quickstart
+"${LLAVA_NEXT_PYTHON:-.venv/bin/python}" scripts/quickstart/assets.py --cache "$CACHE" --set tokenizers
+
+train_py=${LLAVA_NEXT_TRAIN_PY:-$CACHE/downloads/llava_next_train_${COMMIT:0:8}.py}
+has_train_py() { [[ -f $train_py && $(sha256sum "$train_py" | cut -d' ' -f1) == "$SHA256" ]]; }
+if ! has_train_py && [[ -n ${LLAVA_NEXT_TRAIN_PY:-} ]]; then
+    stop "LLAVA_NEXT_TRAIN_PY=$train_py is not llava/train/train.py of commit $COMMIT (sha256 $SHA256)"
+elif ! has_train_py; then
+    url=https://raw.githubusercontent.com/LLaVA-VL/LLaVA-NeXT/$COMMIT/llava/train/train.py
+    mkdir -p "$(dirname "$train_py")"
+    if curl --fail --silent --location --max-time 60 --output "$train_py.partial" "$url" &&
+        mv "$train_py.partial" "$train_py" && has_train_py; then
+        say "oracles: fetched llava/train/train.py of LLaVA-NeXT ${COMMIT:0:8}, sha256 is right"
+    else
+        rm -f "$train_py" "$train_py.partial"
+        say "oracles: $url could not be had; the fixtures that are made with it stay as they are"
+    fi
+fi
+
+# --------------------------------------------------------------------------------------------------- the environment
+
+find_python() {
+    local candidate
+    for candidate in ${ORACLE_PYTHON:-python3.11 python3.12 python3}; do
+        if "$candidate" -c 'import sys, venv; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
+            found=$candidate
+            return
+        fi
+    done
+    stop "no Python 3.11 or 3.12 with its venv module; the authors' versions have no wheels for a newer one.
+       Name one with ORACLE_PYTHON=/path/to/python3.11"
+}
+
+pip() { "$ENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# Whether pip left to itself would take a CUDA build, gigabytes that nothing here uses.
+takes_cuda() {
+    pip install --quiet --dry-run --ignore-installed --no-deps --report "$ENV/torch.json" "$TORCH" >&2
+    grep -qE '"(nvidia|cuda|triton)' "$ENV/torch.json"
+}
+
+stamp=$(printf '%s\n' "${PINS[@]}" "${AUTHORS[@]}" "${LATER[@]}" "$TORCH")
+if [[ $(cat "$ENV/.ready" 2>/dev/null) != "$stamp" ]]; then
+    find_python
+    started=$SECONDS
+    say "oracles: sets up the authors' environment in $ENV ($("$found" --version))"
+    rm -rf "$ENV"
+    "$found" -m venv "$ENV"
+    index=()
+    if takes_cuda; then index=(--index-url "$TORCH_CPU_INDEX"); fi
+    pip install --quiet "${index[@]}" "$TORCH"
+    pip install --quiet "${PINS[@]}"
+    pip install --quiet --no-deps "${AUTHORS[@]}"
+    pip install --quiet --no-deps --target "$ENV/later" "${LATER[@]}"
+    printf '%s\n' "$stamp" >"$ENV/.ready"
+    say "oracles: the environment is ready, $((SECONDS - started)) s"
+fi
+
+# -------------------------------------------------------------------------------------------------------- fixtures
+
+started=$SECONDS
+python=$ENV/bin/python
+code=0
+"$python" -W ignore -m scripts.oracles.anyres "${check[@]}" || code=1
+"$python" -W ignore -m scripts.oracles.prompts "${check[@]}" || code=1
+if has_train_py; then
+    "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" --templates chatml_direct "${check[@]}" || code=1
+    PYTHONPATH=$ENV/later "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" \
+        --templates qwen_1_5 llava_llama_3 "${check[@]}" || code=1
+fi
+say "oracles: done in $((SECONDS - started)) s; compare with: python -m pytest tests/oracles"
+exit $code
