@@ -57,6 +57,10 @@ def _compose() -> RunConfig | None:
     except SystemExit as error:
         if error.code:
             raise ConfigError(explain(said.getvalue())) from None
+    if len(found) > 1:
+        raise ConfigError(
+            f"--multirun asks for {len(found)} runs; one program trains one stage: start it once for each"
+        )
     return replace(check(found[0]), recipe=recipes[0]) if found else None
 
 

@@ -28,6 +28,8 @@ class RunState:
     step: int
     data_fingerprint: str
     seed: int
+    batch_size: int
+    epochs: float
     num_ranks: int
     zero_stage: int
     versions: dict[str, str]
@@ -36,7 +38,10 @@ class RunState:
 def run_state(step: int, data_fingerprint: str, config: RunConfig, world: World) -> RunState:
     """The state to save after `step` steps."""
     versions = {package: version(package) for package in ("torch", "deepspeed", "transformers")}
-    return RunState(step, data_fingerprint, config.seed, world.size, zero_stage(config), versions)
+    stage = config.stage
+    return RunState(
+        step, data_fingerprint, config.seed, stage.batch_size, stage.epochs, world.size, zero_stage(config), versions
+    )
 
 
 def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: RunState, world: World, *, keep: int) -> Path:
@@ -78,12 +83,14 @@ def resume(
     """Puts the engine where the checkpoint was; returns the steps that are done.
 
     Raises:
-        ConfigError: the checkpoint is of other data, another seed, another number of ranks or another ZeRO stage.
+        ConfigError: the checkpoint is of other data, another order, another number of ranks or another ZeRO stage.
     """
     saved, now = read_state(place), run_state(0, data_fingerprint, config, world)
     for name, way_out in (
         ("data_fingerprint", "restore the mixture and the processor's settings"),
         ("seed", "restore the seed"),
+        ("batch_size", "restore stage.batch_size"),
+        ("epochs", "restore stage.epochs"),
         ("num_ranks", "start as many processes"),
         ("zero_stage", "choose the engine of that stage"),
     ):

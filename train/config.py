@@ -49,9 +49,9 @@ class ConfigError(ValueError):
 class StageConfig:
     """What a stage trains, on how much, how fast.
 
-    `learning_rates` is the whole truth of what is trained: a part that is not named, or null, is frozen
-    (image_newline follows the projector unless it is named). `init_from` is the folder whose weights the stage starts from (null: fresh
-    parts). Lengths are in tokens, image tokens included.
+    `learning_rates` is the whole truth of what is trained: a part that is not named, or null, is frozen (where there
+    are tiles, image_newline follows the projector unless it is named). `init_from` is the folder whose weights the
+    stage starts from (null: fresh parts). Lengths are in tokens, image tokens included.
     """
 
     __pydantic_config__ = _STRICT
@@ -75,7 +75,7 @@ class StageConfig:
     def rates(self) -> dict[str, float]:
         """The learning rate of each trained part, image_newline's included."""
         rates = dict(self.learning_rates)
-        if "projector" in rates:
+        if "projector" in rates and self.image_mode == "anyres":  # square pictures have no newline to learn
             rates.setdefault("image_newline", rates["projector"])
         return {part: rate for part, rate in rates.items() if rate is not None}
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from data_recipes.mixture import Mixture
 from llava_next.processor import Processor, SampleRejected
-from train.config import ConfigError
+from train.config import ConfigError, PackingConfig
 from train.world import wait_for
 
 ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
@@ -97,6 +97,21 @@ def open_table(
             f"({reasons}); raise it, or look at {place / 'quarantine.jsonl'}"
         )
     return LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"])
+
+
+def check_budgets(table: LengthTable, packing: PackingConfig) -> None:
+    """Refuses a row budget that the mixture's own longest sample exceeds, before anything is trained.
+
+    Raises:
+        ConfigError: names the key and the smallest value that would do.
+    """
+    for name, budget in (("tokens", packing.max_tokens), ("tiles", packing.max_tiles)):
+        largest = int(table.rows[name].max())
+        if largest > budget:
+            raise ConfigError(
+                f"packing.max_{name}={budget}, but a sample of this mixture has {largest} {name}; raise it to at least "
+                f"{largest}"
+            )
 
 
 def _is_complete(place: Path) -> bool:

@@ -35,13 +35,15 @@ class StepPlan:
     """What all ranks know of a step before it is read.
 
     `rows` are this rank's, one per micro-step, as positions in the length table; `samples` are all of the step's.
-    `divisor` is the number that the step's loss sum is divided by.
+    `divisor` is the number that the step's loss sum is divided by; `divisors` float64 [num_sources] are each source's
+    share of it.
     """
 
     step: int
     samples: np.ndarray
     rows: tuple[np.ndarray, ...]
     divisor: float
+    divisors: np.ndarray
     num_tokens: int
     num_supervised: int
     num_tiles: int
@@ -60,6 +62,7 @@ class Planner:
     seed: int
     rank: int
     num_ranks: int
+    num_sources: int
 
     @property
     def num_steps(self) -> int:
@@ -72,11 +75,15 @@ class Planner:
         tokens, tiles = rows["tokens"].astype(np.int64), rows["tiles"].astype(np.int64)
         dealt = deal(tokens, tiles, num_ranks=self.num_ranks, budgets=self.packing, costs=self.costs)
         supervised = int(rows["supervised"].sum())
+        per_sample = self.stage.loss_weighting == "sample"
+        weights = np.ones(len(rows)) if per_sample else rows["supervised"].astype(np.float64)
+        divisors = np.bincount(rows["source"], weights=weights, minlength=self.num_sources)
         return StepPlan(
             step=step,
             samples=numbers,
             rows=tuple(numbers[list(micro_step[self.rank])] for micro_step in dealt.rows),
-            divisor=float(len(numbers) if self.stage.loss_weighting == "sample" else supervised),
+            divisor=float(divisors.sum()),
+            divisors=divisors,
             num_tokens=int(tokens.sum()),
             num_supervised=supervised,
             num_tiles=int(tiles.sum()),
@@ -94,7 +101,13 @@ class _Rows(Dataset[Batch]):
     def __getitem__(self, row: np.ndarray) -> Batch:
         examples, sources = [], []
         for known in self.table.rows[row]:
-            sample = self.mixture.sample(int(known["sample"]))
+            number = int(known["sample"])
+            try:
+                sample = self.mixture.sample(number)
+            except (OSError, ValueError) as error:
+                raise SampleError(
+                    f"sample {number} of the mixture could not be read from its store: {error}"
+                ) from error
             try:
                 example = self.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
             except (OSError, ValueError, SampleRejected) as error:

@@ -15,10 +15,11 @@ from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.costs import step_costs
 from llava_next.hf import load_weights, write_connector, write_hf
 from llava_next.model import LlavaNext, set_trained_parts
+from llava_next.processor import Processor
 from train import checkpoint, ops
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
-from train.lengths import LengthTable, open_table
+from train.lengths import LengthTable, check_budgets, open_table
 from train.loader import Planner, batches
 from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
@@ -36,30 +37,11 @@ def run(config: RunConfig, launch: Launch) -> None:
     if config.device != "cuda" and not torch.cuda.is_available():
         ops.ensure_built(say=launch.local_rank == 0)
 
-    backbone = read_backbone(config.model)
-    processor = backbone.processor(
-        template=config.stage.template, image_mode=config.stage.image_mode, max_length=config.stage.max_length
-    )
-    mixture = Mixture.open(config.mixture, Path(config.data.store_root))
-    table = open_table(
-        mixture,
-        processor,
-        Path(config.data.store_root) / ".lengths",
-        is_writer=launch.is_main,
-        num_workers=config.data.length_workers,
-        show_progress=launch.is_main,
-    )
+    backbone, processor, mixture, table = _open_data(config, launch)
     world = start(config, launch)
     try:
         model = _build(backbone, config, world, num_sources=len(mixture.source_names))
-        costs = step_costs(
-            backbone.hf_config.vision_config,
-            backbone.hf_config.text_config,
-            num_vision_layers=model.num_tower_layers,
-            trains_tower="vision_tower" in config.stage.rates,
-            trains_language_model="language_model" in config.stage.rates,
-        )
-        planner = Planner(table, config.stage, config.packing, costs, config.seed, world.rank, world.size)
+        planner = _planner(config, world, backbone, model, table)
         engine = start_engine(model, config, world)
         num_steps = planner.num_steps
         last_step = min(num_steps, config.max_steps or num_steps)
@@ -92,6 +74,37 @@ def run(config: RunConfig, launch: Launch) -> None:
         barrier(world)
     finally:
         leave()
+
+
+def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, Mixture, LengthTable]:
+    """What can be known without a process group; every rank opens it, rank 0 makes the length table if need be."""
+    stage, store_root = config.stage, Path(config.data.store_root)
+    backbone = read_backbone(config.model)
+    processor = backbone.processor(template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length)
+    mixture = Mixture.open(config.mixture, store_root)
+    table = open_table(
+        mixture,
+        processor,
+        store_root / ".lengths",
+        is_writer=launch.is_main,
+        num_workers=config.data.length_workers,
+        show_progress=launch.is_main,
+    )
+    check_budgets(table, config.packing)
+    return backbone, processor, mixture, table
+
+
+def _planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:
+    costs = step_costs(
+        backbone.hf_config.vision_config,
+        backbone.hf_config.text_config,
+        num_vision_layers=model.num_tower_layers,
+        trains_tower="vision_tower" in config.stage.rates,
+        trains_language_model="language_model" in config.stage.rates,
+    )
+    return Planner(
+        table, config.stage, config.packing, costs, config.seed, world.rank, world.size, num_sources=model.num_sources
+    )
 
 
 def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> LlavaNext:
@@ -133,12 +146,14 @@ def _opening(
     if not resumed_from and stage.init_from:
         origin = f"starts from {stage.init_from}"
     left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
-    return (
-        f"{config.run_dir}: stage {stage.name}, {origin}\n"
-        f"{config.recipe or ''}\n"
+    lines = [f"{config.run_dir}: stage {stage.name}, {origin}"]
+    if config.recipe:
+        lines.append(config.recipe)
+    lines.append(
         f"{len(table):,} samples{left_out}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
         f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}; data {table.fingerprint[:12]}"
     )
+    return "\n".join(lines)
 
 
 def _write_result(config: RunConfig, model: LlavaNext, backbone: Backbone, world: World, log: RunLog) -> None:

@@ -146,9 +146,10 @@ class Trainer:
         num_sources = len(self.source_names)
         losses, tokens = outcome.agreement.sums[:num_sources], outcome.agreement.sums[num_sources:]
         values = {"train/loss": float(losses.sum()) / plan.divisor, "train/grad_norm": outcome.grad_norm}
-        for name, loss, count in zip(self.source_names, losses.tolist(), tokens.tolist(), strict=True):
+        shares = plan.divisors.tolist()
+        for name, loss, share, count in zip(self.source_names, losses.tolist(), shares, tokens.tolist(), strict=True):
             if count:
-                values[f"train/loss/{name}"] = loss / count
+                values[f"train/loss/{name}"] = loss / share
                 values[f"train/tokens/{name}"] = count
         values |= {f"lr/{part}": rate for part, rate in rates.items()}
         values |= {

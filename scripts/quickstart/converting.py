@@ -320,7 +320,11 @@ def write_qwen_tokenizer(source: Path, folder: Path) -> None:
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["content"] in known]
     tokenizer["model"]["merges"] = [" ".join(pair) for pair in tokenizer["model"]["merges"]]
     write_json(folder / "tokenizer.json", tokenizer)
-    settings: dict[str, Any] = {"tokenizer_class": "Qwen2Tokenizer", "additional_special_tokens": specials, "bos_token": None}
+    settings: dict[str, Any] = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "additional_special_tokens": specials,
+        "bos_token": None,
+    }
     settings |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "clean_up_tokenization_spaces": False}
     write_json(folder / "tokenizer_config.json", settings)
 

@@ -144,7 +144,9 @@ def built(config: RunConfig) -> Iterator[Parts]:
         trains_tower="vision_tower" in stage.rates,
         trains_language_model="language_model" in stage.rates,
     )
-    planner = Planner(table, stage, config.packing, costs, config.seed, world.rank, world.size)
+    planner = Planner(
+        table, stage, config.packing, costs, config.seed, world.rank, world.size, len(mixture.source_names)
+    )
     engine = start_engine(model, config, world)
     try:
         yield Parts(config, world, backbone, processor, mixture, table, model, planner, engine)

@@ -45,7 +45,7 @@ class Data:
     def planner(self, rank: int = 0, num_ranks: int = 1, **changes: Any) -> Planner:
         """The plan of one rank."""
         stage = replace(self.config.stage, **changes)
-        return Planner(self.table, stage, self.config.packing, COSTS, self.config.seed, rank, num_ranks)
+        return Planner(self.table, stage, self.config.packing, COSTS, self.config.seed, rank, num_ranks, num_sources=2)
 
     def read(self, planner: Planner, num_workers: int = 0, first_step: int = 0) -> list[Batch]:
         """All batches of one rank."""
