@@ -19,10 +19,10 @@ COMMIT=df179663ae8b83207df100a1f7af24caec633ff9
 SHA256=29a796981630025ffa9adf9f009108810f3582095d453c3f9113c2f38a80fa41
 # What the authors' packages of early 2024 run with (the first), and what their repository named when it learnt
 # Llama-3 and Qwen (the second, put in front of the first).
-PINS=(transformers==4.36.2 tokenizers==0.15.2 accelerate==0.21.0 "numpy<2" pillow==13.0.0 sentencepiece==0.2.0
-    einops==0.8.1 requests protobuf==4.25.8 psutil pyyaml huggingface-hub==0.25.2 safetensors==0.4.5)
+PINS=(transformers==4.36.2 tokenizers==0.15.2 accelerate==0.21.0 numpy==1.26.4 pillow==13.0.0 sentencepiece==0.2.3
+    protobuf==7.36.2 huggingface-hub==0.36.2 safetensors==0.8.0 einops==0.8.2 requests==2.34.2 psutil==7.2.2 pyyaml==6.0.3)
 AUTHORS=(llava-torch==1.2.2.post1)
-LATER=(transformers==4.40.2 tokenizers==0.19.1 jinja2==3.1.6 markupsafe==3.0.2)
+LATER=(transformers==4.40.2 tokenizers==0.19.1 jinja2==3.1.6 markupsafe==3.0.4)
 TORCH=torch==2.13.0
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 

@@ -157,6 +157,7 @@ class Trainer:
             "train/supervised_tokens": float(plan.num_supervised),
             "perf/step_s": outcome.seconds,
             "perf/data_wait_s": outcome.data_wait_s,
+            "perf/forward_backward_s": outcome.agreement.slowest_s,
             "perf/tokens_per_s": plan.num_tokens / outcome.seconds,
             "perf/samples_per_s": len(plan.samples) / outcome.seconds,
             "perf/tflops_per_rank": plan.flops / outcome.seconds / self.world.size / 1e12,

@@ -1,0 +1,183 @@
+"""Where the authors' ids or labels differ from ours, as rules that make theirs out of ours.
+
+A difference is no tolerance: each rule changes one thing that our code does into what theirs does, and the result
+must be theirs to the last id. Why ours is right stands in differences.md, whose table the tests hold.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from data_recipes.sample import Message
+from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
+from llava_next.conversation import IMAGE_PLACEHOLDER, Segment, Template, place_image, template_named
+from llava_next.processor import Processor
+from scripts.oracles.digests import IGNORE, IMAGE
+from scripts.oracles.inputs import Conversation, Turn
+
+RULES = {
+    "one_picture_a_turn": "several placeholders of a turn become one",
+    "picture_line_as_written": "a turn that begins with its placeholder is left as it is",
+    "trimmed": "white space around every question and answer is cut off",
+    "word_mark_before_space": "sentencepiece marks a word's beginning also where the text begins with a space",
+    "whole_assistant_message": "the assistant's header and what follows the end token are supervised",
+    "special_tokens_everywhere": "special tokens are supervised, also those of system text and questions",
+    "one_token_early": "every supervised range begins and ends one token too early",
+    "sample_ignored": "no token of the sample is supervised",
+}
+"""What the authors do, by name; in the order in which they are tried."""
+
+SPECIAL_IDS = {
+    "qwen_1_5": ("\n", "<|im_start|>", "<|im_end|>"),
+    "llava_llama_3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+}
+"""What `special_tokens_everywhere` means: preprocess_qwen's list; preprocess_llama3's also names two line breaks, which
+its tokenizer does not know under that spelling."""
+
+
+@dataclass(frozen=True)
+class _AuthorsTemplate(Template):
+    """Our template with some of the authors' habits; turns are placed and trimmed before they come here."""
+
+    whole_assistant_message: bool = False
+
+    def _question(self, text: str) -> str:
+        if self.caption_only:
+            return super()._question(text)
+        return self.question_format.replace("{text}", text)
+
+    def render(self, messages: Sequence[Any]) -> list[Segment]:
+        return list(self._resupervised(super().render(messages)))
+
+    def _resupervised(self, segments: list[Segment]) -> Iterator[Segment]:
+        after_answer = False
+        for segment in segments:
+            if self.whole_assistant_message and not segment.supervised:
+                if after_answer and segment.text == self.between:
+                    yield Segment(segment.text, supervised=True)
+                elif segment.text.endswith(self.header):
+                    yield Segment(segment.text.removesuffix(self.header))
+                    yield Segment(self.header, supervised=True)
+                else:
+                    yield segment
+            else:
+                yield segment
+            after_answer = segment.supervised
+
+
+class _WordMarks:
+    """A fast Llama tokenizer that treats leading spaces as sentencepiece does: with a word mark of their own."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        known = tokenizer.added_tokens_decoder.values() if tokenizer.legacy else ()
+        special = [re.escape(token.content) for token in known if token.content != IMAGE_PLACEHOLDER]
+        self._places = re.compile(f"(^{''.join('|' + text for text in special)})(?= )")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+        added = [match.end() + number for number, match in enumerate(self._places.finditer(text))]
+        encoded = dict(self._tokenizer(self._places.sub(r"\1 ", text), **options))
+        if "offset_mapping" in encoded:  # back to places of the shorter text
+
+            def place(character: int) -> int:
+                return character - sum(number < character for number in added)
+
+            encoded["offset_mapping"] = [
+                (place(first), place(last - 1) + 1) for first, last in encoded["offset_mapping"]
+            ]
+        return encoded
+
+
+class Comparison:
+    """Our ids and labels of one template and tokenizer, under any set of rules."""
+
+    def __init__(self, template: str, tokenizer: Any, rules: Sequence[str]) -> None:
+        self.rules = tuple(rules)
+        self._template, self._tokenizer = template, tokenizer
+        self._processors: dict[frozenset[str], Processor] = {}
+        self._encoded: dict[tuple[int, frozenset[str]], tuple[list[int], list[int]]] = {}
+
+    def subsets(self) -> Iterator[frozenset[str]]:
+        """Sets of this template's rules, smaller ones first."""
+        for size in range(len(self.rules) + 1):
+            yield from map(frozenset, combinations(self.rules, size))
+
+    def encode(self, record: Conversation, rules: frozenset[str]) -> tuple[list[int], list[int]]:
+        """Ids, IMAGE at a picture's place, and labels of a record."""
+        on_labels = rules & {"special_tokens_everywhere", "one_token_early", "sample_ignored"}
+        key = (id(record), rules - on_labels)
+        if key not in self._encoded:
+            self._encoded[key] = self._tokens(record, rules - on_labels)
+        ids, labels = self._encoded[key]
+        if "special_tokens_everywhere" in rules:
+            special = {self._id(text) for text in SPECIAL_IDS[self._template]}
+            labels = [token if token in special else label for token, label in zip(ids, labels, strict=True)]
+        if "one_token_early" in rules:
+            shifted = [label != IGNORE for label in labels[1:]] + [False]
+            labels = [token if early else IGNORE for token, early in zip(ids, shifted, strict=True)]
+        if "sample_ignored" in rules:
+            labels = [IGNORE] * len(labels)
+        return ids, labels
+
+    def _id(self, text: str) -> int:
+        (token,) = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return int(token)
+
+    def _tokens(self, record: Conversation, rules: frozenset[str]) -> tuple[list[int], list[int]]:
+        processor = self._processor(rules)
+        messages = [
+            Message("user" if turn.speaker == "human" else "assistant", _written(turn, record, rules))
+            for turn in record.turns
+        ]
+        num_images = sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages)
+        layout = processor.layout(messages, [(1, 1)] * num_images)
+        ids = [IMAGE if token == layout.image_token_id else int(token) for token in layout.ids]
+        return ids, [int(label) for label in layout.labels]
+
+    def _processor(self, rules: frozenset[str]) -> Processor:
+        """Ours for no rule. One patch a picture: a picture is one token, as before the authors' model widens it."""
+        if rules not in self._processors:
+            config = ProcessorConfig(
+                template=self._template,
+                image_mode="square",
+                grids=AUTHORS_GRIDS,
+                tile=336,
+                patches_per_side=1,
+                max_length=100_000,
+            )
+            marked = "word_mark_before_space" in rules
+            processor = Processor(_WordMarks(self._tokenizer) if marked else self._tokenizer, config)
+            if rules:
+                ours: dict[str, Any] = asdict(template_named(self._template))
+                whole = "whole_assistant_message" in rules
+                processor.template = _AuthorsTemplate(**ours, whole_assistant_message=whole)
+            self._processors[rules] = processor
+        return self._processors[rules]
+
+
+def _written(turn: Turn, record: Conversation, rules: frozenset[str]) -> str:
+    """A turn's text with its placeholder where these rules have it."""
+    text = turn.value
+    if not rules or turn.speaker != "human":
+        pass  # ours places it itself
+    elif "one_picture_a_turn" in rules and IMAGE_PLACEHOLDER in text:
+        text = f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
+    elif "picture_line_as_written" not in rules or not text.startswith(IMAGE_PLACEHOLDER):
+        text = place_image(text)
+    return text.strip() if "trimmed" in rules else text
+
+
+def authors_kept_range(size_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rule `authors_rounding`: `kept_range` with the authors' bare int() of a float product."""
+    (height, width), (map_h, map_w) = size_hw, map_hw
+    if width / height > map_w / map_h:
+        padding = (map_h - math.floor(height * (map_w / width))) // 2
+        return (padding, map_h - padding), (0, map_w)
+    padding = (map_w - math.floor(width * (map_h / height))) // 2
+    return (0, map_h), (padding, map_w - padding)

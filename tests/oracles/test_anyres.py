@@ -1,0 +1,120 @@
+"""Grids, kept maps, token counts, token order and tile pixels against the authors' own, over 20,500 sizes.
+
+The fixtures are made by ./scripts/oracles.sh, which runs the authors' code in an environment of its own.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, image_layout
+from llava_next.config import AUTHORS_GRIDS, ImageMode
+from scripts.oracles.digests import BLOCK, block_digests, bytes_digest, numbers_digest, size_line
+from scripts.oracles.inputs import GENERATOR, PICTURES_HW, inputs_sha256, picture_bytes, sizes_hw
+from tests.oracles.differences import authors_kept_range
+
+FOLDER = Path(__file__).parent
+HINT = "make the fixtures again: ./scripts/oracles.sh"
+TILE, SIDE = 336, 24
+
+Layout = Callable[[SizeHW], ImageLayout]
+
+
+def _fixture(name: str, inputs: Any) -> dict[str, Any]:
+    fixture: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(inputs)}, HINT
+    return fixture
+
+
+def _ours(size_hw: SizeHW, mode: ImageMode = "anyres") -> ImageLayout:
+    return image_layout(size_hw, mode=mode, grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE)
+
+
+def _with_authors_rounding(size_hw: SizeHW) -> ImageLayout:
+    layout = _ours(size_hw)
+    assert layout.grid is not None
+    rows, cols = authors_kept_range(size_hw, (layout.grid[0] * SIDE, layout.grid[1] * SIDE))
+    return replace(layout, kept_rows=rows, kept_cols=cols)
+
+
+def _line(layout: ImageLayout) -> str:
+    assert layout.grid is not None
+    rows, cols = layout.kept_rows, layout.kept_cols
+    kept_hw = (rows[1] - rows[0], cols[1] - cols[0])
+    first = rows[0] * layout.grid[1] * SIDE + cols[0] if min(kept_hw) else -1
+    return size_line(layout.size_hw, layout.grid, kept_hw, first, layout.num_tokens)
+
+
+def _listed_sizes() -> set[tuple[int, int]]:
+    """The sizes that differences.md names under authors_rounding, as (height, width)."""
+    text = (FOLDER / "differences.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| `anyres_sizes` \| `authors_rounding` \| (\d+) of 20500 \|(.*)$", text, re.MULTILINE)
+    assert row is not None
+    sizes = {(int(h), int(w)) for h, w in re.findall(r"(\d+)x(\d+)", row[2])}
+    assert len(sizes) == int(row[1])
+    return sizes
+
+
+def test_with_their_rounding_every_size_is_the_authors() -> None:
+    """Grid, kept rows and columns and token count of every size, where int() takes a float product as they do."""
+    sizes = sizes_hw()
+    fixture = _fixture("anyres_sizes", sizes)
+    lines = [_line(_with_authors_rounding(size)) for size in sizes]
+    for ours, theirs in zip(lines, fixture["whole"], strict=False):  # the first ones stand there whole
+        assert ours == theirs
+    differing = [n for n, (a, b) in enumerate(zip(block_digests(lines), fixture["blocks"], strict=True)) if a != b]
+    assert not differing, f"sizes {[(n * BLOCK, (n + 1) * BLOCK) for n in differing]} of inputs.sizes_hw() differ"
+
+
+def test_without_it_only_the_listed_sizes_differ() -> None:
+    """Exact integers keep one line more than the authors' floats at the listed sizes, in the same grid."""
+    differing = set()
+    for size in sizes_hw():
+        ours, theirs = _ours(size), _with_authors_rounding(size)
+        if ours != theirs:
+            differing.add(size)
+            assert ours.grid == theirs.grid
+            assert ours.num_tokens > theirs.num_tokens
+    assert differing == _listed_sizes()
+
+
+def test_tokens_stand_in_the_authors_order() -> None:
+    """Each image token's source is the one that their prepare_inputs_labels_for_multimodal puts there."""
+    sizes = sizes_hw()
+    orders = _fixture("anyres_sizes", sizes)["order"]
+    assert len(orders) == 40
+    for size, order in zip(sizes, orders, strict=False):
+        assert numbers_digest(_with_authors_rounding(size).token_sources().tolist()) == order, size
+
+
+@pytest.mark.parametrize("index", range(len(PICTURES_HW)))
+def test_tile_pixels_are_the_authors(index: int) -> None:
+    """Bit for bit, before normalisation: every tile of process_anyres_image, and stage 1's single view."""
+    theirs = _fixture("anyres_pixels", PICTURES_HW)["pictures"][index]
+    height, width = PICTURES_HW[index]
+    picture = Image.frombytes("RGB", (width, height), picture_bytes(index))
+    tiles = cut_tiles(picture, _ours((height, width)), TILE)
+    assert [bytes_digest(tile.tobytes()) for tile in tiles] == theirs["anyres"]
+    single = cut_tiles(picture, _ours((height, width), "square"), TILE)[0]
+    misread = height == 1
+    assert (bytes_digest(single.tobytes()) == theirs["square"]) == (not misread)
+    if misread:  # rule `height_taken_for_channels`: one channel, as high as it is wide, three pixels wide
+        grey = Image.frombytes("L", (3, width), picture_bytes(index)).convert("RGB")
+        single = cut_tiles(grey, _ours((width, 3), "square"), TILE)[0, :, :, 0]
+        assert bytes_digest(single.tobytes()) == theirs["square"]
+
+
+def test_the_pictures_choose_every_grid() -> None:
+    """No grid of the authors' list is left out, and as many pictures are one pixel high as are listed."""
+    assert {_ours(size).grid for size in PICTURES_HW} == set(AUTHORS_GRIDS)
+    listed = re.search(
+        r"`anyres_pixels` \| `height_taken_for_channels` \| (\d+) of (\d+) ", (FOLDER / "differences.md").read_text()
+    )
+    assert listed is not None
+    assert (int(listed[1]), int(listed[2])) == (sum(height == 1 for height, _ in PICTURES_HW), len(PICTURES_HW))
