@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageOps
 
-from llava_next.config import Grid, ImageMode, ModelError
+from llava_next.config import Grid, ImageMode, ModelError, Rounding
 
 NEWLINE = -1
 """In `ImageLayout.token_sources`: this token is the newline vector and no feature of a tile."""
@@ -90,13 +90,21 @@ def select_grid(size_hw: SizeHW, grids: tuple[Grid, ...], tile: int) -> Grid:
     return best
 
 
-def kept_range(size_hw: SizeHW, map_hw: SizeHW) -> tuple[tuple[int, int], tuple[int, int]]:
+def kept_range(
+    size_hw: SizeHW, map_hw: SizeHW, rounding: Rounding = "exact"
+) -> tuple[tuple[int, int], tuple[int, int]]:
     """Rows and columns of the merged map that show picture and not padding (`unpad_image`).
 
     The same floor is cut from both sides, so one line more is kept when the padding is odd: released weights were
     trained with it.
     """
     (height, width), (map_h, map_w) = size_hw, map_hw
+    if rounding == "authors":  # the product of floats may be a hair below the whole number
+        if width / height > map_w / map_h:
+            padding = (map_h - int(height * (map_w / width))) // 2
+            return (padding, map_h - padding), (0, map_w)
+        padding = (map_w - int(width * (map_h / height))) // 2
+        return (0, map_h), (padding, map_w - padding)
     if width * map_h > map_w * height:
         padding = (map_h - height * map_w // width) // 2
         return (padding, map_h - padding), (0, map_w)
@@ -105,7 +113,13 @@ def kept_range(size_hw: SizeHW, map_hw: SizeHW) -> tuple[tuple[int, int], tuple[
 
 
 def image_layout(
-    size_hw: SizeHW, *, mode: ImageMode, grids: tuple[Grid, ...], tile: int, patches_per_side: int
+    size_hw: SizeHW,
+    *,
+    mode: ImageMode,
+    grids: tuple[Grid, ...],
+    tile: int,
+    patches_per_side: int,
+    rounding: Rounding = "exact",
 ) -> ImageLayout:
     """The layout of a picture of this size; from the header alone, no pixel is read.
 
@@ -117,7 +131,7 @@ def image_layout(
     if mode == "square":
         return ImageLayout(size_hw, None, patches_per_side)
     grid = select_grid(size_hw, grids, tile)
-    kept_rows, kept_cols = kept_range(size_hw, (grid[0] * patches_per_side, grid[1] * patches_per_side))
+    kept_rows, kept_cols = kept_range(size_hw, (grid[0] * patches_per_side, grid[1] * patches_per_side), rounding)
     return ImageLayout(size_hw, grid, patches_per_side, kept_rows, kept_cols)
 
 

@@ -56,7 +56,9 @@ class Backbone:
         """The longest sequence that the language model was made for, in tokens."""
         return int(self.hf_config.text_config.max_position_embeddings)
 
-    def processor(self, *, template: str | None, image_mode: ImageMode, max_length: int) -> Processor:
+    def processor(
+        self, *, template: str | None, image_mode: ImageMode, max_length: int, unmask_special_tokens: bool = False
+    ) -> Processor:
         """The processor of one stage; `template` None takes the language model's own.
 
         Raises:
@@ -77,6 +79,7 @@ class Backbone:
                 tile=self.tile,
                 patches_per_side=self.patches_per_side,
                 max_length=max_length,
+                unmask_special_tokens=unmask_special_tokens,
             ),
         )
 

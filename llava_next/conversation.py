@@ -39,7 +39,9 @@ class Template:
 
     `system_format`, `question_format` and `answer_format` contain `{text}`; `end` is the end token's text,
     supervised with the answer; `between` follows it, unsupervised.
-    `bos` tells whether the tokenizer's beginning-of-sequence id opens the sample.
+    `bos` tells whether the tokenizer's beginning-of-sequence id opens the sample. `released_specials` are the tokens
+    that the released checkpoints of this template were supervised on wherever they stand (an option, see
+    `ProcessorConfig.unmask_special_tokens`).
     """
 
     name: str
@@ -52,9 +54,14 @@ class Template:
     between: str
     bos: bool
     caption_only: bool = False
+    released_specials: tuple[str, ...] = ()
 
-    def render(self, messages: Sequence[MessageLike]) -> list[Segment]:
+    def render(self, messages: Sequence[MessageLike], *, whole_answers: bool = False) -> list[Segment]:
         """Segments of a conversation whose roles alternate and which ends with an answer (a checked sample).
+
+        Args:
+            messages: the turns; a system turn may come first.
+            whole_answers: supervise the answer's header and what follows its end token too.
 
         Raises:
             ModelError: the messages do not alternate user, assistant.
@@ -65,11 +72,12 @@ class Template:
             if message.role != ("user", "assistant")[index % 2]:
                 raise ModelError(f"messages must alternate user and assistant, turn {index} is {message.role!r}")
             if message.role == "user":
-                segments.append(Segment(self._question(message.text) + self.header))
+                segments.append(Segment(self._question(message.text)))
+                segments.append(Segment(self.header, supervised=whole_answers))
             else:
                 answer = self.answer_format.replace("{text}", message.text) + self.end
                 segments.append(Segment(answer, supervised=True, ends_round=True))
-                segments.append(Segment(self.between))
+                segments.append(Segment(self.between, supervised=whole_answers))
         return [segment for segment in segments if segment.text]
 
     def _split_system(self, messages: Sequence[MessageLike]) -> tuple[Sequence[MessageLike], str | None]:
@@ -108,6 +116,7 @@ def _chatml(name: str, default_system: str | None) -> Template:
         end="<|im_end|>",
         between="\n",
         bos=False,
+        released_specials=("\n", "<|im_start|>", "<|im_end|>"),
     )
 
 
@@ -173,6 +182,8 @@ _TEMPLATES = (
         end="<|eot_id|>",
         between="",
         bos=True,
+        # preprocess_llama3 also looks two line breaks up, under a spelling that its vocabulary does not have.
+        released_specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     _chatml("qwen_1_5", "You are a helpful assistant."),
     # SmolLM2-Instruct speaks ChatML; without a system turn, as short as its format allows.

@@ -95,11 +95,22 @@ class Processor:
         self.image_token_id = _single_id(tokenizer, IMAGE_PLACEHOLDER, "image token")
         if self.template.end:
             _single_id(tokenizer, self.template.end, f"end token of template {config.template}")
+        self._released_ids = self._find_released_ids()
         if self.template.bos and tokenizer.bos_token_id is None:
             raise ModelError(
                 f"template {config.template} opens with the beginning-of-sequence token, which this tokenizer lacks; "
                 "choose a template made for it with stage.template=NAME"
             )
+
+    def _find_released_ids(self) -> list[int]:
+        if not self.config.unmask_special_tokens:
+            return []
+        if not self.template.released_specials:
+            raise ModelError(
+                f"stage.unmask_special_tokens: no release of template {self.config.template} supervised special "
+                "tokens; leave it false"
+            )
+        return [_single_id(self.tokenizer, text, "special token") for text in self.template.released_specials]
 
     @property
     def fingerprint(self) -> str:
@@ -124,7 +135,7 @@ class Processor:
             ModelError: placeholders and pictures differ in number.
         """
         images = tuple(self._image_layout(size) for size in sizes_hw)
-        ids, labels, round_ends = self._tokens(self.template.render(messages), images)
+        ids, labels, round_ends = self._tokens(self._render(messages), images)
         num_rounds = len(round_ends)
         if len(ids) > self.config.max_length:
             length = len(ids)
@@ -155,8 +166,13 @@ class Processor:
     ) -> tuple[np.ndarray, tuple[ImageLayout, ...]]:
         """Ids of a conversation that ends with a question, up to where the answer begins: int32 [T]."""
         images = tuple(self._image_layout(size) for size in sizes_hw)
-        ids, _, _ = self._tokens(self.template.render(messages), images)
+        ids, _, _ = self._tokens(self._render(messages), images)
         return ids, images
+
+    def _render(self, messages: Sequence[MessageLike]) -> list[Segment]:
+        if not self.config.unmask_special_tokens:
+            return self.template.render(messages)
+        return self.template.render(messages, whole_answers=True)
 
     def _image_layout(self, size_hw: SizeHW) -> ImageLayout:
         config = self.config
@@ -166,6 +182,7 @@ class Processor:
             grids=config.grids,
             tile=config.tile,
             patches_per_side=config.patches_per_side,
+            rounding=config.rounding,
         )
 
     def _tokens(
@@ -209,7 +226,10 @@ class Processor:
                     ends.append(start + last)
             start += len(piece) + len(IMAGE_PLACEHOLDER)
         round_ends = np.searchsorted(np.asarray(ends), round_end_chars, side="right").tolist()
-        return np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32), round_ends
+        all_ids, all_labels = np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32)
+        if self._released_ids:
+            all_labels = np.where(np.isin(all_ids, self._released_ids), all_ids, all_labels)
+        return all_ids, all_labels, round_ends
 
     def _num_whole_images(self, ids: np.ndarray, images: Sequence[ImageLayout]) -> int:
         """Pictures whose tokens are all there; a cut falls after an answer, so never inside a picture."""

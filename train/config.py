@@ -63,6 +63,7 @@ class StageConfig:
     epochs: float = 1.0
     template: str | None = None
     image_mode: ImageMode = "anyres"
+    unmask_special_tokens: bool = False
     init_from: str | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: float = 0.03

@@ -29,6 +29,7 @@ from llava_next.hf import read_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Example, Processor, SampleRejected
 from train.config import ConfigError, load_yaml
+from train.loader import stage_processor
 from train.quiet import quiet_libraries
 
 _PICTURES_PER_ROW = 8
@@ -206,9 +207,7 @@ def evaluate(run_dir: Path, *, limit: int, per_picture: int, num_generated: int)
             f"{run_dir} holds no export/; finish the stage first: python -m train stage={config.stage.name} …"
         )
     backbone, model = read_hf(export, config.model)
-    processor = backbone.processor(
-        template=config.stage.template, image_mode=config.stage.image_mode, max_length=config.stage.max_length
-    )
+    processor = stage_processor(backbone, config.stage)
     store_root = Path(config.data.store_root)
     mixture = Mixture.open(config.mixture, store_root)
     held_out = held_out_samples(mixture, store_root)

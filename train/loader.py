@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data_recipes.mixture import Mixture
 from data_recipes.order import num_steps, samples_of_step
 from llava_next.batch import Batch, collate
+from llava_next.build import Backbone
 from llava_next.costs import StepCosts
 from llava_next.processor import Processor, SampleRejected
 from train.config import PackingConfig, StageConfig
@@ -28,6 +29,16 @@ from train.packing import deal
 
 class SampleError(RuntimeError):
     """A sample could not be read or encoded as counted; names it."""
+
+
+def stage_processor(backbone: Backbone, stage: StageConfig) -> Processor:
+    """What encodes the samples of a stage; errors are those of `Backbone.processor`."""
+    return backbone.processor(
+        template=stage.template,
+        image_mode=stage.image_mode,
+        max_length=stage.max_length,
+        unmask_special_tokens=stage.unmask_special_tokens,
+    )
 
 
 @dataclass(frozen=True)

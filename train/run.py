@@ -20,7 +20,7 @@ from train import checkpoint, ops
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
 from train.lengths import LengthTable, check_budgets, open_table
-from train.loader import Planner, batches
+from train.loader import Planner, batches, stage_processor
 from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
 from train.trainer import Trainer
@@ -80,7 +80,7 @@ def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, 
     """What can be known without a process group; every rank opens it, rank 0 makes the length table if need be."""
     stage, store_root = config.stage, Path(config.data.store_root)
     backbone = read_backbone(config.model)
-    processor = backbone.processor(template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length)
+    processor = stage_processor(backbone, stage)
     mixture = Mixture.open(config.mixture, store_root)
     table = open_table(
         mixture,
@@ -163,10 +163,6 @@ def _write_result(config: RunConfig, model: LlavaNext, backbone: Backbone, world
     if config.stage.result == "connector":
         write_connector(model, backbone, target if world.is_main else None, gathered)
     else:
-        processor = backbone.processor(
-            template=config.stage.template,
-            image_mode=config.stage.image_mode,
-            max_length=config.stage.max_length,
-        )
+        processor = stage_processor(backbone, config.stage)
         write_hf(model, backbone, processor, target if world.is_main else None, gathered)
     log.say(f"wrote {target} ({time.monotonic() - started:.1f} s)")

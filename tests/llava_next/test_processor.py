@@ -261,3 +261,31 @@ def test_tokenizers_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="s").save_pretrained(tmp_path / "bare")
     with pytest.raises(ModelError, match=r"end token of template chatml.*must be one"):
         _processor(tmp_path / "bare", "chatml")
+
+
+@pytest.mark.parametrize("template", ["qwen_1_5", "llava_llama_3"])
+def test_special_tokens_are_unmasked_only_on_request(tmp_path: Path, template: str) -> None:
+    """The releases' option adds whole assistant messages and special tokens everywhere; ids stay the same."""
+    plain = _processor(tiny_tokenizer(tmp_path / "bytes"), template)
+    config = replace(plain.config, unmask_special_tokens=True)
+    released = Processor(plain.tokenizer, config)
+    messages = [Message("user", "<image>\nWhat?"), Message("assistant", "That."), Message("user", "A\nB")]
+    messages.append(Message("assistant", "No."))
+    ours, theirs = plain.layout(messages, [(40, 33)]), released.layout(messages, [(40, 33)])
+    np.testing.assert_array_equal(ours.ids, theirs.ids)
+    supervised, more = ours.labels != IGNORE, theirs.labels != IGNORE
+    assert (more | ~supervised).all()  # nothing that was supervised is lost
+    specials = [plain.tokenizer.convert_tokens_to_ids(t) for t in plain.template.released_specials if t != "\n"]
+    assert more[np.isin(ours.ids, specials)].all()
+    assert not supervised[np.isin(ours.ids, specials[:1])].any()
+    header = plain.tokenizer(plain.template.header, add_special_tokens=False)["input_ids"]
+    start = next(i for i in range(len(ours.ids)) if ours.ids[i : i + len(header)].tolist() == header)
+    assert more[start : start + len(header)].all()
+    assert released.fingerprint != plain.fingerprint
+
+
+def test_templates_without_such_a_release_refuse_the_option(tmp_path: Path) -> None:
+    """Vicuna's answers were supervised alone, so the option names nothing there."""
+    plain = _processor(tiny_tokenizer(tmp_path / "bytes"), "vicuna_v1")
+    with pytest.raises(ModelError, match="unmask_special_tokens"):
+        Processor(plain.tokenizer, replace(plain.config, unmask_special_tokens=True))

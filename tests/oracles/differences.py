@@ -4,7 +4,6 @@ A difference is no tolerance: each rule changes one thing that our code does int
 must be theirs to the last id. Why ours is right stands in differences.md, whose table the tests hold.
 """
 
-import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -30,13 +29,6 @@ RULES = {
 }
 """What the authors do, by name; in the order in which they are tried."""
 
-SPECIAL_IDS = {
-    "qwen_1_5": ("\n", "<|im_start|>", "<|im_end|>"),
-    "llava_llama_3": ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-}
-"""What `special_tokens_everywhere` means: preprocess_qwen's list; preprocess_llama3's also names two line breaks, which
-its tokenizer does not know under that spelling."""
-
 
 @dataclass(frozen=True)
 class _AuthorsTemplate(Template):
@@ -49,23 +41,8 @@ class _AuthorsTemplate(Template):
             return super()._question(text)
         return self.question_format.replace("{text}", text)
 
-    def render(self, messages: Sequence[Any]) -> list[Segment]:
-        return list(self._resupervised(super().render(messages)))
-
-    def _resupervised(self, segments: list[Segment]) -> Iterator[Segment]:
-        after_answer = False
-        for segment in segments:
-            if self.whole_assistant_message and not segment.supervised:
-                if after_answer and segment.text == self.between:
-                    yield Segment(segment.text, supervised=True)
-                elif segment.text.endswith(self.header):
-                    yield Segment(segment.text.removesuffix(self.header))
-                    yield Segment(self.header, supervised=True)
-                else:
-                    yield segment
-            else:
-                yield segment
-            after_answer = segment.supervised
+    def render(self, messages: Sequence[Any], *, whole_answers: bool = False) -> list[Segment]:
+        return super().render(messages, whole_answers=self.whole_assistant_message)
 
 
 class _WordMarks:
@@ -116,7 +93,7 @@ class Comparison:
             self._encoded[key] = self._tokens(record, rules - on_labels)
         ids, labels = self._encoded[key]
         if "special_tokens_everywhere" in rules:
-            special = {self._id(text) for text in SPECIAL_IDS[self._template]}
+            special = {self._id(text) for text in template_named(self._template).released_specials}
             labels = [token if token in special else label for token, label in zip(ids, labels, strict=True)]
         if "one_token_early" in rules:
             shifted = [label != IGNORE for label in labels[1:]] + [False]
@@ -171,13 +148,3 @@ def _written(turn: Turn, record: Conversation, rules: frozenset[str]) -> str:
     elif "picture_line_as_written" not in rules or not text.startswith(IMAGE_PLACEHOLDER):
         text = place_image(text)
     return text.strip() if "trimmed" in rules else text
-
-
-def authors_kept_range(size_hw: tuple[int, int], map_hw: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
-    """Rule `authors_rounding`: `kept_range` with the authors' bare int() of a float product."""
-    (height, width), (map_h, map_w) = size_hw, map_hw
-    if width / height > map_w / map_h:
-        padding = (map_h - math.floor(height * (map_w / width))) // 2
-        return (padding, map_h - padding), (0, map_w)
-    padding = (map_w - math.floor(width * (map_h / height))) // 2
-    return (0, map_h), (padding, map_w - padding)

@@ -6,7 +6,6 @@ The fixtures are made by ./scripts/oracles.sh, which runs the authors' code in a
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, image_layout
 from llava_next.config import AUTHORS_GRIDS, ImageMode
 from scripts.oracles.digests import BLOCK, block_digests, bytes_digest, numbers_digest, size_line
 from scripts.oracles.inputs import GENERATOR, PICTURES_HW, inputs_sha256, picture_bytes, sizes_hw
-from tests.oracles.differences import authors_kept_range
 
 FOLDER = Path(__file__).parent
 HINT = "make the fixtures again: ./scripts/oracles.sh"
@@ -37,10 +35,9 @@ def _ours(size_hw: SizeHW, mode: ImageMode = "anyres") -> ImageLayout:
 
 
 def _with_authors_rounding(size_hw: SizeHW) -> ImageLayout:
-    layout = _ours(size_hw)
-    assert layout.grid is not None
-    rows, cols = authors_kept_range(size_hw, (layout.grid[0] * SIDE, layout.grid[1] * SIDE))
-    return replace(layout, kept_rows=rows, kept_cols=cols)
+    return image_layout(
+        size_hw, mode="anyres", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE, rounding="authors"
+    )
 
 
 def _line(layout: ImageLayout) -> str:
