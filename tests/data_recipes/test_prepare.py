@@ -341,4 +341,4 @@ def test_the_shipped_mixtures_name_shipped_sources() -> None:
         "synthdog_en",
         "easy_vqa",
     }
-    assert finetune.sources["easy_vqa"].holdout == 512
+    assert align.exclude == finetune.exclude == ("easy_vqa_test",)  # what the evaluation asks about
