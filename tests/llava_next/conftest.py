@@ -52,7 +52,7 @@ def _asset(name: str) -> Path:
 @pytest.fixture
 def smollm2_tokenizer() -> Path:
     """The real tokenizer of SmolLM2-135M-Instruct."""
-    return _asset("smollm2_tokenizer")
+    return _asset("smollm2_six_layers")
 
 
 @pytest.fixture

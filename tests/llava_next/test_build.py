@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, PhiConfig
 
-from llava_next.build import VOCABULARY_MULTIPLE, build_model, read_backbone, read_tokenizer, with_tile
+from llava_next.build import VOCABULARY_MULTIPLE, build_model, read_backbone, read_tokenizer
 from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.hf import live_parameters
@@ -21,6 +21,11 @@ from tests.llava_next.models import encoded, row
 from tests.tiny import PATCH, TILE, TowerName, tiny_model, tiny_tokenizer
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
+
+
+def with_tile(config: ModelConfig, tile: int) -> ModelConfig:
+    """The same model with another tile side, in pixels."""
+    return replace(config, vision_tower=replace(config.vision_tower, tile=tile))
 
 
 def _state(model: LlavaNext) -> dict[str, torch.Tensor]:

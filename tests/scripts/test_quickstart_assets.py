@@ -182,7 +182,7 @@ def test_dinov2_check_names_what_differs() -> None:
 def test_cached_tokenizer_is_smollm2s() -> None:
     """AutoTokenizer loads the directory; ids, specials and the chat template are the published model's."""
     transformers = pytest.importorskip("transformers")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(_cached("smollm2_tokenizer"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(_cached("smollm2_six_layers"))
     assert tokenizer("Hello world").input_ids == [19556, 905]
     assert len(tokenizer) == 49152
     assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<|im_start|>", 2)
