@@ -56,12 +56,17 @@ def iter_records(path: Path, kind: type = dict) -> Iterator[tuple[str, Any]]:
         for number, record in _from_list(window, kind) if is_list else _from_lines(window):
             place = f"{path.name}, record {number}"
             if isinstance(record, str):
-                yield place, Reject(place, Reason.BROKEN_RECORD, record, place)
+                reason = Reason.FILE_CUT_OFF if isinstance(record, _CutOff) else Reason.BROKEN_RECORD
+                yield place, Reject(place, reason, str(record), place)
             elif not isinstance(record[0], kind):
                 detail = f"a JSON {type(record[0]).__name__} where a {kind.__name__} belongs"
                 yield place, Reject(place, Reason.BROKEN_RECORD, detail, place)
             else:
                 yield place, record[0]
+
+
+class _CutOff(str):
+    """Why there is no value: the file ends inside it."""
 
 
 # A parsed value in a tuple of one, or the sentence that says why there is none.
@@ -114,11 +119,13 @@ class _Window:
                 if not at_edge or len(self.text) - self.at > _MAX_RECORD_CHARACTERS:
                     return f"not JSON: {error.msg}, {error.pos - self.at} characters into the record"
                 if not self.more():
-                    return f"not JSON: {error.msg}, where the file ends: it may have been cut off"
+                    return _CutOff(f"not JSON: {error.msg}, up to the end of the file")
 
     def lines(self) -> Iterator[str]:
-        """What is left, line by line."""
-        yield from (self.text[self.at :] + self._stream.readline()).removesuffix("\n").split("\n")
+        """What is left, line by line, each with its line break if it has one."""
+        *whole, begun = self.text[self.at :].split("\n")
+        yield from (line + "\n" for line in whole)
+        yield begun + self._stream.readline()
         yield from self._stream
 
     def skip_to(self, pattern: re.Pattern[str]) -> bool:
@@ -147,17 +154,22 @@ def _from_list(window: _Window, kind: type) -> Iterator[tuple[int, _Parsed]]:
             return
         number += 1
         if character == "":
-            yield number, "the file ends without its closing bracket: it was cut off here"
+            yield number, _CutOff("the file ends without its closing bracket")
             return
         parsed = window.decode()
-        yield number, parsed
         if isinstance(parsed, str):
             # Go on at the next thing that begins as the records before did. Objects inside records (the
             # turns) begin with another key, so they are not taken for records.
             begins = r"\[\s*\"" if kind is list else r"\{\s*\"" + re.escape(first_key) + r"\"\s*:"
-            if not window.skip_to(re.compile(begins)):
+            goes_on = window.skip_to(re.compile(begins))
+            if goes_on or window.text.rstrip().endswith("]"):
+                parsed = str(parsed)  # an open quote swallows all that follows; the file is whole
+            yield number, parsed
+            if not goes_on:
                 return
-        elif isinstance(parsed[0], dict) and parsed[0]:
+            continue
+        yield number, parsed
+        if isinstance(parsed[0], dict) and parsed[0]:
             first_key = str(next(iter(parsed[0])))
 
 
@@ -172,4 +184,5 @@ def _from_lines(window: _Window) -> Iterator[tuple[int, _Parsed]]:
         except RecursionError:
             yield number, "nested too deeply"
         except json.JSONDecodeError as error:
-            yield number, f"not JSON: {error.msg}, {error.pos} characters into the line"
+            what = f"not JSON: {error.msg}, {error.pos} characters into the line"
+            yield number, what if line.endswith("\n") else _CutOff(what)  # whole lines end in a line break

@@ -7,7 +7,8 @@ Leaves: what is in a source to `store.py`, the order of an epoch to `order.py`.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,12 @@ def read_mixture(configs: Path, name: str) -> MixtureConfig:
         share = share or {}
         if not isinstance(share, dict):
             raise DataError(f"{place}: `sources.{source}` is {share!r}; write {{count: {share}}}.")
-        _refuse_unknown(f"{place}: sources.{source}", share, ("count", "holdout"))
+        _refuse_unknown(f"{place}: sources.{source}", share, ("count", "holdout", "share"))
         for key, value in share.items():
-            if isinstance(value, bool) or not isinstance(value, int | (type(None) if key == "count" else int)):
-                raise DataError(f"{place}: `sources.{source}.{key}` is {value!r}, and must be a whole number.")
+            kinds = {"count": int | None, "holdout": int, "share": int | float | None}[key]
+            if isinstance(value, bool) or not isinstance(value, kinds):
+                what = "a number between 0 and 1" if key == "share" else "a whole number"
+                raise DataError(f"{place}: `sources.{source}.{key}` is {value!r}, and must be {what}.")
         try:
             shares[str(source)] = SourceShare(**share)
         except DataError as error:
@@ -62,9 +65,11 @@ class _Part:
 
     store: Store
     share: SourceShare
+    num_wanted: int | None
     used: _Rows
     heldout: _Rows
     num_excluded: int
+    num_beside_heldout: int
 
 
 class Mixture:
@@ -83,15 +88,16 @@ class Mixture:
         self.source_ids: npt.NDArray[np.int16] = np.repeat(np.arange(len(parts), dtype=np.int16), counts)
         self.num_samples = int(sum(counts))
         self.excluded: dict[str, int] = {part.store.name: part.num_excluded for part in parts}
+        self.beside_heldout: dict[str, int] = {part.store.name: part.num_beside_heldout for part in parts}
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.fingerprint = _fingerprint(config, parts)
+        self.fingerprint = _fingerprint(parts)
 
     @classmethod
     def open(cls, config: MixtureConfig, store_root: Path) -> "Mixture":
         """Open the stores `store_root/<source>` and choose.
 
         A held-out picture, or one of an excluded store, is in the training side of no source: samples of any
-        source that show one are excluded and counted.
+        source that show one are left out, and counted apart (`excluded`, `beside_heldout`).
 
         Raises:
             DataError: a store is absent or unfinished, or more is wanted than was found.
@@ -100,19 +106,21 @@ class Mixture:
         names = sorted(config.sources)
         stores = {name: Store.open(store_root / name) for name in names}
         heldout = {name: _choose_heldout(stores[name], config.sources[name].holdout) for name in names}
-        hidden = [_hashes_of(stores[name], heldout[name]) for name in names]
-        hidden += [Store.open(store_root / name).all_picture_hashes() for name in config.exclude]
-        hidden_hashes = np.unique(np.concatenate(hidden))
+        excluded = [Store.open(store_root / name).all_picture_hashes() for name in config.exclude]
+        free = {name: _free_rows(stores[name], heldout[name], _unique(excluded)) for name in names}
+        hidden = _unique([_hashes_of(stores[name], heldout[name]) for name in names])
+        candidates = {name: _without(stores[name], free[name], hidden) for name in names}
+        wanted = _num_wanted(config, {name: len(rows) for name, rows in candidates.items()})
         parts = []
         for name in names:
-            share, store = config.sources[name], stores[name]
-            free = np.ones(len(store), dtype=bool)
-            free[heldout[name]] = False
-            shows_hidden = _shows_any(store, hidden_hashes) & free
-            candidates = np.flatnonzero(free & ~shows_hidden).astype(np.int64)
-            num_excluded = int(shows_hidden.sum())
-            used = _choose_used(store, share, candidates, config.seed, num_excluded)
-            parts.append(_Part(store, share, used, heldout[name], num_excluded))
+            store = stores[name]
+            num_excluded = len(store) - len(heldout[name]) - len(free[name])
+            num_beside = len(free[name]) - len(candidates[name])
+            if (wanted[name] or 0) > len(candidates[name]):
+                raise _too_few(store, config.sources[name], wanted[name] or 0, num_excluded, num_beside)
+            used = _choose_used(store, wanted[name], candidates[name], config.seed)
+            share = config.sources[name]
+            parts.append(_Part(store, share, wanted[name], used, heldout[name], num_excluded, num_beside))
         return cls(config, parts)
 
     def text(self, index: int) -> StoredText:
@@ -147,9 +155,10 @@ class Mixture:
         return [
             {
                 "source": part.store.name,
-                "wanted": part.share.count,
+                "wanted": part.num_wanted,
                 "found": len(part.store),
                 "held_out": len(part.heldout),
+                "beside_heldout": part.num_beside_heldout,
                 "excluded": part.num_excluded,
                 "used": len(part.used),
                 "share": len(part.used) / max(1, self.num_samples),
@@ -158,6 +167,10 @@ class Mixture:
             }
             for part in self._parts
         ]
+
+    def store(self, source: str) -> Store:
+        """The store of `source`."""
+        return self._part(source).store
 
     def _find(self, index: int) -> tuple[_Part, int]:
         if not 0 <= index < self.num_samples:
@@ -236,33 +249,67 @@ def _shows_any(store: Store, hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.b
     return np.asarray(running[starts[1:]] > running[starts[:-1]])
 
 
-def _choose_used(store: Store, share: SourceShare, candidates: _Rows, seed: int, num_excluded: int) -> _Rows:
+def _unique(hashes: Sequence[npt.NDArray[np.bytes_]]) -> npt.NDArray[np.bytes_]:
+    return np.unique(np.concatenate([np.zeros(0, dtype="S64"), *hashes]))
+
+
+def _free_rows(store: Store, heldout: _Rows, excluded: npt.NDArray[np.bytes_]) -> _Rows:
+    """Rows that are neither held out nor show a picture of an excluded store."""
+    free = ~_shows_any(store, excluded)
+    free[heldout] = False
+    return np.flatnonzero(free).astype(np.int64)
+
+
+def _without(store: Store, rows: _Rows, hidden: npt.NDArray[np.bytes_]) -> _Rows:
+    """Those of `rows` that show none of the hidden pictures."""
+    return rows[~_shows_any(store, hidden)[rows]]
+
+
+def _num_wanted(config: MixtureConfig, num_found: dict[str, int]) -> dict[str, int | None]:
+    """How many samples of each source: its count, its share of the whole, or None for all that were found."""
+    wanted: dict[str, int | None] = {name: share.count for name, share in config.sources.items()}
+    shares = {name: share.exact_share for name, share in config.sources.items() if share.exact_share is not None}
+    if not shares:
+        return wanted
+    counted = [num_found[name] if count is None else count for name, count in wanted.items() if name not in shares]
+    if counted:
+        total = Fraction(sum(counted)) / (1 - sum(shares.values()))
+    else:
+        total = min(Fraction(num_found[name]) / share for name, share in shares.items())
+    return wanted | {name: int(total * share) for name, share in shares.items()}
+
+
+def _too_few(store: Store, share: SourceShare, num_wanted: int, num_excluded: int, num_beside: int) -> DataError:
+    left = len(store) - share.holdout - num_excluded - num_beside
+    key = f"sources.{store.name}." + ("count" if share.share is None else "share")
+    return DataError(
+        f"source {store.name}: {num_wanted} samples wanted, {left} found ({len(store)} in the store, "
+        f"{share.holdout} held out, {num_beside} left out because they show a held-out picture, {num_excluded} because "
+        f"they show one of `exclude`). Lower `{key}`" + (", or set it to null for all." if share.share is None else ".")
+    )
+
+
+def _choose_used(store: Store, num_wanted: int | None, candidates: _Rows, seed: int) -> _Rows:
     """Rows to train on, in store order: all candidates, or those with the smallest hash(seed, source, id)."""
-    if share.count is None:
+    if num_wanted is None:
         return candidates
-    if share.count > len(candidates):
-        raise DataError(
-            f"source {store.name}: {share.count} samples wanted, {len(candidates)} found ({len(store)} in "
-            f"the store, "
-            f"{share.holdout} held out, {num_excluded} excluded because they show a held-out picture). "
-            f"Lower `sources.{store.name}.count`, or set it to null for all."
-        )
     ids = store.ids()
     prefix = json.dumps([seed, store.name])
     keys = [hashlib.sha256(f"{prefix}{ids[row]}".encode()).digest() for row in candidates]
     order = sorted(range(len(candidates)), key=keys.__getitem__)
-    return np.sort(candidates[order[: share.count]])
+    return np.sort(candidates[order[:num_wanted]])
 
 
-def _fingerprint(config: MixtureConfig, parts: Sequence[_Part]) -> str:
-    """sha256 over seed, shares, every store's fingerprint, and the rows chosen (together they name samples).
+def _fingerprint(parts: Sequence[_Part]) -> str:
+    """sha256 over every store's fingerprint and the rows chosen of it: together they name the samples.
 
-    The mixture's name is not in it: renaming a file changes nothing that is learned.
+    Nothing else is in it: a renamed file, `count: null` where the count is all there is, or another seed that
+    chooses nothing change nothing that is learned.
     """
-    digest = hashlib.sha256(b"data_recipes mixture 1\n")
+    digest = hashlib.sha256(b"data_recipes mixture 2\n")
     for part in parts:
-        head = [config.seed, part.store.name, asdict(part.share), part.store.fingerprint, len(part.heldout)]
-        digest.update(json.dumps(head, sort_keys=True).encode())
+        head = [part.store.name, part.store.fingerprint, len(part.used), len(part.heldout)]
+        digest.update(json.dumps(head).encode())
         digest.update(part.used.astype("<i8").tobytes())
         digest.update(part.heldout.astype("<i8").tobytes())
     return digest.hexdigest()

@@ -12,13 +12,13 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 import warnings
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -33,7 +33,23 @@ FORMATS = tuple(
     kind for kind in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF") if kind in Image.OPEN
 )
 
+_FORMAT_OF_SUFFIX = {
+    suffix: kind
+    for kind, suffixes in {
+        "JPEG": (".jpg", ".jpeg"),
+        "PNG": (".png",),
+        "GIF": (".gif",),
+        "WEBP": (".webp",),
+        "BMP": (".bmp",),
+        "TIFF": (".tif", ".tiff"),
+    }.items()
+    for suffix in suffixes
+}
+
 _CHUNK_SAMPLES = 8
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class PictureError(Exception):
@@ -57,10 +73,15 @@ class PictureInfo:
 
 @dataclass(frozen=True)
 class LoadedPicture:
-    """A picture that decodes, with its original bytes."""
+    """A picture that decodes, with its original bytes.
+
+    `notes` says what was odd about its file, for the manifest to count: `wrong_extension` (the bytes are of
+    another format than the name says; they are kept as they are) or `found_by_other_extension`.
+    """
 
     info: PictureInfo
     data: bytes
+    notes: tuple[str, ...] = ()
 
 
 def inside(root: Path, name: str) -> Path:
@@ -77,18 +98,22 @@ def inside(root: Path, name: str) -> Path:
     real_root = os.path.realpath(root)
     real_path = os.path.realpath(path)
     if real_path != real_root and not real_path.startswith(real_root.rstrip(os.sep) + os.sep):
-        raise PictureError(Reason.PATH_OUTSIDE_ROOT, f"{name!r} leaves the image root by a symbolic link")
+        detail = (
+            f"{name!r} leaves the image root by a symbolic link; make the link the root itself, or copy the pictures"
+        )
+        raise PictureError(Reason.PATH_OUTSIDE_ROOT, detail)
     return path
 
 
 def probe(data: bytes) -> PictureInfo:
-    """Decode the whole picture and measure it. A file that was cut off, or is something else, does not pass.
+    """Decode the whole picture and measure it. Bytes that were cut off, or are something else, do not pass.
 
     The extension of the file has no say: the bytes tell the format. The size is the one after EXIF rotation,
     which is what the model will see.
 
     Raises:
-        PictureError: `picture_empty`, `picture_too_large`, `aspect_ratio` or `picture_unreadable`.
+        PictureError: `picture_empty`, `picture_too_large`, `aspect_ratio`, `picture_truncated` or
+            `picture_unreadable`.
     """
     if not data:
         raise PictureError(Reason.PICTURE_EMPTY, "zero bytes")
@@ -116,12 +141,16 @@ def probe(data: bytes) -> PictureInfo:
         raise PictureError(Reason.PICTURE_UNREADABLE, f"none of {', '.join(FORMATS)}") from error
     except Exception as error:  # Pillow's decoders raise nearly every type there is on damaged bytes
         detail = f"{type(error).__name__}: {error}"[:200]
-        raise PictureError(Reason.PICTURE_UNREADABLE, detail) from error
+        reason = Reason.PICTURE_TRUNCATED if _was_cut_off(data, detail) else Reason.PICTURE_UNREADABLE
+        raise PictureError(reason, detail) from error
     return PictureInfo(hashlib.sha256(data).hexdigest(), height, width, kind)
 
 
 def load(picture: Path | bytes) -> LoadedPicture:
     """Read one picture and probe it.
+
+    A file that is not there under its name may be there under another picture's extension: OCR-VQA's lists say
+    .jpg, and many of its covers are GIFs (LLaVA#601). It is taken if just one such file is there, and noted.
 
     Raises:
         PictureError: as `probe`, and `picture_missing` where there is no such file.
@@ -129,20 +158,44 @@ def load(picture: Path | bytes) -> LoadedPicture:
     if isinstance(picture, bytes):
         return LoadedPicture(probe(picture), picture)
     try:
-        if not picture.is_file():
-            raise PictureError(Reason.PICTURE_MISSING, f"no file {picture.name!r} in {picture.parent.name!r}")
-        num_bytes = picture.stat().st_size
+        path = picture if picture.is_file() else _by_other_extension(picture)
+        num_bytes = path.stat().st_size
         if num_bytes > MAX_BYTES:
             raise PictureError(Reason.PICTURE_TOO_LARGE, f"{num_bytes} bytes; the limit is {MAX_BYTES}")
-        data = picture.read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError as error:
         raise PictureError(Reason.PICTURE_MISSING, f"no file {picture.name!r}") from error
     except OSError as error:
-        raise PictureError(Reason.PICTURE_UNREADABLE, f"{error.strerror or error}") from error
+        raise PictureError(Reason.PICTURE_UNREADABLE, f"{picture.name}: {error.strerror or error}") from error
     try:
-        return LoadedPicture(probe(data), data)
+        info = probe(data)
     except PictureError as error:
-        raise PictureError(error.reason, f"{picture.name}: {error.detail}") from error
+        raise PictureError(error.reason, f"{path.name}: {error.detail}") from error
+    if path is not picture:
+        return LoadedPicture(info, data, ("found_by_other_extension",))
+    found = "JPEG" if info.format == "MPO" else info.format
+    promised = _FORMAT_OF_SUFFIX.get(path.suffix.lower(), found)
+    return LoadedPicture(info, data, () if promised == found else ("wrong_extension",))
+
+
+def _by_other_extension(picture: Path) -> Path:
+    """The one file beside the missing `picture` that differs from it in a picture's extension only."""
+    found = []
+    if picture.suffix.lower() in _FORMAT_OF_SUFFIX:
+        others = [picture.with_suffix(suffix) for suffix in _FORMAT_OF_SUFFIX]
+        # A link might lead out of the image root, which `inside` has checked for the other name only.
+        found = [path for path in others if path.is_file() and not path.is_symlink()]
+    if len(found) != 1:
+        detail = f"no file {picture.name!r} in {picture.parent.name!r}"
+        raise PictureError(Reason.PICTURE_MISSING, f"{detail}, but {len(found)} of other formats" if found else detail)
+    return found[0]
+
+
+def _was_cut_off(data: bytes, detail: str) -> bool:
+    """Whether a picture that its decoder gave up on ends too early: Pillow says so, or a WebP's own length does."""
+    if data[:4] == b"RIFF" and len(data) >= 8:
+        return len(data) < 8 + int.from_bytes(data[4:8], "little")
+    return "truncated" in detail.lower()
 
 
 class PicturePool:
@@ -158,14 +211,26 @@ class PicturePool:
         self._executor: ProcessPoolExecutor | None = None
         if num_workers > 1:
             context = multiprocessing.get_context("fork")
-            self._executor = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),))
+            self._leash = os.pipe()
+            self._executor = ProcessPoolExecutor(num_workers, context, _start_worker, self._leash)
 
     def __enter__(self) -> "PicturePool":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._executor is not None:
-            self._executor.shutdown(wait=True, cancel_futures=True)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._executor is None:
+            return
+        reading, writing = self._leash
+        if kind is not None:
+            os.close(writing)  # what they are at is not wanted any more
+        self._executor.shutdown(wait=True, cancel_futures=True)
+        if kind is None:
+            os.close(writing)
+        os.close(reading)
+
+    def run_all(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
+        """`function` of each item, in order, in the same processes; it must be importable by name."""
+        return list(self._executor.map(function, items) if self._executor else map(function, items))
 
     def load_in_order(self, items: Iterable[Sample | Reject]) -> Iterator[tuple[Sample, list[LoadedPicture]] | Reject]:
         """Each sample with its loaded pictures, or a `Reject` if one cannot be used. Rejects pass."""
@@ -216,13 +281,13 @@ def _check_size(height: int, width: int) -> None:
         raise PictureError(Reason.ASPECT_RATIO, f"{height} x {width} pixels; the limit is 1:{MAX_ASPECT_RATIO}")
 
 
-def _start_worker(parent: int) -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed must not wait for ever."""
+def _start_worker(reading: int, writing: int) -> None:
+    """Ctrl-C is the parent's to handle; a worker whose parent is gone, or lets go of the pipe, leaves at once."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.close(writing)  # this process's copy: the parent's is the last one
 
     def leave_with_parent() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
+        os.read(reading, 1)
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()

@@ -13,6 +13,10 @@ from typing import Literal, cast
 
 IMAGE_PLACEHOLDER = "<image>"
 
+# The longest context of a supported backbone is 131,072 tokens, and no language has 7.6 characters a token. What
+# fits one backbone and not another is for the run to leave out; this is what fits none.
+MAX_CHARACTERS = 1_000_000
+
 Role = Literal["system", "user", "assistant"]
 
 # Speakers as raw files name them. `bing`, `bard` and `chatgpt` are what ShareGPT exports call the answering
@@ -42,6 +46,7 @@ class Reason(StrEnum):
 
     PICTURE_MISSING = "picture_missing"
     PICTURE_UNREADABLE = "picture_unreadable"
+    PICTURE_TRUNCATED = "picture_truncated"
     PICTURE_EMPTY = "picture_empty"
     PICTURE_TOO_LARGE = "picture_too_large"
     PATH_OUTSIDE_ROOT = "path_outside_root"
@@ -52,7 +57,10 @@ class Reason(StrEnum):
     FIRST_TURN_NOT_USER = "first_turn_not_user"
     NO_ANSWER = "no_answer"
     DUPLICATE_ID = "duplicate_id"
+    TOO_LONG = "too_long"
     BROKEN_RECORD = "broken_record"
+    FILE_CUT_OFF = "file_cut_off"
+    FILE_UNREADABLE = "file_unreadable"
     ASPECT_RATIO = "aspect_ratio"
     WRONG_ENCODING = "wrong_encoding"
 
@@ -74,8 +82,8 @@ class Sample:
         messages: an optional system turn, then user and assistant in turn, user first.
         pictures: one per placeholder, a file to read or the encoded bytes themselves.
         place: file and record number, enough to find the raw record again.
-        repairs: what was taken away to make it whole (`first_turn_dropped`, `last_turn_dropped`); counted in
-            the manifest, so that nothing is changed in silence.
+        repairs: what was done to make it whole (`first_turn_dropped`, `last_turn_dropped`); counted in the
+            manifest, so that nothing is changed in silence.
     """
 
     id: str
@@ -130,8 +138,8 @@ def assemble(
 def check(sample: Sample) -> Reject | None:
     """The rules on messages: None where all hold, else the first that does not.
 
-    Strings that UTF-8 can hold, user first, roles in turn, at least one answer, no empty answer, and as many
-    `<image>` (in user text only) as pictures.
+    Strings that UTF-8 can hold and a context might, user first, roles in turn, at least one answer, no empty
+    answer, and as many `<image>` (in user text only) as pictures.
     """
 
     def reject(reason: Reason, detail: str) -> Reject:
@@ -149,6 +157,10 @@ def check(sample: Sample) -> Reject | None:
             return reject(
                 Reason.WRONG_ENCODING, f"{name}, character {error.start}: not UTF-8, or half a surrogate pair"
             )
+
+    num_characters = sum(len(message.text) for message in sample.messages)
+    if num_characters > MAX_CHARACTERS:
+        return reject(Reason.TOO_LONG, f"{num_characters} characters; no context holds more than {MAX_CHARACTERS}")
 
     spoken = sample.messages[1:] if sample.messages[:1] and sample.messages[0].role == "system" else sample.messages
     if not any(message.role == "assistant" for message in spoken):

@@ -1,18 +1,16 @@
 """One prepared source: a `datasets` Arrow directory that is complete or absent, and its manifest.
 
-Owns: the layout on disk, writing it aside and renaming it, reading it by memory map.
-Leaves: rows, counts and fingerprint while it is written to `store_tables.py`, raw layouts to `readers/`, the
-decode check to `pictures.py`, choosing samples to `mixture.py`.
+Owns: the layout on disk, reading it by memory map.
+Leaves: making it to `store_writer.py` and `store_tables.py`, choosing samples to `mixture.py`.
 
     <store>/samples/    {id, messages: [{role, text}], pictures: [row of the other table]}
     <store>/pictures/   {sha256, bytes, height, width, format}: each picture once, as published
-    <store>/manifest.json   <store>/quarantine.jsonl   <store>/dataset_dict.json (so load_from_disk opens it)
+    <store>/manifest.json     fingerprint, counts, licence, and sha256 and bytes of every file
+    <store>/quarantine.jsonl  the records left out; `dataset_dict.json` lets load_from_disk open the whole;
+                              `inputs.json` is for `prepare` alone
 """
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,8 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
-from data_recipes.arrow_folder import sync
-from data_recipes.pictures import PicturePool
-from data_recipes.sample import DataError, Message, Reject, Sample, check
-from data_recipes.source import SourceInfo
-from data_recipes.store_tables import FORMAT, RejectedError, StoreReport, StoreTables
+from data_recipes.sample import DataError, Message
+from data_recipes.store_tables import FORMAT
 
 
 @dataclass(frozen=True)
@@ -48,76 +43,6 @@ class StoredSample:
     sizes_hw: tuple[tuple[int, int], ...]
     pictures: tuple[bytes, ...]
     picture_hashes: tuple[str, ...]
-
-
-def write_store(
-    path: Path,
-    source: SourceInfo,
-    samples: Iterable[Sample | Reject],
-    pool: PicturePool | None = None,
-    inputs: dict[str, str] | None = None,
-    strict: bool = False,
-    on_record: Callable[[], object] | None = None,
-) -> StoreReport:
-    """Write the store `path`: beside it first (`<path>.partial`), renamed once every byte is on the disk.
-
-    The contents and the fingerprint do not depend on the number of workers: samples are written in the order
-    in which they come. A store that was there is replaced only at the very end.
-
-    Args:
-        path: the store's folder; its parent is made.
-        source: goes into the manifest; `max_reject_share` is enforced.
-        samples: a reader's stream.
-        pool: where pictures are decoded; None for this process.
-        inputs: digests of what the store is made from, kept in the manifest for the next `prepare`.
-        strict: stop at the first reject.
-        on_record: called once per record, for a progress bar.
-
-    Raises:
-        RejectedError: see `strict` and `max_reject_share`. The quarantine is kept as
-            `<path>.quarantine.jsonl`.
-        OSError: the disk is full or failing; nothing that looks like a store is left.
-    """
-    partial = path.with_name(path.name + ".partial")
-    remove_leftovers(path)
-    partial.mkdir(parents=True)
-    tables = StoreTables(partial, source)
-    try:
-        with (partial / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
-            for item in (pool or PicturePool()).load_in_order(_checked(samples)):
-                tables.add(item, quarantine, strict)
-                if on_record is not None:
-                    on_record()
-        num_rejects = tables.rejects.total()
-        if num_rejects > source.max_reject_share * max(1, tables.num_records):
-            reasons = ", ".join(f"{reason} {count}" for reason, count in tables.rejects.most_common())
-            kept = path.with_name(path.name + ".quarantine.jsonl")
-            (partial / "quarantine.jsonl").replace(kept)
-            raise RejectedError(
-                f"source {source.name}: {num_rejects} of {tables.num_records} records are bad ({reasons}), "
-                f"more than "
-                f"max_reject_share {source.max_reject_share}. Each is listed in {kept}; mend the raw files, "
-                f"or raise "
-                f"`max_reject_share` in configs/source/{source.name}.yaml."
-            )
-        report = tables.finish(path, inputs or {})
-        sync(partial)
-        _swap_in(partial, path)
-        path.with_name(path.name + ".quarantine.jsonl").unlink(missing_ok=True)
-        return report
-    except BaseException:
-        tables.abandon()
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def remove_leftovers(path: Path) -> bool:
-    """Remove what a killed `prepare` left beside the store `path`; True if there was anything."""
-    leftovers = [path.with_name(path.name + suffix) for suffix in (".partial", ".old")]
-    found = [folder for folder in leftovers if folder.exists()]
-    for folder in found:
-        shutil.rmtree(folder)
-    return bool(found)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -239,22 +164,3 @@ class Store:
 
 def _messages(row: dict[str, Any]) -> tuple[Message, ...]:
     return tuple(Message(message["role"], message["text"]) for message in row["messages"])
-
-
-def _checked(samples: Iterable[Sample | Reject]) -> Iterator[Sample | Reject]:
-    for item in samples:
-        yield (check(item) or item) if isinstance(item, Sample) else item
-
-
-def _swap_in(partial: Path, path: Path) -> None:
-    """Rename, the store that was there stepping aside first: at any moment `path` is complete or absent."""
-    old = path.with_name(path.name + ".old")
-    if path.exists():
-        path.rename(old)
-    partial.rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -13,7 +13,8 @@ from PIL import Image
 
 from data_recipes.sample import Message, Reject, Sample
 from data_recipes.source import SourceInfo
-from data_recipes.store import Store, write_store
+from data_recipes.store import Store
+from data_recipes.store_writer import write_store
 
 PROMPT = "<image>\nWhat is it?"
 

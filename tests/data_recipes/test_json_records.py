@@ -54,7 +54,11 @@ def test_a_cut_off_file_loses_only_its_end(tmp_path: Path) -> None:
         records, rejects = read(put(tmp_path / "a.json", text[:end]))
         assert records == RECORDS[: len(records)]
         assert len(records) == 10
-        assert [reject.reason for reject in rejects] == [Reason.BROKEN_RECORD]
+        assert [reject.reason for reject in rejects] == [Reason.FILE_CUT_OFF]
+    lines = "\n".join(json.dumps(record) for record in RECORDS)
+    records, rejects = read(put(tmp_path / "a.jsonl", lines[:-30]))
+    assert records == RECORDS[:-1]
+    assert [reject.reason for reject in rejects] == [Reason.FILE_CUT_OFF]
 
 
 @pytest.mark.usefixtures("chunk")
@@ -70,6 +74,21 @@ def test_a_broken_record_costs_itself(tmp_path: Path) -> None:
     records, rejects = read(put(tmp_path / "a.jsonl", "\n".join(texts)))
     assert len(records) == 28
     assert [reject.place for reject in rejects] == ["a.jsonl, record 5", "a.jsonl, record 10"]
+    assert {reject.reason for reject in rejects} == {Reason.BROKEN_RECORD}
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("number", [4, 29])
+def test_an_open_quote_is_not_the_end_of_the_file(tmp_path: Path, number: int) -> None:
+    """A lost quotation mark swallows all that follows; what follows is read all the same, and the file was not cut
+    off."""
+    texts = [json.dumps(record) for record in RECORDS]
+    texts[number] = texts[number].removesuffix('"}') + "}"
+    records, rejects = read(put(tmp_path / "a.json", "[" + ", ".join(texts) + "]"))
+    assert records == [record for at, record in enumerate(RECORDS) if at != number]
+    assert [(reject.place, reject.reason) for reject in rejects] == [
+        (f"a.json, record {number + 1}", Reason.BROKEN_RECORD)
+    ]
 
 
 def test_other_kinds_of_values_are_broken_records(tmp_path: Path) -> None:

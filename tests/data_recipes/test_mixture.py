@@ -94,18 +94,22 @@ def test_no_heldout_picture_is_trained_on(stores: Path, holdout: int) -> None:
     assert [len(mixture.heldout(source)) for source in ("a", "b", "t")] == [holdout, 2, 3]
     assert heldout_hashes(mixture)
     assert not heldout_hashes(mixture) & trained_hashes(mixture)
-    assert len(trained(mixture)) == 90 - (holdout + 2 + 3) - sum(mixture.excluded.values())
+    assert len(trained(mixture)) == 90 - (holdout + 2 + 3) - sum(mixture.beside_heldout.values())
+    assert not any(mixture.excluded.values())
     held = {("t", mixture.heldout_text("t", j).id) for j in mixture.heldout("t")}
     assert not held & set(trained(mixture))
 
 
 def test_exclusion_across_sources_is_counted(stores: Path) -> None:
-    """With all of `a` held out, exactly the ten samples of `b` that share its pictures go."""
+    """With all of `a` held out, exactly the ten samples of `b` that share its pictures go; with `a` excluded as a
+    benchmark they go too, and are counted as that."""
     mixture = Mixture.open(config(a=SourceShare(holdout=40), b=SourceShare()), stores)
-    assert mixture.excluded == {"a": 0, "b": 10}
+    assert (mixture.beside_heldout, mixture.excluded) == ({"a": 0, "b": 10}, {"a": 0, "b": 0})
     assert mixture.num_samples == 20
     row = mixture.table()[1]
-    assert (row["found"], row["excluded"], row["used"], row["share"]) == (30, 10, 20, 1.0)
+    assert (row["found"], row["beside_heldout"], row["used"], row["share"]) == (30, 10, 20, 1.0)
+    mixture = Mixture.open(MixtureConfig("m", 0, {"b": SourceShare()}, exclude=("a",)), stores)
+    assert (mixture.beside_heldout, mixture.excluded, mixture.num_samples) == ({"b": 0}, {"b": 10}, 20)
 
 
 def test_samples_that_share_a_picture_stay_together(stores: Path) -> None:
@@ -115,7 +119,7 @@ def test_samples_that_share_a_picture_stay_together(stores: Path) -> None:
         groups = [mixture.heldout_sample(source, j).id.split("_")[0] for j in range(len(mixture.heldout(source)))]
         assert len(groups) == 6
         assert all(groups.count(group) == size for group in groups)
-    assert not any(mixture.excluded.values())
+    assert not any(mixture.beside_heldout.values())
 
 
 def test_heldout_does_not_depend_on_seed_or_count(stores: Path) -> None:
@@ -126,6 +130,42 @@ def test_heldout_does_not_depend_on_seed_or_count(stores: Path) -> None:
         mixture = Mixture.open(config(seed, a=share), stores)
         ids.append([mixture.heldout_sample("a", j).id for j in mixture.heldout("a")])
     assert ids[0] == ids[1] == ids[2]
+
+
+def counts(mixture: Mixture) -> dict[str, int]:
+    """Training samples by source."""
+    return {row["source"]: row["used"] for row in mixture.table()}
+
+
+def test_shares(stores: Path) -> None:
+    """A share is a part of the whole: measured by the sources with counts, or by the scarcest where all have one."""
+    beside = config(a=SourceShare(28), b=SourceShare(share=0.2), t=SourceShare(share=0.1))
+    assert counts(Mixture.open(beside, stores)) == {"a": 28, "b": 8, "t": 4}
+    beside = config(a=SourceShare(holdout=4), t=SourceShare(share=0.1))
+    assert counts(Mixture.open(beside, stores)) == {"a": 36, "t": 4}
+    tenths = config(a=SourceShare(share=0.5), b=SourceShare(share=0.4), t=SourceShare(share=0.1))
+    assert counts(Mixture.open(tenths, stores)) == {"a": 37, "b": 30, "t": 7}
+    whole = config(a=SourceShare(share=1.0))
+    assert counts(Mixture.open(whole, stores)) == {"a": 40}
+    with pytest.raises(DataError, match=r"source t: 93 samples wanted, 20 found.*Lower `sources.t.share`"):
+        Mixture.open(config(a=SourceShare(), t=SourceShare(share=0.7)), stores)
+
+
+@pytest.mark.parametrize(
+    ("shares", "message"),
+    [
+        ({"a": 0.5, "b": 0.4}, "the shares of a, b add up to 0.9, and must add up to 1"),
+        ({"a": 1, "b": None}, "the shares of a add up to 1, which leaves nothing for the other sources"),
+        ({"a": 0.0, "b": None}, "share: 0.0 must be above 0"),
+        ({"a": 1.5, "b": None}, "share: 1.5 must be above 0 and at most 1"),
+    ],
+)
+def test_impossible_shares(shares: dict[str, float | None], message: str) -> None:
+    """Told before any store is opened, with the sum and the way out."""
+    with pytest.raises(DataError, match=message):
+        MixtureConfig("m", 0, {name: SourceShare(share=share) for name, share in shares.items()})
+    with pytest.raises(DataError, match="a source has one of them"):
+        SourceShare(3, share=0.5)
 
 
 def test_impossible_numbers_are_refused_with_both(stores: Path) -> None:
@@ -151,11 +191,14 @@ def test_a_missing_store_names_the_command(stores: Path) -> None:
 
 
 def test_fingerprint(stores: Path, tmp_path: Path) -> None:
-    """It follows from seed, shares and contents, and from nothing else."""
+    """It follows from the samples chosen and held out, and from nothing else: not from a name, the order of sources,
+    or a number that changes nothing."""
     base = config(a=SourceShare(7), b=SourceShare(None, 2))
     expected = Mixture.open(base, stores).fingerprint
     reordered = MixtureConfig("another name", 0, dict(reversed(base.sources.items())))
     assert Mixture.open(reordered, stores).fingerprint == expected
+    same = config(5, b=SourceShare(28, 2)), config(b=SourceShare(None, 2))
+    assert len({Mixture.open(each, stores).fingerprint for each in same}) == 1
     others = [
         config(1, a=SourceShare(7), b=SourceShare(None, 2)),
         config(a=SourceShare(8), b=SourceShare(None, 2)),
@@ -202,6 +245,8 @@ def test_pydantic_reads_the_config() -> None:
         ("seed: 0\nsources: {a: {count: 1.5}}", "`sources.a.count` is 1.5"),
         ("seed: 0\nsources: {a: {holdout: null}}", "`sources.a.holdout` is None"),
         ("seed: 0\nsources: {a: {count: 0}}", "sources.a.count: 0 is below 1"),
+        ("seed: 0\nsources: {a: {share: half}}", "`sources.a.share` is 'half', and must be a number between 0 and 1"),
+        ("seed: 0\nsources: {a: {share: 0.3}}", "the shares of a add up to 0.3"),
         ("seed: 0\nsources: {}", "`sources` is empty"),
         ("- a", "must hold keys and values"),
         ("a: [", "is not YAML"),

@@ -2,7 +2,12 @@
 workers."""
 
 import io
+import multiprocessing
+import os
+import signal
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,8 +36,11 @@ def png_header_of(height: int, width: int) -> bytes:
     [
         (lambda: b"", Reason.PICTURE_EMPTY),
         (lambda: b"<html>404</html>", Reason.PICTURE_UNREADABLE),
-        (lambda: picture(1, 64, 64, "JPEG")[:-200], Reason.PICTURE_UNREADABLE),
-        (lambda: picture(1, 64, 64)[:-2000], Reason.PICTURE_UNREADABLE),
+        (lambda: picture(1, 64, 64, "JPEG")[:-200], Reason.PICTURE_TRUNCATED),
+        (lambda: picture(1, 64, 64)[:-2000], Reason.PICTURE_TRUNCATED),
+        (lambda: picture(1, 64, 64, "WEBP")[:-20], Reason.PICTURE_TRUNCATED),
+        (lambda: picture(1, 64, 64, "GIF")[:-20], Reason.PICTURE_TRUNCATED),
+        (lambda: picture(1, 64, 64)[:200] + picture(2, 64, 64)[200:], Reason.PICTURE_UNREADABLE),
         (lambda: png_header_of(50_000, 50_000), Reason.PICTURE_TOO_LARGE),
         (lambda: png_header_of(12_000, 10_000), Reason.PICTURE_TOO_LARGE),
         (lambda: picture(1, 2, 201), Reason.ASPECT_RATIO),
@@ -49,9 +57,27 @@ def test_bad_pictures_get_their_reason(make: Callable[[], bytes], reason: Reason
 
 
 def test_a_wrong_extension_is_no_fault(tmp_path: Path) -> None:
-    """The bytes tell the format, not the name: half the web calls its JPEGs .png."""
+    """The bytes tell the format, not the name: half the web calls its JPEGs .png. It is noted."""
     loaded = load(put(tmp_path / "photo.png", picture(1, kind="JPEG")))
     assert (loaded.info.format, loaded.info.height, loaded.info.width) == ("JPEG", 12, 16)
+    assert (loaded.data, loaded.notes) == (picture(1, kind="JPEG"), ("wrong_extension",))
+    for name, kind in (("a.png", "PNG"), ("b.JPEG", "JPEG"), ("c.img", "GIF"), ("d", "BMP")):
+        assert load(put(tmp_path / name, picture(1, kind=kind))).notes == ()
+
+
+def test_a_file_of_another_extension_is_found(tmp_path: Path) -> None:
+    """OCR-VQA's lists say .jpg where the download gave a .gif: found and noted if there is just one such file, and
+    never by a link, which might lead out of the image root."""
+    put(tmp_path / "1.gif", picture(1, kind="GIF"))
+    loaded = load(tmp_path / "1.jpg")
+    assert (loaded.info.format, loaded.notes) == ("GIF", ("found_by_other_extension",))
+    put(tmp_path / "1.png", picture(1))
+    put(tmp_path / "2.txt", picture(1))
+    (tmp_path / "3.png").symlink_to(tmp_path / "1.png")
+    for name in ("1.jpg", "2.jpg", "3.jpg", "1"):
+        with pytest.raises(PictureError) as caught:
+            load(tmp_path / name)
+        assert caught.value.reason is Reason.PICTURE_MISSING
 
 
 def test_size_is_the_one_after_rotation() -> None:
@@ -133,3 +159,22 @@ def test_the_pool_reads_ahead_only_a_little(tmp_path: Path) -> None:
         stream = pool.load_in_order(endless())
         next(stream)
         assert asked <= 64
+
+
+def endless(_: int) -> None:
+    """Work that never ends."""
+    while True:
+        time.sleep(1)
+
+
+def test_workers_leave_at_once_when_they_are_not_wanted() -> None:
+    """After Ctrl-C nobody waits for what a process is in the middle of."""
+
+    def interrupted() -> None:
+        with PicturePool(2) as pool:
+            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            pool.run_all(endless, [1, 2])
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert multiprocessing.active_children() == []

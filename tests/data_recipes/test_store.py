@@ -1,6 +1,7 @@
 """Owns the proofs about a prepared source: what went in comes out, whole or not at all, whoever did the
 work."""
 
+import hashlib
 import json
 import pickle
 from collections.abc import Iterator
@@ -10,17 +11,19 @@ import datasets
 import numpy as np
 import pytest
 
-from data_recipes import store as store_module
+from data_recipes import store_tables
 from data_recipes.arrow_folder import TableWriter
 from data_recipes.pictures import PicturePool
 from data_recipes.readers import llava_json
 from data_recipes.sample import DataError, Message, Reason, Reject, Sample
 from data_recipes.source import SourceInfo
-from data_recipes.store import Store, write_store
+from data_recipes.store import Store
 from data_recipes.store_tables import RejectedError
+from data_recipes.store_writer import write_store
 from tests.data_recipes.raw_folders import conversation, llava_record, make_store, picture, put, write_llava
 
 SOURCE = SourceInfo(name="s", reader="test", root=".", max_reject_share=1.0, licence="CC0")
+UNLISTED = ("manifest.json", "inputs.json")
 REJECT = Reject("r", Reason.BROKEN_RECORD, "cut off", "file, record 9")
 
 
@@ -57,12 +60,20 @@ def test_plain_datasets_opens_it(tmp_path: Path) -> None:
 
 
 def test_many_rows_and_shards(tmp_path: Path) -> None:
-    """Rows beyond one batch and files beyond one shard read back in order, and nothing waits in memory."""
+    """Rows beyond one batch and files beyond one shard read back in order, nothing waits in memory, and a writer
+    goes on from another's shards."""
     features = datasets.Features({"x": datasets.Value("int32"), "b": datasets.Value("binary")})
-    writer = TableWriter(tmp_path / "t", features, batch_rows=10, batch_bytes=300, shard_bytes=1000)
-    for number in range(95):
+    writer = TableWriter(tmp_path / "t", features, batch_rows=10, batch_bytes=300)
+    for number in range(60):
         assert writer.write({"x": number, "b": b"." * 50}, 50) == number
         assert len(writer._rows) < 10
+        if number % 20 == 19:
+            shards = writer.cut()
+    writer.write({"x": 1000, "b": b"lost"}, 300)
+    writer.abandon()
+    writer = TableWriter(tmp_path / "t", features, batch_rows=10, batch_bytes=300, shards=shards)
+    for number in range(60, 95):
+        assert writer.write({"x": number, "b": b"." * 50}, 50) == number
     writer.close("f")
     table = datasets.load_from_disk(str(tmp_path / "t"))
     assert table["x"][:] == list(range(95))
@@ -106,6 +117,11 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
         contents.append({str(file.relative_to(path)): file.read_bytes() for file in files})
     assert contents[0] == contents[1] == contents[2]
     manifest = json.loads(contents[0]["manifest.json"])
+    assert manifest["files"] == {
+        name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in contents[0].items()
+        if name not in UNLISTED
+    }
     assert (manifest["num_samples"], manifest["num_pictures"]) == (60, 45)
     assert manifest["rejects"] == {"picture_missing": 1, "picture_unreadable": 1}
 
@@ -186,7 +202,7 @@ def test_a_full_disk_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.Monk
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device", str(folder))
 
-    monkeypatch.setattr(store_module, "sync", full)
+    monkeypatch.setattr(store_tables, "sync", full)
     with pytest.raises(OSError, match="No space left"):
         write_store(tmp_path / "s", SOURCE, [conversation("a")])
     assert list(tmp_path.iterdir()) == []
@@ -207,7 +223,7 @@ def test_what_is_not_a_whole_store_is_refused(tmp_path: Path) -> None:
     manifest.write_text(text.replace('"num_samples": 1', '"num_samples": 2'))
     with pytest.raises(DataError, match="holds 1 samples"):
         Store.open(tmp_path / "s")
-    manifest.write_text(text.replace('"format": 1', '"format": 0'))
+    manifest.write_text(text.replace('"format": 2', '"format": 1'))
     with pytest.raises(DataError, match=command):
         Store.open(tmp_path / "s")
     manifest.write_text(text)

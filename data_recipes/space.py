@@ -1,0 +1,86 @@
+"""How much room a store will need, told and compared with what is free before anything is written.
+
+Owns: counting records and bytes ahead, the comparison.
+Leaves: what counts as a picture's path to the readers; a disk that fills all the same to `store_writer.py`.
+"""
+
+import shutil
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_recipes.sample import DataError, Reject, Sample
+from data_recipes.stream import WHOLE, Slice
+
+_BYTES_PER_RECORD = 400  # index while it is written, offsets, id
+_BYTES_PER_STORE = 1 << 20
+_SEEN_BITS = 1 << 26  # 8 MiB whatever the number of pictures; a million share them with 1.5 % of collisions
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one store or slice takes: records (None: not counted) and bytes on the disk."""
+
+    name: str
+    num_records: int | None
+    num_bytes: int
+
+
+def survey(name: str, records: Iterable[Sample | Reject], raw_bytes: Callable[[], int], part: Slice = WHOLE) -> Need:
+    """Count a reader's stream without opening a picture: file sizes, each path once, and the texts.
+
+    Pictures that come as bytes out of the raw files are not counted one by one, since that would read all of those
+    files twice: the whole raw folder, `raw_bytes`, stands for them.
+    """
+    seen = bytearray(_SEEN_BITS // 8)
+    num_records = num_bytes = 0
+    for record in records:
+        num_records += 1
+        if isinstance(record, Reject) or not part.has(num_records - 1):
+            continue
+        if any(isinstance(picture, bytes) for picture in record.pictures):
+            return Need(name, None, raw_bytes() // part.num_slices + _BYTES_PER_STORE)
+        num_bytes += sum(len(str(message.text)) for message in record.messages)
+        num_bytes += sum(_size_once(picture, seen) for picture in record.pictures if isinstance(picture, Path))
+    num_own = num_records // part.num_slices
+    return Need(name, num_own, num_bytes + num_own * _BYTES_PER_RECORD + _BYTES_PER_STORE)
+
+
+def check_space(needs: Sequence[Need], folder: Path) -> str:
+    """The line that says what is needed and what is free below `folder`.
+
+    Raises:
+        DataError: it is not enough.
+    """
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    needed = sum(need.num_bytes for need in needs)
+    names = ", ".join(f"{need.name} {readable(need.num_bytes)}" for need in needs)
+    line = f"space: about {readable(needed)} needed ({names}), {readable(free)} free in {place}"
+    if needed > free:
+        raise DataError(f"{line}, which is not enough. Make room, or name another place with --stores.")
+    return line
+
+
+def readable(num_bytes: int) -> str:
+    """Bytes as a person reads them: `1.5 GiB`."""
+    size, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop(0)
+    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def _size_once(picture: Path, seen: bytearray) -> int:
+    """The file's size, or 0 if it was counted before or is not there."""
+    bit = zlib.crc32(bytes(picture)) % _SEEN_BITS
+    if seen[bit >> 3] & (1 << (bit & 7)):
+        return 0
+    seen[bit >> 3] |= 1 << (bit & 7)
+    try:
+        return picture.stat().st_size
+    except OSError:
+        return 0
