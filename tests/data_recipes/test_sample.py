@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from data_recipes.sample import Message, Reason, Reject, Sample, assemble, check
+from data_recipes.sample import MAX_CHARACTERS, Message, Reason, Reject, Sample, assemble, check
 
 ASK, ANSWER = ("human", "Why?"), ("gpt", "Because.")
 
@@ -31,6 +31,7 @@ def judged(turns: list[tuple[Any, Any]], *pictures: bytes) -> Sample | Reject:
         ([ANSWER], Reason.NO_ANSWER),
         ([("human", "<image>\nWhy?"), ANSWER], Reason.PLACEHOLDER_MISMATCH),
         ([ASK, ("gpt", "See <image>.")], Reason.PLACEHOLDER_MISMATCH),
+        ([ASK, ("gpt", "a" * MAX_CHARACTERS)], Reason.TOO_LONG),
         ([ASK, ("gpt", "half a pair: \ud83d")], Reason.WRONG_ENCODING),
     ],
 )
