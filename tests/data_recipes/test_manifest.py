@@ -12,28 +12,21 @@ import pytest
 from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.manifest import describe_mixture, to_bibtex, to_latex, write_manifest
 from data_recipes.mixture import Mixture
-from data_recipes.sample import Reason, Reject
+from data_recipes.sample import Reason, Reject, Sample
 from data_recipes.store import Store
 from tests.data_recipes.raw_folders import conversation, make_store, picture
 
 ENTRY = {"key": "masry2022chartqa", "type": "inproceedings", "title": "Charts & {QA}: 100%", "url": "https://a/b_c"}
+REJECT = Reject("r", Reason.PICTURE_MISSING, "gone", "f, 9")
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> Path:
     """`chart_qa` with 20 samples and a reject, `chats` with 10, and a benchmark that shows three of the charts."""
     shown = [picture(n) for n in range(20)]
-    samples = [
-        *(conversation(str(n), shown[n]) for n in range(20)),
-        Reject("r", Reason.PICTURE_MISSING, "gone", "f, 9"),
-    ]
-    about: dict[str, Any] = {
-        "licence": "GPL-3.0 & more",
-        "publisher": "A. Masry",
-        "citation": ENTRY,
-        "expected_count": 99,
-    }
-    make_store(tmp_path / "chart_qa", samples, max_reject_share=1.0, **about)
+    samples: list[Sample | Reject] = [*(conversation(str(n), shown[n]) for n in range(20)), REJECT]
+    about: dict[str, Any] = {"licence": "GPL-3.0 & more", "publisher": "A. Masry", "citation": ENTRY}
+    make_store(tmp_path / "chart_qa", samples, max_reject_share=1.0, expected_count=99, **about)
     make_store(tmp_path / "chats", [conversation(str(n)) for n in range(10)], citation="V. Zhou, 2019.")
     make_store(tmp_path / "bench", [conversation(str(n), shown[n]) for n in range(3)], licence="MIT")
     return tmp_path
@@ -76,7 +69,7 @@ def test_the_json_has_every_number(stores: Path) -> None:
 
 
 def test_the_data_section(stores: Path) -> None:
-    """The table in Markdown and in LaTeX, with every licence; each \\cite has its entry; what LaTeX reads is escaped."""
+    """The table in Markdown and LaTeX, with every licence; each citation has its entry; LaTeX's letters are escaped."""
     folder = write_manifest(mixture(stores), stores)
     markdown = (folder / "manifest.md").read_text()
     assert re.search(r"\| chart_qa \| 12 \| 54.5% \| 4 \| \d \| GPL-3.0 & more \|", markdown)
@@ -86,9 +79,8 @@ def test_the_data_section(stores: Path) -> None:
     latex = (folder / "manifest.tex").read_text()
     assert re.search(r"chart\\_qa~\\cite\{masry2022chartqa\} & 12 & 54.5\\% & 4 & \d & GPL-3.0 \\& more \\\\", latex)
     bibtex = (folder / "manifest.bib").read_text()
-    assert (
-        "@inproceedings{masry2022chartqa,\n  title = {Charts \\& {QA}: 100\\%},\n  url = {https://a/b_c},\n}" in bibtex
-    )
+    values = "  title = {Charts \\& {QA}: 100\\%},\n  url = {https://a/b_c},\n"
+    assert f"@inproceedings{{masry2022chartqa,\n{values}}}" in bibtex
     assert "@misc{chats,\n  note = {V. Zhou, 2019.},\n}" in bibtex
     assert set(re.findall(r"\\cite\{(\w+)\}", latex)) == set(re.findall(r"@\w+\{(\w+),", bibtex))
 

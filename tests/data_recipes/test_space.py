@@ -2,12 +2,12 @@
 
 import io
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from data_recipes import progress
 from data_recipes.pictures import PicturePool
 from data_recipes.progress import Progress
 from data_recipes.sample import DataError, Reason, Reject, Sample
@@ -70,7 +70,7 @@ def test_room_is_compared_where_the_stores_will_be(tmp_path: Path) -> None:
     line = check_space([Need("a", 1, 1000), Need("b", 1, 5 * 2**30)], tmp_path / "not" / "yet")
     assert line.startswith("space: about 5.0 GiB needed (a 1000 B, b 5.0 GiB), ")
     assert line.endswith(f"free in {tmp_path}")
-    with pytest.raises(DataError, match="1024.0 TiB needed .* which is not enough. Make room, or name another place"):
+    with pytest.raises(DataError, match=r"1024.0 TiB needed .* which is not enough. Make room, or name another place"):
         check_space([Need("a", 1, 2**50)], tmp_path)
 
 
@@ -85,7 +85,7 @@ def test_readable(num_bytes: int, text: str) -> None:
 def test_progress_without_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A log file gets a line now and then: how many of how many, both rates, what was left out, how long it takes."""
     clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     with Progress("talk", 2000) as told:
         told.begin(400)
         for number in range(960):
