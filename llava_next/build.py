@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_next.config import ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
+from llava_next.config import AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
@@ -141,13 +141,16 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(backbone: Backbone, *, dtype: torch.dtype, seed: int, num_sources: int = 1) -> LlavaNext:
+def build_model(
+    backbone: Backbone, *, dtype: torch.dtype, seed: int, num_sources: int = 1, attention: AttentionKernel = "auto"
+) -> LlavaNext:
     """The model with the first weights of its parts; random ones depend on the seed alone, not on the rank.
 
     Args:
         dtype: of every weight.
         seed: of the weights that are not read from a file.
         num_sources: length of the per-source loss sums.
+        attention: the kernel inside packed samples.
 
     Raises:
         ModelError: missing weights, or weights that do not fit the config.
@@ -185,6 +188,7 @@ def build_model(backbone: Backbone, *, dtype: torch.dtype, seed: int, num_source
         image_mean=config.vision_tower.image_mean,
         image_std=config.vision_tower.image_std,
         num_sources=num_sources,
+        attention=attention,
     )
 
 

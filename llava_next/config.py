@@ -24,6 +24,9 @@ Rounding = Literal["exact", "authors"]
 """exact: what is kept of a map in whole numbers, as transformers and vLLM. authors: their int() of a float product, one
 line less at 16 of 549,552 sizes; for the comparison with their code and for servers that count as they do."""
 
+AttentionKernel = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
+"""What computes attention inside packed samples; nothing learned depends on it, beyond rounding."""
+
 
 _STRICT = {"extra": "forbid"}
 """Read by pydantic where a run's configuration is checked: unknown keys are errors."""

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 
-from llava_next.attention import SEGMENT_ATTENTION, refuse_unsupported, register
+from llava_next.attention import refuse_unsupported, register
 from llava_next.batch import Batch
-from llava_next.config import PARTS, ModelError
+from llava_next.config import PARTS, AttentionKernel, ModelError
 from llava_next.loss import token_losses
 
 
@@ -49,9 +49,11 @@ class LlavaNext(nn.Module):
             (`upper_tower_layers`), frozen and never run. So `hf` itself no longer runs; what generates is the export.
         image_mean, image_std: of the tower's training, for tiles in [0, 1].
         num_sources: length of the per-source sums.
+        attention: the kernel inside packed samples.
 
     Raises:
-        ModelError: the language model attends in a way that packing does not implement.
+        ModelError: the language model attends in a way that packing does not implement, or the kernel's package is
+            not installed.
     """
 
     tile_scale: torch.Tensor
@@ -64,13 +66,13 @@ class LlavaNext(nn.Module):
         image_mean: tuple[float, float, float],
         image_std: tuple[float, float, float],
         num_sources: int = 1,
+        attention: AttentionKernel = "auto",
     ) -> None:
         super().__init__()
-        register()
         refuse_unsupported(hf.config.text_config)
         if hf.lm_head.bias is not None:
             raise ModelError(f"{hf.config.text_config.model_type} has a biased head, LLaVA-NeXT's has no bias")
-        hf.model.language_model.set_attn_implementation(SEGMENT_ATTENTION)
+        hf.model.language_model.set_attn_implementation(register(attention))
         hf.model.vision_tower.set_attn_implementation("sdpa")
         self.hf = hf
         self.num_sources = num_sources
@@ -93,7 +95,8 @@ class LlavaNext(nn.Module):
         weighted = losses * batch.target_weights
         by_source = weighted.new_zeros(self.num_sources)
         by_source.index_add_(0, batch.target_sources, weighted.detach())
-        tokens = torch.bincount(batch.target_sources, minlength=self.num_sources)
+        tokens = torch.zeros_like(by_source, dtype=torch.int64)
+        tokens.index_add_(0, batch.target_sources, torch.ones_like(batch.target_sources))  # bincount waits for a GPU
         return weighted.sum(), by_source, tokens
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_recipes.config import MixtureConfig
-from llava_next.config import PARTS, ImageMode, ModelConfig, check_grids
+from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, check_grids
 from llava_next.conversation import TEMPLATES
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -143,6 +143,7 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: AttentionKernel = "auto"
     timeout_s: int = 1800
     max_steps: int | None = None
     recipe: str | None = None

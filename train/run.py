@@ -108,7 +108,9 @@ def _planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNe
 
 
 def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> LlavaNext:
-    model = build_model(backbone, dtype=world.dtype, seed=config.seed, num_sources=num_sources)
+    model = build_model(
+        backbone, dtype=world.dtype, seed=config.seed, num_sources=num_sources, attention=config.attention
+    )
     if config.stage.init_from is not None:
         load_weights(model, backbone, Path(config.stage.init_from))
     set_trained_parts(model, config.stage.rates)
