@@ -5,6 +5,7 @@ on every machine. So this needs no GPU, whose own kernels (`varlen_attn`) are le
 """
 
 from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from tests.tiny import TowerName
 
 
 def _without_values(batch: Batch, mode: FakeTensorMode) -> Batch:
-    tensors = {
+    tensors: dict[str, Any] = {
         item.name: mode.from_tensor(getattr(batch, item.name))
         for item in fields(batch)
         if isinstance(getattr(batch, item.name), torch.Tensor)
