@@ -31,7 +31,7 @@ def _without_values(batch: Batch, mode: FakeTensorMode) -> Batch:
 
 def _forward_without_values(model: LlavaNext, batch: Batch) -> None:
     mode = FakeTensorMode()
-    state = {name: mode.from_tensor(tensor) for name, tensor in model.named_parameters()}
+    state: dict[str, torch.Tensor] = {name: mode.from_tensor(tensor) for name, tensor in model.named_parameters()}
     state |= {name: mode.from_tensor(tensor) for name, tensor in model.named_buffers()}
     with mode:
         total, _, _ = torch.func.functional_call(model, state, (_without_values(batch, mode),))
