@@ -70,6 +70,7 @@ class LlavaNext(nn.Module):
     ) -> None:
         super().__init__()
         refuse_unsupported(hf.config.text_config)
+        _refuse_dropout(hf)
         if hf.lm_head.bias is not None:
             raise ModelError(f"{hf.config.text_config.model_type} has a biased head, LLaVA-NeXT's has no bias")
         hf.model.language_model.set_attn_implementation(register(attention))
@@ -138,6 +139,17 @@ class LlavaNext(nn.Module):
         return states[0, batch.target_positions], self.hf.lm_head.weight
 
 
+def _refuse_dropout(hf: LlavaNextForConditionalGeneration) -> None:
+    """A step is a function of its samples: what falls away at random would depend on ranks, rows and restarts."""
+    for part, config in (("vision_tower", hf.config.vision_config), ("language_model", hf.config.text_config)):
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float) and value > 0:
+                raise ModelError(
+                    f"model.{part}: {config.model_type} drops activations at random ({key}={value}), and a step would "
+                    f"no longer be a function of its samples; set {key}: 0.0 in model.{part}.overrides"
+                )
+
+
 def part_of(name: str) -> str:
     """The part that a parameter of `LlavaNext` belongs to, by its name.
 
@@ -171,6 +183,22 @@ def set_trained_parts(model: LlavaNext, parts: Collection[str]) -> None:
     unread = set(_unread_tower_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts and name not in unread)
+
+
+def set_recompute(model: LlavaNext, parts: Collection[str]) -> None:
+    """Lets the blocks of these parts keep their inputs alone and run again in the backward pass.
+
+    Nothing learned depends on it: memory is traded for a second forward pass of those blocks.
+
+    Raises:
+        ModelError: a part that is no stack of blocks.
+    """
+    stacks = {"vision_tower": model.hf.model.vision_tower, "language_model": model.hf.model.language_model}
+    for part in parts:
+        if part not in stacks:
+            raise ModelError(f"recompute: {part!r} is no stack of blocks; choose among {', '.join(stacks)}")
+        # transformers runs blocks again only in training mode, in which nothing else differs (no dropout, see above).
+        stacks[part].train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _unread_tower_parameters(model: LlavaNext) -> Iterator[str]:

@@ -144,6 +144,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionKernel = "auto"
+    recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
     timeout_s: int = 1800
     max_steps: int | None = None
     recipe: str | None = None

