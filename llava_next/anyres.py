@@ -128,7 +128,7 @@ def image_layout(
     """
     if min(size_hw) < 1:
         raise ModelError(f"a picture's height and width must be positive, got {size_hw}")
-    if mode == "square":
+    if mode != "anyres":
         return ImageLayout(size_hw, None, patches_per_side)
     grid = select_grid(size_hw, grids, tile)
     kept_rows, kept_cols = kept_range(size_hw, (grid[0] * patches_per_side, grid[1] * patches_per_side), rounding)
@@ -181,8 +181,13 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
     return (values * (255.0 / white)).astype(np.uint8)
 
 
-def cut_tiles(image: Image.Image, layout: ImageLayout, tile: int) -> np.ndarray:
+def cut_tiles(
+    image: Image.Image, layout: ImageLayout, tile: int, pad_colour: tuple[int, int, int] | None = None
+) -> np.ndarray:
     """The views of one RGB picture: uint8 [num_tiles, tile, tile, 3], base view first, then row by row.
+
+    A single view shows the whole picture on a square of `pad_colour` (image mode pad), or without one its centre
+    (square).
 
     Raises:
         ModelError: the picture's size is not the one the layout was made for.
@@ -193,7 +198,8 @@ def cut_tiles(image: Image.Image, layout: ImageLayout, tile: int) -> np.ndarray:
             f"{layout.size_hw[1]} (height x width): its store was made from other bytes, prepare it again"
         )
     if layout.grid is None:
-        return np.asarray(_centre_crop(image, tile))[None]
+        view = _centre_crop(image, tile) if pad_colour is None else _padded_square(image, tile, pad_colour)
+        return np.asarray(view)[None]
     rows, cols = layout.grid
     base = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
     new_h, new_w = resized_hw(layout.size_hw, (rows * tile, cols * tile))
@@ -214,3 +220,25 @@ def _centre_crop(image: Image.Image, tile: int) -> Image.Image:
     image = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
     top, left = (new_h - tile) // 2, (new_w - tile) // 2
     return image.crop((left, top, left + tile, top + tile))
+
+
+_BAND_ROWS = 1024
+
+
+def _padded_square(image: Image.Image, tile: int, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square as long as its longer side, resized to `tile`: the authors' `expand2square`
+    and the CLIP processor, for LLaVA-1.5's second stage. An odd pixel of padding lies at the bottom or right.
+
+    Pillow resizes along the rows first, then along the columns, with 8 bits in between. Done in bands of rows that is
+    the same bit for bit, and the square, a hundred times the pixels of a long picture, is never held as a whole.
+    """
+    width, height = image.size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrowed = Image.new("RGB", (tile, side))
+    for first in range(0, side, _BAND_ROWS):
+        num_rows = min(_BAND_ROWS, side - first)
+        band = Image.new("RGB", (side, num_rows), colour)
+        band.paste(image, (left, top - first))
+        narrowed.paste(band.resize((tile, num_rows), Image.Resampling.BICUBIC), (0, first))
+    return narrowed.resize((tile, tile), Image.Resampling.BICUBIC)

@@ -247,6 +247,20 @@ def _cut(layers: nn.ModuleList, feature_layer: object) -> tuple[nn.Module, ...]:
     return upper
 
 
+def live_parameters(model: LlavaNext) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter with its live name, the tower's upper layers included (they are kept aside, see `model.py`).
+
+    A head that shares the embedding's tensor is left out, as published checkpoints leave it out.
+    """
+    tied = model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not (tied and name.startswith("hf.lm_head.")):
+            yield name, parameter
+    for index, layer in enumerate(model.upper_tower_layers, start=model.num_tower_layers):
+        for name, parameter in layer.named_parameters():
+            yield f"{model.tower_layers_name}.{index}.{name}", parameter
+
+
 def num_parameters(model: LlavaNext, part: str | None = None, *, trained: bool = False) -> int:
     """Parameters of a part, or of the model; shared ones once. Partitioned (ZeRO-3) ones count whole."""
     return sum(

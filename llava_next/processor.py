@@ -87,6 +87,8 @@ class Processor:
 
     def __init__(self, tokenizer: Any, config: ProcessorConfig) -> None:
         check_grids(config.grids)
+        if (config.image_mode == "pad") != (config.pad_colour is not None):
+            raise ModelError(f"image mode {config.image_mode} and pad_colour={config.pad_colour} do not go together")
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
         self.config = config
@@ -155,7 +157,7 @@ class Processor:
         layout = self.layout(messages, sizes_hw)
         tile = self.config.tile
         views = [
-            cut_tiles(decode(picture), image, tile)
+            cut_tiles(decode(picture), image, tile, self.config.pad_colour)
             for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True)
         ]
         empty = np.zeros((0, tile, tile, 3), dtype=np.uint8)

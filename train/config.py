@@ -51,7 +51,8 @@ class StageConfig:
 
     `learning_rates` is the whole truth of what is trained: a part that is not named, or null, is frozen (where there
     are tiles, image_newline follows the projector unless it is named). `init_from` is the folder whose weights the
-    stage starts from (null: fresh parts). Lengths are in tokens, image tokens included.
+    stage starts from, or the authors' `mm_projector.bin` (null: fresh parts). Lengths are in tokens, image tokens
+    included.
     """
 
     __pydantic_config__ = _STRICT
@@ -76,7 +77,7 @@ class StageConfig:
     def rates(self) -> dict[str, float]:
         """The learning rate of each trained part, image_newline's included."""
         rates = dict(self.learning_rates)
-        if "projector" in rates and self.image_mode == "anyres":  # square pictures have no newline to learn
+        if "projector" in rates and self.image_mode == "anyres":  # single views have no newline to learn
             rates.setdefault("image_newline", rates["projector"])
         return {part: rate for part, rate in rates.items() if rate is not None}
 
@@ -268,7 +269,7 @@ def _check_values(config: RunConfig) -> None:
             f"packing.max_tokens={packing.max_tokens} is smaller than stage.max_length={stage.max_length}: the longest "
             f"allowed sample would fit no row; raise packing.max_tokens to at least {stage.max_length}"
         )
-    most_tiles = 1 if stage.image_mode == "square" else 1 + max(r * c for r, c in config.model.grids)
+    most_tiles = 1 if stage.image_mode != "anyres" else 1 + max(r * c for r, c in config.model.grids)
     if packing.max_tiles < most_tiles:
         raise ConfigError(
             f"packing.max_tiles={packing.max_tiles} is smaller than the {most_tiles} tiles of one picture in the "
@@ -306,11 +307,20 @@ def _check_folders(config: RunConfig) -> None:
         if not (store_root / source / "manifest.json").is_file():
             key = f"mixture.sources.{source}" if source in config.mixture.sources else "mixture.exclude"
             raise ConfigError(f"{key}: there is no prepared source in {store_root / source}; run `{prepare}`")
-    start = config.stage.init_from
-    if start is not None and not Path(start).is_dir():
+    if config.stage.init_from is not None:
+        _check_start(Path(config.stage.init_from))
+
+
+def _check_start(start: Path) -> None:
+    if start.is_file() and start.suffix != ".bin":
         raise ConfigError(
-            f"stage.init_from: there is no folder {start}; run stage=align first, or start from fresh parts with "
-            "stage.init_from=null"
+            f"stage.init_from: {start} is a file, and only the authors' connector is given as one (mm_projector.bin); "
+            f"name its folder, {start.parent}"
+        )
+    if not start.is_dir() and not start.is_file():
+        raise ConfigError(
+            f"stage.init_from: there is no folder and no mm_projector.bin {start}; run stage=align first, or start "
+            "from fresh parts with stage.init_from=null"
         )
 
 

@@ -148,12 +148,12 @@ def generate_answers(
     Raises:
         RuntimeError: the stock processor renders another prompt than training did.
     """
-    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from llava_next.anyres import decode
 
-    stock = LlavaNextProcessor.from_pretrained(export)
-    model = LlavaNextForConditionalGeneration.from_pretrained(export)
+    stock = AutoProcessor.from_pretrained(export)
+    model = AutoModelForImageTextToText.from_pretrained(export)
     answers = []
     for question in questions:
         sample = samples[question.sample]

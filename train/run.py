@@ -12,8 +12,9 @@ import torch
 
 from data_recipes.mixture import Mixture
 from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.connector import write_connector
 from llava_next.costs import step_costs
-from llava_next.hf import load_weights, write_connector, write_hf
+from llava_next.hf import load_weights, write_hf
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from llava_next.processor import Processor
 from train import checkpoint, ops
@@ -40,7 +41,7 @@ def run(config: RunConfig, launch: Launch) -> None:
     backbone, processor, mixture, table = _open_data(config, launch)
     world = start(config, launch)
     try:
-        model = _build(backbone, config, world, num_sources=len(mixture.source_names))
+        model, loaded = _build(backbone, config, world, num_sources=len(mixture.source_names))
         planner = _planner(config, world, backbone, model, table)
         engine = start_engine(model, config, world)
         num_steps = planner.num_steps
@@ -53,7 +54,8 @@ def run(config: RunConfig, launch: Launch) -> None:
             _write_about(config, mixture, table)
         log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
         try:
-            log.say(_opening(config, world, table, num_steps, resumed_from, first_step))
+            origin = f"resumed from {resumed_from} at step {first_step}" if resumed_from else loaded
+            log.say(_opening(config, world, table, num_steps, origin))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
                 stream = batches(
@@ -98,6 +100,7 @@ def _planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNe
     costs = step_costs(
         backbone.hf_config.vision_config,
         backbone.hf_config.text_config,
+        projector=config.model.projector,
         num_vision_layers=model.num_tower_layers,
         trains_tower="vision_tower" in config.stage.rates,
         trains_language_model="language_model" in config.stage.rates,
@@ -107,15 +110,17 @@ def _planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNe
     )
 
 
-def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> LlavaNext:
+def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> tuple[LlavaNext, str]:
+    """The model with the weights that the stage starts from, and where they are from."""
     model = build_model(
         backbone, dtype=world.dtype, seed=config.seed, num_sources=num_sources, attention=config.attention
     )
+    origin = "started afresh"
     if config.stage.init_from is not None:
-        load_weights(model, backbone, Path(config.stage.init_from))
+        origin = "starts with the " + load_weights(model, backbone, Path(config.stage.init_from))
     set_trained_parts(model, config.stage.rates)
     set_recompute(model, config.recompute)
-    return model
+    return model, origin
 
 
 def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:
@@ -141,13 +146,9 @@ def _opening(
     world: World,
     table: LengthTable,
     num_steps: int,
-    resumed_from: Path | None,
-    first_step: int,
+    origin: str,
 ) -> str:
     stage = config.stage
-    origin = f"resumed from {resumed_from} at step {first_step}" if resumed_from else "started afresh"
-    if not resumed_from and stage.init_from:
-        origin = f"starts from {stage.init_from}"
     left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
     lines = [f"{config.run_dir}: stage {stage.name}, {origin}"]
     if config.recipe:

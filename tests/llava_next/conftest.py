@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from llava_next.build import Backbone, read_backbone
-from llava_next.config import ModelConfig
+from llava_next.config import ModelConfig, ProjectorKind
 from tests.tiny import TokenizerName, TowerName, tiny_model
 
 MakeBackbone = Callable[..., Backbone]
@@ -30,12 +31,13 @@ def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
         template: str = "chatml",
         kind: TokenizerName = "bytes",
         tied: bool = False,
+        projector: ProjectorKind = "mlp2x_gelu",
     ) -> Backbone:
         key = (tower, template, kind, tied)
         if key not in configs:
             folder = tmp_path_factory.mktemp("tiny")
             configs[key] = tiny_model(folder, tower, template, kind=kind, tied=tied)
-        return read_backbone(configs[key])
+        return read_backbone(replace(configs[key], projector=projector))
 
     return make
 

@@ -15,8 +15,7 @@ from data_recipes.sample import Message
 from llava_next.batch import Batch, collate
 from llava_next.build import Backbone
 from llava_next.config import ImageMode
-from llava_next.hf import live_parameters
-from llava_next.model import LlavaNext
+from llava_next.model import LlavaNext, live_parameters
 from llava_next.processor import Example
 from tests.tiny import encoded_picture
 

@@ -1,5 +1,7 @@
 """The geometry of pictures against the published numbers, and against transformers' own functions."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,11 @@ from PIL import Image
 from transformers import LlavaNextProcessor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from llava_next import anyres
 from llava_next.anyres import (
     NEWLINE,
     ImageLayout,
@@ -219,6 +223,42 @@ def test_square_mode_equals_the_clip_processor() -> None:
         np.testing.assert_array_equal(
             cut_tiles(picture, layout, TILE), expected.transpose(0, 2, 3, 1), err_msg=str(size)
         )
+
+
+def _padded(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of this colour, by plain indexing; an odd pixel is left below or right."""
+    side = max(picture.size)
+    square = np.full((side, side, 3), colour, dtype=np.uint8)
+    top, left = (side - picture.height) // 2, (side - picture.width) // 2
+    square[top : top + picture.height, left : left + picture.width] = np.asarray(picture)
+    return Image.fromarray(square)
+
+
+@pytest.mark.parametrize(
+    ("colour", "band_rows"), [((122, 116, 104), 1024), ((127, 127, 127), 50)], ids=["clip", "siglip"]
+)
+def test_pad_mode_equals_the_stock_processors(
+    monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int], band_rows: int
+) -> None:
+    """One view, bit for bit: a square of the mean colour, then CLIPImageProcessorPil; and LlavaImageProcessorPil, which
+    pads by itself. The square is never held as a whole, and that changes no bit."""
+    monkeypatch.setattr(anyres, "_BAND_ROWS", band_rows)
+    options: dict[str, Any] = {
+        "size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE},
+        "do_rescale": False, "do_normalize": False,
+    }  # fmt: skip
+    clip = CLIPImageProcessorPil(**options)
+    llava = LlavaImageProcessorPil(do_pad=True, image_mean=[(value + 0.5) / 255 for value in colour], **options)
+    for seed, size in enumerate([*PICTURES_HW[-9:], (40, 1500), (1100, 31), (335, 336)]):
+        layout = image_layout(size, mode="pad", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE)
+        assert (layout.num_tiles, layout.num_tokens) == (1, SIDE * SIDE)
+        picture = _noise(size, seed)
+        view = cut_tiles(picture, layout, TILE, colour)
+        assert view.shape == (1, TILE, TILE, 3)
+        for expected in (clip(_padded(picture, colour), return_tensors="np"), llava(picture, return_tensors="np")):
+            np.testing.assert_array_equal(
+                view, np.asarray(expected["pixel_values"]).transpose(0, 2, 3, 1), err_msg=str(size)
+            )
 
 
 def test_tiles_come_base_first_then_row_by_row() -> None:

@@ -140,6 +140,7 @@ def built(config: RunConfig) -> Iterator[Parts]:
     costs = step_costs(
         backbone.hf_config.vision_config,
         backbone.hf_config.text_config,
+        projector=config.model.projector,
         num_vision_layers=model.num_tower_layers,
         trains_tower="vision_tower" in stage.rates,
         trains_language_model="language_model" in stage.rates,
@@ -253,7 +254,8 @@ def relative_difference(ours: dict[str, Array], theirs: dict[str, Array]) -> flo
 
 def train_and_write(config: RunConfig) -> Record:
     """Trains a run and writes its result, as `train.run` does at the end."""
-    from llava_next.hf import write_connector, write_hf
+    from llava_next.connector import write_connector
+    from llava_next.hf import write_hf
     from train.engine import gathered
 
     with built(config) as parts:

@@ -139,7 +139,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model.language_model.template": "nope"},
         ["model.language_model.template", "'nope'", "vicuna_v1"],
     ),
-    "image mode": ({"stage.image_mode": "round"}, ["stage.image_mode", "'anyres' or 'square'", "'round'"]),
+    "image mode": ({"stage.image_mode": "round"}, ["stage.image_mode", "'anyres', 'square' or 'pad'", "'round'"]),
+    "projector": ({"model.projector": "mlp3x_gelu"}, ["model.projector", "'mlp2x_gelu' or 'linear'", "'mlp3x_gelu'"]),
     "schedule": ({"stage.schedule": "linear"}, ["stage.schedule", "'linear'"]),
     "no grids": ({"model.grids": []}, ["model.grids", "at least one"]),
     "grid twice": ({"model.grids": [[1, 2], [1, 2]]}, ["model.grids", "twice"]),
@@ -182,6 +183,18 @@ def test_each_rule_names_key_and_way_out(tiny_parts: RunConfig, name: str) -> No
     assert "\n" not in str(caught.value)
 
 
+def test_a_stage_starts_from_a_folder_or_the_authors_file(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A folder, and a file as the authors' mm_projector.bin; another file is refused with the folder to name."""
+    for name in ("mm_projector.bin", "checkpoint-100.bin", "connector.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    for start in ("", "mm_projector.bin", "checkpoint-100.bin"):
+        assert checked(tiny_parts, {"stage.init_from": str(tmp_path / start)}).stage.init_from == str(tmp_path / start)
+    with pytest.raises(ConfigError, match=rf"connector\.safetensors is a file.*name its folder, {tmp_path}$"):
+        checked(tiny_parts, {"stage.init_from": str(tmp_path / "connector.safetensors")})
+    with pytest.raises(ConfigError, match=r"no folder and no mm_projector\.bin .*none\.bin; run stage=align"):
+        checked(tiny_parts, {"stage.init_from": str(tmp_path / "none.bin")})
+
+
 @pytest.mark.parametrize(
     "key",
     [
@@ -204,9 +217,12 @@ def test_engine_keys_that_the_run_owns_are_refused(tiny_parts: RunConfig, key: s
         checked(tiny_parts, {f"engine.{key}": {}})
 
 
-def test_square_pictures_need_one_tile(tiny_parts: RunConfig) -> None:
-    """Where pictures are one square view, a row of one tile is enough."""
-    assert checked(tiny_parts, {"packing.max_tiles": 1, "stage.image_mode": "square"}).packing.max_tiles == 1
+@pytest.mark.parametrize("mode", ["square", "pad"])
+def test_single_views_need_one_tile(tiny_parts: RunConfig, mode: str) -> None:
+    """Where pictures are one view, a row of one tile is enough, and there is no newline to learn."""
+    config = checked(tiny_parts, {"packing.max_tiles": 1, "stage.image_mode": mode})
+    assert config.packing.max_tiles == 1
+    assert set(config.stage.rates) == {"vision_tower", "projector", "language_model"}
 
 
 def test_written_configuration_is_read_back(run_config: RunConfig) -> None:
