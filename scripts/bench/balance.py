@@ -51,7 +51,14 @@ def costs_of_7b() -> StepCosts:
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
         image_size=336, patch_size=14,
     )  # fmt: skip
-    return step_costs(vision, LlamaConfig(), num_vision_layers=23, trains_tower=True, trains_language_model=True)
+    return step_costs(
+        vision,
+        LlamaConfig(),
+        projector="mlp2x_gelu",
+        num_vision_layers=23,
+        trains_tower=True,
+        trains_language_model=True,
+    )
 
 
 def padded_balance(tokens: Array, tiles: Array, num_ranks: int, costs: StepCosts) -> float:
