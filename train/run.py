@@ -6,6 +6,7 @@ The order at the start is fixed: resume, else `init_from`, else fresh parts.
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,25 +25,30 @@ from train.lengths import LengthTable, check_budgets, open_table
 from train.loader import Planner, batches, stage_processor
 from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
+from train.progress import sample_names
 from train.trainer import Trainer
-from train.world import Launch, World, barrier, leave, start
+from train.watch import Watch
+from train.world import Launch, World, barrier, start
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, launch: Launch) -> None:
-    """Trains the stage and writes its result. Errors are those of its parts; see `__main__` for exit codes."""
+def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
+    """Trains the stage and writes its result. Errors are those of its parts; see `__main__` for exit codes.
+
+    The process group is left by the caller, who knows whether the others can still be waited for.
+    """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     start_logging(launch, run_dir)
-    if config.device != "cuda" and not torch.cuda.is_available():
-        ops.ensure_built(say=launch.local_rank == 0)
-
-    backbone, processor, mixture, table = _open_data(config, launch)
-    world = start(config, launch)
-    try:
+    with watch:
+        if config.device != "cuda" and not torch.cuda.is_available():
+            ops.ensure_built(say=launch.local_rank == 0)
+        backbone, processor, mixture, table = _open_data(config, launch)
+        world = start(config, launch)
         model, loaded = _build(backbone, config, world, num_sources=len(mixture.source_names))
         planner = _planner(config, world, backbone, model, table)
+        watch.names = partial(sample_names, planner, mixture)
         engine = start_engine(model, config, world)
         num_steps = planner.num_steps
         last_step = min(num_steps, config.max_steps or num_steps)
@@ -68,14 +74,14 @@ def run(config: RunConfig, launch: Launch) -> None:
                     prefetch=config.data.prefetch,
                     pin_memory=world.device.type == "cuda",
                 )
-                Trainer(config, world, engine, planner, stream, log, mixture.source_names).run(first_step, last_step)
+                trainer = Trainer(config, world, engine, planner, stream, log, mixture.source_names, watch.progress)
+                trainer.run(first_step, last_step)
+            watch.progress.enter("end", last_step - 1)
             if last_step == num_steps:
                 _write_result(config, model, backbone, world, log)
         finally:
             log.close()
         barrier(world)
-    finally:
-        leave()
 
 
 def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, Mixture, LengthTable]:

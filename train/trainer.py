@@ -21,6 +21,7 @@ from train.config import RunConfig
 from train.loader import Planner, StepPlan
 from train.log import RunLog
 from train.optim import schedule_factor, set_rates
+from train.progress import Progress
 from train.world import Agreement, World, agree
 
 
@@ -53,6 +54,7 @@ class Trainer:
         config, world, engine, planner, log: the run's parts.
         batches: this rank's batches, from the step where the run starts.
         source_names: of the per-source losses.
+        progress: where this rank says how far it is.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class Trainer:
         batches: Iterator[Batch],
         log: RunLog,
         source_names: tuple[str, ...],
+        progress: Progress | None = None,
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
         self.planner, self.batches, self.log = planner, batches, log
         self.source_names = source_names
+        self.progress = progress or Progress(None)
         self.stop_signal = StopSignal()
 
     def run(self, first_step: int, last_step: int) -> None:
@@ -101,17 +105,22 @@ class Trainer:
         waited = 0.0
         num_sources = len(self.source_names)
         sums = torch.zeros(2 * num_sources, dtype=torch.float64, device=self.world.device)
-        for _ in plan.rows:
+        for number in range(len(plan.rows)):
+            self.progress.enter("data", plan.step, number)
             before = time.monotonic()
             batch = next(self.batches).to(self.world.device)
             waited += time.monotonic() - before
+            self.progress.enter("forward", plan.step, number)
             loss = LossSums(*self.engine(batch))
+            self.progress.enter("backward", plan.step, number)
             self.engine.backward(loss.total * (self.world.size / plan.divisor))
             sums[:num_sources] += loss.by_source
             sums[num_sources:] += loss.tokens_by_source
+        self.progress.enter("agree", plan.step)
         on_host = sums.cpu()
         agreement = agree(self.world, on_host, stop=self.stop_signal.asked, seconds=time.monotonic() - started - waited)
         self._check(plan, agreement)
+        self.progress.enter("update", plan.step)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         grad_norm = float(norm) if norm is not None else float("nan")
@@ -119,6 +128,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps."""
+        self.progress.enter("save", step - 1)
         state = checkpoint.run_state(step, self.planner.table.fingerprint, self.config, self.world)
         folder = self.config.run_dir / "checkpoints"
         checkpoint.save(self.engine, folder, state, self.world, keep=self.config.save.keep)

@@ -76,14 +76,18 @@ def start(config: RunConfig, launch: Launch) -> World:
     else:
         env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
     timeout = timedelta(seconds=config.timeout_s)
+    # NCCL aborts the process when it times out, with nobody's name: `watch.py` is to speak first.
+    nccl_timeout = timeout + timedelta(seconds=60)
     if not dist.is_initialized():
         with muted_stdout():
             deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                timeout=nccl_timeout if device.type == "cuda" else timeout,
+                verbose=False,
             )
     # DeepSpeed makes groups of its own and passes them no timeout: they take torch's default, half an hour.
     distributed_c10d.default_pg_timeout = timeout
-    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    distributed_c10d.default_pg_nccl_timeout = nccl_timeout  # type: ignore[attr-defined]
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     dtype = torch.float32
     if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):

@@ -16,21 +16,29 @@ from tests.train.cases import Record, aligning, relative_difference, with_stage,
 from train.config import PackingConfig, RunConfig
 
 StartRanks = Callable[[int], Ranks]
-WIDE = PackingConfig(max_tokens=4096, max_tiles=96)
-QUICK = [(1, 0), (1, 3), (2, 0), (2, 1), (2, 2), (2, 3)]
-MANY = [(1, 1), *((size, stage) for size in (3, 4) for stage in (0, 1, 2, 3))]
-_FINISHED: dict[tuple[int, int, bool], Record] = {}
+BUDGETS = {
+    "narrow": PackingConfig(max_tokens=640, max_tiles=24),
+    "few_tiles": PackingConfig(max_tokens=4096, max_tiles=12),
+    "wide": PackingConfig(max_tokens=4096, max_tiles=96),
+}
+QUICK = [
+    *((1, stage, "narrow") for stage in (0, 3)),
+    *((2, stage, "narrow") for stage in (0, 1, 2, 3)),
+    (1, 2, "wide"),
+    (2, 3, "wide"),
+    (3, 3, "few_tiles"),
+    (4, 2, "narrow"),
+]
+ALL = [(size, stage, budget) for size in (1, 2, 3, 4) for stage in (0, 1, 2, 3) for budget in BUDGETS]
+ALONE = (1, 2, "narrow")
+_FINISHED: dict[tuple[int, int, str], Record] = {}
 
-worlds = pytest.mark.parametrize(
-    ("size", "stage"), [*QUICK, *(pytest.param(*world, marks=pytest.mark.full) for world in MANY)]
-)
 
-
-def finished(start_ranks: StartRanks, config: RunConfig, size: int, stage: int, *, wide: bool = False) -> Record:
+def finished(start_ranks: StartRanks, config: RunConfig, size: int, stage: int, budget: str = "narrow") -> Record:
     """Rank 0's record of the run on `size` ranks; each run is trained once and serves every test."""
-    key = (size, stage, wide)
+    key = (size, stage, budget)
     if key not in _FINISHED:
-        chosen = replace(config, engine=zero(stage), packing=WIDE if wide else config.packing)
+        chosen = replace(config, engine=zero(stage), packing=BUDGETS[budget])
         records = start_ranks(size).run(cases.train, chosen)
         for record in records[1:]:
             assert (record.losses, record.samples) == (records[0].losses, records[0].samples)
@@ -57,27 +65,32 @@ def assert_same_training(ours: Record, theirs: Record) -> None:
     assert relative_difference(*moved) < 1e-2
 
 
-@worlds
-def test_ranks_and_zero_change_nothing(start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int) -> None:
-    """Any number of ranks and any ZeRO stage see the same samples and losses and end at the same weights, with every
-    part trained, text-only samples among the others, and a last step in which all ranks but one have no row."""
-    alone = finished(start_ranks, run_config, 1, 2)
+@pytest.mark.parametrize(
+    ("size", "stage", "budget"),
+    [*QUICK, *(pytest.param(*run, marks=pytest.mark.full) for run in ALL if run not in (*QUICK, ALONE))],
+)
+def test_ranks_zero_and_budgets_change_nothing(
+    start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int, budget: str
+) -> None:
+    """Any number of ranks, any ZeRO stage and any row budget see the same samples and losses and end at the same
+    weights, with every part trained, text-only samples among the others, and a last step in which all ranks but one
+    have no row."""
+    alone = finished(start_ranks, run_config, *ALONE)
     assert [len(samples) for samples in alone.samples] == [13, 13, 13, 1]
-    assert_same_training(finished(start_ranks, run_config, size, stage), alone)
+    assert_same_training(finished(start_ranks, run_config, size, stage, budget), alone)
 
 
-@pytest.mark.parametrize(("size", "stage"), [(1, 2), (2, 3), pytest.param(3, 2, marks=pytest.mark.full)], ids=str)
-def test_row_budget_changes_nothing(start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int) -> None:
-    """A larger row budget means fewer micro-steps, and nothing else."""
-    narrow = finished(start_ranks, run_config, 1, 2)
-    wide = finished(start_ranks, run_config, size, stage, wide=True)
-    assert len(wide.rows[0]) < len(finished(start_ranks, run_config, size, stage).rows[0])
-    assert_same_training(wide, narrow)
+def test_budgets_and_ranks_change_the_rows(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """What the proof above says is no matter of course: the runs' rows are unlike."""
+    runs = [ALONE, (1, 2, "wide"), (2, 3, "narrow"), (2, 3, "wide"), (3, 3, "few_tiles")]
+    rows = [finished(start_ranks, run_config, *run).rows for run in runs]
+    assert [len(of_run[0]) for of_run in rows] == sorted((len(of_run[0]) for of_run in rows), reverse=True)
+    assert len({str(of_run) for of_run in rows}) == len(runs)
 
 
 def test_gradient_norm_is_the_steps_own(start_ranks: StartRanks, run_config: RunConfig) -> None:
     """The norm that is logged is that of the whole step's gradient, whatever the number of ranks."""
-    alone = finished(start_ranks, run_config, 1, 2)
+    alone = finished(start_ranks, run_config, *ALONE)
     for size, stage in ((2, 1), (2, 2), (2, 3)):
         np.testing.assert_allclose(
             finished(start_ranks, run_config, size, stage).grad_norms, alone.grad_norms, rtol=1e-4
@@ -156,7 +169,7 @@ def test_gradients_are_clipped(start_ranks: StartRanks, run_config: RunConfig, s
     config = replace(run_config, engine=zero(stage))
     clipped = start_ranks(1).run(cases.train, with_stage(config, clip_norm=0.5), 1)[0]
     free = start_ranks(1).run(cases.train, with_stage(config, clip_norm=None), 1)[0]
-    norm = finished(start_ranks, run_config, 1, 2).grad_norms[0]
+    norm = finished(start_ranks, run_config, *ALONE).grad_norms[0]
     assert norm > 0.5
     assert np.sqrt(free.moment_square) * 10 == pytest.approx(norm, rel=1e-3)
     assert np.sqrt(clipped.moment_square) * 10 == pytest.approx(0.5, rel=1e-3)
@@ -187,16 +200,45 @@ def test_connector_goes_from_align_to_finetune(start_ranks: StartRanks, run_conf
         assert moved == (record.parts[name] == "projector")
 
 
-@pytest.mark.parametrize("stage", [3, 2, pytest.param(1, marks=pytest.mark.full)])
-def test_unequal_ranks_stay_in_step(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("size", "stage"),
+    [(2, 1), (2, 2), (2, 3), *(pytest.param(*world, marks=pytest.mark.full) for world in ((2, 0), (3, 3), (4, 3)))],
+)
+def test_unequal_ranks_stay_in_step(start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int) -> None:
     """Ranks with only text, only pictures, or nothing at all finish a micro-step together: all of them issue the same
-    collectives in the same order."""
-    first, second = start_ranks(2).run(cases.unequal_step, replace(run_config, engine=zero(stage)))
+    collectives in the same order, kind, shapes and types alike."""
+    first, *others = start_ranks(size).run(cases.unequal_step, replace(run_config, engine=zero(stage)))
     assert first.kinds == ["text", "pictures", "nothing"]
-    assert second.kinds == ["pictures", "nothing", "text"]
-    assert first.collectives == second.collectives
     assert len(first.collectives) > 3
-    assert first.loss == second.loss > 0
+    for other in others:
+        assert other.kinds != first.kinds or size > 3
+        assert other.collectives == first.collectives
+        assert first.loss == other.loss > 0
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_collectives_do_not_depend_on_the_row(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+    """A row of pictures, of text, and an empty one issue the same collectives; had the model no blank tile for the
+    latter two and left out tower and projector there, this would show."""
+    config = replace(run_config, engine=zero(stage))
+    ours = start_ranks(2).run(cases.collectives_by_kind, config, False)
+    for rank in ours:
+        assert rank["text"] == rank["pictures"] == rank["nothing"] == ours[0]["text"]
+    stock = start_ranks(2).run(cases.collectives_by_kind, config, True)
+    for rank in stock:
+        assert rank["pictures"] == ours[0]["pictures"]
+        assert rank["text"] != rank["pictures"]
+
+
+def test_another_order_of_collectives_is_seen(start_ranks: StartRanks) -> None:
+    """Two ranks that issue the same collectives in different orders do not pass for equal."""
+    first, second = start_ranks(2).run(cases.all_reduces, [[0, 1], [0, 1]])
+    assert first == second
+    assert [(entry.kind, entry.sizes, entry.dtypes) for entry in first] == [
+        ("gloo:all_reduce", ((3 + number,), (3 + number,)), ("Float", "Float")) for number in (0, 1)
+    ]
+    first, second = start_ranks(2).run(cases.all_reduces, [[0, 1], [1, 0]])
+    assert first != second
 
 
 def test_wrong_count_stops_the_step(start_ranks: StartRanks, run_config: RunConfig) -> None:
