@@ -15,7 +15,7 @@ from data_recipes.sample import Message
 from llava_next.batch import Batch, collate
 from llava_next.build import Backbone
 from llava_next.config import ImageMode
-from llava_next.model import LlavaNext, live_parameters
+from llava_next.model import LlavaNext, live_parameters, part_of
 from llava_next.processor import Example
 from tests.tiny import encoded_picture
 
@@ -106,8 +106,22 @@ def gradients(model: LlavaNext) -> dict[str, torch.Tensor | None]:
 
 
 def is_key_bias(name: str) -> bool:
-    """The true gradient of a tower's key bias is zero (softmax does not see it): what is there is rounding."""
-    return name.endswith(("k_proj.bias", "key.bias"))
+    """The true gradient of a tower's key bias is zero (softmax does not see it): what is there is rounding.
+
+    Not so in a language model, whose keys are turned by their positions.
+    """
+    return part_of(name) == "vision_tower" and name.endswith(("k_proj.bias", "key.bias"))
+
+
+def key_bias_noise(found: dict[str, torch.Tensor | None]) -> float:
+    """The largest gradient of a tower's key bias, in norm, as a share of that of the query's bias beside it."""
+    shares = []
+    for name, gradient in found.items():
+        if gradient is not None and is_key_bias(name):
+            beside = found[name.replace("k_proj", "q_proj").replace("key.", "query.")]
+            assert beside is not None
+            shares.append(float(gradient.norm() / beside.norm()))
+    return max(shares)
 
 
 def worst_difference(

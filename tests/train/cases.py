@@ -405,7 +405,9 @@ def recorded_collectives() -> Iterator[list[Collective]]:
 def _flight_records() -> list[dict[str, Any]]:
     from torch._C import _distributed_c10d
 
-    return json.loads(_distributed_c10d._dump_fr_trace_json(includeCollectives=True)).get("entries", [])
+    trace: bytes = vars(_distributed_c10d)["_dump_fr_trace_json"](includeCollectives=True)
+    entries: list[dict[str, Any]] = json.loads(trace).get("entries", [])
+    return entries
 
 
 def all_reduces(orders: list[list[int]]) -> list[Collective]:
@@ -465,7 +467,12 @@ def run_with_fault(config: RunConfig, rank: int, fault: str) -> int:
     from train.world import read_launch
 
     if read_launch().rank == rank and fault == "data":
-        _at_call(Mixture, "sample", 20, lambda number: (print("fault at", number, flush=True), time.sleep(3600)))
+
+        def hang(number: int) -> None:
+            print("fault at", number, flush=True)
+            time.sleep(3600)
+
+        _at_call(Mixture, "sample", 20, hang)
     elif read_launch().rank == rank:
 
         def strike(batch: Any) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_recipes.mixture import Mixture
 from data_recipes.order import samples_of_step
@@ -20,7 +22,7 @@ from llava_next.build import read_backbone
 from llava_next.costs import StepCosts
 from llava_next.processor import Processor
 from tests.tiny import tiny_samples, tiny_store
-from train.config import RunConfig
+from train.config import PackingConfig, RunConfig
 from train.lengths import LengthTable, open_table
 from train.loader import Planner, SampleError, batches
 
@@ -107,6 +109,30 @@ def test_divisor_follows_the_weighting(data: Data) -> None:
     assert data.planner(loss_weighting="token").plan(0).divisor == data.planner().plan(0).num_supervised
 
 
+def assert_no_padding(batch: Batch, lengths: list[int]) -> None:
+    """The row is its samples' tokens and nothing else; positions restart at each, and the bounds tile the row."""
+    T = sum(lengths)
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, T)
+    assert batch.position_ids[0].tolist() == [position for length in lengths for position in range(length)]
+    assert batch.segments.bounds.tolist() == [0, *np.cumsum(lengths).tolist()]
+
+
+@settings(deadline=None, max_examples=100)
+@given(num_ranks=st.integers(1, 20), max_tokens=st.integers(512, 9000), max_tiles=st.integers(10, 200))
+def test_ranks_share_a_step(data: Data, num_ranks: int, max_tokens: int, max_tiles: int) -> None:
+    """Any ranks and budgets: each sample of a step is in one row of one rank, rows keep the budgets, and every rank has
+    as many rows."""
+    planner = replace(data.planner(num_ranks=num_ranks), packing=PackingConfig(max_tokens, max_tiles))
+    for step in (0, planner.num_steps - 1):
+        plans = [replace(planner, rank=rank).plan(step) for rank in range(num_ranks)]
+        rows = [row for plan in plans for row in plan.rows]
+        assert sorted(np.concatenate(rows).tolist()) == sorted(data.planner().plan(step).samples.tolist())
+        assert {len(plan.rows) for plan in plans} == {len(plans[0].rows)}
+        for row in rows:
+            assert data.table.rows["tokens"][row].sum() <= max_tokens
+            assert data.table.rows["tiles"][row].sum() <= max_tiles
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_batches_are_the_plan(data: Data, num_ranks: int) -> None:
     """What a rank's loader yields is the planned rows in the planned order, with the counts of the table: the tokens
@@ -119,6 +145,7 @@ def test_batches_are_the_plan(data: Data, num_ranks: int) -> None:
         for batch, row in zip(read, rows, strict=True):
             known = data.table.rows[row]
             assert batch.segments.lengths == (tuple(known["tokens"].tolist()) or (1,))
+            assert_no_padding(batch, known["tokens"].tolist() or [1])
             assert len(batch.tiles) == max(1, known["tiles"].sum())
             counts = torch.bincount(batch.target_samples, minlength=len(row)).tolist()
             assert counts == known["supervised"].tolist()

@@ -170,7 +170,7 @@ def test_stuck_rank_ends_the_run(run_config: RunConfig, tmp_path: Path, fault: s
     """A rank that hangs in its forward pass, or whose process is stopped, ends the run within `timeout_s` and some
     seconds, named with host, step, micro-step and the samples that it had in hand; where it hung is in its log."""
     ended, told, took_s = faulty_run(run_config, fault, stage, tmp_path)
-    assert TIMEOUT_S - 1 < took_s < TIMEOUT_S + 5
+    assert TIMEOUT_S - 1 < took_s < TIMEOUT_S + 10
     assert told["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
     assert ", forward for " in told["reason"]
     assert f"timeout_s={TIMEOUT_S:g}" in told["reason"] or "gave up: RuntimeError" in told["reason"]
@@ -186,14 +186,14 @@ def test_stuck_worker_ends_the_run(run_config: RunConfig, tmp_path: Path) -> Non
     """A process that reads for a rank and hangs: the rank ends the run, naming the samples that never came; where the
     worker hung is in the rank's log."""
     ended, told, took_s = faulty_run(run_config, "data", 2, tmp_path)
-    assert took_s < TIMEOUT_S + 5
+    assert took_s < TIMEOUT_S + 10
     assert "waiting for its data for " in told["reason"]
     struck = re.search(r"fault at (\d+)", ended[1].output)
     assert struck
     text = Mixture.open(run_config.mixture, Path(run_config.data.store_root)).text(int(struck[1]))
     assert f"{text.source}:{text.id}" in told["samples"]
     assert [each.exit_code for each in ended] == [1, 1]
-    assert "in <lambda>" in (run_config.run_dir / "log" / "rank_001.log").read_text()
+    assert "in hang" in (run_config.run_dir / "log" / "rank_001.log").read_text()
 
 
 @pytest.mark.parametrize(("fault", "stage"), [("raise", 2), pytest.param("raise", 3, marks=pytest.mark.full)])
