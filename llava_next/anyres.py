@@ -154,14 +154,18 @@ def decode(picture: bytes) -> Image.Image:
     Raises:
         OSError: the bytes are no picture that Pillow reads.
     """
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(picture)))
+    image: Image.Image = Image.open(io.BytesIO(picture))
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
     if image.mode[0] in "IF":
         return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # `convert` would copy what is RGB already: two thirds of the time of a large scan
+    return image
 
 
 def _to_8_bits(grey: np.ndarray) -> np.ndarray:
@@ -182,12 +186,20 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
 
 
 def cut_tiles(
-    image: Image.Image, layout: ImageLayout, tile: int, pad_colour: tuple[int, int, int] | None = None
+    image: Image.Image,
+    layout: ImageLayout,
+    tile: int,
+    *,
+    pad_colour: tuple[int, int, int] | None = None,
+    out: np.ndarray | None = None,
 ) -> np.ndarray:
     """The views of one RGB picture: uint8 [num_tiles, tile, tile, 3], base view first, then row by row.
 
     A single view shows the whole picture on a square of `pad_colour` (image mode pad), or without one its centre
     (square).
+
+    Args:
+        out: where they are written, if given: a contiguous array of that shape.
 
     Raises:
         ModelError: the picture's size is not the one the layout was made for.
@@ -197,17 +209,32 @@ def cut_tiles(
             f"the picture is {image.height}x{image.width} but was counted as {layout.size_hw[0]}x"
             f"{layout.size_hw[1]} (height x width): its store was made from other bytes, prepare it again"
         )
+    if out is None:
+        out = np.empty((layout.num_tiles, tile, tile, 3), dtype=np.uint8)
     if layout.grid is None:
         view = _centre_crop(image, tile) if pad_colour is None else _padded_square(image, tile, pad_colour)
-        return np.asarray(view)[None]
+        out[0] = np.asarray(view)
+        return out
+    out[0] = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
     rows, cols = layout.grid
-    base = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
     new_h, new_w = resized_hw(layout.size_hw, (rows * tile, cols * tile))
-    canvas = np.zeros((rows * tile, cols * tile, 3), dtype=np.uint8)
-    top, left = (rows * tile - new_h) // 2, (cols * tile - new_w) // 2
-    canvas[top : top + new_h, left : left + new_w] = np.asarray(image.resize((new_w, new_h), Image.Resampling.BICUBIC))
-    tiles = canvas.reshape(rows, tile, cols, tile, 3).swapaxes(1, 2).reshape(rows * cols, tile, tile, 3)
-    return np.concatenate([base[None], tiles])
+    shown = np.asarray(image.resize((new_w, new_h), Image.Resampling.BICUBIC))
+    _spread(shown, out[1:].reshape(rows, cols, tile, tile, 3))
+    return out
+
+
+def _spread(shown: np.ndarray, tiles: np.ndarray) -> None:
+    """Writes a picture to the middle of a black canvas that lies there tile by tile: [rows, cols, tile, tile, 3]."""
+    rows, cols, tile = tiles.shape[:3]
+    height, width = shown.shape[:2]
+    above, before = (rows * tile - height) // 2, (cols * tile - width) // 2
+    if (height, width) != (rows * tile, cols * tile):
+        tiles[:] = 0
+    for row, col in np.ndindex(rows, cols):
+        top, left = row * tile - above, col * tile - before  # of this tile, in the picture
+        part = shown[max(top, 0) : max(top + tile, 0), max(left, 0) : max(left + tile, 0)]
+        at_y, at_x = max(-top, 0), max(-left, 0)
+        tiles[row, col, at_y : at_y + part.shape[0], at_x : at_x + part.shape[1]] = part
 
 
 def _centre_crop(image: Image.Image, tile: int) -> Image.Image:

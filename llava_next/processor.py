@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -157,7 +158,7 @@ class Processor:
         layout = self.layout(messages, sizes_hw)
         tile = self.config.tile
         views = [
-            cut_tiles(decode(picture), image, tile, self.config.pad_colour)
+            cut_tiles(decode(picture), image, tile, pad_colour=self.config.pad_colour)
             for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True)
         ]
         empty = np.zeros((0, tile, tile, 3), dtype=np.uint8)
@@ -209,29 +210,42 @@ class Processor:
         if len(pieces) - 1 != len(images):
             raise ModelError(f"{len(pieces) - 1} placeholders {IMAGE_PLACEHOLDER} but {len(images)} pictures")
 
-        ids: list[int] = [self.tokenizer.bos_token_id] if self.template.bos else []
-        labels = [IGNORE] * len(ids)
-        ends = [0] * len(ids)  # the character just behind each token
+        num_opening = 1 if self.template.bos else 0
+        ids = [np.full(num_opening, self.tokenizer.bos_token_id if num_opening else 0, dtype=np.int32)]
+        answers = [np.zeros(num_opening, dtype=bool)]
+        ends = [np.zeros(num_opening, dtype=np.int64)]  # the character just behind each token
         start = 0
         for index, piece in enumerate(pieces):
             if index:
                 num_tokens = images[index - 1].num_tokens
-                ids += [self.image_token_id] * num_tokens
-                labels += [IGNORE] * num_tokens
-                ends += [start] * num_tokens
+                ids.append(np.full(num_tokens, self.image_token_id, dtype=np.int32))
+                answers.append(np.zeros(num_tokens, dtype=bool))
+                ends.append(np.full(num_tokens, start))
             if piece:
-                encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-                for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                    ids.append(token)
-                    # A token counts as the answer's when its last character is: "▁A" begins with the header's space.
-                    labels.append(token if last > first and supervised[start + last - 1] else IGNORE)
-                    ends.append(start + last)
+                tokens, first, last = self._encode(piece)
+                ids.append(tokens)
+                # A token counts as the answer's when its last character is: "▁A" begins with the header's space.
+                answers.append((last > first) & supervised[start + last - 1])
+                ends.append(start + last)
             start += len(piece) + len(IMAGE_PLACEHOLDER)
-        round_ends = np.searchsorted(np.asarray(ends), round_end_chars, side="right").tolist()
-        all_ids, all_labels = np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32)
+        round_ends = np.searchsorted(np.concatenate(ends), round_end_chars, side="right").tolist()
+        all_ids, is_answer = np.concatenate(ids), np.concatenate(answers)
         if self._released_ids:
-            all_labels = np.where(np.isin(all_ids, self._released_ids), all_ids, all_labels)
-        return all_ids, all_labels, round_ends
+            is_answer |= np.isin(all_ids, self._released_ids)
+        return all_ids, np.where(is_answer, all_ids, np.int32(IGNORE)), round_ends
+
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of a text, and the characters between which each stands: int32, int64, int64 [num_tokens].
+
+        Asks the tokenizer's own engine: transformers' wrapper around it costs as much again, and the length table
+        asks a million times. What an earlier caller of the wrapper set is undone as the wrapper would.
+        """
+        engine = self.tokenizer.backend_tokenizer
+        engine.no_truncation()
+        engine.no_padding()
+        encoded = engine.encode(text, add_special_tokens=False)
+        spans = np.fromiter(chain.from_iterable(encoded.offsets), dtype=np.int64, count=2 * len(encoded))
+        return np.array(encoded.ids, dtype=np.int32), spans[::2], spans[1::2]
 
     def _num_whole_images(self, ids: np.ndarray, images: Sequence[ImageLayout]) -> int:
         """Pictures whose tokens are all there; a cut falls after an answer, so never inside a picture."""

@@ -253,7 +253,7 @@ def test_pad_mode_equals_the_stock_processors(
         layout = image_layout(size, mode="pad", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE)
         assert (layout.num_tiles, layout.num_tokens) == (1, SIDE * SIDE)
         picture = _noise(size, seed)
-        view = cut_tiles(picture, layout, TILE, colour)
+        view = cut_tiles(picture, layout, TILE, pad_colour=colour)
         assert view.shape == (1, TILE, TILE, 3)
         for expected in (clip(_padded(picture, colour), return_tensors="np"), llava(picture, return_tensors="np")):
             np.testing.assert_array_equal(
