@@ -158,7 +158,7 @@ class PicturePool:
         self._executor: ProcessPoolExecutor | None = None
         if num_workers > 1:
             context = multiprocessing.get_context("fork")
-            self._executor = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(),))
+            self._executor = ProcessPoolExecutor(num_workers, context, follow_parent, (os.getpid(),))
 
     def __enter__(self) -> "PicturePool":
         return self
@@ -216,8 +216,8 @@ def _check_size(height: int, width: int) -> None:
         raise PictureError(Reason.ASPECT_RATIO, f"{height} x {width} pixels; the limit is 1:{MAX_ASPECT_RATIO}")
 
 
-def _start_worker(parent: int) -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent was killed must not wait for ever."""
+def follow_parent(parent: int) -> None:
+    """First call of a pool's worker: Ctrl-C is the parent's to handle, and a killed parent takes its workers along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def leave_with_parent() -> None:

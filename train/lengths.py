@@ -8,9 +8,12 @@ This is the second gate: sound records that are too long for this backbone, or h
 with their reason and written to the run's own quarantine.
 """
 
+import gc
 import hashlib
 import json
 import os
+import shutil
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_recipes.mixture import Mixture
+from data_recipes.pictures import follow_parent
 from llava_next.processor import Processor, SampleRejected
 from train.config import ConfigError, PackingConfig
 from train.world import wait_for
@@ -31,6 +35,7 @@ ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("t
 """One kept sample: its number in the mixture, its lengths, and its source's number."""
 
 _CHUNK = 512
+_DEAD_AFTER_S = 600.0  # a writer gives a sign of life every second
 
 
 @dataclass(frozen=True)
@@ -134,28 +139,33 @@ def _write(
     num_workers: int,
     show_progress: bool,
 ) -> None:
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    _remove_leftovers(place.parent)
+    partial = place.with_name(f"{place.name}.{socket.gethostname()}.{os.getpid()}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     beat = _beat(place)
     beat.touch()
-    kept, rejects, cut = [], [], 0
-    with tqdm(
-        total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress, mininterval=0.5
-    ) as bar:
+    rejects, cut = Counter[str](), 0
+    with (
+        tqdm(
+            total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress, mininterval=0.5
+        ) as bar,
+        (partial / "rows.raw").open("wb") as rows_file,
+        (partial / "quarantine.jsonl").open("w") as quarantine,
+    ):
         for rows, rejected, rounds_cut in _count_all(mixture, processor, num_workers):
-            kept.append(rows)
-            rejects += rejected
+            rows.tofile(rows_file)
+            quarantine.writelines(json.dumps(reject) + "\n" for reject in rejected)
+            rejects.update(str(reject["reason"]) for reject in rejected)
             cut += rounds_cut
             bar.update(len(rows) + len(rejected))
-            os.utime(beat)
-    np.save(partial / "rows.npy", np.concatenate(kept) if kept else np.zeros(0, dtype=ROW))
-    with (partial / "quarantine.jsonl").open("w") as file:
-        file.writelines(json.dumps(reject) + "\n" for reject in rejects)
+            for sign_of_life in (beat, partial):
+                os.utime(sign_of_life)
+    _save_rows(partial)
     about = {
         "fingerprint": fingerprint,
         "mixture": mixture.fingerprint,
         "processor": processor.fingerprint,
-        "rejects": dict(sorted(Counter(str(reject["reason"]) for reject in rejects).items())),
+        "rejects": dict(sorted(rejects.items())),
         "num_rounds_cut": cut,
     }
     (partial / "table.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -165,6 +175,22 @@ def _write(
         if not _is_complete(place):  # another run made the same table meanwhile: then ours is not needed
             raise
     beat.unlink(missing_ok=True)
+
+
+def _save_rows(partial: Path) -> None:
+    """rows.raw as rows.npy, which says its type and length; by memory map, since there may be tens of millions."""
+    raw = partial / "rows.raw"
+    np.save(partial / "rows.npy", np.memmap(raw, ROW, "r") if raw.stat().st_size else np.zeros(0, ROW))
+    raw.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left: their process is gone from this host, or silent for ten minutes on another."""
+    for partial in folder.glob("*.partial"):
+        host, _, pid = partial.stem.partition(".")[2].rpartition(".")
+        is_gone = host == socket.gethostname() and not Path("/proc", pid).exists()
+        if is_gone or (_age_s(partial) or 0.0) > _DEAD_AFTER_S:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 _Counted = tuple[np.ndarray, list[dict[str, object]], int]
@@ -181,10 +207,16 @@ def _count_all(mixture: Mixture, processor: Processor, num_workers: int) -> "Ite
     with ProcessPoolExecutor(
         min(num_workers, len(ranges)),
         mp_context=get_context("fork"),
-        initializer=_set_shared,
-        initargs=(mixture, processor),
+        initializer=_start_worker,
+        initargs=(os.getpid(), mixture, processor),
     ) as pool:
         yield from pool.map(_count, ranges)
+
+
+def _start_worker(parent: int, mixture: Mixture, processor: Processor) -> None:
+    follow_parent(parent)
+    gc.freeze()  # what was there before the fork stays shared: a collection would write to all of its pages
+    _set_shared(mixture, processor)
 
 
 def _set_shared(mixture: Mixture, processor: Processor) -> None:

@@ -1,6 +1,7 @@
 """Owns the proofs about the length table: it counts what is trained on, is made once, and is complete or absent."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,49 @@ def test_killed_writer_leaves_nothing_complete(tiny_parts: RunConfig, tmp_path: 
     assert list(folder.iterdir()), "it had begun"
     table = made(mixture, processor, folder)
     np.testing.assert_array_equal(table.rows, made(mixture, processor, tmp_path / "fresh").rows)
+    assert list(folder.iterdir()) == [table.folder], "what the killed writer had begun is gone"
+
+
+def test_leftovers_of_other_hosts_go_when_they_are_old(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A folder that another host's writer has touched lately stays; one that was silent for ten minutes goes."""
+    begun, dead = tmp_path / "0123.other-host.1.partial", tmp_path / "4567.other-host.2.partial"
+    for folder in (begun, dead):
+        folder.mkdir()
+        (folder / "rows.raw").touch()
+    os.utime(dead, (time.time() - 601,) * 2)
+    made(mixture_of(tiny_parts), processor_of(tiny_parts), tmp_path)
+    assert begun.is_dir()
+    assert not dead.exists()
+
+
+def test_killed_writer_takes_its_processes_along(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes that count end soon after their writer was killed: none waits for ever for the next chunk."""
+
+    def never_ends(_: int) -> Any:
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        time.sleep(600)
+
+    monkeypatch.setattr(lengths, "_CHUNK", 1)
+    mixture = mixture_of(tiny_parts)
+    monkeypatch.setattr(mixture, "text", never_ends)
+    arguments = (mixture, processor_of(tiny_parts), tmp_path / "tables", 2)
+    writer = multiprocessing.get_context("fork").Process(target=made, args=arguments)
+    writer.start()
+    until(lambda: len(list(tmp_path.glob("*.worker"))) == 2)
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    until(lambda: not any(Path("/proc", path.stem).exists() for path in tmp_path.glob("*.worker")))
+
+
+def until(is_so: Callable[[], bool], patience_s: float = 60.0) -> None:
+    """Waits for something that other processes bring about."""
+    deadline = time.monotonic() + patience_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
 
 
 def test_writer_that_comes_second_yields(
