@@ -9,7 +9,7 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from datasets import Features, List, Value
 
@@ -142,7 +142,7 @@ class StoreTables:
             repairs=dict(sorted(self.repairs.items())),
             fingerprint=fingerprint,
         )
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": fingerprint,
             **describe(self._source),
@@ -154,6 +154,7 @@ class StoreTables:
             "repairs": report.repairs,
             "inputs": inputs,
         }
+        manifest["files"] = {name: _describe_file(self._folder / name) for name in table_files(self._folder)}
         text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
         (self._folder / "manifest.json").write_text(text, encoding="utf-8")
         return report
@@ -162,6 +163,17 @@ class StoreTables:
         self._samples.abandon()
         self._pictures.abandon()
         self._seen.close()
+
+
+def table_files(store: Path) -> list[str]:
+    """The files that hold both tables, relative to the store, sorted: what its manifest lists."""
+    tables = (path for table in ("samples", "pictures") for path in (store / table).iterdir())
+    return sorted(str(path.relative_to(store)) for path in (store / "dataset_dict.json", *tables))
+
+
+def _describe_file(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def _canonical(value: object) -> bytes:

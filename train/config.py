@@ -94,7 +94,11 @@ class PackingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where prepared sources lie, and how many processes read them on each rank."""
+    """Where prepared sources lie, and how many processes read them on each rank.
+
+    `local_dir` is a folder on each node's own disk that the mixture's stores are copied to first (null: they are read
+    where they lie). A read that fails is tried `read_retries` times more before the run stops.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -102,6 +106,8 @@ class DataConfig:
     workers: int = 2
     prefetch: int = 4
     length_workers: int = 0
+    local_dir: str | None = None
+    read_retries: int = 3
 
 
 @dataclass(frozen=True)
@@ -238,6 +244,7 @@ def _check_values(config: RunConfig) -> None:
         ("data.workers", config.data.workers, 0),
         ("data.prefetch", config.data.prefetch, 1),
         ("data.length_workers", config.data.length_workers, 0),
+        ("data.read_retries", config.data.read_retries, 0),
         ("save.every", config.save.every, 0),
         ("save.keep", config.save.keep, 1),
         ("log.every", config.log.every, 1),
@@ -307,6 +314,12 @@ def _check_folders(config: RunConfig) -> None:
         if not (store_root / source / "manifest.json").is_file():
             key = f"mixture.sources.{source}" if source in config.mixture.sources else "mixture.exclude"
             raise ConfigError(f"{key}: there is no prepared source in {store_root / source}; run `{prepare}`")
+    local_dir = config.data.local_dir
+    if local_dir is not None and not Path(local_dir).is_dir():
+        raise ConfigError(
+            f"data.local_dir: there is no folder {local_dir} on this machine; name one on its own disk, or null to "
+            "read the stores where they lie"
+        )
     if config.stage.init_from is not None:
         _check_start(Path(config.stage.init_from))
 

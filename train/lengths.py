@@ -14,7 +14,6 @@ import json
 import os
 import shutil
 import socket
-import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -29,7 +28,7 @@ from data_recipes.mixture import Mixture
 from data_recipes.pictures import follow_parent
 from llava_next.processor import Processor, SampleRejected
 from train.config import ConfigError, PackingConfig
-from train.world import wait_for
+from train.world import age_s, wait_for
 
 ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
 """One kept sample: its number in the mixture, its lengths, and its source's number."""
@@ -92,7 +91,7 @@ def open_table(
         if is_writer:
             _write(mixture, processor, place, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
         else:
-            wait_for(lambda: _is_complete(place), lambda: _age_s(_beat(place)), what=f"length table {place}")
+            wait_for(lambda: _is_complete(place), lambda: age_s(_beat(place)), what=f"length table {place}")
     about = json.loads((place / "table.json").read_text())
     rows = np.load(place / "rows.npy", mmap_mode="r")
     if not len(rows):
@@ -125,10 +124,6 @@ def _is_complete(place: Path) -> bool:
 
 def _beat(place: Path) -> Path:
     return place.with_name(place.name + ".beat")
-
-
-def _age_s(path: Path) -> float | None:
-    return time.time() - path.stat().st_mtime if path.exists() else None
 
 
 def _write(
@@ -189,7 +184,7 @@ def _remove_leftovers(folder: Path) -> None:
     for partial in folder.glob("*.partial"):
         host, _, pid = partial.stem.partition(".")[2].rpartition(".")
         is_gone = host == socket.gethostname() and not Path("/proc", pid).exists()
-        if is_gone or (_age_s(partial) or 0.0) > _DEAD_AFTER_S:
+        if is_gone or (age_s(partial) or 0.0) > _DEAD_AFTER_S:
             shutil.rmtree(partial, ignore_errors=True)
 
 

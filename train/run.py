@@ -23,6 +23,7 @@ from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
 from train.lengths import LengthTable, check_budgets, open_table
 from train.loader import Planner, batches, stage_processor
+from train.local import local_stores
 from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
 from train.progress import sample_names
@@ -73,6 +74,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     num_workers=config.data.workers,
                     prefetch=config.data.prefetch,
                     pin_memory=world.device.type == "cuda",
+                    read_retries=config.data.read_retries,
                 )
                 trainer = Trainer(config, world, engine, planner, stream, log, mixture.source_names, watch.progress)
                 trainer.run(first_step, last_step)
@@ -89,7 +91,7 @@ def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, 
     stage, store_root = config.stage, Path(config.data.store_root)
     backbone = read_backbone(config.model)
     processor = stage_processor(backbone, stage)
-    mixture = Mixture.open(config.mixture, store_root)
+    mixture = Mixture.open(config.mixture, store_root, local_stores(config, launch))
     table = open_table(
         mixture,
         processor,

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -154,6 +155,14 @@ def wait_for(
         if silent > patience_s:
             raise TimeoutError(f"{what}: the process that makes it gave no sign of life for {patience_s:.0f} s")
         time.sleep(0.2)
+
+
+def age_s(path: Path) -> float | None:
+    """Seconds since `path` was last touched, a heartbeat's age; None where there is no such file."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _device(config: RunConfig, launch: Launch) -> torch.device:

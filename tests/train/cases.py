@@ -215,6 +215,7 @@ def train_parts(
         num_workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=False,
+        read_retries=0,
     )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)

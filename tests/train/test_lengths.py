@@ -23,7 +23,7 @@ from llava_next.processor import Processor, SampleRejected
 from train import lengths
 from train.config import ConfigError, RunConfig
 from train.lengths import LengthTable, data_fingerprint, open_table
-from train.world import wait_for
+from train.world import age_s, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -241,4 +241,4 @@ def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
     beat.touch()
     os.utime(beat, (0, 0))
     started = time.monotonic()
-    wait_for(lambda: time.monotonic() - started > 0.5, lambda: lengths._age_s(beat), what="it", patience_s=2.0)
+    wait_for(lambda: time.monotonic() - started > 0.5, lambda: age_s(beat), what="it", patience_s=2.0)

@@ -1,10 +1,15 @@
 """Owns the proofs about the way from a step's number to batches: what is planned is what is read, by every rank."""
 
+import errno
+import itertools
+import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +27,7 @@ from llava_next.build import read_backbone
 from llava_next.costs import StepCosts
 from llava_next.processor import Processor
 from tests.tiny import tiny_samples, tiny_store
+from train import loader
 from train.config import PackingConfig, RunConfig
 from train.lengths import LengthTable, open_table
 from train.loader import Planner, SampleError, batches
@@ -60,6 +66,7 @@ class Data:
             num_workers=num_workers,
             prefetch=2,
             pin_memory=False,
+            read_retries=self.config.data.read_retries,
         )
         return list(stream)
 
@@ -233,6 +240,85 @@ def test_broken_picture_names_its_sample(tiny_parts: RunConfig, tmp_path: Path, 
         data.read(data.planner(), num_workers)
 
 
+class FailingReads:
+    """`os.pread` on a file system that fails the first reads of each process."""
+
+    def __init__(self, num_failures: int) -> None:
+        self.left = num_failures
+        self.real = os.pread
+
+    def __call__(self, descriptor: int, num_bytes: int, position: int) -> bytes:
+        if self.left > 0:
+            self.left -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self.real(descriptor, num_bytes, position)
+
+
+@pytest.fixture
+def rank_log(tmp_path: Path) -> Iterator[Path]:
+    """The file that a rank and its workers log to."""
+    handler = logging.FileHandler(tmp_path / "rank_000.log")
+    logging.getLogger().addHandler(handler)
+    yield tmp_path / "rank_000.log"
+    logging.getLogger().removeHandler(handler)
+    handler.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_failed_read_is_tried_again(
+    data: Data, rank_log: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """Reads that a file system fails for a while change nothing but the rank's log, which names the sample."""
+    expected = data.read(data.planner())
+    monkeypatch.setattr(loader, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(os, "pread", FailingReads(3))
+    for ours, theirs in zip(data.read(data.planner(), num_workers), expected, strict=True):
+        assert_equal(ours, theirs)
+    lines = rank_log.read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert re.fullmatch(r"sample '\d+' of source tiny_\w+ could not be read \(.*\); trying again in 0\.0 s", line)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_read_that_fails_for_good_stops_the_run(data: Data, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    """After the last try the run stops with the sample's id, and the pauses have grown."""
+    pauses: list[float] = []
+    monkeypatch.setattr(loader.time, "sleep", pauses.append)
+    monkeypatch.setattr(os, "pread", FailingReads(10**9))
+    with pytest.raises(SampleError, match=r"sample '\d+' of source tiny_\w+ could not be read from its store: .*rror"):
+        data.read(data.planner(), num_workers)
+    assert pauses == ([] if num_workers else [0.5, 1.0, 2.0])
+
+
+def test_damaged_picture_is_not_tried_again(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file system read as it is stays damaged: no pause, no second read."""
+    monkeypatch.setattr(loader.time, "sleep", lambda _: pytest.fail("it waited"))
+    data = broken(tiny_parts, tmp_path, cut_off)
+    with pytest.raises(SampleError, match="sample '000002'"):
+        data.read(data.planner())
+
+
+def test_a_step_is_planned_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader, ahead, and the trainer, behind, ask for the same plan: it is dealt once, and forgotten in time."""
+    monkeypatch.setattr(loader, "_MOST_REMEMBERED", 4)
+    dealt: list[int] = []
+    deal = loader.deal
+    monkeypatch.setattr(loader, "deal", lambda *args, **kwargs: (dealt.append(1), deal(*args, **kwargs))[1])
+    planner = replace(data.planner(), stage=replace(data.config.stage, epochs=4.0))
+    ahead = iter(range(planner.num_steps))
+    loaded = [planner.plan(next(ahead)) for _ in range(3)]
+    for step in range(planner.num_steps):
+        loaded += [planner.plan(number) for number in itertools.islice(ahead, 1)]
+        assert planner.plan(step) is loaded[step]
+        assert len(planner._recent) <= 4
+    assert len(dealt) == planner.num_steps
+    other = replace(planner, seed=planner.seed + 1)
+    assert not np.array_equal(other.plan(0).samples, planner.plan(0).samples)
+
+
 def test_table_of_other_data_is_found_out(data: Data) -> None:
     """A sample that encodes to other numbers than the table's stops the run, with both and the way out."""
     rows = np.array(data.table.rows)
@@ -267,6 +353,7 @@ def test_workers_end_when_their_rank_says_so(data: Data) -> None:
         num_workers=1,
         prefetch=1,
         pin_memory=False,
+        read_retries=0,
     )
     next(stream)
     [worker] = set(multiprocessing.active_children()) - earlier
