@@ -55,6 +55,7 @@ class Reason(StrEnum):
     BROKEN_RECORD = "broken_record"
     ASPECT_RATIO = "aspect_ratio"
     WRONG_ENCODING = "wrong_encoding"
+    UNKNOWN_COMPONENT = "unknown_component"
 
 
 @dataclass(frozen=True)

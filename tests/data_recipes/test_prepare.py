@@ -246,7 +246,7 @@ def test_unknown_names_list_the_known(place: Path, capsys: pytest.CaptureFixture
     change(place, "charts", reader="chart_qa")
     code, sentence = failure(place, capsys, "--source", "charts")
     assert code == 2
-    assert "no reader 'chart_qa'. Known: chartqa, easy_vqa, llava_json, messages_jsonl, synthdog" in sentence
+    assert "no reader 'chart_qa'. Known: ai2d, chartqa, coco_captions, docvqa" in sentence
     change(place, "charts", options={"spilt": "train"})
     code, sentence = failure(place, capsys, "--source", "charts")
     assert (code, "it takes split: str = 'train'" in sentence) == (2, True)
