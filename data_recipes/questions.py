@@ -58,7 +58,7 @@ def one_conversation_a_picture(
     """All questions on a picture as one conversation, pictures in the order in which they are first asked about.
 
     Rejects come first, since every question is read before the first conversation is whole; the text of a set fits
-    in memory (2.3 million questions of DVQA: under 1 GiB), its pictures are read later, one by one.
+    in memory (2.3 million questions of DVQA: 0.3 GiB), its pictures are read later, one by one.
 
     Args:
         items: the questions, in the order that they are to have; rejects pass.
