@@ -43,7 +43,7 @@ _REGION = (
     "bounding box coordinate of the region",
 )
 # COCO pictures are asked about by five sets. VQAv2 has three questions or more on each of its 82,783 pictures, OK-VQA
-# 9,009 questions on 8,998: nearly always one, never three.
+# 9,009 questions on 8,998, so nearly always one (both remembered figures; checked against no real file).
 _ASKED_ABOUT_COCO = (
     Rule("refcoco", _COCO, _REGION),
     Rule("aokvqa", _COCO, (LETTER_ANSWER,)),
