@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -18,10 +17,12 @@ from tests.llava_next.models import (
     encoded,
     gradients,
     is_key_bias,
-    key_bias_noise,
+    key_bias_share,
     mixed,
     row,
     stock_inputs,
+    stock_square_inputs,
+    stock_square_twin,
     stock_twin,
     worst_difference,
 )
@@ -88,7 +89,7 @@ def test_a_packed_row_equals_its_samples_one_at_a_time(
         assert total == pytest.approx(single[0], rel=bound)
         torch.testing.assert_close(by_sample, single[1], rtol=bound, atol=0)
         assert worst_difference(found, single[2], found) < bound
-        assert max(key_bias_noise(found), key_bias_noise(single[2])) < bound
+        assert max(key_bias_share(found), key_bias_share(single[2])) < bound
     compared = {name for name, gradient in single[2].items() if gradient is not None and not is_key_bias(name)}
     assert {part_of(name) for name in compared} == set(PARTS)
     assert any("language_model" in name and name.endswith("k_proj.bias") for name in compared)
@@ -169,8 +170,33 @@ def test_equals_stock_transformers(make_backbone: MakeBackbone, tower: TowerName
     assert total == pytest.approx(float(expected.detach()), rel=1e-5)
     theirs = {"hf." + name: p.grad for name, p in stock.named_parameters()}
     assert worst_difference(ours, theirs, ours) < 1e-5
+    assert sum(map(is_key_bias, ours)) == model.num_tower_layers
+    assert key_bias_share(ours) < 1e-4
+    assert key_bias_share(theirs) < 1e-4
     trained_there = {n for n, g in theirs.items() if g is not None and g.any() and not is_key_bias(n)}
     assert trained_there <= set(ours)  # no layer that stock trains was cut away
+
+
+@pytest.mark.parametrize("case", ["one_picture", "two_pictures"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_square_mode_equals_stock_llava_1_5(make_backbone: MakeBackbone, tower: TowerName, case: str) -> None:
+    """One view a picture: loss and every gradient, the tower's too, are those of the stock LLaVA-1.5; the newline,
+    which it has not, gets none."""
+    backbone = make_backbone(tower)
+    model = _model(backbone)
+    stock = stock_square_twin(model, backbone)
+    sample = encoded(backbone, CASES[case], seed=5, rounds=2, image_mode="square")
+    total, _, ours = _backward(model, [row(backbone, [sample.example])])
+    expected = stock(**stock_square_inputs(backbone, sample)).loss * sample.example.layout.num_supervised
+    expected.backward()
+    assert total == pytest.approx(float(expected.detach()), rel=1e-5)
+    theirs = {"hf." + name: p.grad for name, p in stock.named_parameters()}
+    newline = ours.pop("hf.model.image_newline")
+    assert newline is not None
+    assert not newline.any()
+    assert worst_difference(ours, theirs, ours) < 1e-5
+    assert key_bias_share(ours) < 1e-4
+    assert key_bias_share(theirs) < 1e-4
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 1, 2, 3])
@@ -281,27 +307,6 @@ def test_shared_tiles_equal_separate_tiles(make_backbone: MakeBackbone) -> None:
     separate = _backward(model, [row(backbone, [first, Example(layout, first.tiles.copy())])])
     torch.testing.assert_close(shared[1], separate[1], rtol=1e-5, atol=0)
     assert worst_difference(shared[2], separate[2], shared[2]) < 1e-5
-
-
-def test_square_mode_is_the_base_view_alone(make_backbone: MakeBackbone) -> None:
-    """LLaVA-1.5's stage 1: one tile's patches in order, no newline in the sequence and none in its gradient."""
-    backbone = make_backbone()
-    model = _model(backbone)
-    sample = encoded(backbone, [(45, 61)], image_mode="square")
-    batch = row(backbone, [sample.example])
-    assert len(batch.tiles) == 1
-    _, _, found = _backward(model, [batch])
-    newline = found["hf.model.image_newline"]
-    assert newline is not None
-    assert not newline.any()
-
-    stock = stock_twin(model, backbone)
-    features = model.tile_features(batch.tiles)[0]
-    embeds = stock.get_input_embeddings()(batch.input_ids)
-    embeds[0, batch.image_positions] = features
-    labels = torch.from_numpy(sample.example.layout.labels.astype(np.int64))[None]
-    expected = stock(inputs_embeds=embeds, labels=labels).loss * len(batch.target_ids)
-    assert float(model(batch)[0].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
 
 
 def test_sample_weighting_is_the_sum_of_means(make_backbone: MakeBackbone) -> None:
