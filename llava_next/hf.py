@@ -33,6 +33,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_next.build import PROJECTOR_ACTS, Backbone, read_tokenizer, refuse_made_up
+from llava_next.chat_template import chat_template
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
 from llava_next.connector import CONTRACT, MM_PROJECTOR, load_connector, load_mm_projector
 from llava_next.conversation import Template
@@ -275,37 +276,6 @@ def _serving_tokenizer(backbone: Backbone, template: Template) -> Any:
     nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     tokenizer.backend_tokenizer.post_processor = nothing
     return tokenizer
-
-
-def chat_template(template: Template) -> str:
-    """The template as Jinja, over messages whose content is a string or a list of text and image items.
-
-    Pictures of a turn come first, as `place_image` puts them.
-    """
-    system, question = template.system_format.split("{text}"), template.question_format.split("{text}")
-    answer = template.answer_format.split("{text}")
-    literal = json.dumps
-    default = "" if template.default_system is None else template.system_format.format(text=template.default_system)
-    return "".join(
-        [
-            # Whoever tokenizes the rendered text adds the token itself only where it is not there yet, or never.
-            "{{ bos_token }}" if template.bos else "",
-            "{%- macro text_of(content) -%}{%- if content is string -%}{{ content }}{%- else -%}",
-            "{%- for item in content if item.type == 'image' -%}{{ '<image>' }}{{ '\\n' }}{%- endfor -%}",
-            "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}{%- endif -%}",
-            "{%- endmacro -%}",
-            "{%- if messages and messages[0].role != 'system' -%}{{ ", literal(default), " }}{%- endif -%}",
-            "{%- for message in messages -%}",
-            "{%- if message.role == 'system' -%}{{ ", literal(system[0]), " + text_of(message.content) + ",
-            literal(system[-1]), " }}",
-            "{%- elif message.role == 'user' -%}{{ ", literal(question[0]), " + text_of(message.content) + ",
-            literal(question[-1]), " }}",
-            "{%- else -%}{{ ", literal(template.header + answer[0]), " + text_of(message.content) + ",
-            literal(answer[-1] + template.end + template.between), " }}{%- endif -%}",
-            "{%- endfor -%}",
-            "{%- if add_generation_prompt -%}{{ ", literal(template.header), " }}{%- endif -%}",
-        ]
-    )  # fmt: skip
 
 
 def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:

@@ -16,11 +16,14 @@ from typing import Any
 import numpy as np
 
 from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
+from llava_next.chat_template import template_for
 from llava_next.config import ModelError, ProcessorConfig, check_grids
-from llava_next.conversation import IMAGE_PLACEHOLDER, MessageLike, Segment, template_named
+from llava_next.conversation import IMAGE_PLACEHOLDER, NO_SYSTEM_TURN, MessageLike, Segment
 
 IGNORE = -100
 """Label of a position that is not supervised."""
+
+_OTHER_TEMPLATE = "choose a template made for it with stage.template=NAME"
 
 
 class RejectReason(StrEnum):
@@ -28,6 +31,7 @@ class RejectReason(StrEnum):
 
     TOO_LONG = "too_long"
     NO_SUPERVISED = "no_supervised"
+    SYSTEM_TURN = "system_turn"
 
 
 class SampleRejected(Exception):
@@ -83,7 +87,8 @@ class Processor:
         config: the rest of what decides the encoding.
 
     Raises:
-        ModelError: the tokenizer is slow, or lacks the image token or a token of the template.
+        ModelError: the tokenizer is slow, or lacks the image token or a token of the template, or its own chat template
+            was asked for and cannot be used.
     """
 
     def __init__(self, tokenizer: Any, config: ProcessorConfig) -> None:
@@ -94,16 +99,23 @@ class Processor:
             raise ModelError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
         self.config = config
         self.tokenizer = tokenizer
-        self.template = template_named(config.template)
+        self.template = template_for(config.template, tokenizer)
         self.image_token_id = _single_id(tokenizer, IMAGE_PLACEHOLDER, "image token")
         if self.template.end:
             _single_id(tokenizer, self.template.end, f"end token of template {config.template}")
         self._released_ids = self._find_released_ids()
-        if self.template.bos and tokenizer.bos_token_id is None:
+        self._opening_ids = self._find_opening_ids()
+
+    def _find_opening_ids(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        if not self.template.bos or (bos is None and self.template.caption_only):
+            return []  # plain serves every backbone: captions open with the token where the tokenizer has one
+        if bos is None:
             raise ModelError(
-                f"template {config.template} opens with the beginning-of-sequence token, which this tokenizer lacks; "
-                "choose a template made for it with stage.template=NAME"
+                f"template {self.config.template} opens with the beginning-of-sequence token, which this tokenizer "
+                f"lacks; {_OTHER_TEMPLATE}"
             )
+        return [bos]
 
     def _find_released_ids(self) -> list[int]:
         if not self.config.unmask_special_tokens:
@@ -134,9 +146,11 @@ class Processor:
         A sample longer than the maximum is cut after the last answer that fits.
 
         Raises:
-            SampleRejected: no answer fits, or nothing is supervised.
+            SampleRejected: no answer fits, nothing is supervised, or the template has no place for a system turn.
             ModelError: placeholders and pictures differ in number.
         """
+        if self.template.system_format is None and messages and messages[0].role == "system":
+            raise SampleRejected(RejectReason.SYSTEM_TURN, f"template {self.template.name}: {NO_SYSTEM_TURN}")
         images = tuple(self._image_layout(size) for size in sizes_hw)
         ids, labels, round_ends = self._tokens(self._render(messages), images)
         num_rounds = len(round_ends)
@@ -210,8 +224,8 @@ class Processor:
         if len(pieces) - 1 != len(images):
             raise ModelError(f"{len(pieces) - 1} placeholders {IMAGE_PLACEHOLDER} but {len(images)} pictures")
 
-        num_opening = 1 if self.template.bos else 0
-        ids = [np.full(num_opening, self.tokenizer.bos_token_id if num_opening else 0, dtype=np.int32)]
+        num_opening = len(self._opening_ids)
+        ids = [np.array(self._opening_ids, dtype=np.int32)]
         answers = [np.zeros(num_opening, dtype=bool)]
         ends = [np.zeros(num_opening, dtype=np.int64)]  # the character just behind each token
         start = 0
@@ -263,5 +277,7 @@ def _single_id(tokenizer: Any, text: str, what: str) -> int:
     if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == "▁":
         ids = ids[1:]
     if len(ids) != 1:
-        raise ModelError(f"the {what}, {text!r}, is {len(ids)} tokens for this tokenizer; it must be one")
+        raise ModelError(
+            f"the {what}, {text!r}, is {len(ids)} tokens for this tokenizer; it must be one: {_OTHER_TEMPLATE}"
+        )
     return int(ids[0])

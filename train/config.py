@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data_recipes.config import MixtureConfig
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, check_grids
-from llava_next.conversation import TEMPLATES
+from llava_next.conversation import check_template_name
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _STRICT = {"extra": "forbid"}
@@ -265,8 +265,12 @@ def _check_values(config: RunConfig) -> None:
         ("stage.template", stage.template),
         ("model.language_model.template", config.model.language_model.template),
     ):
-        if template is not None and template not in TEMPLATES:
-            raise ConfigError(f"{key}: no template is called {template!r}; there are {', '.join(sorted(TEMPLATES))}")
+        if template is None:
+            continue
+        try:
+            check_template_name(template)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
     try:
         check_grids(config.model.grids)
     except ValueError as error:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 from data_recipes.mixture import Mixture
 from data_recipes.pictures import follow_parent
+from llava_next.config import ModelError
 from llava_next.processor import Processor, SampleRejected
 from train.config import ConfigError, PackingConfig
 from train.world import age_s, wait_for
@@ -82,7 +83,8 @@ def open_table(
         show_progress: draw a bar with an ETA.
 
     Raises:
-        ConfigError: every sample was rejected.
+        ConfigError: every sample, or every sample of a source, was rejected.
+        ModelError: a stored sample's placeholders and pictures differ in number; names it.
         TimeoutError: the writer gave no sign of life.
     """
     fingerprint = data_fingerprint(mixture, processor)
@@ -100,7 +102,9 @@ def open_table(
             f"stage.max_length={processor.config.max_length} leaves no sample of mixture {mixture.config.name} "
             f"({reasons}); raise it, or look at {place / 'quarantine.jsonl'}"
         )
-    return LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"])
+    table = LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"])
+    _refuse_lost_sources(mixture, table)
+    return table
 
 
 def check_budgets(table: LengthTable, packing: PackingConfig) -> None:
@@ -116,6 +120,25 @@ def check_budgets(table: LengthTable, packing: PackingConfig) -> None:
                 f"packing.max_{name}={budget}, but a sample of this mixture has {largest} {name}; raise it to at least "
                 f"{largest}"
             )
+
+
+def _refuse_lost_sources(mixture: Mixture, table: LengthTable) -> None:
+    """Raises ConfigError where a source has samples in the mixture and none in the table."""
+    num_sources = len(mixture.source_names)
+    offered = np.bincount(mixture.source_ids, minlength=num_sources)
+    kept = np.bincount(table.rows["source"], minlength=num_sources)
+    lost = [mixture.source_names[number] for number in np.flatnonzero((offered > 0) & (kept == 0))]
+    if not lost:
+        return
+    entries = [json.loads(line) for line in table.quarantine.read_text().splitlines()]
+    reasons = Counter(entry["reason"] for entry in entries if entry["source"] == lost[0])
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    others = f" (nor of {', '.join(lost[1:])})" if lost[1:] else ""
+    raise ConfigError(
+        f"mixture.sources.{lost[0]}: none of its {reasons.total()} samples has a place in this run{others}: {counts}; "
+        f"raise stage.max_length where they are too long, choose another template, or remove the source from the "
+        f"mixture; {table.quarantine} tells them one by one"
+    )
 
 
 def _is_complete(place: Path) -> bool:
@@ -240,6 +263,10 @@ def _count(numbers: range) -> _Counted:
                 }
             )
             continue
+        except ModelError as error:
+            raise ModelError(
+                f"sample {text.id!r} of source {text.source}: {error}; prepare the source again"
+            ) from error
         cut += layout.num_rounds_cut
         rows.append(
             (

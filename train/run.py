@@ -76,7 +76,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     pin_memory=world.device.type == "cuda",
                     read_retries=config.data.read_retries,
                 )
-                trainer = Trainer(config, world, engine, planner, stream, log, mixture.source_names, watch.progress)
+                trainer = Trainer(config, world, engine, planner, stream, log, mixture, watch.progress)
                 trainer.run(first_step, last_step)
             watch.progress.enter("end", last_step - 1)
             if last_step == num_steps:

@@ -6,14 +6,16 @@ leave if asked. What a step computes is a function of its number; this file hold
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import deepspeed
+import numpy as np
 import torch
 
+from data_recipes.mixture import Mixture
 from llava_next.batch import Batch
 from llava_next.model import LossSums
 from train import checkpoint
@@ -23,6 +25,8 @@ from train.log import RunLog
 from train.optim import schedule_factor, set_rates
 from train.progress import Progress
 from train.world import Agreement, World, agree
+
+_MOST_NAMED = 16
 
 
 class StepError(RuntimeError):
@@ -53,7 +57,7 @@ class Trainer:
     Args:
         config, world, engine, planner, log: the run's parts.
         batches: this rank's batches, from the step where the run starts.
-        source_names: of the per-source losses.
+        mixture: names the sources of the losses, and the samples of a step that cannot be right.
         progress: where this rank says how far it is.
     """
 
@@ -65,12 +69,12 @@ class Trainer:
         planner: Planner,
         batches: Iterator[Batch],
         log: RunLog,
-        source_names: tuple[str, ...],
+        mixture: Mixture,
         progress: Progress | None = None,
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
         self.planner, self.batches, self.log = planner, batches, log
-        self.source_names = source_names
+        self.mixture, self.source_names = mixture, mixture.source_names
         self.progress = progress or Progress(None)
         self.stop_signal = StopSignal()
 
@@ -100,7 +104,12 @@ class Trainer:
 
         The loss of a row is its sum divided by what the whole step counts; DeepSpeed averages over ranks, hence the
         factor. So ranks, rows and budgets have no say in the gradient.
+
+        Raises:
+            StepError: nothing is supervised, in all or in one of the sources, or a number cannot be right.
         """
+        if plan.num_supervised < 1:
+            raise StepError(f"step {plan.step}: none of its tokens is supervised. {self._samples(plan)}")
         started = time.monotonic()
         waited = 0.0
         num_sources = len(self.source_names)
@@ -140,17 +149,32 @@ class Trainer:
     def _check(self, plan: StepPlan, agreement: Agreement) -> None:
         num_sources = len(self.source_names)
         losses, tokens = agreement.sums[:num_sources], agreement.sums[num_sources:]
+        for source in np.unique(self.planner.table.rows["source"][plan.samples]).tolist():
+            if not tokens[source]:
+                raise StepError(
+                    f"step {plan.step}: no token of source {self.source_names[source]} was supervised; the step was "
+                    f"not applied. {self._samples(plan, [source])}"
+                )
         if int(tokens.sum()) != plan.num_supervised:
             raise StepError(
                 f"step {plan.step}: {int(tokens.sum())} supervised tokens were seen, the length table counts "
                 f"{plan.num_supervised}; the table is not this data's"
             )
-        if not torch.isfinite(losses).all():
-            bad = [name for name, loss in zip(self.source_names, losses, strict=True) if not torch.isfinite(loss)]
+        bad = torch.nonzero(~torch.isfinite(losses))[:, 0].tolist()
+        if bad:
+            names = ", ".join(self.source_names[source] for source in bad)
             raise StepError(
-                f"step {plan.step}: the loss of {', '.join(bad)} is not finite; the step was not applied. Its samples "
-                f"are positions {plan.samples.tolist()} of {self.planner.table.folder}"
+                f"step {plan.step}: the loss of {names} is not finite; the step was not applied. "
+                f"{self._samples(plan, bad)}"
             )
+
+    def _samples(self, plan: StepPlan, sources: Sequence[int] | None = None) -> str:
+        """The step's samples, of all or some sources, by their ids."""
+        rows = self.planner.table.rows[plan.samples]
+        numbers = rows["sample"] if sources is None else rows["sample"][np.isin(rows["source"], sources)]
+        texts = [self.mixture.text(int(number)) for number in numbers[:_MOST_NAMED]]
+        more = f" and {len(numbers) - len(texts)} more" if len(numbers) > len(texts) else ""
+        return "Its samples: " + ", ".join(f"{text.source} {text.id!r}" for text in texts) + more
 
     def _metrics(self, plan: StepPlan, outcome: StepOutcome, rates: dict[str, float]) -> dict[str, float]:
         num_sources = len(self.source_names)

@@ -220,9 +220,7 @@ def train_parts(
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
     try:
-        Watched(config, world, parts.engine, planner, stream, log, parts.mixture.source_names).run(
-            first_step, last_step
-        )
+        Watched(config, world, parts.engine, planner, stream, log, parts.mixture).run(first_step, last_step)
     finally:
         log.close()
     record.after = weights(parts)
@@ -365,9 +363,8 @@ def _step(parts: Parts, plan: Any) -> Any:
 
     encode = _Rows(parts.mixture, parts.table, parts.processor, False)
     stream = (encode[row] for row in plan.rows)
-    names = parts.mixture.source_names
     log: Any = None
-    trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, names)
+    trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
     set_rates(parts.engine.optimizer.param_groups, 1.0)
     return trainer.train_step(plan)
 
@@ -439,6 +436,19 @@ def poisoned_step(config: RunConfig) -> tuple[str, bool]:
         if parts.world.rank == 1:
             parts.model.tile_shift.fill_(float("nan"))
         return _refused(parts, parts.planner.plan(0))
+
+
+def silent_source(config: RunConfig, all_of_them: bool) -> tuple[str, bool, list[str]]:
+    """A step in which no token of one source (or none at all) is supervised: the error's words, whether a weight
+    changed, and the ids of the samples it concerns."""
+    with built(config) as parts:
+        plan = parts.planner.plan(0)
+        rows = parts.table.rows[plan.samples]
+        silent = np.ones(len(rows), dtype=bool) if all_of_them else rows["source"] == rows["source"].min()
+        kept = [row[~np.isin(row, plan.samples[silent])] for row in plan.rows]
+        changed = replace(plan, rows=tuple(kept), num_supervised=int(rows["supervised"][~silent].sum()))
+        told, moved = _refused(parts, changed)
+        return told, moved, [parts.mixture.text(int(number)).id for number in rows["sample"][silent]]
 
 
 def _refused(parts: Parts, plan: Any) -> tuple[str, bool]:

@@ -134,7 +134,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "length": ({"stage.max_length": 1}, ["stage.max_length", "at least 2"]),
     "epochs": ({"stage.epochs": 0.0}, ["stage.epochs", "above 0"]),
     "warm-up": ({"stage.warmup_ratio": 1.0}, ["stage.warmup_ratio", "share", "1.0"]),
-    "template": ({"stage.template": "chatmel"}, ["stage.template", "'chatmel'", "chatml"]),
+    "template": ({"stage.template": "chatmel"}, ["stage.template", "'chatmel'", "chatml", "and tokenizer for"]),
     "model's template": (
         {"model.language_model.template": "nope"},
         ["model.language_model.template", "'nope'", "vicuna_v1"],
@@ -223,6 +223,12 @@ def test_single_views_need_one_tile(tiny_parts: RunConfig, mode: str) -> None:
     config = checked(tiny_parts, {"packing.max_tiles": 1, "stage.image_mode": mode})
     assert config.packing.max_tiles == 1
     assert set(config.stage.rates) == {"vision_tower", "projector", "language_model"}
+
+
+def test_the_tokenizers_own_template_is_a_name(tiny_parts: RunConfig) -> None:
+    """`tokenizer` passes, in the stage and in the model: what the tokenizer carries is known when it is read."""
+    changed = checked(tiny_parts, {"stage.template": "tokenizer", "model.language_model.template": "tokenizer"})
+    assert (changed.stage.template, changed.model.language_model.template) == ("tokenizer", "tokenizer")
 
 
 def test_written_configuration_is_read_back(run_config: RunConfig) -> None:

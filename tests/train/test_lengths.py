@@ -17,9 +17,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.mixture import Mixture
+from data_recipes.sample import Message, Sample
+from data_recipes.store import StoredText
 from llava_next.build import read_backbone
+from llava_next.config import ModelError
 from llava_next.processor import Processor, SampleRejected
+from tests.tiny import tiny_model, tiny_samples, tiny_store
 from train import lengths
 from train.config import ConfigError, RunConfig
 from train.lengths import LengthTable, data_fingerprint, open_table
@@ -124,9 +129,49 @@ def test_nothing_left_is_the_users_mistake(tiny_parts: RunConfig, tmp_path: Path
         made(mixture_of(tiny_parts), processor_of(tiny_parts, max_length=10), tmp_path)
 
 
+def test_a_source_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
+    """A source that the mixture counts on does not vanish: its name, its counts by reason, where to look and the ways
+    out, from the process that makes the table and from one that finds it."""
+    model = tiny_model(tmp_path / "models")
+    long_answer = (Message("user", "Why?"), Message("assistant", "Because. " * 200))
+    tiny_store(tmp_path / "stores", "tiny_long", [Sample(f"{n}", long_answer) for n in range(3)])
+    tiny_store(tmp_path / "stores", "tiny_short", tiny_samples(5, pictures=False))
+    config = MixtureConfig("tiny", 0, {"tiny_long": SourceShare(), "tiny_short": SourceShare()})
+    mixture = Mixture.open(config, tmp_path / "stores")
+    processor = read_backbone(model).processor(template=None, image_mode="square", max_length=300)
+    for is_writer in (True, False):
+        with pytest.raises(
+            ConfigError,
+            match=r"^mixture\.sources\.tiny_long: none of its 3 samples .*: 3 too_long; raise stage\.max_length.*"
+            r"remove the source from the mixture; \S+quarantine\.jsonl",
+        ):
+            open_table(mixture, processor, tmp_path, is_writer=is_writer, num_workers=1, show_progress=False)
+
+
+def test_a_store_whose_placeholders_are_wrong_names_the_sample(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More placeholders than pictures in a stored sample end the start with its id, source and both numbers."""
+    mixture, text = mixture_of(tiny_parts), Mixture.text
+    last = mixture.num_samples - 1  # shows a picture: sources stand in the order of their names
+
+    def damaged(self: Mixture, index: int) -> StoredText:
+        known = text(self, index)
+        return known if index != last else replace(known, sizes_hw=known.sizes_hw[:0])
+
+    monkeypatch.setattr(Mixture, "text", damaged)
+    known = text(mixture, last)
+    with pytest.raises(
+        ModelError,
+        match=rf"^sample '{known.id}' of source {known.source}: \d placeholders <image> but 0 pictures; prep",
+    ):
+        made(mixture, processor_of(tiny_parts), tmp_path)
+
+
 _WRITER = """
 import os, signal, sys, pickle
 from pathlib import Path
+from tests.tiny import tiny_model, tiny_samples, tiny_store
 from train import lengths
 mixture, processor, folder = pickle.loads(Path(sys.argv[1]).read_bytes())
 lengths._CHUNK = 5

@@ -3,6 +3,7 @@ learning rates says the whole truth about what is trained, and how fast.
 """
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -254,7 +255,19 @@ def test_non_finite_loss_stops_the_step(start_ranks: StartRanks, run_config: Run
     """A loss that is not finite on one rank stops all of them, naming source and samples; nothing is applied."""
     for told, changed in start_ranks(2).run(cases.poisoned_step, run_config):
         assert "not finite" in told
-        assert "tiny_" in told
+        assert re.search(r"Its samples: tiny_\w+ '\d{6}'", told)
+        assert not changed
+
+
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_silent_source_stops_the_step(start_ranks: StartRanks, run_config: RunConfig, all_of_them: bool) -> None:
+    """A source with samples in the step of which no token is supervised, or a step with none at all, stops every rank
+    with the ids of those samples; nothing is applied."""
+    for told, changed, ids in start_ranks(2).run(cases.silent_source, run_config, all_of_them):
+        assert "step 0" in told
+        assert "none of its tokens is supervised" in told or "no token of source tiny_" in told
+        assert len(ids) > 1
+        assert [name for name in ids if repr(name) not in told] == []
         assert not changed
 
 
