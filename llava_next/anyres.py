@@ -156,12 +156,16 @@ def decode(picture: bytes) -> Image.Image:
     """
     image: Image.Image = Image.open(io.BytesIO(picture))
     ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        grey = np.asarray(image)
+        pixels = _to_8_bits(grey)
+        if "transparency" in image.info:  # one value that stands for clear; Pillow would clip the others at 255
+            pixels[grey == image.info["transparency"]] = 255
+        return Image.fromarray(pixels).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
-    if image.mode[0] in "IF":
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
     if image.mode != "RGB":
         return image.convert("RGB")
     image.load()  # `convert` would copy what is RGB already: two thirds of the time of a large scan
