@@ -10,6 +10,7 @@ tells the order of an image's tokens.
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,22 @@ class ImageLayout:
         kept = tile * side * side + patch
         newline = np.full((kept.shape[0], 1), NEWLINE, dtype=np.int64)
         return np.concatenate([base, np.concatenate([kept, newline], axis=1).ravel()])
+
+
+def grids_of_pinpoints(pinpoints_hw: Sequence[Sequence[int]], tile: int) -> tuple[Grid, ...]:
+    """Grids in tiles from the pixels that a configuration on disk lists, (height, width) each.
+
+    Raises:
+        ModelError: a side is no multiple of the tile; names the pinpoint, the rule and the way out.
+    """
+    for pinpoint in pinpoints_hw:
+        if len(pinpoint) != 2 or any(side < tile or side % tile for side in pinpoint):
+            raise ModelError(
+                f"image_grid_pinpoints holds {list(pinpoint)}, and both of its sides must be multiples of the tower's "
+                f"tile of {tile} pixels: the list was made for another tower; correct it in config.json, or give the "
+                "model its own tower"
+            )
+    return tuple((height // tile, width // tile) for height, width in pinpoints_hw)
 
 
 def select_grid(size_hw: SizeHW, grids: tuple[Grid, ...], tile: int) -> Grid:

@@ -18,6 +18,7 @@ from llava_next.anyres import (
     NEWLINE,
     ImageLayout,
     cut_tiles,
+    grids_of_pinpoints,
     image_layout,
     kept_range,
     resized_hw,
@@ -329,6 +330,21 @@ def test_a_picture_of_another_size_than_counted_is_refused() -> None:
     """A picture that is not the size its tokens were counted for stops the run, with both sizes."""
     with pytest.raises(ModelError, match=r"10x20 .* 20x10"):
         cut_tiles(_noise((10, 20)), _layout((20, 10)), TILE)
+
+
+def test_grids_of_pinpoints() -> None:
+    """The published list in (height, width) is the authors' grids, for any tower's tile."""
+    for tile in (336, 384):
+        pinpoints = [[rows * tile, cols * tile] for rows, cols in AUTHORS_GRIDS]
+        assert grids_of_pinpoints(pinpoints, tile) == AUTHORS_GRIDS
+
+
+@pytest.mark.parametrize("pinpoint", [[672, 340], [168, 336], [0, 336], [336]])
+def test_pinpoints_of_another_tower_are_refused(pinpoint: list[int]) -> None:
+    """A list whose sides are no multiples of the tile is told with the pinpoint, the tile and the way out."""
+    with pytest.raises(ModelError, match=r"image_grid_pinpoints holds .* tile of 336 pixels.*config\.json") as caught:
+        grids_of_pinpoints([[672, 336], pinpoint], 336)
+    assert str(pinpoint) in str(caught.value)
 
 
 def test_sizes_and_grids_are_checked() -> None:
