@@ -3,10 +3,10 @@
     python scripts/bench/gpu.py [--profile]
     python scripts/bench/gpu.py --device cpu --tiny      the whole program without a GPU, for what it is worth
 
-Layers of a 7B as many as the card's memory holds, random weights, rows of packing.max_tokens, no recompute; stock
+Layers of a 7B as many as the card's memory holds, random weights, rows of packing.max_tokens; stock
 transformers pads, with fp32 weights under autocast, at the largest batch that fits. Useful MFU is the share of the
 data sheet's dense bf16 rate that the samples' own FLOPs take (costs.py and the head at supervised positions): padding,
-imbalance, input and optimizer are inside, so they lower it.
+imbalance, input and optimizer are inside, so they lower it, and recompute does not count.
 
 Owns the card's numbers and the table. What is compared, and how, is the step bench's: materials.py, runs.py.
 """
@@ -40,19 +40,21 @@ SAME_LOSS_BF16 = 5.0e-3
 
 # Bytes that training takes, without recompute. A parameter: bf16 weight and gradient, fp32 weight, gradient and two
 # moments. A token in a layer of the language model (D wide, its MLP I wide): 36 D + 8 I; a patch in a tower's: 44 D.
+# With recompute 2 D of each, and one layer more in full.
 PARAMETER_BYTES = 20
 USABLE = 0.90
 
 
-def layers_that_fit(memory_bytes: float, max_tokens: int, shape: Shape) -> int:
+def layers_that_fit(memory_bytes: float, max_tokens: int, shape: Shape, *, recompute: bool = False) -> int:
     """Layers of the language model with which a row of `max_tokens` fits a card; at least one."""
     width, mlp, tower = shape.width, shape.mlp, shape.tower_width
-    layer = PARAMETER_BYTES * (4 * width * width + 3 * width * mlp) + max_tokens * (36 * width + 8 * mlp)
+    whole = max_tokens * (36 * width + 8 * mlp)
+    layer = PARAMETER_BYTES * (4 * width * width + 3 * width * mlp) + (2 * width * max_tokens if recompute else whole)
     patches = (shape.tile // shape.patch) ** 2
     tiles = 5 * max_tokens / 2400  # a picture of five tiles makes about as many tokens
     tower_parameters = shape.tower_layers * 12 * tower * tower
     rest = PARAMETER_BYTES * (2 * shape.vocabulary * width + tower_parameters + tower * width + width * width)
-    rest += int(tiles * patches * shape.tower_layers * 44 * tower)
+    rest += int(tiles * patches * shape.tower_layers * (2 if recompute else 44) * tower) + (whole if recompute else 0)
     return max(1, int((USABLE * memory_bytes - rest) // layer))
 
 
@@ -85,11 +87,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device=options.device,
         workers=options.workers,
         engine=options.engine,
+        recompute=options.recompute,
     )
     shape = SHAPES["tiny" if options.tiny else "large"]
     if not options.tiny:
         memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else 80e9
-        shape = replace(shape, layers=options.layers or layers_that_fit(memory, options.max_tokens, shape))
+        fitting = layers_that_fit(memory, options.max_tokens, shape, recompute=options.recompute)
+        shape = replace(shape, layers=options.layers or fitting)
     try:
         outcomes, profile, shape = _measure(options, job, shape)
     except BenchError as error:
@@ -194,6 +198,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="also where the device's time goes in a step of ours")
     parser.add_argument("--layers", type=int, help="of the language model (default: what the card's memory holds)")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a packed row (default 8192)")
+    parser.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass, on both sides")
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of ours (default 2)")
     parser.add_argument("--samples", type=int, default=64, help="of a step (default 64)")
     parser.add_argument("--steps", type=int, default=6, help="the first is not timed (default 6)")

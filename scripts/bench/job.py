@@ -32,6 +32,7 @@ class Job:
         num_steps: optimizer steps; the first one is not timed.
         engine: the ZeRO stage, as in configs/engine (ours only).
         profile: the last step runs under torch's profiler, and is not timed (ours only).
+        recompute: run every block again in the backward pass.
         half_weights: on a GPU, keep no fp32 copy of the weights (stock only).
     """
 
@@ -47,6 +48,7 @@ class Job:
     workers: int = 0
     engine: int = 0
     profile: bool = False
+    recompute: bool = False
     half_weights: bool = False
 
     def write(self, path: Path) -> None:

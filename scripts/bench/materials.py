@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 from job import CLIP_NORM, LEARNING_RATE, TEMPLATE, Job
-from samples import Span, draw
+from samples import SizeHW, draw
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from data_recipes.config import MixtureConfig, SourceShare
@@ -57,7 +57,7 @@ class Shape:
     tower_width: int
     tower_layers: int
     tower_heads: int
-    window: Span = (2000, 3200)
+    window: tuple[int, int] = (2000, 3200)
     spread: float = 0.05
     vocabulary: int = 32_000
     tile: int = 336
@@ -96,7 +96,7 @@ def prepare(
     processor = stage_processor(backbone, config.stage)
     _write_model(folder, backbone, processor, seed, half)
 
-    def fits(messages: Any, size_hw: Span) -> bool:
+    def fits(messages: Any, size_hw: SizeHW) -> bool:
         try:
             length = processor.layout(messages, [size_hw]).num_tokens
         except SampleRejected:
@@ -141,6 +141,7 @@ def run_config(folder: Path, job: Job) -> RunConfig:
         data=DataConfig(str(folder / "stores"), workers=job.workers, length_workers=1),
         save=SaveConfig(every=0),
         device="cuda" if job.device == "cuda" else "cpu",
+        recompute=("vision_tower", "language_model") if job.recompute else (),
     )
 
 

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.costs import step_costs
 from llava_next.hf import load_weights
-from llava_next.model import LlavaNext, set_trained_parts
+from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from train import ops
 from train.config import RunConfig
 from train.engine import start_engine
@@ -63,9 +63,10 @@ def _trainer(config: RunConfig, job: Job, world: World) -> tuple[Trainer, TowerC
     backbone = read_backbone(config.model)
     processor = stage_processor(backbone, config.stage)
     mixture, table = open_data(config, processor)
-    model = build_model(backbone, dtype=world.dtype, seed=1)
+    model = build_model(backbone, dtype=world.dtype, seed=1, attention=config.attention)
     load_weights(model, backbone, Path(str(config.stage.init_from)))
     set_trained_parts(model, config.stage.rates)
+    set_recompute(model, config.recompute)
     planner = _planner(config, world, backbone, table, model)
     engine = start_engine(model, config, world)
     stream = batches(

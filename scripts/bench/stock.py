@@ -123,6 +123,7 @@ def _arguments(job: Job) -> TrainingArguments:
         lr_scheduler_type="constant",
         weight_decay=0.0,
         max_grad_norm=CLIP_NORM,
+        gradient_checkpointing=job.recompute,
         train_sampling_strategy="sequential",
         use_cpu=job.device == "cpu",
         bf16=job.device == "cuda",

@@ -125,6 +125,7 @@ def test_what_a_card_holds(load: Load) -> None:
     on_80 = gpu.layers_that_fit(80e9, 8192, large)
     assert 8 <= on_80 <= 14
     assert gpu.layers_that_fit(141e9, 8192, large) > on_80 > gpu.layers_that_fit(80e9, 16384, large)
+    assert gpu.layers_that_fit(80e9, 8192, large, recompute=True) > on_80
     assert gpu.peak_tflops("NVIDIA H100 80GB HBM3") == 989
     assert gpu.peak_tflops("NVIDIA A100-SXM4-80GB") == 312
     assert gpu.peak_tflops("NVIDIA T4") is None
