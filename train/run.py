@@ -48,7 +48,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
         backbone, processor, mixture, table = _open_data(config, launch)
         world = start(config, launch)
         model, loaded = _build(backbone, config, world, num_sources=len(mixture.source_names))
-        planner = _planner(config, world, backbone, model, table)
+        planner = make_planner(config, world, backbone, model, table)
         watch.names = partial(sample_names, planner, mixture)
         engine = start_engine(model, config, world)
         num_steps = planner.num_steps
@@ -104,7 +104,8 @@ def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, 
     return backbone, processor, mixture, table
 
 
-def _planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:
+def make_planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:
+    """The steps of this run on this rank, with the costs of this model's parts."""
     costs = step_costs(
         backbone.hf_config.vision_config,
         backbone.hf_config.text_config,

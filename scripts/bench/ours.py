@@ -14,18 +14,17 @@ from materials import open_data, run_config
 from profiling import TowerClock, marked_input, seconds_by_kind
 from torch.profiler import ProfilerActivity, profile
 
-from llava_next.build import Backbone, build_model, read_backbone
-from llava_next.costs import step_costs
+from llava_next.build import build_model, read_backbone
 from llava_next.hf import load_weights
-from llava_next.model import LlavaNext, set_recompute, set_trained_parts
+from llava_next.model import set_recompute, set_trained_parts
 from train import ops
 from train.config import RunConfig
 from train.engine import start_engine
-from train.lengths import LengthTable
-from train.loader import Planner, StepPlan, batches, stage_processor
+from train.loader import StepPlan, batches, stage_processor
 from train.log import RunLog
 from train.optim import set_rates
 from train.quiet import quiet_libraries
+from train.run import make_planner
 from train.trainer import Trainer
 from train.world import World, leave, read_launch, start
 
@@ -67,7 +66,7 @@ def _trainer(config: RunConfig, job: Job, world: World) -> tuple[Trainer, TowerC
     load_weights(model, backbone, Path(str(config.stage.init_from)))
     set_trained_parts(model, config.stage.rates)
     set_recompute(model, config.recompute)
-    planner = _planner(config, world, backbone, table, model)
+    planner = make_planner(config, world, backbone, model, table)
     engine = start_engine(model, config, world)
     stream = batches(
         planner,
@@ -78,24 +77,12 @@ def _trainer(config: RunConfig, job: Job, world: World) -> tuple[Trainer, TowerC
         num_workers=job.workers,
         prefetch=config.data.prefetch,
         pin_memory=job.device == "cuda",
+        read_retries=config.data.read_retries,
     )
     log = RunLog(config, is_main=False, first_step=0, num_steps=job.num_steps)
     tower = TowerClock(model.hf.model.vision_tower, model.hf.model.multi_modal_projector, job.device)
     engine.backward = tower.watch(engine.backward)
-    return Trainer(config, world, engine, planner, marked_input(stream), log, mixture.source_names), tower
-
-
-def _planner(config: RunConfig, world: World, backbone: Backbone, table: LengthTable, model: LlavaNext) -> Planner:
-    costs = step_costs(
-        backbone.hf_config.vision_config,
-        backbone.hf_config.text_config,
-        num_vision_layers=model.num_tower_layers,
-        trains_tower="vision_tower" in config.stage.rates,
-        trains_language_model=True,
-    )
-    return Planner(
-        table, config.stage, config.packing, costs, config.seed, world.rank, world.size, num_sources=model.num_sources
-    )
+    return Trainer(config, world, engine, planner, marked_input(stream), log, mixture), tower
 
 
 def _step(trainer: Trainer, step: int, outcome: Outcome) -> None:

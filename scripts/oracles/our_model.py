@@ -11,8 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from llava_next.hf import live_parameters
-from llava_next.model import LlavaNext
+from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import published_name
 from scripts.oracles import tiny_model
 

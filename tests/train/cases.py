@@ -114,12 +114,11 @@ def built(config: RunConfig) -> Iterator[Parts]:
     """The parts of a run on this rank, and the engine's end."""
     from data_recipes.mixture import Mixture
     from llava_next.build import build_model, read_backbone
-    from llava_next.costs import step_costs
     from llava_next.hf import load_weights
     from llava_next.model import set_trained_parts
     from train.engine import start_engine
     from train.lengths import open_table
-    from train.loader import Planner
+    from train.run import make_planner
     from train.world import read_launch, start
 
     launch = read_launch()
@@ -140,17 +139,7 @@ def built(config: RunConfig) -> Iterator[Parts]:
     if stage.init_from is not None:
         load_weights(model, backbone, Path(stage.init_from))
     set_trained_parts(model, stage.rates)
-    costs = step_costs(
-        backbone.hf_config.vision_config,
-        backbone.hf_config.text_config,
-        projector=config.model.projector,
-        num_vision_layers=model.num_tower_layers,
-        trains_tower="vision_tower" in stage.rates,
-        trains_language_model="language_model" in stage.rates,
-    )
-    planner = Planner(
-        table, stage, config.packing, costs, config.seed, world.rank, world.size, len(mixture.source_names)
-    )
+    planner = make_planner(config, world, backbone, model, table)
     engine = start_engine(model, config, world)
     try:
         yield Parts(config, world, backbone, processor, mixture, table, model, planner, engine)
@@ -361,7 +350,7 @@ def _step(parts: Parts, plan: Any) -> Any:
     from train.optim import set_rates
     from train.trainer import Trainer
 
-    encode = _Rows(parts.mixture, parts.table, parts.processor, False)
+    encode = _Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
     stream = (encode[row] for row in plan.rows)
     log: Any = None
     trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
