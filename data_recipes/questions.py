@@ -25,6 +25,8 @@ OCR = (
     "OCR this image section by section, from top to bottom, and left to right. Do not insert line breaks in the "
     "output text. If a word is split due to a line break in the image, use a space instead."
 )
+ENDINGS = (SHORT_ANSWER, LETTER_ANSWER)
+"""Those that stand with the first question of a conversation and hold for all of it."""
 
 
 @dataclass(frozen=True)

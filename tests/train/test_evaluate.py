@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from data_recipes.mixture import Mixture
+from data_recipes.questions import SHORT_ANSWER
 from data_recipes.sample import Message
 from data_recipes.store import StoredSample
 from llava_next.batch import collate
@@ -106,6 +107,17 @@ def test_questions_are_asked_on_their_own(tmp_path: Path) -> None:
     questions = questions_of("tiny_pictures", samples, limit=4, per_picture=2)
     assert len(questions) <= 4
     assert all("<image>" not in question.text and question.truth for question in questions)
+
+
+def test_the_form_of_answer_is_asked_for_each_time() -> None:
+    """It stands with a conversation's first question only, and every question is asked on its own."""
+    turns = [f"<image>\nWhich is highest?\n{SHORT_ANSWER}", "2016", "Which is lowest?", "2011"]
+    messages = tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns))
+    asked = questions_of("charts", [replace(_sample(0), messages=messages)], limit=9, per_picture=9)
+    assert [question.text.split("\n") for question in asked] == [
+        ["Which is highest?", SHORT_ANSWER],
+        ["Which is lowest?", SHORT_ANSWER],
+    ]
 
 
 def test_a_run_is_evaluated_from_its_folder(tmp_path: Path) -> None:
