@@ -32,6 +32,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import PROJECTOR_ACTS, Backbone, read_tokenizer, refuse_made_up
 from llava_next.chat_template import chat_template
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
@@ -286,7 +287,7 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
         config: names the parts and gives the tower's image mean and standard deviation.
 
     Raises:
-        ModelError: transformers does not read it, or would make up a tensor.
+        ModelError: transformers does not read it, or would make up a tensor, or its grids are no multiples of its tile.
     """
     try:
         stock, found = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
@@ -296,9 +297,11 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
     if isinstance(stock, LlavaForConditionalGeneration):
         hf, grids = _with_newline(stock, config.grids), config.grids
     elif isinstance(stock, LlavaNextForConditionalGeneration):
-        tile = stock.config.vision_config.image_size
         hf = stock
-        grids = tuple((height // tile, width // tile) for height, width in hf.config.image_grid_pinpoints)
+        try:
+            grids = grids_of_pinpoints(hf.config.image_grid_pinpoints, hf.config.vision_config.image_size)
+        except ModelError as error:
+            raise ModelError(f"{source}: {error}") from error
     else:
         raise ModelError(f"{source} is a {type(stock).__name__}, no LLaVA and no LLaVA-NeXT")
     kind = _projector_kind(hf.config.to_dict(), source)

@@ -292,6 +292,17 @@ def test_nothing_to_load_is_told_with_the_way_out(make_backbone: MakeBackbone, t
         read_hf(tmp_path, backbone.config)
 
 
+def test_grids_of_another_tower_are_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """A config.json whose pinpoints are no multiples of its tower's tile: folder, pinpoint, tile and the way out."""
+    backbone = make_backbone()
+    _write(backbone, tmp_path / "export")
+    path = tmp_path / "export" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"image_grid_pinpoints": [[56, 28], [28, 60]]}))
+    with pytest.raises(ModelError, match=r"export: image_grid_pinpoints holds \[28, 60\].*28 pixels.*config\.json"):
+        read_hf(tmp_path / "export", backbone.config)
+
+
 def test_a_gutted_export_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
     """read_hf does not let transformers make up a tensor that is not there."""
     backbone = make_backbone()
