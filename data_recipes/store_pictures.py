@@ -72,11 +72,16 @@ class StorePictures:
         _, offsets, content = chunk.buffers()
         place = chunk.offset + row - int(self._row_starts[number])
         first, last = np.frombuffer(offsets, dtype=np.int32)[place : place + 2].tolist()
-        shard = self._shard_of_chunk[number]
         if content is None or first == last:
             return b""
+        shard = self._shard_of_chunk[number]
         position = content.address - self._maps[shard].address + first
-        data = os.pread(self._descriptor(shard), last - first, position)
+        try:
+            data = os.pread(self._descriptor(shard), last - first, position)
+        except OSError:
+            if shard in self._open:  # a stale handle stays stale: the next try opens the file again
+                os.close(self._open.pop(shard))
+            raise
         if len(data) != last - first:
             raise OSError(f"{self._paths[shard]} ended at byte {position + len(data)}, before a picture's end")
         return data

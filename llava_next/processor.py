@@ -171,12 +171,13 @@ class Processor:
         """The layout and the tiles. Errors are those of `layout`, and OSError for bytes that are no picture."""
         layout = self.layout(messages, sizes_hw)
         tile = self.config.tile
-        views = [
-            cut_tiles(decode(picture), image, tile, pad_colour=self.config.pad_colour)
-            for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True)
-        ]
-        empty = np.zeros((0, tile, tile, 3), dtype=np.uint8)
-        return Example(layout, np.concatenate(views) if views else empty)
+        tiles = np.empty((layout.num_tiles, tile, tile, 3), dtype=np.uint8)
+        start = 0
+        for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True):
+            view = tiles[start : start + image.num_tiles]
+            cut_tiles(decode(picture), image, tile, pad_colour=self.config.pad_colour, out=view)
+            start += image.num_tiles
+        return Example(layout, tiles)
 
     def prompt(
         self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW]

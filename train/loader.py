@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,12 +23,14 @@ from data_recipes.mixture import Mixture
 from data_recipes.order import num_steps, samples_of_step
 from data_recipes.store import StoredSample
 from llava_next.batch import Batch, collate
-from llava_next.build import Backbone
 from llava_next.costs import StepCosts
 from llava_next.processor import Processor, SampleRejected
 from train.config import PackingConfig, StageConfig
 from train.lengths import LengthTable
 from train.packing import deal
+
+if TYPE_CHECKING:  # it brings every model class of transformers, 100 MiB that planning has no use for
+    from llava_next.build import Backbone
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ class SampleError(RuntimeError):
     """A sample could not be read or encoded as counted; names it."""
 
 
-def stage_processor(backbone: Backbone, stage: StageConfig) -> Processor:
+def stage_processor(backbone: "Backbone", stage: StageConfig) -> Processor:
     """What encodes the samples of a stage; errors are those of `Backbone.processor`."""
     return backbone.processor(
         template=stage.template,

@@ -36,6 +36,15 @@ def machine_facts(**more: Any) -> dict[str, Any]:
     }
 
 
+def memory_mib(key: str, pid: int | str = "self") -> float:
+    """A line of /proc/PID/status in MiB (VmHWM: the most that was resident); 0 where the process has gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith(key + ":")), 0.0)
+
+
 def save(
     name: str, command: Sequence[str], machine: Mapping[str, Any], results: Mapping[str, Any], folder: Path = RESULTS
 ) -> Path:

@@ -170,6 +170,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "decay": ({"stage.weight_decay": -0.1}, ["stage.weight_decay", "0 or more"]),
     "no ZeRO": ({"engine.zero_optimization": None}, ["engine.zero_optimization", "dictionary", "None"]),
     "tokenizer": ({"model.language_model.tokenizer": "/none"}, ["model.language_model.tokenizer", "/none"]),
+    "local disk": ({"data.local_dir": "/none/such"}, ["data.local_dir", "/none/such", "null"]),
+    "retries": ({"data.read_retries": -1}, ["data.read_retries", "at least 0", "-1"]),
 }
 
 
