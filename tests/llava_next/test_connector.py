@@ -2,10 +2,8 @@
 what does not fit, is damaged or would run code is told by name.
 """
 
-import os
 import pickle
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +15,7 @@ from llava_next.connector import write_connector
 from llava_next.hf import load_weights, write_hf
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
+from tests.tiny import HostilePickle
 
 KINDS: tuple[ProjectorKind, ...] = ("mlp2x_gelu", "linear")
 AUTHORS = {
@@ -226,16 +225,6 @@ def test_an_authors_connector_that_does_not_fit_is_told_by_name(make_backbone: M
     assert all(torch.equal(tensor, before[name]) for name, tensor in _state(model).items())
 
 
-class Hostile:
-    """Unpickled, it makes a file: what a hostile file of weights does is the same, only worse."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch {self.marker}",)
-
-
 @pytest.mark.parametrize("written_by", ["torch", "torch_old", "pickle"])
 def test_a_hostile_pickle_is_refused_and_never_run(
     make_backbone: MakeBackbone, tmp_path: Path, written_by: str
@@ -244,9 +233,9 @@ def test_a_hostile_pickle_is_refused_and_never_run(
     backbone = make_backbone()
     model = _model(backbone)
     marker, file = tmp_path / "it_ran", tmp_path / "mm_projector.bin"
-    content = {**_authors_tensors(model), "model.mm_projector.0.weight": Hostile(marker)}
+    content = {**_authors_tensors(model), "model.mm_projector.0.weight": HostilePickle(marker)}
     if written_by == "pickle":
-        file.write_bytes(pickle.dumps(Hostile(marker)))
+        file.write_bytes(pickle.dumps(HostilePickle(marker)))
         pickle.loads(file.read_bytes())
     else:
         torch.save(content, file, _use_new_zipfile_serialization=written_by == "torch")

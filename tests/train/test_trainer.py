@@ -142,17 +142,23 @@ def test_align_trains_the_connector_alone(
         )
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_each_part_moves_at_its_rate(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+@pytest.mark.parametrize("frozen", [None, "vision_tower", pytest.param("language_model", marks=pytest.mark.full)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_each_part_moves_at_its_rate(
+    start_ranks: StartRanks, run_config: RunConfig, stage: int, frozen: str | None
+) -> None:
     """Adam's first update is the rate itself wherever there is a gradient: after one step the largest change in each
-    part is that part's rate, in every decay group of it."""
+    part is that part's rate, in every decay group of it, at every ZeRO stage; a frozen part is bit-equal, and so is
+    what no forward pass reads."""
+    rates = {**cases.RATES, "image_newline": 3.0e-3}
     config = with_stage(
         run_config,
-        learning_rates={**cases.RATES, "image_newline": 3.0e-3},
+        learning_rates={part: rate for part, rate in rates.items() if part != frozen},
         schedule="constant",
         weight_decay=0.0,
     )
     record = start_ranks(2).run(cases.train, replace(config, engine=zero(stage)), 1)[0]
+    assert {row.part: row.peak_rate for row in record.table} == {**rates, **({frozen: None} if frozen else {})}
     for part, rate in config.stage.rates.items():
         for vectors in (True, False):
             moved = [
@@ -161,6 +167,10 @@ def test_each_part_moves_at_its_rate(start_ranks: StartRanks, run_config: RunCon
                 if of == part and (record.before[name].ndim == 1) == vectors
             ]
             assert not moved or max(moved) == pytest.approx(rate, rel=2e-2), (part, vectors)
+    still = [name for name, part in record.parts.items() if part == frozen or "post_layernorm" in name]
+    assert len(still) > 1
+    for name in still:
+        assert np.array_equal(record.after[name], record.before[name]), name
 
 
 @pytest.mark.parametrize("stage", [0, 2, pytest.param(1, marks=pytest.mark.full), 3])
@@ -199,6 +209,29 @@ def test_connector_goes_from_align_to_finetune(start_ranks: StartRanks, run_conf
         # Square pictures have no newline token, so stage 1 leaves that vector as it was.
         moved = not np.array_equal(record.before[name], written.before[name])
         assert moved == (record.parts[name] == "projector")
+
+
+def test_a_linear_connector_and_padded_views_go_through_both_stages(
+    start_ranks: StartRanks, run_config: RunConfig
+) -> None:
+    """LLaVA's connector and LLaVA-1.5's views at ZeRO-3: the second stage starts from the one layer that the first one
+    trained, and what it writes is a stock LLaVA with that layer as it ended."""
+    from transformers import AutoModelForImageTextToText
+
+    config = replace(run_config, engine=zero(3), model=replace(run_config.model, projector="linear"))
+    aligned = aligning(config)
+    written = start_ranks(2).run(cases.train_and_write, aligned)[0]
+    tuned = with_stage(config, init_from=str(aligned.run_dir / "connector"), image_mode="pad")
+    record = start_ranks(2).run(cases.train_and_write, tuned)[0]
+    connector = [name for name, part in record.parts.items() if part == "projector"]
+    assert [name.rpartition(".")[2] for name in connector] == ["weight", "bias"]
+    stock, found = AutoModelForImageTextToText.from_pretrained(tuned.run_dir / "export", output_loading_info=True)
+    assert [problem for problem in found.values() if problem] == []
+    for name in connector:
+        np.testing.assert_array_equal(record.before[name], written.after[name])
+        assert not np.array_equal(record.after[name], record.before[name])
+        layer = stock.get_parameter(name.removeprefix("hf.").replace("projector.", "projector.linear_1."))
+        np.testing.assert_array_equal(layer.detach().numpy(), record.after[name])
 
 
 @pytest.mark.parametrize(
