@@ -51,7 +51,7 @@ def pictures(num_pictures: int, seed: int = 0) -> list[bytes]:
 
 def plain_pictures(num_pictures: int, seed: int = 0) -> list[bytes]:
     """Pictures of the mixture's sizes and of one colour each: only their headers will be read."""
-    made = []
+    made: list[bytes] = []
     for number, (height, width) in enumerate(draw_shapes(2 * num_pictures, seed).sizes_hw.tolist()):
         if height and len(made) < num_pictures:
             stream = io.BytesIO()

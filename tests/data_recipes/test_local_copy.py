@@ -1,6 +1,7 @@
 """Owns the proofs about copies of stores on a local disk: whole, proved, made once, made again when they are not."""
 
 import json
+import os
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -106,13 +107,13 @@ def test_damaged_store_is_not_copied(source: Path, tmp_path: Path) -> None:
 
 def test_failing_disk_is_found_out(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes that read back otherwise than they were written are no copy."""
-    fsync = local_copy.os.fsync
+    fsync = os.fsync
 
     def rotten(descriptor: int) -> None:
         fsync(descriptor)
-        local_copy.os.pwrite(descriptor, b"\0\1\2", 0)
+        os.pwrite(descriptor, b"\0\1\2", 0)
 
-    monkeypatch.setattr(local_copy.os, "fsync", rotten)
+    monkeypatch.setattr(os, "fsync", rotten)
     with pytest.raises(DataError, match="the disk is failing"):
         copied(source, tmp_path / "scratch")
 
@@ -120,7 +121,7 @@ def test_failing_disk_is_found_out(source: Path, tmp_path: Path, monkeypatch: py
 def test_room_is_checked_first(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little room is one sentence with both numbers, before a byte is written."""
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(local_copy.shutil, "disk_usage", lambda _: usage(10, 10, 0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 10, 0))
     with pytest.raises(DataError, match=r"data\.local_dir=.* has 0\.00 GiB free, and the stores need 0\.00 GiB"):
         copied(source, tmp_path / "scratch")
     assert not LocalCopy.of(source, tmp_path / "scratch").partial.exists()

@@ -74,7 +74,8 @@ def test_a_file_that_ended_is_an_error_to_try_again(folder: Path) -> None:
 def test_after_a_failed_read_the_file_is_opened_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A handle that a network file system calls stale would fail every further try."""
     pictures = StorePictures(folder)
-    pread, failed = os.pread, []
+    pread = os.pread
+    failed: list[int] = []
 
     def stale(descriptor: int, num_bytes: int, position: int) -> bytes:
         if not failed:

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from train import loader
 from train.config import PackingConfig, RunConfig
 from train.lengths import LengthTable, open_table
 from train.loader import Planner, SampleError, batches
+from train.packing import Deal, deal
 
 COSTS = StepCosts(tile=5.0, token=1.0, pair=0.01)
 
@@ -284,7 +286,7 @@ def test_failed_read_is_tried_again(
 def test_read_that_fails_for_good_stops_the_run(data: Data, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
     """After the last try the run stops with the sample's id, and the pauses have grown."""
     pauses: list[float] = []
-    monkeypatch.setattr(loader.time, "sleep", pauses.append)
+    monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(os, "pread", FailingReads(10**9))
     with pytest.raises(SampleError, match=r"sample '\d+' of source tiny_\w+ could not be read from its store: .*rror"):
         data.read(data.planner(), num_workers)
@@ -295,7 +297,7 @@ def test_damaged_picture_is_not_tried_again(
     tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the file system read as it is stays damaged: no pause, no second read."""
-    monkeypatch.setattr(loader.time, "sleep", lambda _: pytest.fail("it waited"))
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited"))
     data = broken(tiny_parts, tmp_path, cut_off)
     with pytest.raises(SampleError, match="sample '000002'"):
         data.read(data.planner())
@@ -305,8 +307,12 @@ def test_a_step_is_planned_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> 
     """The loader, ahead, and the trainer, behind, ask for the same plan: it is dealt once, and forgotten in time."""
     monkeypatch.setattr(loader, "_MOST_REMEMBERED", 4)
     dealt: list[int] = []
-    deal = loader.deal
-    monkeypatch.setattr(loader, "deal", lambda *args, **kwargs: (dealt.append(1), deal(*args, **kwargs))[1])
+
+    def counted(*args: Any, **kwargs: Any) -> Deal:
+        dealt.append(1)
+        return deal(*args, **kwargs)
+
+    monkeypatch.setattr(loader, "deal", counted)
     planner = replace(data.planner(), stage=replace(data.config.stage, epochs=4.0))
     ahead = iter(range(planner.num_steps))
     loaded = [planner.plan(next(ahead)) for _ in range(3)]
