@@ -302,7 +302,7 @@ def unequal_step(config: RunConfig) -> Unequal:
         return Unequal(kinds, seen, float(outcome.agreement.sums[: len(parts.mixture.source_names)].sum()))
 
 
-def collectives_by_kind(config: RunConfig, *, skips_tower: bool) -> dict[str, list["Collective"]]:
+def collectives_by_kind(config: RunConfig, skips_tower: bool) -> dict[str, list["Collective"]]:
     """What steps issue in which all ranks hold a row of the same kind.
 
     `skips_tower`: a row without pictures runs neither tower nor projector, as with stock transformers.
@@ -322,7 +322,8 @@ def collectives_by_kind(config: RunConfig, *, skips_tower: bool) -> dict[str, li
             parts.model.tile_features = tile_features
         found = {}
         for kind in ("pictures", "pictures", *KINDS):  # ZeRO-3 learns its order in the first two
-            plan = _plan_of_kinds(parts, [[kind]] * parts.world.size)
+            # A row of pictures follows: a step of which nothing is supervised is refused.
+            plan = _plan_of_kinds(parts, [[kind, "pictures"]] * parts.world.size)
             with recorded_collectives() as found[kind]:
                 _step(parts, plan)
         return found
