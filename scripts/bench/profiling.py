@@ -15,7 +15,7 @@ from torch.profiler import record_function
 INPUT = "bench_input"
 
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("input (decode, tiles, tokens)", (INPUT,)),
+    ("input (decode, tiles, tokens)", (INPUT, "DataLoader")),
     ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention", "_varlen")),
     ("matrix products", ("::mm", "addmm", "bmm", "::linear", "conv", "gemm", "matmul")),
     ("loss", ("softmax", "nll_loss", "cross_entropy")),
