@@ -41,7 +41,8 @@ VOCABULARY_MULTIPLE = 64
 
 PROJECTOR_ACTS: dict[ProjectorKind, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
 """`projector_hidden_act` of transformers' config, which always has two linear layers around it: a linear projector is
-written as its layer, the identity for an activation, and the identity for a second layer (see `hf.py`)."""
+written as its layer, the identity for an activation, and the identity for a second layer (see `hf.py`). vLLM knows no
+activation of that name, so such an export is for transformers."""
 
 _TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 

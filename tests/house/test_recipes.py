@@ -20,8 +20,6 @@ STAGES = ("align", "finetune")
 TOWERS = ("clip_vit_l_336", "dinov2_large", "siglip_so400m_384")
 # Ours, not published: their numbers may change with the demonstrations.
 OWN_MODELS = {"quickstart", "smollm2_135m"}
-# Known, but no LLaVA-NeXT of it exists: it runs with the numbers of configs/stage/.
-WITHOUT_RECIPE = {"qwen1_5_14b"}
 
 
 class Recipe(NamedTuple):
@@ -47,6 +45,7 @@ PUBLISHED: dict[tuple[str, str], Recipe] = {
     ("llama3_8b", "align"): LLAVA_NEXT,
     ("qwen1_5_0_5b", "align"): LLAVA_NEXT,
     ("qwen1_5_7b", "align"): LLAVA_NEXT,
+    ("qwen1_5_14b", "align"): LLAVA_NEXT,
     ("qwen1_5_32b", "align"): LLAVA_NEXT,
     ("qwen1_5_72b", "align"): LLAVA_NEXT,
     ("qwen1_5_110b", "align"): LLAVA_NEXT,
@@ -58,13 +57,14 @@ PUBLISHED: dict[tuple[str, str], Recipe] = {
     ("llama3_8b", "finetune"): Recipe(64, (2e-6, 1e-5, 1e-5), 8192, 1.0, "llava_llama_3", "anyres"),
     ("qwen1_5_0_5b", "finetune"): Recipe(128, (None, 2e-5, 2e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_7b", "finetune"): Recipe(128, (2e-6, 2e-5, 2e-5), 32768, 1.0, "qwen_1_5", "anyres"),
+    ("qwen1_5_14b", "finetune"): Recipe(128, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_32b", "finetune"): Recipe(128, (1e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_72b", "finetune"): Recipe(128, (2e-6, 5e-6, 5e-6), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_110b", "finetune"): Recipe(128, (2e-6, 5e-6, 5e-6), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen2_7b", "finetune"): Recipe(128, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
 }
 
-LANGUAGE_MODELS = tuple(sorted({model for model, _ in PUBLISHED} | WITHOUT_RECIPE))
+LANGUAGE_MODELS = tuple(sorted({model for model, _ in PUBLISHED}))
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -111,15 +111,6 @@ def test_every_published_backbone_has_both_recipes_and_a_row_here() -> None:
     assert choices("recipe") - own == files
     assert choices("model/language_model") - OWN_MODELS == set(LANGUAGE_MODELS)
     assert set(PUBLISHED) == {(model, stage) for model, _ in PUBLISHED for stage in STAGES}
-
-
-@pytest.mark.parametrize("language_model", sorted(WITHOUT_RECIPE))
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_backbone_without_recipe_runs_with_the_numbers_of_the_stage(language_model: str, stage: str) -> None:
-    """No recipe file is no error: the stage's own numbers hold."""
-    config = composed(f"model/language_model={language_model}", f"stage={stage}")
-    rates = {"align": (None, 1e-3, None), "finetune": (2e-6, 2e-5, 2e-5)}
-    assert recipe_of(config).rates == rates[stage]
 
 
 @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)

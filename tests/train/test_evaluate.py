@@ -13,7 +13,7 @@ from data_recipes.sample import Message
 from data_recipes.store import StoredSample
 from llava_next.batch import collate
 from llava_next.build import build_model, read_backbone
-from llava_next.config import ModelConfig
+from llava_next.config import ImageMode, ModelConfig
 from llava_next.hf import read_hf, write_hf
 from llava_next.model import LossSums
 from llava_next.processor import Processor
@@ -120,17 +120,19 @@ def test_the_form_of_answer_is_asked_for_each_time() -> None:
     ]
 
 
-def test_a_run_is_evaluated_from_its_folder(tmp_path: Path) -> None:
-    """From config.yaml, export and stores alone come a figure for every source, and one for all together."""
-    from tests.train.cases import tiny_run
+@pytest.mark.parametrize("mode", ["anyres", "pad"])
+def test_a_run_is_evaluated_from_its_folder(tmp_path: Path, mode: ImageMode) -> None:
+    """From config.yaml, export and stores alone come a figure for every source, and one for all together; also where
+    the model saw single views, and the stock processor has to make the same prompt of them."""
+    from tests.train.cases import tiny_run, with_stage
     from train.config import to_yaml
 
     model_config = tiny_model(tmp_path / "models")
     mixture_config, store_root = tiny_mixture(tmp_path / "data", 16, holdout=6)
-    config = tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs")
+    config = with_stage(tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs"), image_mode=mode)
     backbone = read_backbone(model_config)
     model = build_model(backbone, dtype=torch.float32, seed=0)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=config.stage.max_length)
+    processor = backbone.processor(template=None, image_mode=mode, max_length=config.stage.max_length)
     run_dir = tmp_path / "run"
     write_hf(model, backbone, processor, run_dir / "export")
     (run_dir / "config.yaml").write_text(to_yaml(config))
