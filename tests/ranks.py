@@ -215,6 +215,7 @@ class _Seat:
 
     def take(self) -> None:
         """Makes this process the rank."""
+        multiprocessing.set_start_method("fork", force=True)  # as in a launched program; here it is the server's
         output = Path(self.log).open("a", buffering=1)  # noqa: SIM115 - for as long as the process lives
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

@@ -155,6 +155,7 @@ class Watch:
 
     def _look(self) -> None:
         looked_s = started_s = time.monotonic()
+        before: tuple[Place, bool] | None = None
         while not self._over.wait(self._tick_s):
             now_s = time.monotonic()
             if now_s - looked_s > self._tick_s + 5:
@@ -167,8 +168,10 @@ class Watch:
             if age_s > self._tick_s:
                 waits, at = _stands(self._rank_thread)
                 self.progress.note(place, waits=waits, at=at)
-            if age_s > self._timeout_s and place.phase in _TIMED:
-                self.give_up()
+                # One that has just come out of a collective brings its error, which says more.
+                if age_s > self._timeout_s and place.phase in _TIMED and before == (place, waits):
+                    self.give_up()
+                before = (place, waits)
 
     def _dump_stacks(self) -> None:
         faulthandler.dump_traceback(file=self._log, all_threads=True)

@@ -474,7 +474,7 @@ def run_with_fault(config: RunConfig, rank: int, fault: str) -> int:
             print("fault at", number, flush=True)
             time.sleep(3600)
 
-        _at_call(Mixture, "sample", 20, hang)
+        _at_call(Mixture, "sample", 12, hang)
     elif read_launch().rank == rank:
 
         def strike(batch: Any) -> None:

@@ -19,7 +19,7 @@ from train.loader import stage_processor
 from train.progress import PHASES, Place, Progress, late, read_places
 from train.watch import ExitFile
 
-TIMEOUT_S = 6.0
+TIMEOUT_S = 10.0
 
 
 def place(rank: int, step: int, micro_step: int, phase: str) -> Place:
@@ -126,7 +126,7 @@ def faulty_run(config: RunConfig, fault: str, stage: int, folder: Path) -> tuple
     config = replace(config, engine=cases.zero(stage), timeout_s=int(TIMEOUT_S))
     config = replace(config, data=replace(config.data, workers=1))
     missing = [1] if fault == "stop" else []
-    ended = run_to_the_end(2, cases.run_with_fault, config, 1, fault, folder=folder, missing=missing, timeout_s=90)
+    ended = run_to_the_end(2, cases.run_with_fault, config, 1, fault, folder=folder, missing=missing, timeout_s=240)
     told = json.loads((config.run_dir / "exit.json").read_text())
     place = json.loads((config.run_dir / "log" / "rank_001.progress").read_text().splitlines()[0])
     took_s = (config.run_dir / "exit.json").stat().st_mtime - place["since"]
@@ -201,7 +201,7 @@ def test_rank_that_raises_is_named(run_config: RunConfig, tmp_path: Path, fault:
     """An error on one rank ends all of them at once, with rank, host, step, samples and cause; the others, which only
     lost it, say nothing in the terminal."""
     ended, told, took_s = faulty_run(run_config, fault, stage, tmp_path)
-    assert took_s < 5
+    assert took_s < TIMEOUT_S
     words = f"rank 1 ({os.uname().nodename}) failed in step {told['step']}, micro-step {told['micro_step']}, forward: "
     assert told["reason"].startswith(words + "ValueError: a fault on purpose; its samples: ")
     assert_named_samples_are_those_in_hand(run_config, told, ended[1])
@@ -214,9 +214,10 @@ def test_rank_that_raises_is_named(run_config: RunConfig, tmp_path: Path, fault:
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [2, 3])
 def test_dead_rank_is_named(run_config: RunConfig, tmp_path: Path, stage: int) -> None:
-    """A rank whose process is killed: the others notice at once and name it."""
+    """A rank whose process is killed: the others name it as soon as its loader's workers, who hold its connections,
+    have noticed too (they look every five seconds)."""
     ended, told, took_s = faulty_run(run_config, "kill", stage, tmp_path)
-    assert took_s < 5
+    assert took_s < TIMEOUT_S
     assert told["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
     assert "gave up: RuntimeError" in told["reason"]
     assert_named_samples_are_those_in_hand(run_config, told, ended[1])
@@ -225,7 +226,7 @@ def test_dead_rank_is_named(run_config: RunConfig, tmp_path: Path, stage: int) -
 
 def test_a_run_that_ends_well_leaves_no_progress(run_config: RunConfig, tmp_path: Path) -> None:
     """Finished ranks take their progress files with them; exit.json says so."""
-    ended = run_to_the_end(2, cases.run_with_fault, run_config, -1, "none", folder=tmp_path, timeout_s=90)
+    ended = run_to_the_end(2, cases.run_with_fault, run_config, -1, "none", folder=tmp_path, timeout_s=240)
     assert [each.exit_code for each in ended] == [0, 0], ended
     assert sorted(path.name for path in (run_config.run_dir / "log").iterdir()) == ["rank_000.log", "rank_001.log"]
     assert json.loads((run_config.run_dir / "exit.json").read_text()) == {"code": 0, "reason": "finished"}
