@@ -260,7 +260,8 @@ def test_collectives_do_not_depend_on_the_row(start_ranks: StartRanks, run_confi
         assert rank["text"] == rank["pictures"] == rank["nothing"] == ours[0]["text"]
     stock = start_ranks(2).run(cases.collectives_by_kind, config, True)
     for rank in stock:
-        assert rank["pictures"] == ours[0]["pictures"]
+        if stage < 3:  # ZeRO-3 learns its order anew after a step that left modules out, and says so in a collective
+            assert rank["pictures"] == ours[0]["pictures"]
         assert rank["text"] != rank["pictures"]
 
 
