@@ -22,19 +22,20 @@ _DECODER = json.JSONDecoder(strict=False)  # a raw line break inside a string ha
 _BETWEEN = re.compile(r"[\s,]*")
 
 
-def iter_records(path: Path, kind: type = dict) -> Iterator[tuple[str, Any]]:
+def iter_records(path: Path, kind: type = dict, under: str | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) for each record of a JSON list or a JSON-lines file; the first character tells.
 
     Args:
         path: the file; UTF-8, with or without byte order mark.
         kind: `dict` or `list`, what each record must be.
+        under: the file is one object, and this key of it holds the list; what stands before it is passed over.
 
     A record that does not parse, or is of another kind, is yielded as a `Reject` in the record's stead, and
     so is the missing end of a file that was cut off. Bytes that are not UTF-8 become lone surrogates, which
     `sample.check` finds; a UTF-16 file is one `Reject`.
 
     Raises:
-        DataError: there is no such file.
+        DataError: there is no such file, or it has no list under `under`.
     """
     if not path.is_file():
         raise DataError(
@@ -52,6 +53,8 @@ def iter_records(path: Path, kind: type = dict) -> Iterator[tuple[str, Any]]:
     # `surrogateescape` goes on after a bad byte, so that one record in Latin-1 costs itself only.
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as stream:
         window = _Window(stream)
+        if under is not None and not _go_to_list(window, under):
+            raise DataError(f"{path}: no list under the key {under!r}; is it the right file, and whole?")
         is_list = window.next_character() == "["
         for number, record in _from_list(window, kind) if is_list else _from_lines(window):
             place = f"{path.name}, record {number}"
@@ -142,6 +145,24 @@ class _Window:
             if not self.more():
                 return False
             start = 0
+
+
+def _go_to_list(window: _Window, key: str) -> bool:
+    """Stand before the list that the file's one object has under `key`; False where there is none."""
+    if window.next_character() != "{":
+        return False
+    window.at += 1
+    while window.next_character() == '"':
+        name = window.decode()
+        if isinstance(name, str) or window.next_character() != ":":
+            return False
+        window.at += 1
+        if name == (key,):
+            return window.next_character() == "["
+        window.next_character()
+        if isinstance(window.decode(), str):
+            return False
+    return False
 
 
 def _from_list(window: _Window, kind: type) -> Iterator[tuple[int, _Parsed]]:

@@ -6,7 +6,7 @@ Leaves: what is in a source to `store.py`, the order of an epoch to `order.py`.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -93,8 +93,8 @@ class Mixture:
         self.fingerprint = _fingerprint(parts)
 
     @classmethod
-    def open(cls, config: MixtureConfig, store_root: Path) -> "Mixture":
-        """Open the stores `store_root/<source>` and choose.
+    def open(cls, config: MixtureConfig, store_root: Path, copies: Mapping[str, Path] | None = None) -> "Mixture":
+        """Open the stores `store_root/<source>`, or a source's copy where there is one, and choose.
 
         A held-out picture, or one of an excluded store, is in the training side of no source: samples of any
         source that show one are left out, and counted apart (`excluded`, `beside_heldout`).
@@ -104,7 +104,8 @@ class Mixture:
         """
         store_root = Path(store_root)
         names = sorted(config.sources)
-        stores = {name: Store.open(store_root / name) for name in names}
+        places = {name: store_root / name for name in names} | dict(copies or {})
+        stores = {name: Store.open(places[name]) for name in names}
         heldout = {name: _choose_heldout(stores[name], config.sources[name].holdout) for name in names}
         excluded = [Store.open(store_root / name).all_picture_hashes() for name in config.exclude]
         free = {name: _free_rows(stores[name], heldout[name], _unique(excluded)) for name in names}
@@ -171,6 +172,14 @@ class Mixture:
     def store(self, source: str) -> Store:
         """The store of `source`."""
         return self._part(source).store
+
+    def describe(self, index: int) -> str:
+        """Which sample `index` is, for a message: its id, or its row where even the text cannot be read."""
+        part, row = self._find(index)
+        try:
+            return f"sample {part.store.text(row).id!r} of source {part.store.name}"
+        except (OSError, ValueError):
+            return f"the sample in row {row} of source {part.store.name}"
 
     def _find(self, index: int) -> tuple[_Part, int]:
         if not 0 <= index < self.num_samples:

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -211,22 +212,17 @@ class PicturePool:
         self._executor: ProcessPoolExecutor | None = None
         if num_workers > 1:
             context = multiprocessing.get_context("fork")
-            self._leash = os.pipe()
-            self._executor = ProcessPoolExecutor(num_workers, context, _start_worker, self._leash)
+            self._executor = ProcessPoolExecutor(num_workers, context, follow_parent, (os.getpid(),))
 
     def __enter__(self) -> "PicturePool":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._executor is None:
             return
-        reading, writing = self._leash
-        if kind is not None:
-            os.close(writing)  # what they are at is not wanted any more
+        # What waits is not begun, what is begun ends by itself: a chunk is small, and a pool whose workers are killed
+        # may wait for ever for its own pipes.
         self._executor.shutdown(wait=True, cancel_futures=True)
-        if kind is None:
-            os.close(writing)
-        os.close(reading)
 
     def run_all(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
         """`function` of each item, in order, in the same processes; it must be importable by name."""
@@ -281,13 +277,13 @@ def _check_size(height: int, width: int) -> None:
         raise PictureError(Reason.ASPECT_RATIO, f"{height} x {width} pixels; the limit is 1:{MAX_ASPECT_RATIO}")
 
 
-def _start_worker(reading: int, writing: int) -> None:
-    """Ctrl-C is the parent's to handle; a worker whose parent is gone, or lets go of the pipe, leaves at once."""
+def follow_parent(parent: int) -> None:
+    """First call of a pool's worker: Ctrl-C is the parent's to handle, and a killed parent takes its workers along."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.close(writing)  # this process's copy: the parent's is the last one
 
     def leave_with_parent() -> None:
-        os.read(reading, 1)
+        while os.getppid() == parent:
+            time.sleep(1.0)
         os._exit(1)
 
     threading.Thread(target=leave_with_parent, daemon=True).start()

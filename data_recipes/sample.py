@@ -63,6 +63,7 @@ class Reason(StrEnum):
     FILE_UNREADABLE = "file_unreadable"
     ASPECT_RATIO = "aspect_ratio"
     WRONG_ENCODING = "wrong_encoding"
+    UNKNOWN_COMPONENT = "unknown_component"
 
 
 @dataclass(frozen=True)

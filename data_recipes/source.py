@@ -34,7 +34,9 @@ class SourceInfo:
         reader: a name in `data_recipes/readers`, or the path of a module of one's own (`mylab.receipts`).
         root: the raw folder, relative to `--raw` or absolute.
         options: what the reader's `samples` takes besides the root.
-        publisher, fetch, licence, citation: shown where they are needed, and kept in the manifest.
+        publisher, fetch, size, licence: shown where they are needed, and kept in the manifest; `size` is what has
+            to be fetched, in words.
+        citation: a BibTeX entry: `key`, `type` (article, inproceedings, misc) and its fields.
         expected_count: samples that the published set gives; None where that is not a fixed number.
         max_reject_share: `prepare` fails above this share of rejected records, between 0 and 1.
     """
@@ -45,8 +47,9 @@ class SourceInfo:
     options: dict[str, Any] = field(default_factory=dict)
     publisher: str = ""
     fetch: str = ""
+    size: str = ""
     licence: str = ""
-    citation: str = ""
+    citation: dict[str, str] = field(default_factory=dict)
     expected_count: int | None = None
     max_reject_share: float = 0.02
 
@@ -54,15 +57,16 @@ class SourceInfo:
         """The raw folder.
 
         Raises:
-            DataError: it is not there; the sentence says who publishes it, how to fetch it, and how much it
-                is.
+            DataError: it is not there; the sentence says who publishes it, how to fetch it, how much it is, under
+                which licence, and where to put it.
         """
         folder = raw_root / self.root
         if not folder.is_dir():
             count = f"; {self.expected_count:,} samples are expected" if self.expected_count else ""
             raise DataError(
                 f"source {self.name}: no raw folder at {folder}. Publisher: {self.publisher or NOT_STATED}. "
-                f"Fetch: {self.fetch or NOT_STATED}{count}. (Licence: {self.licence or NOT_STATED}.)"
+                f"Fetch: {self.fetch or NOT_STATED}{count}. (Size: {self.size or NOT_STATED}. "
+                f"Licence: {self.licence or NOT_STATED}.) Put it into {folder}, or name another folder as `root`."
             )
         return folder
 
@@ -132,6 +136,7 @@ def read_source(configs: Path, name: str) -> SourceInfo:
     values = {key: value for key, value in values.items() if value is not None and key != "name"}
     types: dict[str, tuple[type, ...]] = {
         "options": (dict,),
+        "citation": (dict,),
         "expected_count": (int,),
         "max_reject_share": (int, float),
     }
@@ -140,10 +145,19 @@ def read_source(configs: Path, name: str) -> SourceInfo:
         if not isinstance(value, wanted) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in wanted)
             raise DataError(f"{place}: `{key}` is {value!r}, and must be {names}.")
+    values["citation"] = _citation(place, values.get("citation", {}))
     info = SourceInfo(name=name, **values)
     if not 0 <= info.max_reject_share <= 1:
         raise DataError(f"{place}: `max_reject_share` is {info.max_reject_share}, and must lie between 0 and 1.")
     return info
+
+
+def _citation(place: str, entry: dict[str, Any]) -> dict[str, str]:
+    """A BibTeX entry with all its values as strings; a year is a number in YAML."""
+    for key in ("key", "type", "title"):
+        if entry and not entry.get(key):
+            raise DataError(f"{place}: `citation` has no `{key}`; a BibTeX entry needs `key`, `type` and `title`.")
+    return {str(key): str(value) for key, value in entry.items()}
 
 
 def read_yaml(configs: Path, group: str, name: str) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """One prepared source: a `datasets` Arrow directory that is complete or absent, and its manifest.
 
 Owns: the layout on disk, reading it by memory map.
-Leaves: making it to `store_writer.py` and `store_tables.py`, choosing samples to `mixture.py`.
+Leaves: making it to `store_writer.py` and `store_tables.py`, a picture's bytes to `store_pictures.py`, choosing
+samples to `mixture.py`.
 
     <store>/samples/    {id, messages: [{role, text}], pictures: [row of the other table]}
     <store>/pictures/   {sha256, bytes, height, width, format}: each picture once, as published
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_recipes.sample import DataError, Message
+from data_recipes.store_pictures import StorePictures
 from data_recipes.store_tables import FORMAT
 
 
@@ -62,8 +64,7 @@ class Store:
         self.manifest = manifest
         self.name: str = manifest["name"]
         self.fingerprint: str = manifest["fingerprint"]
-        self._tables: tuple[datasets.Dataset, datasets.Dataset] | None = None
-        self._sizes: npt.NDArray[np.int32] | None = None
+        self._tables: tuple[datasets.Dataset, StorePictures] | None = None
 
     @classmethod
     def open(cls, path: Path) -> "Store":
@@ -94,31 +95,32 @@ class Store:
         return int(self.manifest["num_samples"])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tables": None, "_sizes": None}
+        return {**self.__dict__, "_tables": None}
 
     def text(self, index: int) -> StoredText:
         """Sample `index` without touching picture bytes."""
         row = self._samples[self._checked_index(index)]
-        return StoredText(row["id"], self.name, _messages(row), self._sizes_hw(row["pictures"]))
+        return StoredText(row["id"], self.name, _messages(row), self._pictures.sizes_hw(row["pictures"]))
 
     def sample(self, index: int) -> StoredSample:
-        """Sample `index` with its pictures."""
+        """Sample `index` with its pictures.
+
+        Raises:
+            OSError: the file system failed to read a picture; another try may succeed.
+        """
         row = self._samples[self._checked_index(index)]
-        pictures = [self._pictures[picture] for picture in row["pictures"]]
         return StoredSample(
             id=row["id"],
             source=self.name,
             messages=_messages(row),
-            sizes_hw=tuple((p["height"], p["width"]) for p in pictures),
-            pictures=tuple(p["bytes"] for p in pictures),
-            picture_hashes=tuple(p["sha256"] for p in pictures),
+            sizes_hw=self._pictures.sizes_hw(row["pictures"]),
+            pictures=tuple(self._pictures.read(picture) for picture in row["pictures"]),
+            picture_hashes=self._pictures.hashes(row["pictures"]),
         )
 
     def picture_hashes(self, index: int) -> tuple[str, ...]:
         """sha256 of each picture of sample `index`, in order."""
-        rows = self._samples[self._checked_index(index)]["pictures"]
-        column = self._pictures.data.column("sha256")
-        return tuple(column[row].as_py() for row in rows)
+        return self._pictures.hashes(self._samples[self._checked_index(index)]["pictures"])
 
     def ids(self) -> list[str]:
         """The ids of all samples."""
@@ -126,7 +128,7 @@ class Store:
 
     def all_picture_hashes(self) -> npt.NDArray[np.bytes_]:
         """sha256 (as 64 hexadecimal letters) of every picture, by row."""
-        return np.array(self._pictures.data.column("sha256").to_pylist(), dtype="S64")
+        return self._pictures.all_hashes()
 
     def picture_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(starts [num_samples + 1], rows): the pictures of sample i are rows[starts[i]:starts[i + 1]]."""
@@ -141,20 +143,14 @@ class Store:
         return self._open_tables()[0]
 
     @property
-    def _pictures(self) -> datasets.Dataset:
+    def _pictures(self) -> StorePictures:
         return self._open_tables()[1]
 
-    def _open_tables(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+    def _open_tables(self) -> tuple[datasets.Dataset, StorePictures]:
         if self._tables is None:
-            both = datasets.load_from_disk(str(self.path), keep_in_memory=False)
-            self._tables = (both["samples"], both["pictures"])
+            samples = datasets.load_from_disk(str(self.path / "samples"), keep_in_memory=False)
+            self._tables = (samples, StorePictures(self.path / "pictures"))
         return self._tables
-
-    def _sizes_hw(self, rows: list[int]) -> tuple[tuple[int, int], ...]:
-        if self._sizes is None:
-            columns = [np.asarray(self._pictures.data.column(name).to_numpy()) for name in ("height", "width")]
-            self._sizes = np.stack(columns, axis=1)
-        return tuple((int(self._sizes[row, 0]), int(self._sizes[row, 1])) for row in rows)
 
     def _checked_index(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -167,7 +167,7 @@ class StoreTables:
             repairs=dict(sorted(self.repairs.items())),
             fingerprint=fingerprint,
         )
-        manifest = {
+        manifest: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": fingerprint,
             **describe(self._source),

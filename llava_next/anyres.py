@@ -10,6 +10,7 @@ tells the order of an image's tokens.
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +68,22 @@ class ImageLayout:
         kept = tile * side * side + patch
         newline = np.full((kept.shape[0], 1), NEWLINE, dtype=np.int64)
         return np.concatenate([base, np.concatenate([kept, newline], axis=1).ravel()])
+
+
+def grids_of_pinpoints(pinpoints_hw: Sequence[Sequence[int]], tile: int) -> tuple[Grid, ...]:
+    """Grids in tiles from the pixels that a configuration on disk lists, (height, width) each.
+
+    Raises:
+        ModelError: a side is no multiple of the tile; names the pinpoint, the rule and the way out.
+    """
+    for pinpoint in pinpoints_hw:
+        if len(pinpoint) != 2 or any(side < tile or side % tile for side in pinpoint):
+            raise ModelError(
+                f"image_grid_pinpoints holds {list(pinpoint)}, and both of its sides must be multiples of the tower's "
+                f"tile of {tile} pixels: the list was made for another tower; correct it in config.json, or give the "
+                "model its own tower"
+            )
+    return tuple((height // tile, width // tile) for height, width in pinpoints_hw)
 
 
 def select_grid(size_hw: SizeHW, grids: tuple[Grid, ...], tile: int) -> Grid:
@@ -128,7 +145,7 @@ def image_layout(
     """
     if min(size_hw) < 1:
         raise ModelError(f"a picture's height and width must be positive, got {size_hw}")
-    if mode == "square":
+    if mode != "anyres":
         return ImageLayout(size_hw, None, patches_per_side)
     grid = select_grid(size_hw, grids, tile)
     kept_rows, kept_cols = kept_range(size_hw, (grid[0] * patches_per_side, grid[1] * patches_per_side), rounding)
@@ -154,14 +171,22 @@ def decode(picture: bytes) -> Image.Image:
     Raises:
         OSError: the bytes are no picture that Pillow reads.
     """
-    image = ImageOps.exif_transpose(Image.open(io.BytesIO(picture)))
+    image: Image.Image = Image.open(io.BytesIO(picture))
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode[0] in "IF":
+        grey = np.asarray(image)
+        pixels = _to_8_bits(grey)
+        if "transparency" in image.info:  # one value that stands for clear; Pillow would clip the others at 255
+            pixels[grey == image.info["transparency"]] = 255
+        return Image.fromarray(pixels).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         canvas = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(canvas, image).convert("RGB")
-    if image.mode[0] in "IF":
-        return Image.fromarray(_to_8_bits(np.asarray(image))).convert("RGB")
-    return image.convert("RGB")
+    if image.mode != "RGB":
+        return image.convert("RGB")
+    image.load()  # `convert` would copy what is RGB already: two thirds of the time of a large scan
+    return image
 
 
 def _to_8_bits(grey: np.ndarray) -> np.ndarray:
@@ -181,8 +206,21 @@ def _to_8_bits(grey: np.ndarray) -> np.ndarray:
     return (values * (255.0 / white)).astype(np.uint8)
 
 
-def cut_tiles(image: Image.Image, layout: ImageLayout, tile: int) -> np.ndarray:
+def cut_tiles(
+    image: Image.Image,
+    layout: ImageLayout,
+    tile: int,
+    *,
+    pad_colour: tuple[int, int, int] | None = None,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
     """The views of one RGB picture: uint8 [num_tiles, tile, tile, 3], base view first, then row by row.
+
+    A single view shows the whole picture on a square of `pad_colour` (image mode pad), or without one its centre
+    (square).
+
+    Args:
+        out: where they are written, if given: a contiguous array of that shape.
 
     Raises:
         ModelError: the picture's size is not the one the layout was made for.
@@ -192,16 +230,32 @@ def cut_tiles(image: Image.Image, layout: ImageLayout, tile: int) -> np.ndarray:
             f"the picture is {image.height}x{image.width} but was counted as {layout.size_hw[0]}x"
             f"{layout.size_hw[1]} (height x width): its store was made from other bytes, prepare it again"
         )
+    if out is None:
+        out = np.empty((layout.num_tiles, tile, tile, 3), dtype=np.uint8)
     if layout.grid is None:
-        return np.asarray(_centre_crop(image, tile))[None]
+        view = _centre_crop(image, tile) if pad_colour is None else _padded_square(image, tile, pad_colour)
+        out[0] = np.asarray(view)
+        return out
+    out[0] = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
     rows, cols = layout.grid
-    base = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
     new_h, new_w = resized_hw(layout.size_hw, (rows * tile, cols * tile))
-    canvas = np.zeros((rows * tile, cols * tile, 3), dtype=np.uint8)
-    top, left = (rows * tile - new_h) // 2, (cols * tile - new_w) // 2
-    canvas[top : top + new_h, left : left + new_w] = np.asarray(image.resize((new_w, new_h), Image.Resampling.BICUBIC))
-    tiles = canvas.reshape(rows, tile, cols, tile, 3).swapaxes(1, 2).reshape(rows * cols, tile, tile, 3)
-    return np.concatenate([base[None], tiles])
+    shown = np.asarray(image.resize((new_w, new_h), Image.Resampling.BICUBIC))
+    _spread(shown, out[1:].reshape(rows, cols, tile, tile, 3))
+    return out
+
+
+def _spread(shown: np.ndarray, tiles: np.ndarray) -> None:
+    """Writes a picture to the middle of a black canvas that lies there tile by tile: [rows, cols, tile, tile, 3]."""
+    rows, cols, tile = tiles.shape[:3]
+    height, width = shown.shape[:2]
+    above, before = (rows * tile - height) // 2, (cols * tile - width) // 2
+    if (height, width) != (rows * tile, cols * tile):
+        tiles[:] = 0
+    for row, col in np.ndindex(rows, cols):
+        top, left = row * tile - above, col * tile - before  # of this tile, in the picture
+        part = shown[max(top, 0) : max(top + tile, 0), max(left, 0) : max(left + tile, 0)]
+        at_y, at_x = max(-top, 0), max(-left, 0)
+        tiles[row, col, at_y : at_y + part.shape[0], at_x : at_x + part.shape[1]] = part
 
 
 def _centre_crop(image: Image.Image, tile: int) -> Image.Image:
@@ -214,3 +268,25 @@ def _centre_crop(image: Image.Image, tile: int) -> Image.Image:
     image = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
     top, left = (new_h - tile) // 2, (new_w - tile) // 2
     return image.crop((left, top, left + tile, top + tile))
+
+
+_BAND_ROWS = 1024
+
+
+def _padded_square(image: Image.Image, tile: int, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square as long as its longer side, resized to `tile`: the authors' `expand2square`
+    and the CLIP processor, for LLaVA-1.5's second stage. An odd pixel of padding lies at the bottom or right.
+
+    Pillow resizes along the rows first, then along the columns, with 8 bits in between. Done in bands of rows that is
+    the same bit for bit, and the square, a hundred times the pixels of a long picture, is never held as a whole.
+    """
+    width, height = image.size
+    side = max(width, height)
+    left, top = (side - width) // 2, (side - height) // 2
+    narrowed = Image.new("RGB", (tile, side))
+    for first in range(0, side, _BAND_ROWS):
+        num_rows = min(_BAND_ROWS, side - first)
+        band = Image.new("RGB", (side, num_rows), colour)
+        band.paste(image, (left, top - first))
+        narrowed.paste(band.resize((tile, num_rows), Image.Resampling.BICUBIC), (0, first))
+    return narrowed.resize((tile, tile), Image.Resampling.BICUBIC)

@@ -1,10 +1,13 @@
 """Attention inside the segments of a packed row, registered with transformers by name.
 
-A row holds several samples; no token attends to another sample's. On CUDA that is torch's own variable-length flash
-attention, elsewhere one SDPA call per segment. What this does not implement (sliding windows, softcapping, sinks) is
-refused when the model is built, never ignored.
+A row holds several samples; no token attends to another sample's. The kernel is execution: torch's own variable-length
+flash attention on CUDA, one SDPA call per segment elsewhere, FlashAttention 2 or 3 where it is installed and asked
+for. What this does not implement (sliding windows, softcapping, sinks) is refused when the model is built, never
+ignored.
 """
 
+import importlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
 from llava_next.batch import Segments
-from llava_next.config import ModelError
+from llava_next.config import AttentionKernel, ModelError
 
-SEGMENT_ATTENTION = "llava_next_segments"
-"""The name under which a language model is built to use this attention."""
+_FLASH_MODULES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 def segment_attention(
@@ -28,6 +30,7 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    kernel: AttentionKernel = "auto",
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment.
@@ -35,6 +38,7 @@ def segment_attention(
     Args:
         query: [1, heads, T, head width]; key and value: [1, kv heads, T, head width].
         segments: the samples' bounds; required (a model that generates uses a stock implementation).
+        kernel: `auto` is `varlen` on CUDA in half precision, and `sdpa` elsewhere.
 
     Returns:
         [1, T, heads, head width], as transformers' attention functions do, and no weights.
@@ -43,8 +47,15 @@ def segment_attention(
         raise ValueError("this model attends within segments: call LlavaNext, or set_attn_implementation('sdpa')")
     if dropout:
         raise ValueError(f"segment attention has no dropout, the model asks for {dropout}")
-    if query.is_cuda:
-        return _varlen(query, key, value, segments, scaling), None
+    if kernel == "auto":
+        kernel = "varlen" if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else "sdpa"
+    run = _per_segment if kernel == "sdpa" else _varlen if kernel == "varlen" else partial(_flash, kernel)
+    return run(query, key, value, segments, scaling), None
+
+
+def _per_segment(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
     grouped = query.shape[1] != key.shape[1]
     outputs = [
         scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -55,7 +66,8 @@ def segment_attention(
             strict=True,
         )
     ]
-    return torch.cat(outputs, dim=2).transpose(1, 2), None
+    # Joined in the layout that is returned: the model flattens the heads next, which then costs no second copy.
+    return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
 
 
 def _varlen(
@@ -79,9 +91,47 @@ def _varlen(
     return output[None]
 
 
-def register() -> None:
-    """Makes SEGMENT_ATTENTION known to transformers. No mask function goes with it, so none is built."""
-    AttentionInterface.register(SEGMENT_ATTENTION, segment_attention)
+def _flash(
+    kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+) -> torch.Tensor:
+    """FlashAttention 2 or 3: one call and one signature; grouped heads are found out from the shapes."""
+    function = importlib.import_module(_FLASH_MODULES[kernel]).flash_attn_varlen_func
+    output = function(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        segments.bounds,
+        segments.bounds,
+        segments.max_length,
+        segments.max_length,
+        softmax_scale=scaling,
+        causal=True,
+    )
+    output = output[0] if isinstance(output, tuple) else output  # early releases of 3 return the normaliser, too
+    assert isinstance(output, torch.Tensor)
+    return output[None]
+
+
+def register(kernel: AttentionKernel) -> str:
+    """Makes attention by this kernel known to transformers, and returns its name there.
+
+    No mask function goes with it, so none is built.
+
+    Raises:
+        ModelError: the kernel's package is not installed.
+    """
+    module = _FLASH_MODULES.get(kernel)
+    if module is not None:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ModelError(
+                f"attention={kernel}: the module {module} cannot be imported here ({error}); install FlashAttention "
+                f"{kernel[-1]}, or choose attention=auto, which is torch's own variable-length flash attention on CUDA"
+            ) from error
+    name = f"llava_next_segments_{kernel}"
+    AttentionInterface.register(name, partial(segment_attention, kernel=kernel))
+    return name
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:

@@ -23,13 +23,26 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from llava_next.config import ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
+from llava_next.config import (
+    AttentionKernel,
+    ImageMode,
+    ModelConfig,
+    ModelError,
+    ProcessorConfig,
+    ProjectorKind,
+    check_grids,
+)
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
 
 VOCABULARY_MULTIPLE = 64
 """The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
+
+PROJECTOR_ACTS: dict[ProjectorKind, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
+"""`projector_hidden_act` of transformers' config, which always has two linear layers around it: a linear projector is
+written as its layer, the identity for an activation, and the identity for a second layer (see `hf.py`). vLLM knows no
+activation of that name, so such an export is for transformers."""
 
 _TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
@@ -56,6 +69,12 @@ class Backbone:
         """The longest sequence that the language model was made for, in tokens."""
         return int(self.hf_config.text_config.max_position_embeddings)
 
+    @property
+    def _mean_colour(self) -> tuple[int, int, int]:
+        """The colour that becomes zero, as the authors round it."""
+        red, green, blue = (int(mean * 255) for mean in self.config.vision_tower.image_mean)
+        return red, green, blue
+
     def processor(
         self, *, template: str | None, image_mode: ImageMode, max_length: int, unmask_special_tokens: bool = False
     ) -> Processor:
@@ -80,6 +99,7 @@ class Backbone:
                 patches_per_side=self.patches_per_side,
                 max_length=max_length,
                 unmask_special_tokens=unmask_special_tokens,
+                pad_colour=self._mean_colour if image_mode == "pad" else None,
             ),
         )
 
@@ -88,7 +108,8 @@ def read_backbone(config: ModelConfig) -> Backbone:
     """Reads both configs and the tokenizer, adds the image token, and derives what follows from them.
 
     Raises:
-        ModelError: a directory or file that is not there, or a tile that the tower's patch does not divide.
+        ModelError: a directory or file that is not there, or a tile of another size than the tower's own that its
+            patch does not divide.
     """
     check_grids(config.grids)
     language, tower = config.language_model, config.vision_tower
@@ -96,12 +117,13 @@ def read_backbone(config: ModelConfig) -> Backbone:
     vision = _read_config(tower.path, tower.overrides, "model.vision_tower")
     vision = getattr(vision, "vision_config", vision)  # a CLIP or SigLIP directory describes both of its towers
     if tower.tile is not None:
+        # A tower may leave a strip of its own size unseen (SigLIP's 27 patches of 14 in 384 pixels), not of another.
+        if tower.tile % vision.patch_size and tower.tile != vision.image_size:
+            raise ModelError(
+                f"model.vision_tower.tile={tower.tile} is not a multiple of the tower's patch of {vision.patch_size} "
+                f"pixels; use one, or null for the tower's own size of {vision.image_size}"
+            )
         vision.image_size = tower.tile
-    if vision.image_size % vision.patch_size:
-        raise ModelError(
-            f"model.vision_tower.tile={vision.image_size} is not a multiple of the tower's patch of "
-            f"{vision.patch_size} pixels"
-        )
     tokenizer = read_tokenizer(language.tokenizer_path)
     vocabulary = max(len(tokenizer), int(text.vocab_size))
     text.vocab_size = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
@@ -115,6 +137,7 @@ def read_backbone(config: ModelConfig) -> Backbone:
         # transformers reads pinpoints as (height, width): the authors' order of grids, in pixels.
         image_grid_pinpoints=[[r * vision.image_size, c * vision.image_size] for r, c in config.grids],
         image_seq_length=patches * patches,
+        projector_hidden_act=PROJECTOR_ACTS[config.projector],
         tie_word_embeddings=bool(text.tie_word_embeddings),
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -141,13 +164,16 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def build_model(backbone: Backbone, *, dtype: torch.dtype, seed: int, num_sources: int = 1) -> LlavaNext:
+def build_model(
+    backbone: Backbone, *, dtype: torch.dtype, seed: int, num_sources: int = 1, attention: AttentionKernel = "auto"
+) -> LlavaNext:
     """The model with the first weights of its parts; random ones depend on the seed alone, not on the rank.
 
     Args:
         dtype: of every weight.
         seed: of the weights that are not read from a file.
         num_sources: length of the per-source loss sums.
+        attention: the kernel inside packed samples.
 
     Raises:
         ModelError: missing weights, or weights that do not fit the config.
@@ -163,14 +189,13 @@ def build_model(backbone: Backbone, *, dtype: torch.dtype, seed: int, num_source
                 f"model.language_model: {backbone.hf_config.text_config.model_type} keeps its embedding under another "
                 "name than embed_tokens, which LLaVA-NeXT needs; choose a Llama-like model"
             )
-        with torch.device("meta"):
-            hf = LlavaNextForConditionalGeneration(backbone.hf_config)
+        hf = skeleton(backbone)
         hf.model.language_model = language.base_model
         hf.lm_head = language.get_output_embeddings()
         hf.model.vision_tower = tower
         torch.manual_seed(seed)  # again, so that the connector does not depend on what the other parts have drawn
         hf.model.multi_modal_projector.to_empty(device="cpu")
-        for module in hf.model.multi_modal_projector.children():
+        for module in hf.model.multi_modal_projector.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()  # torch's own initialisation, as the authors' projector has
         width = backbone.hf_config.text_config.hidden_size
@@ -185,7 +210,19 @@ def build_model(backbone: Backbone, *, dtype: torch.dtype, seed: int, num_source
         image_mean=config.vision_tower.image_mean,
         image_std=config.vision_tower.image_std,
         num_sources=num_sources,
+        attention=attention,
     )
+
+
+def skeleton(backbone: Backbone) -> LlavaNextForConditionalGeneration:
+    """The stock model without weights (on the meta device), with the projector of `model.projector`."""
+    with torch.device("meta"):
+        hf = LlavaNextForConditionalGeneration(backbone.hf_config)
+        if backbone.config.projector == "linear":
+            hf.model.multi_modal_projector = nn.Linear(
+                backbone.hf_config.vision_config.hidden_size, backbone.hf_config.text_config.hidden_size
+            )
+    return hf
 
 
 def _read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedConfig:

@@ -17,12 +17,20 @@ Grid = tuple[int, int]
 AUTHORS_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
 """The five grids of the released configurations, in the authors' order (ties go to the first)."""
 
-ImageMode = Literal["anyres", "square"]
-"""anyres: a base view and the tiles of the best grid. square: one centre-cropped view (LLaVA-1.5, stage 1)."""
+ImageMode = Literal["anyres", "square", "pad"]
+"""anyres: a base view and the tiles of the best grid. square: one centre-cropped view (LLaVA-1.5, stage 1). pad: one
+view of the whole picture, made square with the tower's mean colour (LLaVA-1.5, stage 2)."""
+
+ProjectorKind = Literal["mlp2x_gelu", "linear"]
+"""What turns a tower's feature into a token. mlp2x_gelu: linear, GELU, linear (LLaVA-1.5 and later). linear: one linear
+layer (LLaVA)."""
 
 Rounding = Literal["exact", "authors"]
 """exact: what is kept of a map in whole numbers, as transformers and vLLM. authors: their int() of a float product, one
 line less at 16 of 549,552 sizes; for the comparison with their code and for servers that count as they do."""
+
+AttentionKernel = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
+"""What computes attention inside packed samples; nothing learned depends on it, beyond rounding."""
 
 
 _STRICT = {"extra": "forbid"}
@@ -78,13 +86,14 @@ class VisionTowerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model, a vision tower and the grids that cut pictures for it."""
+    """A language model, a vision tower, the projector between them, and the grids that cut pictures."""
 
     __pydantic_config__ = _STRICT
 
     language_model: LanguageModelConfig
     vision_tower: VisionTowerConfig
     grids: tuple[Grid, ...] = AUTHORS_GRIDS
+    projector: ProjectorKind = "mlp2x_gelu"
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,8 @@ class ProcessorConfig:
     rounding: Rounding = "exact"
     unmask_special_tokens: bool = False
     """Supervise whole assistant messages, and special tokens everywhere, as the Llama-3 and Qwen releases were."""
+    pad_colour: tuple[int, int, int] | None = None
+    """Of image mode pad, and only there: what the square is filled with, red, green, blue from 0 to 255."""
 
 
 def check_grids(grids: tuple[Grid, ...]) -> None:

@@ -1,7 +1,7 @@
 """Prompt templates: messages → text segments, each marked as supervised or not.
 
-Owns the wording of every template and the place of the image placeholder. It knows no tokenizer and no picture:
-`processor.py` turns segments into ids and labels.
+Owns the wording of every named template and the place of the image placeholder. It knows no tokenizer and no picture:
+`processor.py` turns segments into ids and labels, `chat_template.py` reads a template from a tokenizer.
 
 The strings are those of LLaVA's `conversation.py`; the tests hold them to the authors' own output.
 """
@@ -13,6 +13,9 @@ from typing import Protocol
 from llava_next.config import ModelError
 
 IMAGE_PLACEHOLDER = "<image>"
+FROM_TOKENIZER = "tokenizer"
+"""Stands where a template's name does, and means the tokenizer's own chat template."""
+NO_SYSTEM_TURN = "this template has no place for a system turn"
 
 
 class MessageLike(Protocol):
@@ -38,14 +41,16 @@ class Template:
     """The wording around messages. A round is question, header, answer, end.
 
     `system_format`, `question_format` and `answer_format` contain `{text}`; `end` is the end token's text,
-    supervised with the answer; `between` follows it, unsupervised.
-    `bos` tells whether the tokenizer's beginning-of-sequence id opens the sample. `released_specials` are the tokens
+    supervised with the answer; `between` follows it, unsupervised. Where `system_format` is None, a sample's system
+    turn has no place and `default_system` opens every sample as it stands. `trims` cuts white space around every text.
+    `bos` tells whether the tokenizer's beginning-of-sequence id opens the sample (a caption goes without where the
+    tokenizer has none). `released_specials` are the tokens
     that the released checkpoints of this template were supervised on wherever they stand (an option, see
     `ProcessorConfig.unmask_special_tokens`).
     """
 
     name: str
-    system_format: str
+    system_format: str | None
     default_system: str | None
     question_format: str
     header: str
@@ -54,6 +59,7 @@ class Template:
     between: str
     bos: bool
     caption_only: bool = False
+    trims: bool = False
     released_specials: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[MessageLike], *, whole_answers: bool = False) -> list[Segment]:
@@ -64,28 +70,35 @@ class Template:
             whole_answers: supervise the answer's header and what follows its end token too.
 
         Raises:
-            ModelError: the messages do not alternate user, assistant.
+            ModelError: the messages do not alternate user, assistant, or there is no place for their system turn.
         """
-        messages, system = self._split_system(messages)
-        segments = [Segment(self.system_format.format(text=system))] if system is not None else []
+        opening, messages = self._opening(messages)
+        segments = [Segment(opening)]
         for index, message in enumerate(messages):
             if message.role != ("user", "assistant")[index % 2]:
                 raise ModelError(f"messages must alternate user and assistant, turn {index} is {message.role!r}")
             if message.role == "user":
-                segments.append(Segment(self._question(message.text)))
+                segments.append(Segment(self._question(self._trimmed(message.text))))
                 segments.append(Segment(self.header, supervised=whole_answers))
             else:
-                answer = self.answer_format.replace("{text}", message.text) + self.end
+                answer = self.answer_format.replace("{text}", self._trimmed(message.text)) + self.end
                 segments.append(Segment(answer, supervised=True, ends_round=True))
                 segments.append(Segment(self.between, supervised=whole_answers))
         return [segment for segment in segments if segment.text]
 
-    def _split_system(self, messages: Sequence[MessageLike]) -> tuple[Sequence[MessageLike], str | None]:
-        if messages and messages[0].role == "system" and not self.caption_only:
-            return messages[1:], messages[0].text
+    def _opening(self, messages: Sequence[MessageLike]) -> tuple[str, Sequence[MessageLike]]:
+        """What stands before the first question, and the messages from there on."""
+        system = self.default_system
         if messages and messages[0].role == "system":
-            return messages[1:], None
-        return messages, self.default_system
+            if self.system_format is None:
+                raise ModelError(f"template {self.name}: {NO_SYSTEM_TURN}")
+            system, messages = self._trimmed(messages[0].text), messages[1:]
+        if system is None or self.caption_only:
+            return "", messages
+        return system if self.system_format is None else self.system_format.replace("{text}", system), messages
+
+    def _trimmed(self, text: str) -> str:
+        return text.strip() if self.trims else text
 
     def _question(self, text: str) -> str:
         num_images = text.count(IMAGE_PLACEHOLDER)
@@ -193,13 +206,24 @@ _TEMPLATES = (
 TEMPLATES: dict[str, Template] = {template.name: template for template in _TEMPLATES}
 
 
-def template_named(name: str) -> Template:
-    """The template of this name.
+def check_template_name(name: str) -> None:
+    """Refuses what is neither a named template nor `tokenizer`.
 
     Raises:
         ModelError: with the names that exist.
     """
-    try:
-        return TEMPLATES[name]
-    except KeyError:
-        raise ModelError(f"no template is called {name!r}; there are {', '.join(sorted(TEMPLATES))}") from None
+    if name != FROM_TOKENIZER and name not in TEMPLATES:
+        raise ModelError(
+            f"no template is called {name!r}; there are {', '.join(sorted(TEMPLATES))}, and {FROM_TOKENIZER} for the "
+            "tokenizer's own chat template"
+        )
+
+
+def template_named(name: str) -> Template:
+    """The named template; `chat_template.py` reads the tokenizer's own.
+
+    Raises:
+        ModelError: with the names that exist.
+    """
+    check_template_name(name)
+    return TEMPLATES[name]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig
 
+from llava_next.config import ProjectorKind
+
 
 @dataclass(frozen=True)
 class StepCosts:
@@ -29,6 +31,7 @@ def step_costs(
     vision: PretrainedConfig,
     language: PretrainedConfig,
     *,
+    projector: ProjectorKind,
     num_vision_layers: int,
     trains_tower: bool,
     trains_language_model: bool,
@@ -37,6 +40,7 @@ def step_costs(
 
     Args:
         vision, language: the Hugging Face configs.
+        projector: what joins them.
         num_vision_layers: layers that run (the tower is cut at its feature layer).
         trains_tower, trains_language_model: what gets weight gradients. The projector, always trained when the
             tower is, is in `tile`; the head, run at supervised positions only, is left out.
@@ -46,7 +50,7 @@ def step_costs(
     mlp = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
     layer = patches * (8 * width * width + 4 * width * mlp) + 4 * patches * patches * width
     tower = num_vision_layers * layer * (3 if trains_tower else 1)
-    projector = patches * 2 * (width * hidden + hidden * hidden) * 3
+    projected = width * hidden + (hidden * hidden if projector == "mlp2x_gelu" else 0)
 
     heads = language.num_attention_heads
     head_width = getattr(language, "head_dim", None) or hidden // heads
@@ -55,7 +59,7 @@ def step_costs(
     backward = 3 if trains_language_model else 2
     layers = language.num_hidden_layers
     return StepCosts(
-        tile=float(tower + projector),
+        tile=float(tower + patches * 2 * projected * 3),
         token=float(layers * block * backward),
         pair=float(layers * 4 * heads * head_width * 3),
     )

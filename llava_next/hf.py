@@ -1,15 +1,15 @@
-"""Directories on disk: a whole model in the Hugging Face layout, and the connector between the stages.
+"""Directories of whole models in the Hugging Face layout: written for transformers and vLLM, loaded, read back.
 
 Writing streams tensor by tensor; where parameters are partitioned every rank walks the same list and the caller's
-`gather` makes them whole. Everything is safetensors. A directory is complete or absent.
+`gather` makes them whole. Everything is safetensors. What stands between the stages is `connector.py`'s.
+
+A model that saw AnyRes tiles is written as a LLaVA-NeXT. One that saw single views is written as a LLaVA (1.5), whose
+stock processor makes the same view: as a LLaVA-NeXT it would be served tiles that it never saw.
 """
 
 import copy
-import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,32 +20,48 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from torch import nn
 from transformers import (
+    AutoModelForImageTextToText,
     GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaProcessor,
 )
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_next.build import Backbone, read_tokenizer, refuse_made_up
-from llava_next.config import ModelConfig, ModelError
+from llava_next.anyres import grids_of_pinpoints
+from llava_next.build import PROJECTOR_ACTS, Backbone, read_tokenizer, refuse_made_up
+from llava_next.chat_template import chat_template
+from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
+from llava_next.connector import CONTRACT, MM_PROJECTOR, load_connector, load_mm_projector
 from llava_next.conversation import Template
-from llava_next.model import LlavaNext
+from llava_next.disk import Gather, check_names, complete_or_absent, copy_tensor, whole
+from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import published_name
 from llava_next.processor import Processor
 
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
-
 SHARD_BYTES = 4 * 10**9
-_CONTRACT = "contract.json"
-_CONNECTOR_PREFIXES = ("hf.model.multi_modal_projector.", "hf.model.image_newline")
 
+_SECOND_LAYER = ("multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias")
+"""What the published layout has and a linear projector has not: written as the identity."""
 
-def _whole(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    return nullcontext()
+_KEYS_OF_BOTH = (
+    "image_token_index",
+    "image_seq_length",
+    "projector_hidden_act",
+    "vision_feature_select_strategy",
+    "vision_feature_layer",
+    "tie_word_embeddings",
+    "pad_token_id",
+)
+"""Of LLaVA's config and LLaVA-NeXT's, besides the two configs inside."""
 
 
 def write_hf(
-    model: LlavaNext, backbone: Backbone, processor: Processor, target: Path | None, gather: Gather = _whole
+    model: LlavaNext, backbone: Backbone, processor: Processor, target: Path | None, gather: Gather = whole
 ) -> None:
     """Writes the model as a directory that stock transformers loads.
 
@@ -56,62 +72,24 @@ def write_hf(
         target: the directory, or None on ranks that only help to gather.
         gather: makes parameters whole while inside it.
     """
-    partial = _start(target)
-    tower_type = backbone.hf_config.vision_config.model_type
-    named = [(published_name(name, tower_type), parameter) for name, parameter in live_parameters(model)]
-    _write_shards(named, partial, gather)
-    if partial is None or target is None:
-        return
-    config = backbone.hf_config
-    config.architectures = ["LlavaNextForConditionalGeneration"]
-    config.dtype = model.hf.model.image_newline.dtype
-    config.save_pretrained(partial)
-    GenerationConfig(
-        bos_token_id=backbone.tokenizer.bos_token_id,
-        eos_token_id=_stop_ids(backbone, processor.template),
-        pad_token_id=backbone.tokenizer.pad_token_id,
-    ).save_pretrained(partial)
-    _stock_processor(backbone, processor).save_pretrained(partial)
-    _finish(partial, target)
-
-
-def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, gather: Gather = _whole) -> None:
-    """Writes the projector and the newline vector with the contract that the next stage checks.
-
-    Args are those of `write_hf`.
-    """
-    partial = _start(target)
-    named = [
-        (name.removeprefix("hf.model."), parameter)
-        for name, parameter in live_parameters(model)
-        if name.startswith(_CONNECTOR_PREFIXES)
-    ]
-    tensors = {}
-    for name, parameter in named:
-        with gather([parameter]):
-            if partial is not None:
-                tensors[name] = parameter.detach().cpu().clone().contiguous()
-    if partial is None or target is None:
-        return
-    save_file(tensors, partial / "connector.safetensors", metadata={"format": "pt"})
-    contract = {
-        **_identity(backbone),
-        "image_newline_trained": bool(model.hf.model.image_newline.requires_grad),
-        "tensors": {
-            name: {
-                "shape": list(tensor.shape),
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-                "sha256": _sha256(tensor),
-            }
-            for name, tensor in tensors.items()
-        },
-    }
-    (partial / _CONTRACT).write_text(json.dumps(contract, indent=1) + "\n")
-    _finish(partial, target)
+    with complete_or_absent(target) as folder:
+        _write_shards(_published_tensors(model, backbone, processor.config.image_mode), folder, gather)
+        if folder is None:
+            return
+        config = _stock_config(backbone, processor.config.image_mode)
+        config.dtype = model.hf.model.image_newline.dtype
+        config.save_pretrained(folder)
+        GenerationConfig(
+            bos_token_id=backbone.tokenizer.bos_token_id,
+            eos_token_id=_stop_ids(backbone, processor.template),
+            pad_token_id=backbone.tokenizer.pad_token_id,
+        ).save_pretrained(folder)
+        _stock_processor(backbone, processor).save_pretrained(folder)
 
 
 def load_weights(model: LlavaNext, backbone: Backbone, source: Path) -> str:
-    """Loads a connector, or a whole model in the Hugging Face layout, into a freshly built model.
+    """Loads a connector (ours, or the authors' `mm_projector.bin`, as a file or in its folder), or a whole model in the
+    Hugging Face layout, into a freshly built model.
 
     Returns:
         A sentence on what was loaded.
@@ -119,9 +97,14 @@ def load_weights(model: LlavaNext, backbone: Backbone, source: Path) -> str:
     Raises:
         ModelError: nothing that can be loaded lies there, or it does not fit: the tensor, both shapes, the way out.
     """
+    if source.is_file():
+        return load_mm_projector(model, backbone, source)
     try:
-        if (source / _CONTRACT).is_file():
-            return _load_connector(model, backbone, source)
+        if (source / CONTRACT).is_file():
+            return load_connector(model, backbone, source)
+        if (source / MM_PROJECTOR).is_file():
+            _refuse_whole_model_beside(source)
+            return load_mm_projector(model, backbone, source / MM_PROJECTOR)
         if (source / "config.json").is_file():
             return _load_hf(model, backbone, source)
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
@@ -129,98 +112,96 @@ def load_weights(model: LlavaNext, backbone: Backbone, source: Path) -> str:
             f"stage.init_from={source} cannot be read, a file in it is damaged or missing: {error}"
         ) from error
     raise ModelError(
-        f"stage.init_from={source} holds neither a connector ({_CONTRACT}) nor a model (config.json); run stage=align "
-        "first, or start from fresh parts with stage.init_from=null"
+        f"stage.init_from={source} holds neither a connector ({CONTRACT} or {MM_PROJECTOR}) nor a model (config.json); "
+        "run stage=align first, or start from fresh parts with stage.init_from=null"
     )
 
 
-def live_parameters(model: LlavaNext) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter with its live name, the tower's upper layers included (they are kept aside, see `model.py`).
-
-    A head that shares the embedding's tensor is left out, as published checkpoints leave it out.
-    """
-    tied = model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if not (tied and name.startswith("hf.lm_head.")):
-            yield name, parameter
-    for index, layer in enumerate(model.upper_tower_layers, start=model.num_tower_layers):
-        for name, parameter in layer.named_parameters():
-            yield f"{model.tower_layers_name}.{index}.{name}", parameter
-
-
-def _load_connector(model: LlavaNext, backbone: Backbone, source: Path) -> str:
-    contract = json.loads((source / _CONTRACT).read_text())
-    for key, ours in _identity(backbone).items():
-        if contract[key] != ours:
-            raise ModelError(
-                f"the connector in {source} was trained for {key}={contract[key]}, this model has {ours}; train one "
-                "with stage=align, or start from fresh parts with stage.init_from=null"
-            )
-    found = {
-        name.removeprefix("hf.model."): parameter
-        for name, parameter in live_parameters(model)
-        if name.startswith(_CONNECTOR_PREFIXES)
-    }
-    with safe_open(source / "connector.safetensors", framework="pt") as file:
-        _check_names(found, set(file.keys()), source)
-        for name, parameter in found.items():
-            tensor = file.get_tensor(name)
-            if _sha256(tensor) != contract["tensors"][name]["sha256"]:
-                raise ModelError(f"{source}: the bytes of {name} are not the ones in {_CONTRACT}; the file is damaged")
-            _copy(parameter, tensor, name, source)
-    newline = "trained" if contract["image_newline_trained"] else "not trained"
-    return f"connector from {source} (image_newline {newline})"
+def _refuse_whole_model_beside(source: Path) -> None:
+    beside = [*source.glob("model*.safetensors"), *source.glob("pytorch_model*.bin")]
+    if beside:
+        raise ModelError(
+            f"stage.init_from={source} holds a connector ({MM_PROJECTOR}) and a whole model ({beside[0].name}); name "
+            "the file to start from the connector alone, or take it away to start from the model"
+        )
 
 
 def _load_hf(model: LlavaNext, backbone: Backbone, source: Path) -> str:
+    config = json.loads((source / "config.json").read_text())
+    kind, ours = _projector_kind(config, source), backbone.config.projector
+    if kind != ours:
+        raise ModelError(
+            f"the model in {source} has a projector of kind {kind}, this one's is {ours}; choose model.projector={kind}"
+        )
     tower_type = backbone.hf_config.vision_config.model_type
     found = {published_name(name, tower_type): parameter for name, parameter in live_parameters(model)}
+    said = f"model from {source}"
+    if config["model_type"] == LlavaConfig.model_type:
+        del found["image_newline"]
+        said += " (a LLaVA has no image_newline, which starts fresh)"
+    second_layer = _SECOND_LAYER if kind == "linear" else ()
     files = sorted(source.glob("*.safetensors"))
     names: set[str] = set()
     for path in files:
         with safe_open(path, framework="pt") as file:
             names |= set(file.keys())
-    _check_names(found, names, source)
+    check_names(found | dict.fromkeys(second_layer), names, source)
     for path in files:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                _copy(found[name], file.get_tensor(name), name, source)
-    return f"model from {source}"
+                tensor = file.get_tensor(name)
+                if name in second_layer:
+                    _check_identity(tensor, name, source)
+                else:
+                    copy_tensor(found[name], tensor, name, source)
+    return said
 
 
-def _check_names(ours: dict[str, nn.Parameter], theirs: set[str], source: Path) -> None:
-    missing, extra = sorted(set(ours) - theirs), sorted(theirs - set(ours))
-    if missing:
-        raise ModelError(f"{source} lacks {len(missing)} tensor(s) that this model has, the first is {missing[0]}")
-    if extra:
-        raise ModelError(f"{source} has {len(extra)} tensor(s) that this model lacks, the first is {extra[0]}")
+def _projector_kind(config: dict[str, Any], source: Path) -> ProjectorKind:
+    act = config.get("projector_hidden_act", "gelu")
+    for kind, its_act in PROJECTOR_ACTS.items():
+        if act == its_act:
+            return kind
+    raise ModelError(
+        f"{source}: projector_hidden_act={act} is no projector of ours; there are "
+        + ", ".join(f"{kind} ({its_act})" for kind, its_act in PROJECTOR_ACTS.items())
+    )
 
 
-def _copy(parameter: nn.Parameter, tensor: torch.Tensor, name: str, source: Path) -> None:
-    if parameter.shape != tensor.shape:
+def _check_identity(tensor: torch.Tensor, name: str, source: Path) -> None:
+    """Raises ModelError unless the second layer of a linear projector does nothing."""
+    nothing = torch.eye(len(tensor), dtype=tensor.dtype) if tensor.ndim == 2 else torch.zeros_like(tensor)
+    if not torch.equal(tensor, nothing):
         raise ModelError(
-            f"{source}: {name} has shape {list(tensor.shape)}, this model needs {list(parameter.shape)}; choose the "
-            "language model and vision tower it was made with"
+            f"{source}: {name} is not the identity, so its projector is two linear layers without an activation, which "
+            "is none of ours; multiply them into one"
         )
-    with torch.no_grad():
-        parameter.copy_(tensor)
 
 
-def _identity(backbone: Backbone) -> dict[str, Any]:
-    """What a connector depends on: the tower's features and the language model's embedding space."""
-    vision, text = backbone.hf_config.vision_config, backbone.hf_config.text_config
-    return {
-        "language_model": backbone.config.language_model.name,
-        "vision_tower": backbone.config.vision_tower.name,
-        "feature_layer": backbone.config.vision_tower.feature_layer,
-        "vision_width": vision.hidden_size,
-        "language_width": text.hidden_size,
-        "projector": "mlp2x_gelu",
-    }
+def _published_tensors(model: LlavaNext, backbone: Backbone, image_mode: ImageMode) -> list[tuple[str, nn.Parameter]]:
+    tower_type = backbone.hf_config.vision_config.model_type
+    named = [(published_name(name, tower_type), parameter) for name, parameter in live_parameters(model)]
+    if backbone.config.projector == "linear":
+        newline = model.hf.model.image_newline
+        width = backbone.hf_config.text_config.hidden_size
+        identity = (torch.eye(width, dtype=newline.dtype), torch.zeros(width, dtype=newline.dtype))
+        named += zip(_SECOND_LAYER, map(nn.Parameter, identity), strict=True)
+    return [(name, tensor) for name, tensor in named if image_mode == "anyres" or name != "image_newline"]
 
 
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+def _stock_config(backbone: Backbone, image_mode: ImageMode) -> LlavaNextConfig | LlavaConfig:
+    config = backbone.hf_config
+    if image_mode == "anyres":
+        config.architectures = ["LlavaNextForConditionalGeneration"]
+        return config
+    config = copy.deepcopy(config)  # what is given to a new config forgets how the live model attends
+    single = LlavaConfig(
+        vision_config=config.vision_config,
+        text_config=config.text_config,
+        **{key: getattr(config, key) for key in _KEYS_OF_BOTH},
+    )
+    single.architectures = ["LlavaForConditionalGeneration"]
+    return single
 
 
 def _write_shards(named: list[tuple[str, nn.Parameter]], folder: Path | None, gather: Gather) -> None:
@@ -266,24 +247,26 @@ def _stop_ids(backbone: Backbone, template: Template) -> int | list[int] | None:
     return end if eos is None or end == eos else [end, eos]
 
 
-def _stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProcessor:
-    tower, vision = backbone.config.vision_tower, backbone.hf_config.vision_config
-    image_processor = LlavaNextImageProcessorPil(
-        size={"shortest_edge": backbone.tile},
-        crop_size={"height": backbone.tile, "width": backbone.tile},
-        image_grid_pinpoints=backbone.hf_config.image_grid_pinpoints,
-        image_mean=list(tower.image_mean),
-        image_std=list(tower.image_std),
-    )
+def _stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProcessor | LlavaProcessor:
+    tower, image_mode = backbone.config.vision_tower, processor.config.image_mode
+    pixels: dict[str, Any] = {
+        "size": {"shortest_edge": backbone.tile},
+        "crop_size": {"height": backbone.tile, "width": backbone.tile},
+        "image_mean": list(tower.image_mean),
+        "image_std": list(tower.image_std),
+    }
     strategy = backbone.hf_config.vision_feature_select_strategy
-    return LlavaNextProcessor(
-        image_processor=image_processor,
-        tokenizer=_serving_tokenizer(backbone, processor.template),
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy=strategy,
-        num_additional_image_tokens=1 if strategy == "default" else 0,
-        chat_template=chat_template(processor.template),
-    )
+    words: dict[str, Any] = {
+        "tokenizer": _serving_tokenizer(backbone, processor.template),
+        "patch_size": backbone.hf_config.vision_config.patch_size,
+        "vision_feature_select_strategy": strategy,
+        "num_additional_image_tokens": 1 if strategy == "default" else 0,
+        "chat_template": chat_template(processor.template),
+    }
+    if image_mode != "anyres":
+        return LlavaProcessor(LlavaImageProcessorPil(do_pad=image_mode == "pad", **pixels), **words)
+    grids = backbone.hf_config.image_grid_pinpoints
+    return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **words)
 
 
 def _serving_tokenizer(backbone: Backbone, template: Template) -> Any:
@@ -296,37 +279,6 @@ def _serving_tokenizer(backbone: Backbone, template: Template) -> Any:
     return tokenizer
 
 
-def chat_template(template: Template) -> str:
-    """The template as Jinja, over messages whose content is a string or a list of text and image items.
-
-    Pictures of a turn come first, as `place_image` puts them.
-    """
-    system, question = template.system_format.split("{text}"), template.question_format.split("{text}")
-    answer = template.answer_format.split("{text}")
-    literal = json.dumps
-    default = "" if template.default_system is None else template.system_format.format(text=template.default_system)
-    return "".join(
-        [
-            # Whoever tokenizes the rendered text adds the token itself only where it is not there yet, or never.
-            "{{ bos_token }}" if template.bos else "",
-            "{%- macro text_of(content) -%}{%- if content is string -%}{{ content }}{%- else -%}",
-            "{%- for item in content if item.type == 'image' -%}{{ '<image>' }}{{ '\\n' }}{%- endfor -%}",
-            "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}{%- endif -%}",
-            "{%- endmacro -%}",
-            "{%- if messages and messages[0].role != 'system' -%}{{ ", literal(default), " }}{%- endif -%}",
-            "{%- for message in messages -%}",
-            "{%- if message.role == 'system' -%}{{ ", literal(system[0]), " + text_of(message.content) + ",
-            literal(system[-1]), " }}",
-            "{%- elif message.role == 'user' -%}{{ ", literal(question[0]), " + text_of(message.content) + ",
-            literal(question[-1]), " }}",
-            "{%- else -%}{{ ", literal(template.header + answer[0]), " + text_of(message.content) + ",
-            literal(answer[-1] + template.end + template.between), " }}{%- endif -%}",
-            "{%- endfor -%}",
-            "{%- if add_generation_prompt -%}{{ ", literal(template.header), " }}{%- endif -%}",
-        ]
-    )  # fmt: skip
-
-
 def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
     """A directory that `write_hf` made, loaded by stock transformers and wrapped for packed rows.
 
@@ -335,30 +287,48 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
         config: names the parts and gives the tower's image mean and standard deviation.
 
     Raises:
-        ModelError: transformers does not read it, or would make up a tensor.
+        ModelError: transformers does not read it, or would make up a tensor, or its grids are no multiples of its tile.
     """
     try:
-        hf, found = LlavaNextForConditionalGeneration.from_pretrained(source, output_loading_info=True)
+        stock, found = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source} is no model that transformers reads: {error}") from error
     refuse_made_up(found, str(source))
-    tile = hf.config.vision_config.image_size
-    grids = tuple((height // tile, width // tile) for height, width in hf.config.image_grid_pinpoints)
+    if isinstance(stock, LlavaForConditionalGeneration):
+        hf, grids = _with_newline(stock, config.grids), config.grids
+    elif isinstance(stock, LlavaNextForConditionalGeneration):
+        hf = stock
+        try:
+            grids = grids_of_pinpoints(hf.config.image_grid_pinpoints, hf.config.vision_config.image_size)
+        except ModelError as error:
+            raise ModelError(f"{source}: {error}") from error
+    else:
+        raise ModelError(f"{source} is a {type(stock).__name__}, no LLaVA and no LLaVA-NeXT")
+    kind = _projector_kind(hf.config.to_dict(), source)
+    if kind == "linear":
+        for tensor, name in zip(hf.model.multi_modal_projector.linear_2.parameters(), _SECOND_LAYER, strict=True):
+            _check_identity(tensor.detach(), name, source)
+        hf.model.multi_modal_projector = hf.model.multi_modal_projector.linear_1
     tower = replace(config.vision_tower, feature_layer=hf.config.vision_feature_layer)
-    backbone = Backbone(replace(config, grids=grids, vision_tower=tower), hf.config, read_tokenizer(str(source)))
+    config = replace(config, grids=grids, vision_tower=tower, projector=kind)
+    backbone = Backbone(config, hf.config, read_tokenizer(str(source)))
     return backbone, LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std)
 
 
-def _start(target: Path | None) -> Path | None:
-    if target is None:
-        return None
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    return partial
-
-
-def _finish(partial: Path, target: Path) -> None:
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+def _with_newline(stock: LlavaForConditionalGeneration, grids: tuple[Grid, ...]) -> LlavaNextForConditionalGeneration:
+    """A LLaVA's parts as those of a LLaVA-NeXT; single views never use its newline, which is zero."""
+    old = stock.config
+    tile = old.vision_config.image_size
+    config = LlavaNextConfig(
+        vision_config=old.vision_config,
+        text_config=old.text_config,
+        image_grid_pinpoints=[[rows * tile, cols * tile] for rows, cols in grids],
+        **{key: getattr(old, key) for key in _KEYS_OF_BOTH},
+    )
+    with torch.device("meta"):
+        hf = LlavaNextForConditionalGeneration(config)
+    for part in ("vision_tower", "multi_modal_projector", "language_model"):
+        setattr(hf.model, part, getattr(stock.model, part))
+    hf.lm_head = stock.lm_head
+    hf.model.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size, dtype=stock.dtype))
+    return hf

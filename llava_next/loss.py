@@ -2,6 +2,10 @@
 
 The head runs at supervised positions only, in chunks, so that the logits of a whole row never exist at once. Sums
 and divisors are the callers'.
+
+torch's `linear_cross_entropy` (2.13, `LinearCrossEntropyOptions()`, `reduction="none"`) does the same as fast in fp32.
+For bf16 weights it returns bf16 losses: relative error 1.7e-3 where the cross entropy of fp32 logits, as here, has
+3.9e-4, and 4.1e-3 against 2.8e-3 in the head's gradient (512 classes, 128 rows). So torch's own `cross_entropy` it is.
 """
 
 import torch

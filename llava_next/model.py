@@ -15,9 +15,9 @@ import torch
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 
-from llava_next.attention import SEGMENT_ATTENTION, refuse_unsupported, register
+from llava_next.attention import refuse_unsupported, register
 from llava_next.batch import Batch
-from llava_next.config import PARTS, ModelError
+from llava_next.config import PARTS, AttentionKernel, ModelError
 from llava_next.loss import token_losses
 
 
@@ -49,9 +49,11 @@ class LlavaNext(nn.Module):
             (`upper_tower_layers`), frozen and never run. So `hf` itself no longer runs; what generates is the export.
         image_mean, image_std: of the tower's training, for tiles in [0, 1].
         num_sources: length of the per-source sums.
+        attention: the kernel inside packed samples.
 
     Raises:
-        ModelError: the language model attends in a way that packing does not implement.
+        ModelError: the language model attends in a way that packing does not implement, or the kernel's package is
+            not installed.
     """
 
     tile_scale: torch.Tensor
@@ -64,13 +66,14 @@ class LlavaNext(nn.Module):
         image_mean: tuple[float, float, float],
         image_std: tuple[float, float, float],
         num_sources: int = 1,
+        attention: AttentionKernel = "auto",
     ) -> None:
         super().__init__()
-        register()
         refuse_unsupported(hf.config.text_config)
+        _refuse_dropout(hf)
         if hf.lm_head.bias is not None:
             raise ModelError(f"{hf.config.text_config.model_type} has a biased head, LLaVA-NeXT's has no bias")
-        hf.model.language_model.set_attn_implementation(SEGMENT_ATTENTION)
+        hf.model.language_model.set_attn_implementation(register(attention))
         hf.model.vision_tower.set_attn_implementation("sdpa")
         self.hf = hf
         self.num_sources = num_sources
@@ -93,7 +96,8 @@ class LlavaNext(nn.Module):
         weighted = losses * batch.target_weights
         by_source = weighted.new_zeros(self.num_sources)
         by_source.index_add_(0, batch.target_sources, weighted.detach())
-        tokens = torch.bincount(batch.target_sources, minlength=self.num_sources)
+        tokens = torch.zeros_like(by_source, dtype=torch.int64)
+        tokens.index_add_(0, batch.target_sources, torch.ones_like(batch.target_sources))  # bincount waits for a GPU
         return weighted.sum(), by_source, tokens
 
     @torch.no_grad()
@@ -135,6 +139,17 @@ class LlavaNext(nn.Module):
         return states[0, batch.target_positions], self.hf.lm_head.weight
 
 
+def _refuse_dropout(hf: LlavaNextForConditionalGeneration) -> None:
+    """A step is a function of its samples: what falls away at random would depend on ranks, rows and restarts."""
+    for part, config in (("vision_tower", hf.config.vision_config), ("language_model", hf.config.text_config)):
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float) and value > 0:
+                raise ModelError(
+                    f"model.{part}: {config.model_type} drops activations at random ({key}={value}), and a step would "
+                    f"no longer be a function of its samples; set {key}: 0.0 in model.{part}.overrides"
+                )
+
+
 def part_of(name: str) -> str:
     """The part that a parameter of `LlavaNext` belongs to, by its name.
 
@@ -168,6 +183,22 @@ def set_trained_parts(model: LlavaNext, parts: Collection[str]) -> None:
     unread = set(_unread_tower_parameters(model))
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in parts and name not in unread)
+
+
+def set_recompute(model: LlavaNext, parts: Collection[str]) -> None:
+    """Lets the blocks of these parts keep their inputs alone and run again in the backward pass.
+
+    Nothing learned depends on it: memory is traded for a second forward pass of those blocks.
+
+    Raises:
+        ModelError: a part that is no stack of blocks.
+    """
+    stacks = {"vision_tower": model.hf.model.vision_tower, "language_model": model.hf.model.language_model}
+    for part in parts:
+        if part not in stacks:
+            raise ModelError(f"recompute: {part!r} is no stack of blocks; choose among {', '.join(stacks)}")
+        # transformers runs blocks again only in training mode, in which nothing else differs (no dropout, see above).
+        stacks[part].train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _unread_tower_parameters(model: LlavaNext) -> Iterator[str]:
@@ -214,6 +245,20 @@ def _cut(layers: nn.ModuleList, feature_layer: object) -> tuple[nn.Module, ...]:
     for module in upper:
         module.requires_grad_(False)
     return upper
+
+
+def live_parameters(model: LlavaNext) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter with its live name, the tower's upper layers included (they are kept aside, see `model.py`).
+
+    A head that shares the embedding's tensor is left out, as published checkpoints leave it out.
+    """
+    tied = model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not (tied and name.startswith("hf.lm_head.")):
+            yield name, parameter
+    for index, layer in enumerate(model.upper_tower_layers, start=model.num_tower_layers):
+        for name, parameter in layer.named_parameters():
+            yield f"{model.tower_layers_name}.{index}.{name}", parameter
 
 
 def num_parameters(model: LlavaNext, part: str | None = None, *, trained: bool = False) -> int:

@@ -10,16 +10,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from itertools import chain
 from typing import Any
 
 import numpy as np
 
 from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
+from llava_next.chat_template import template_for
 from llava_next.config import ModelError, ProcessorConfig, check_grids
-from llava_next.conversation import IMAGE_PLACEHOLDER, MessageLike, Segment, template_named
+from llava_next.conversation import IMAGE_PLACEHOLDER, NO_SYSTEM_TURN, MessageLike, Segment
 
 IGNORE = -100
 """Label of a position that is not supervised."""
+
+_OTHER_TEMPLATE = "choose a template made for it with stage.template=NAME"
 
 
 class RejectReason(StrEnum):
@@ -27,6 +31,7 @@ class RejectReason(StrEnum):
 
     TOO_LONG = "too_long"
     NO_SUPERVISED = "no_supervised"
+    SYSTEM_TURN = "system_turn"
 
 
 class SampleRejected(Exception):
@@ -82,25 +87,35 @@ class Processor:
         config: the rest of what decides the encoding.
 
     Raises:
-        ModelError: the tokenizer is slow, or lacks the image token or a token of the template.
+        ModelError: the tokenizer is slow, or lacks the image token or a token of the template, or its own chat template
+            was asked for and cannot be used.
     """
 
     def __init__(self, tokenizer: Any, config: ProcessorConfig) -> None:
         check_grids(config.grids)
+        if (config.image_mode == "pad") != (config.pad_colour is not None):
+            raise ModelError(f"image mode {config.image_mode} and pad_colour={config.pad_colour} do not go together")
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
         self.config = config
         self.tokenizer = tokenizer
-        self.template = template_named(config.template)
+        self.template = template_for(config.template, tokenizer)
         self.image_token_id = _single_id(tokenizer, IMAGE_PLACEHOLDER, "image token")
         if self.template.end:
             _single_id(tokenizer, self.template.end, f"end token of template {config.template}")
         self._released_ids = self._find_released_ids()
-        if self.template.bos and tokenizer.bos_token_id is None:
+        self._opening_ids = self._find_opening_ids()
+
+    def _find_opening_ids(self) -> list[int]:
+        bos = self.tokenizer.bos_token_id
+        if not self.template.bos or (bos is None and self.template.caption_only):
+            return []  # plain serves every backbone: captions open with the token where the tokenizer has one
+        if bos is None:
             raise ModelError(
-                f"template {config.template} opens with the beginning-of-sequence token, which this tokenizer lacks; "
-                "choose a template made for it with stage.template=NAME"
+                f"template {self.config.template} opens with the beginning-of-sequence token, which this tokenizer "
+                f"lacks; {_OTHER_TEMPLATE}"
             )
+        return [bos]
 
     def _find_released_ids(self) -> list[int]:
         if not self.config.unmask_special_tokens:
@@ -131,9 +146,11 @@ class Processor:
         A sample longer than the maximum is cut after the last answer that fits.
 
         Raises:
-            SampleRejected: no answer fits, or nothing is supervised.
+            SampleRejected: no answer fits, nothing is supervised, or the template has no place for a system turn.
             ModelError: placeholders and pictures differ in number.
         """
+        if self.template.system_format is None and messages and messages[0].role == "system":
+            raise SampleRejected(RejectReason.SYSTEM_TURN, f"template {self.template.name}: {NO_SYSTEM_TURN}")
         images = tuple(self._image_layout(size) for size in sizes_hw)
         ids, labels, round_ends = self._tokens(self._render(messages), images)
         num_rounds = len(round_ends)
@@ -154,12 +171,13 @@ class Processor:
         """The layout and the tiles. Errors are those of `layout`, and OSError for bytes that are no picture."""
         layout = self.layout(messages, sizes_hw)
         tile = self.config.tile
-        views = [
-            cut_tiles(decode(picture), image, tile)
-            for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True)
-        ]
-        empty = np.zeros((0, tile, tile, 3), dtype=np.uint8)
-        return Example(layout, np.concatenate(views) if views else empty)
+        tiles = np.empty((layout.num_tiles, tile, tile, 3), dtype=np.uint8)
+        start = 0
+        for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True):
+            view = tiles[start : start + image.num_tiles]
+            cut_tiles(decode(picture), image, tile, pad_colour=self.config.pad_colour, out=view)
+            start += image.num_tiles
+        return Example(layout, tiles)
 
     def prompt(
         self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW]
@@ -207,29 +225,42 @@ class Processor:
         if len(pieces) - 1 != len(images):
             raise ModelError(f"{len(pieces) - 1} placeholders {IMAGE_PLACEHOLDER} but {len(images)} pictures")
 
-        ids: list[int] = [self.tokenizer.bos_token_id] if self.template.bos else []
-        labels = [IGNORE] * len(ids)
-        ends = [0] * len(ids)  # the character just behind each token
+        num_opening = len(self._opening_ids)
+        ids = [np.array(self._opening_ids, dtype=np.int32)]
+        answers = [np.zeros(num_opening, dtype=bool)]
+        ends = [np.zeros(num_opening, dtype=np.int64)]  # the character just behind each token
         start = 0
         for index, piece in enumerate(pieces):
             if index:
                 num_tokens = images[index - 1].num_tokens
-                ids += [self.image_token_id] * num_tokens
-                labels += [IGNORE] * num_tokens
-                ends += [start] * num_tokens
+                ids.append(np.full(num_tokens, self.image_token_id, dtype=np.int32))
+                answers.append(np.zeros(num_tokens, dtype=bool))
+                ends.append(np.full(num_tokens, start))
             if piece:
-                encoded = self.tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)
-                for token, (first, last) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                    ids.append(token)
-                    # A token counts as the answer's when its last character is: "▁A" begins with the header's space.
-                    labels.append(token if last > first and supervised[start + last - 1] else IGNORE)
-                    ends.append(start + last)
+                tokens, first, last = self._encode(piece)
+                ids.append(tokens)
+                # A token counts as the answer's when its last character is: "▁A" begins with the header's space.
+                answers.append((last > first) & supervised[start + last - 1])
+                ends.append(start + last)
             start += len(piece) + len(IMAGE_PLACEHOLDER)
-        round_ends = np.searchsorted(np.asarray(ends), round_end_chars, side="right").tolist()
-        all_ids, all_labels = np.asarray(ids, dtype=np.int32), np.asarray(labels, dtype=np.int32)
+        round_ends = np.searchsorted(np.concatenate(ends), round_end_chars, side="right").tolist()
+        all_ids, is_answer = np.concatenate(ids), np.concatenate(answers)
         if self._released_ids:
-            all_labels = np.where(np.isin(all_ids, self._released_ids), all_ids, all_labels)
-        return all_ids, all_labels, round_ends
+            is_answer |= np.isin(all_ids, self._released_ids)
+        return all_ids, np.where(is_answer, all_ids, np.int32(IGNORE)), round_ends
+
+    def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids of a text, and the characters between which each stands: int32, int64, int64 [num_tokens].
+
+        Asks the tokenizer's own engine: transformers' wrapper around it costs as much again, and the length table
+        asks a million times. What an earlier caller of the wrapper set is undone as the wrapper would.
+        """
+        engine = self.tokenizer.backend_tokenizer
+        engine.no_truncation()
+        engine.no_padding()
+        encoded = engine.encode(text, add_special_tokens=False)
+        spans = np.fromiter(chain.from_iterable(encoded.offsets), dtype=np.int64, count=2 * len(encoded))
+        return np.array(encoded.ids, dtype=np.int32), spans[::2], spans[1::2]
 
     def _num_whole_images(self, ids: np.ndarray, images: Sequence[ImageLayout]) -> int:
         """Pictures whose tokens are all there; a cut falls after an answer, so never inside a picture."""
@@ -247,5 +278,7 @@ def _single_id(tokenizer: Any, text: str, what: str) -> int:
     if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == "▁":
         ids = ids[1:]
     if len(ids) != 1:
-        raise ModelError(f"the {what}, {text!r}, is {len(ids)} tokens for this tokenizer; it must be one")
+        raise ModelError(
+            f"the {what}, {text!r}, is {len(ids)} tokens for this tokenizer; it must be one: {_OTHER_TEMPLATE}"
+        )
     return int(ids[0])

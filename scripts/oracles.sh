@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs the authors' own code and keeps what it says in tests/oracles/*.json, which the tests compare ours with.
+# Runs the authors' own code and keeps what it says in tests/oracles/*.json, which the tests compare ours with: prompts,
+# tiles, gradients and twenty optimizer steps of a tiny model; and draws those steps beside ours.
 #
 #   ./scripts/oracles.sh [--check]
 #
@@ -20,7 +21,8 @@ SHA256=29a796981630025ffa9adf9f009108810f3582095d453c3f9113c2f38a80fa41
 # What the authors' packages of early 2024 run with (the first), and what their repository named when it learnt
 # Llama-3 and Qwen (the second, put in front of the first).
 PINS=(transformers==4.36.2 tokenizers==0.15.2 accelerate==0.21.0 numpy==1.26.4 pillow==13.0.0 sentencepiece==0.2.3
-    protobuf==7.36.2 huggingface-hub==0.36.2 safetensors==0.8.0 einops==0.8.2 requests==2.34.2 psutil==7.2.2 pyyaml==6.0.3)
+    protobuf==7.36.2 huggingface-hub==0.36.2 safetensors==0.8.0 einops==0.8.2 requests==2.34.2 psutil==7.2.2 pyyaml==6.0.3
+    matplotlib==3.10.9)
 AUTHORS=(llava-torch==1.2.2.post1)
 LATER=(transformers==4.40.2 tokenizers==0.19.1 jinja2==3.1.6 markupsafe==3.0.4)
 TORCH=torch==2.13.0
@@ -45,7 +47,8 @@ export LLAVA_NEXT_CACHE=$CACHE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUD
 # ------------------------------------------------------------------------------------------------ tokenizers, code
 
 ./scripts/setup.sh --extras quickstart
-"${LLAVA_NEXT_PYTHON:-.venv/bin/python}" scripts/quickstart/assets.py --cache "$CACHE" --set tokenizers
+ours=${LLAVA_NEXT_PYTHON:-.venv/bin/python}
+"$ours" scripts/quickstart/assets.py --cache "$CACHE" --set tokenizers
 
 train_py=${LLAVA_NEXT_TRAIN_PY:-$CACHE/downloads/llava_next_train_${COMMIT:0:8}.py}
 has_train_py() { [[ -f $train_py && $(sha256sum "$train_py" | cut -d' ' -f1) == "$SHA256" ]]; }
@@ -109,6 +112,10 @@ python=$ENV/bin/python
 code=0
 "$python" -W ignore -m scripts.oracles.anyres "${check[@]}" || code=1
 "$python" -W ignore -m scripts.oracles.prompts "${check[@]}" || code=1
+"$python" -W ignore -m scripts.oracles.gradients "${check[@]}" || code=1
+"$python" -W ignore -m scripts.oracles.steps "${check[@]}" || code=1
+"$ours" -m scripts.oracles.our_steps "${check[@]}" || code=1
+"$python" -W ignore -m scripts.oracles.draw_steps "${check[@]}" || code=1
 if has_train_py; then
     "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" --templates chatml_direct "${check[@]}" || code=1
     PYTHONPATH=$ENV/later "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" \

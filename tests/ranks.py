@@ -3,6 +3,8 @@
 Owns the processes: their start (gloo over loopback), how a case reaches them and its results come back, and that
 nothing waits for ever. A case is a plain function of a module that every rank can import; its arguments and result
 are pickled. What is proved stands in the tests.
+
+All ranks are forks of one process that has imported torch, DeepSpeed and the run: seconds that each would spend anew.
 """
 
 import faulthandler
@@ -15,14 +17,21 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 600.0
 """For the start of all ranks: it may hold the compilation of DeepSpeed's CPU op."""
+_ENVIRONMENT = {
+    "DS_ACCELERATOR": "cpu",
+    "OMP_NUM_THREADS": "1",
+    "TORCH_FR_BUFFER_SIZE": "5000",  # torch's flight recorder: `cases.recorded_collectives` reads it
+}
 GRACE_S = 10.0
 """How long the other ranks may go on after one has failed: they mostly wait for it."""
 
@@ -68,12 +77,12 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = _server()
         port = _free_port()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            log = self._folder / f"rank_{rank}.log"
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs, str(log)), daemon=False)
+            args = (_Seat(rank, self.size, port, str(self._folder / f"rank_{rank}.log")), theirs)
+            process = context.Process(target=_serve, args=args, daemon=False)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -132,21 +141,102 @@ class Ranks:
         return "\n".join(log.read_text(errors="replace").splitlines()[-60:]) if log.exists() else ""
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection, log: str) -> None:
+@dataclass(frozen=True)
+class Ended:
+    """How a process of `run_to_the_end` ended: its exit code (below zero: the signal), and all that it said."""
+
+    exit_code: int
+    output: str
+
+
+def run_to_the_end(
+    size: int, case: Callable[..., int], *args: Any, folder: Path, missing: Sequence[int] = (), timeout_s: float
+) -> list[Ended]:
+    """Runs `case(*args)` on new ranks, whose exit code it returns, until their processes have ended.
+
+    The case joins the process group by itself, as a launched program does.
+
+    Args:
+        missing: ranks that need not end by themselves; they are killed when the others have.
+
+    Raises:
+        RankError: one that should have ended did not; the message holds where it stood.
+    """
+    context, port = _server(), _free_port()
+    logs = [Path(tempfile.mkdtemp(prefix="rank_", dir=folder)) / "output" for _ in range(size)]
+    seats = [_Seat(rank, size, port, str(log)) for rank, log in enumerate(logs)]
+    processes = [context.Process(target=_run_alone, args=(seat, case, args)) for seat in seats]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    stuck = []
+    for rank, process in enumerate(processes):
+        if rank not in missing:
+            process.join(max(0.0, deadline - time.monotonic()))
+            stuck += [rank] * process.is_alive()
+    for rank in stuck:
+        os.kill(processes[rank].pid, signal.SIGUSR2)
+        time.sleep(0.5)
+    for process in processes:
+        process.kill()
+        process.join()
+    if stuck:
+        told = "\n".join(f"rank {rank}:\n{logs[rank].read_text(errors='replace')}" for rank in stuck)
+        raise RankError(f"{case.__qualname__}: not ended after {timeout_s:.0f} s: {told}")
+    return [
+        Ended(process.exitcode, log.read_text(errors="replace")) for process, log in zip(processes, logs, strict=True)
+    ]
+
+
+def _server() -> Any:
+    """The context whose processes are forks of one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train.run", "deepspeed", "tests.train.cases"])
+    # The server keeps the environment of its start: libraries are to make no threads before the fork.
+    kept = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    forkserver.ensure_running()
+    for name, value in kept.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+    return context
+
+
+@dataclass(frozen=True)
+class _Seat:
+    """What a rank is told: who it is, where the others are, and the file for what it prints."""
+
+    rank: int
+    size: int
+    port: int
+    log: str
+
+    def take(self) -> None:
+        """Makes this process the rank."""
+        multiprocessing.set_start_method("fork", force=True)  # as in a launched program; here it is the server's
+        output = Path(self.log).open("a", buffering=1)  # noqa: SIM115 - for as long as the process lives
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+        faulthandler.register(signal.SIGUSR2, file=output, all_threads=True)
+        os.environ |= _ENVIRONMENT | {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.rank),
+            "WORLD_SIZE": str(self.size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def _run_alone(seat: _Seat, case: Callable[..., int], args: tuple[Any, ...]) -> None:
+    seat.take()
+    sys.exit(case(*args))
+
+
+def _serve(seat: _Seat, pipe: Connection) -> None:
     """The life of a rank: join the group, then answer cases until the pipe closes."""
-    output = Path(log).open("a", buffering=1)  # noqa: SIM115 - for as long as the process lives
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    faulthandler.register(signal.SIGUSR2, file=output, all_threads=True)
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-    }
+    seat.take()
     try:
         _join_group()
         pipe.send((True, None))
@@ -178,8 +268,6 @@ def _join_group() -> None:
     quiet_libraries(on_cpu=True)
     ops.ensure_built()
     import deepspeed
-
-    importlib.import_module("train.run")  # brings all that cases need: seconds that are no case's own
 
     # A collective that waits longer than any case may take is a hang; the harness tells of it first.
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=600), verbose=False)

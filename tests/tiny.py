@@ -6,6 +6,7 @@ fetched. torch is imported only where a model is described, so that tests of con
 """
 
 import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -188,6 +189,16 @@ def encoded_picture(seed: int, size_hw: tuple[int, int], file_format: str = "PNG
     stream = io.BytesIO()
     image.save(stream, file_format)
     return stream.getvalue()
+
+
+class HostilePickle:
+    """Unpickled, it runs a command that makes a file: what a hostile file of weights does is the same, only worse."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
 
 
 def tiny_samples(num_samples: int, *, pictures: bool = True, first: int = 0) -> list[Sample]:

@@ -5,10 +5,8 @@ alone, and exit code 2.
 """
 
 import io
-import json
 import os
 import sys
-import traceback
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,6 @@ from omegaconf import DictConfig
 
 from train.config import CONFIG_DIR, ConfigError, RunConfig, check, explain
 
-EXIT_FAILED = 1
 EXIT_USAGE = 2
 """A mistake in the configuration or the data it names: running it again cannot help."""
 EXIT_INTERRUPTED = 75
@@ -37,7 +34,7 @@ def main() -> int:
         return _refuse(str(error), rank)
     if config is None:
         return 0  # --help, --cfg job and the like have printed what was asked for
-    return _run(config)
+    return execute(config)
 
 
 def _compose() -> RunConfig | None:
@@ -76,7 +73,8 @@ def _recipe_used(hydra_config: DictConfig) -> str:
     return f"{sentence}; changed by hand: {' '.join(typed)}" if typed else sentence
 
 
-def _run(config: RunConfig) -> int:
+def execute(config: RunConfig) -> int:
+    """Runs a checked configuration; returns the exit code, unless the run fails: then this process ends here."""
     import torch
 
     from train.quiet import quiet_libraries
@@ -86,35 +84,27 @@ def _run(config: RunConfig) -> int:
     from llava_next.config import ModelError
     from train.run import run
     from train.trainer import Interrupted
-    from train.world import read_launch
+    from train.watch import Watch
+    from train.world import leave, read_launch
 
     launch = read_launch()
+    watch = Watch(config.run_dir, launch, config.timeout_s)
     code, reason = 0, "finished"
     try:
-        run(config, launch)
+        run(config, launch, watch)
     except (ConfigError, ModelError, DataError) as error:
-        return _refuse(str(error), launch.rank)
+        code = _refuse(str(error), launch.rank)
     except Interrupted as error:
         code, reason = EXIT_INTERRUPTED, f"{error}; run the same command again to go on"
         if launch.is_main:
             print(reason, file=sys.stderr)
     except Exception as error:
-        code, reason = EXIT_FAILED, f"rank {launch.rank}: {type(error).__name__}: {error}"
-        traceback.print_exc()
-        print(reason, file=sys.stderr, flush=True)
-    if launch.is_main or code == EXIT_FAILED:
-        _write_exit(config.run_dir, code, reason)
-    if code == EXIT_FAILED:
-        # A rank that failed must not wait for the others in the process group's clean-up.
-        os._exit(code)
+        watch.give_up(error)
+    if launch.is_main and code != EXIT_USAGE:
+        watch.exit_file.write(code, reason)
+    watch.progress.remove()
+    leave()
     return code
-
-
-def _write_exit(run_dir: Path, code: int, reason: str) -> None:
-    try:
-        (run_dir / "exit.json").write_text(json.dumps({"code": code, "reason": reason}) + "\n")
-    except OSError as error:
-        print(f"exit.json was not written: {error}", file=sys.stderr)
 
 
 def _refuse(sentence: str, rank: int) -> int:

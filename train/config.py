@@ -20,8 +20,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_recipes.config import MixtureConfig
-from llava_next.config import PARTS, ImageMode, ModelConfig, check_grids
-from llava_next.conversation import TEMPLATES
+from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, check_grids
+from llava_next.conversation import check_template_name
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _STRICT = {"extra": "forbid"}
@@ -51,7 +51,8 @@ class StageConfig:
 
     `learning_rates` is the whole truth of what is trained: a part that is not named, or null, is frozen (where there
     are tiles, image_newline follows the projector unless it is named). `init_from` is the folder whose weights the
-    stage starts from (null: fresh parts). Lengths are in tokens, image tokens included.
+    stage starts from, or the authors' `mm_projector.bin` (null: fresh parts). Lengths are in tokens, image tokens
+    included.
     """
 
     __pydantic_config__ = _STRICT
@@ -76,7 +77,7 @@ class StageConfig:
     def rates(self) -> dict[str, float]:
         """The learning rate of each trained part, image_newline's included."""
         rates = dict(self.learning_rates)
-        if "projector" in rates and self.image_mode == "anyres":  # square pictures have no newline to learn
+        if "projector" in rates and self.image_mode == "anyres":  # single views have no newline to learn
             rates.setdefault("image_newline", rates["projector"])
         return {part: rate for part, rate in rates.items() if rate is not None}
 
@@ -93,7 +94,11 @@ class PackingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where prepared sources lie, and how many processes read them on each rank."""
+    """Where prepared sources lie, and how many processes read them on each rank.
+
+    `local_dir` is a folder on each node's own disk that the mixture's stores are copied to first (null: they are read
+    where they lie). A read that fails is tried `read_retries` times more before the run stops.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -101,6 +106,8 @@ class DataConfig:
     workers: int = 2
     prefetch: int = 4
     length_workers: int = 0
+    local_dir: str | None = None
+    read_retries: int = 3
 
 
 @dataclass(frozen=True)
@@ -143,6 +150,8 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: AttentionKernel = "auto"
+    recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
     timeout_s: int = 1800
     max_steps: int | None = None
     recipe: str | None = None
@@ -235,6 +244,7 @@ def _check_values(config: RunConfig) -> None:
         ("data.workers", config.data.workers, 0),
         ("data.prefetch", config.data.prefetch, 1),
         ("data.length_workers", config.data.length_workers, 0),
+        ("data.read_retries", config.data.read_retries, 0),
         ("save.every", config.save.every, 0),
         ("save.keep", config.save.keep, 1),
         ("log.every", config.log.every, 1),
@@ -255,8 +265,12 @@ def _check_values(config: RunConfig) -> None:
         ("stage.template", stage.template),
         ("model.language_model.template", config.model.language_model.template),
     ):
-        if template is not None and template not in TEMPLATES:
-            raise ConfigError(f"{key}: no template is called {template!r}; there are {', '.join(sorted(TEMPLATES))}")
+        if template is None:
+            continue
+        try:
+            check_template_name(template)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
     try:
         check_grids(config.model.grids)
     except ValueError as error:
@@ -266,7 +280,7 @@ def _check_values(config: RunConfig) -> None:
             f"packing.max_tokens={packing.max_tokens} is smaller than stage.max_length={stage.max_length}: the longest "
             f"allowed sample would fit no row; raise packing.max_tokens to at least {stage.max_length}"
         )
-    most_tiles = 1 if stage.image_mode == "square" else 1 + max(r * c for r, c in config.model.grids)
+    most_tiles = 1 if stage.image_mode != "anyres" else 1 + max(r * c for r, c in config.model.grids)
     if packing.max_tiles < most_tiles:
         raise ConfigError(
             f"packing.max_tiles={packing.max_tiles} is smaller than the {most_tiles} tiles of one picture in the "
@@ -304,11 +318,26 @@ def _check_folders(config: RunConfig) -> None:
         if not (store_root / source / "manifest.json").is_file():
             key = f"mixture.sources.{source}" if source in config.mixture.sources else "mixture.exclude"
             raise ConfigError(f"{key}: there is no prepared source in {store_root / source}; run `{prepare}`")
-    start = config.stage.init_from
-    if start is not None and not Path(start).is_dir():
+    local_dir = config.data.local_dir
+    if local_dir is not None and not Path(local_dir).is_dir():
         raise ConfigError(
-            f"stage.init_from: there is no folder {start}; run stage=align first, or start from fresh parts with "
-            "stage.init_from=null"
+            f"data.local_dir: there is no folder {local_dir} on this machine; name one on its own disk, or null to "
+            "read the stores where they lie"
+        )
+    if config.stage.init_from is not None:
+        _check_start(Path(config.stage.init_from))
+
+
+def _check_start(start: Path) -> None:
+    if start.is_file() and start.suffix != ".bin":
+        raise ConfigError(
+            f"stage.init_from: {start} is a file, and only the authors' connector is given as one (mm_projector.bin); "
+            f"name its folder, {start.parent}"
+        )
+    if not start.is_dir() and not start.is_file():
+        raise ConfigError(
+            f"stage.init_from: there is no folder and no mm_projector.bin {start}; run stage=align first, or start "
+            "from fresh parts with stage.init_from=null"
         )
 
 

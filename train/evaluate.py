@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data_recipes.mixture import Mixture
+from data_recipes.questions import ENDINGS
 from data_recipes.sample import DataError, Message
 from data_recipes.store import Store, StoredSample
 from llava_next.batch import collate
@@ -73,13 +74,20 @@ def held_out_samples(mixture: Mixture, store_root: Path) -> dict[str, list[Store
 
 
 def questions_of(source: str, samples: Sequence[StoredSample], limit: int, per_picture: int) -> list[Question]:
-    """The first questions of each sample's conversation, up to `limit` in all; the samples' order decides."""
+    """The first questions of each sample's conversation, up to `limit` in all; the samples' order decides.
+
+    Where the conversation asks for a form of answer, with its first question, every question asks for it here: on its
+    own it would not be known.
+    """
     questions = []
     for number, sample in enumerate(samples):
         turns = [message for message in sample.messages if message.role != "system"]
         pairs = list(zip(turns[0::2], turns[1::2], strict=False))[:per_picture]
+        ending = next((text for text in ENDINGS if pairs and pairs[0][0].text.endswith(text)), "")
         for question, answer in pairs:
             words = question.text.replace("<image>", "").strip()
+            if not words.endswith(ending):
+                words = f"{words}\n{ending}"
             questions.append(Question(source, number, words, answer.text))
     return questions[:limit]
 
@@ -148,12 +156,12 @@ def generate_answers(
     Raises:
         RuntimeError: the stock processor renders another prompt than training did.
     """
-    from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     from llava_next.anyres import decode
 
-    stock = LlavaNextProcessor.from_pretrained(export)
-    model = LlavaNextForConditionalGeneration.from_pretrained(export)
+    stock = AutoProcessor.from_pretrained(export)
+    model = AutoModelForImageTextToText.from_pretrained(export)
     answers = []
     for question in questions:
         sample = samples[question.sample]

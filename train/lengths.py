@@ -8,10 +8,12 @@ This is the second gate: sound records that are too long for this backbone, or h
 with their reason and written to the run's own quarantine.
 """
 
+import gc
 import hashlib
 import json
 import os
-import time
+import shutil
+import socket
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -23,14 +25,17 @@ import numpy as np
 from tqdm import tqdm
 
 from data_recipes.mixture import Mixture
+from data_recipes.pictures import follow_parent
+from llava_next.config import ModelError
 from llava_next.processor import Processor, SampleRejected
 from train.config import ConfigError, PackingConfig
-from train.world import wait_for
+from train.world import age_s, wait_for
 
 ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
 """One kept sample: its number in the mixture, its lengths, and its source's number."""
 
 _CHUNK = 512
+_DEAD_AFTER_S = 600.0  # a writer gives a sign of life every second
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,8 @@ def open_table(
         show_progress: draw a bar with an ETA.
 
     Raises:
-        ConfigError: every sample was rejected.
+        ConfigError: every sample, or every sample of a source, was rejected.
+        ModelError: a stored sample's placeholders and pictures differ in number; names it.
         TimeoutError: the writer gave no sign of life.
     """
     fingerprint = data_fingerprint(mixture, processor)
@@ -87,7 +93,7 @@ def open_table(
         if is_writer:
             _write(mixture, processor, place, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
         else:
-            wait_for(lambda: _is_complete(place), lambda: _age_s(_beat(place)), what=f"length table {place}")
+            wait_for(lambda: _is_complete(place), lambda: age_s(_beat(place)), what=f"length table {place}")
     about = json.loads((place / "table.json").read_text())
     rows = np.load(place / "rows.npy", mmap_mode="r")
     if not len(rows):
@@ -96,7 +102,9 @@ def open_table(
             f"stage.max_length={processor.config.max_length} leaves no sample of mixture {mixture.config.name} "
             f"({reasons}); raise it, or look at {place / 'quarantine.jsonl'}"
         )
-    return LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"])
+    table = LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"])
+    _refuse_lost_sources(mixture, table)
+    return table
 
 
 def check_budgets(table: LengthTable, packing: PackingConfig) -> None:
@@ -114,16 +122,31 @@ def check_budgets(table: LengthTable, packing: PackingConfig) -> None:
             )
 
 
+def _refuse_lost_sources(mixture: Mixture, table: LengthTable) -> None:
+    """Raises ConfigError where a source has samples in the mixture and none in the table."""
+    num_sources = len(mixture.source_names)
+    offered = np.bincount(mixture.source_ids, minlength=num_sources)
+    kept = np.bincount(table.rows["source"], minlength=num_sources)
+    lost = [mixture.source_names[number] for number in np.flatnonzero((offered > 0) & (kept == 0))]
+    if not lost:
+        return
+    entries = [json.loads(line) for line in table.quarantine.read_text().splitlines()]
+    reasons = Counter(entry["reason"] for entry in entries if entry["source"] == lost[0])
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    others = f" (nor of {', '.join(lost[1:])})" if lost[1:] else ""
+    raise ConfigError(
+        f"mixture.sources.{lost[0]}: none of its {reasons.total()} samples has a place in this run{others}: {counts}; "
+        f"raise stage.max_length where they are too long, choose another template, or remove the source from the "
+        f"mixture; {table.quarantine} tells them one by one"
+    )
+
+
 def _is_complete(place: Path) -> bool:
     return (place / "table.json").is_file()
 
 
 def _beat(place: Path) -> Path:
     return place.with_name(place.name + ".beat")
-
-
-def _age_s(path: Path) -> float | None:
-    return time.time() - path.stat().st_mtime if path.exists() else None
 
 
 def _write(
@@ -134,28 +157,33 @@ def _write(
     num_workers: int,
     show_progress: bool,
 ) -> None:
-    partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+    _remove_leftovers(place.parent)
+    partial = place.with_name(f"{place.name}.{socket.gethostname()}.{os.getpid()}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     beat = _beat(place)
     beat.touch()
-    kept, rejects, cut = [], [], 0
-    with tqdm(
-        total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress, mininterval=0.5
-    ) as bar:
+    rejects, cut = Counter[str](), 0
+    with (
+        tqdm(
+            total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress, mininterval=0.5
+        ) as bar,
+        (partial / "rows.raw").open("wb") as rows_file,
+        (partial / "quarantine.jsonl").open("w") as quarantine,
+    ):
         for rows, rejected, rounds_cut in _count_all(mixture, processor, num_workers):
-            kept.append(rows)
-            rejects += rejected
+            rows.tofile(rows_file)
+            quarantine.writelines(json.dumps(reject) + "\n" for reject in rejected)
+            rejects.update(str(reject["reason"]) for reject in rejected)
             cut += rounds_cut
             bar.update(len(rows) + len(rejected))
-            os.utime(beat)
-    np.save(partial / "rows.npy", np.concatenate(kept) if kept else np.zeros(0, dtype=ROW))
-    with (partial / "quarantine.jsonl").open("w") as file:
-        file.writelines(json.dumps(reject) + "\n" for reject in rejects)
+            for sign_of_life in (beat, partial):
+                os.utime(sign_of_life)
+    _save_rows(partial)
     about = {
         "fingerprint": fingerprint,
         "mixture": mixture.fingerprint,
         "processor": processor.fingerprint,
-        "rejects": dict(sorted(Counter(str(reject["reason"]) for reject in rejects).items())),
+        "rejects": dict(sorted(rejects.items())),
         "num_rounds_cut": cut,
     }
     (partial / "table.json").write_text(json.dumps(about, indent=1) + "\n")
@@ -165,6 +193,22 @@ def _write(
         if not _is_complete(place):  # another run made the same table meanwhile: then ours is not needed
             raise
     beat.unlink(missing_ok=True)
+
+
+def _save_rows(partial: Path) -> None:
+    """rows.raw as rows.npy, which says its type and length; by memory map, since there may be tens of millions."""
+    raw = partial / "rows.raw"
+    np.save(partial / "rows.npy", np.memmap(raw, ROW, "r") if raw.stat().st_size else np.zeros(0, ROW))
+    raw.unlink()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed writers left: their process is gone from this host, or silent for ten minutes on another."""
+    for partial in folder.glob("*.partial"):
+        host, _, pid = partial.stem.partition(".")[2].rpartition(".")
+        is_gone = host == socket.gethostname() and not Path("/proc", pid).exists()
+        if is_gone or (age_s(partial) or 0.0) > _DEAD_AFTER_S:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 _Counted = tuple[np.ndarray, list[dict[str, object]], int]
@@ -181,10 +225,16 @@ def _count_all(mixture: Mixture, processor: Processor, num_workers: int) -> "Ite
     with ProcessPoolExecutor(
         min(num_workers, len(ranges)),
         mp_context=get_context("fork"),
-        initializer=_set_shared,
-        initargs=(mixture, processor),
+        initializer=_start_worker,
+        initargs=(os.getpid(), mixture, processor),
     ) as pool:
         yield from pool.map(_count, ranges)
+
+
+def _start_worker(parent: int, mixture: Mixture, processor: Processor) -> None:
+    follow_parent(parent)
+    gc.freeze()  # what was there before the fork stays shared: a collection would write to all of its pages
+    _set_shared(mixture, processor)
 
 
 def _set_shared(mixture: Mixture, processor: Processor) -> None:
@@ -213,6 +263,10 @@ def _count(numbers: range) -> _Counted:
                 }
             )
             continue
+        except ModelError as error:
+            raise ModelError(
+                f"sample {text.id!r} of source {text.source}: {error}; prepare the source again"
+            ) from error
         cut += layout.num_rounds_cut
         rows.append(
             (

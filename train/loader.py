@@ -5,12 +5,15 @@ read, or that encodes to other numbers than the length table's, ends the run wit
 a sample.
 """
 
+import gc
+import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,20 +21,28 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_recipes.mixture import Mixture
 from data_recipes.order import num_steps, samples_of_step
+from data_recipes.store import StoredSample
 from llava_next.batch import Batch, collate
-from llava_next.build import Backbone
 from llava_next.costs import StepCosts
 from llava_next.processor import Processor, SampleRejected
 from train.config import PackingConfig, StageConfig
 from train.lengths import LengthTable
 from train.packing import deal
 
+if TYPE_CHECKING:  # it brings every model class of transformers, 100 MiB that planning has no use for
+    from llava_next.build import Backbone
+
+logger = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.5  # before a failed read is tried again; doubled each time
+_MOST_REMEMBERED = 256  # steps; loaders read ahead by workers times prefetch rows, a step having at least one
+
 
 class SampleError(RuntimeError):
     """A sample could not be read or encoded as counted; names it."""
 
 
-def stage_processor(backbone: Backbone, stage: StageConfig) -> Processor:
+def stage_processor(backbone: "Backbone", stage: StageConfig) -> Processor:
     """What encodes the samples of a stage; errors are those of `Backbone.processor`."""
     return backbone.processor(
         template=stage.template,
@@ -74,13 +85,25 @@ class Planner:
     rank: int
     num_ranks: int
     num_sources: int
+    _recent: dict[int, StepPlan] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def num_steps(self) -> int:
         return num_steps(len(self.table), self.stage.batch_size, self.stage.epochs)
 
     def plan(self, step: int) -> StepPlan:
-        """The plan of one step. Errors are `packing.deal`'s."""
+        """The plan of one step. Errors are `packing.deal`'s.
+
+        The loader asks ahead of the trainer: what was planned lately is remembered, so that a step is planned once.
+        """
+        if step not in self._recent:
+            plan = self._plan(step)
+            while len(self._recent) >= _MOST_REMEMBERED:
+                del self._recent[next(iter(self._recent))]
+            self._recent[step] = plan
+        return self._recent[step]
+
+    def _plan(self, step: int) -> StepPlan:
         numbers = samples_of_step(step, len(self.table), self.stage.batch_size, self.seed, self.stage.epochs)
         rows = self.table.rows[numbers]
         tokens, tiles = rows["tokens"].astype(np.int64), rows["tiles"].astype(np.int64)
@@ -106,19 +129,16 @@ class Planner:
 class _Rows(Dataset[Batch]):
     """Encodes a row, given as positions in the length table. Lives in the workers."""
 
-    def __init__(self, mixture: Mixture, table: LengthTable, processor: Processor, per_sample: bool) -> None:
+    def __init__(
+        self, mixture: Mixture, table: LengthTable, processor: Processor, per_sample: bool, read_retries: int
+    ) -> None:
         self.mixture, self.table, self.processor, self.per_sample = mixture, table, processor, per_sample
+        self.read_retries = read_retries
 
     def __getitem__(self, row: np.ndarray) -> Batch:
         examples, sources = [], []
         for known in self.table.rows[row]:
-            number = int(known["sample"])
-            try:
-                sample = self.mixture.sample(number)
-            except (OSError, ValueError) as error:
-                raise SampleError(
-                    f"sample {number} of the mixture could not be read from its store: {error}"
-                ) from error
+            sample = self._read(int(known["sample"]))
             try:
                 example = self.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
             except (OSError, ValueError, SampleRejected) as error:
@@ -143,6 +163,20 @@ class _Rows(Dataset[Batch]):
             per_sample=self.per_sample,
         )
 
+    def _read(self, number: int) -> StoredSample:
+        """A sample's text and picture bytes; a read that the file system fails is tried again, after longer pauses."""
+        for tried in range(self.read_retries + 1):
+            try:
+                return self.mixture.sample(number)
+            except (OSError, ValueError) as error:
+                name = self.mixture.describe(number)
+                if not isinstance(error, OSError) or tried == self.read_retries:
+                    raise SampleError(f"{name} could not be read from its store: {error}") from error
+                pause_s = _FIRST_PAUSE_S * 2**tried
+                logger.warning("%s could not be read (%s); trying again in %.1f s", name, error, pause_s)
+                time.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
 
 class _Order(Sampler[np.ndarray]):
     """This rank's rows from `first_step` on, in the order in which the trainer takes them."""
@@ -165,13 +199,14 @@ def batches(
     num_workers: int,
     prefetch: int,
     pin_memory: bool,
+    read_retries: int,
 ) -> Iterator[Batch]:
     """This rank's batches of steps `first_step` to `last_step` - 1, read ahead by worker processes.
 
     Raises:
         SampleError: in the order of the steps, when the broken sample's row is due.
     """
-    dataset = _Rows(mixture, planner.table, processor, planner.stage.loss_weighting == "sample")
+    dataset = _Rows(mixture, planner.table, processor, planner.stage.loss_weighting == "sample", read_retries)
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_size=None,
@@ -181,6 +216,8 @@ def batches(
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
+        # A forked worker shares the mixture's tables and writes to its rank's log.
+        multiprocessing_context="fork" if num_workers else None,
         persistent_workers=False,
     )
     return iter(loader)
@@ -196,6 +233,7 @@ def _start_worker(_: int) -> None:
     for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    gc.freeze()  # what was there before the fork stays shared: a collection would write to all of its pages
     threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     torch.set_num_threads(1)

@@ -2,6 +2,9 @@
 
 Execution only: nothing here decides what is learned. Every rank computes the same deal from the same integers, so no
 message is needed. Rows are balanced by cost in FLOPs (tiles, tokens, attention's square) within the budgets.
+
+Two moves: longest processing time first (Graham, 1969) fills the rows, then the dearest row exchanges samples with
+others as long as that makes the dearer of the two cheaper. How well that does: `scripts/bench/balance.py`.
 """
 
 import heapq
@@ -11,6 +14,9 @@ import numpy as np
 
 from llava_next.costs import StepCosts
 from train.config import PackingConfig
+
+EVEN_ENOUGH = 0.995
+"""Mean over maximum cost at which exchanging ends: what is left to gain is below half a per cent of a step."""
 
 
 class PackingError(ValueError):
@@ -35,8 +41,7 @@ class Deal:
 def deal(tokens: np.ndarray, tiles: np.ndarray, *, num_ranks: int, budgets: PackingConfig, costs: StepCosts) -> Deal:
     """Deals a step's samples into the fewest micro-steps that keep both budgets, balanced by cost.
 
-    Longest processing time first: samples by falling cost, each into the cheapest row that has room for it. When one
-    finds none, a micro-step more is tried. Deterministic: ties go to the lower number.
+    When a sample finds no row with room, a micro-step more is tried. Deterministic: ties go to the lower number.
 
     Args:
         tokens, tiles: int [num_samples], of the step's samples.
@@ -63,7 +68,8 @@ def deal(tokens: np.ndarray, tiles: np.ndarray, *, num_ranks: int, budgets: Pack
         if rows is not None:
             break
         num_micro_steps += 1
-    return _by_micro_step(rows, sample_costs, num_ranks)
+    sizes = np.stack([sample_costs, tokens, tiles])
+    return _by_micro_step(_even_out(rows, sizes, budgets), sample_costs, num_ranks)
 
 
 def _fill(
@@ -93,6 +99,46 @@ def _fill(
         for entry in refused:
             heapq.heappush(heap, entry)
     return rows
+
+
+def _even_out(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig) -> list[list[int]]:
+    """The rows after exchanges: of all that lower the dearest row's cost and make no other as dear, the best, repeated.
+
+    Args:
+        sizes: float64 [3, num_samples]: cost, tokens and tiles of each sample.
+
+    A sample may also be given for nothing: every row holds an empty one more, of size 0, which is taken and stays.
+    """
+    num_samples, num_rows = sizes.shape[1], len(rows)
+    sizes = np.concatenate([sizes, np.zeros((3, num_rows))], axis=1)
+    row_of = np.concatenate([np.zeros(num_samples, dtype=np.int64), np.arange(num_rows)])
+    for number, row in enumerate(rows):
+        row_of[row] = number
+    loads = np.stack([np.bincount(row_of, size, num_rows) for size in sizes])
+    most = np.array([np.inf, budgets.max_tokens, budgets.max_tiles])[:, None, None]
+    mean = loads[0].mean()
+    while True:
+        dearest = int(loads[0].argmax())
+        cost = loads[0, dearest]
+        if mean >= EVEN_ENOUGH * cost:
+            break
+        given = np.flatnonzero(row_of[:num_samples] == dearest)
+        moved = sizes[:, given, None] - sizes[:, None, :]  # [3, given, taken]: what the exchange moves away
+        here, there = loads[:, dearest, None, None] - moved, loads[:, row_of][:, None, :] + moved
+        dearer = np.maximum(here[0], there[0])
+        dearer[((here > most) | (there > most)).any(axis=0)] = np.inf
+        dearer[:, row_of == dearest] = np.inf
+        best = int(dearer.argmin())
+        if dearer.flat[best] >= cost * (1 - 1e-9):
+            break
+        left, taken = int(given[best // dearer.shape[1]]), best % dearer.shape[1]
+        other = int(row_of[taken])
+        loads[:, dearest] -= sizes[:, left] - sizes[:, taken]
+        loads[:, other] += sizes[:, left] - sizes[:, taken]
+        row_of[left] = other
+        if taken < num_samples:
+            row_of[taken] = dearest
+    return [np.flatnonzero(row_of[:num_samples] == row).tolist() for row in range(num_rows)]
 
 
 def _by_micro_step(rows: list[list[int]], costs: np.ndarray, num_ranks: int) -> Deal:

@@ -6,42 +6,50 @@ The order at the start is fixed: resume, else `init_from`, else fresh parts.
 import json
 import logging
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from data_recipes.mixture import Mixture
 from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.connector import write_connector
 from llava_next.costs import step_costs
-from llava_next.hf import load_weights, write_connector, write_hf
-from llava_next.model import LlavaNext, set_trained_parts
+from llava_next.hf import load_weights, write_hf
+from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from llava_next.processor import Processor
 from train import checkpoint, ops
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
 from train.lengths import LengthTable, check_budgets, open_table
 from train.loader import Planner, batches, stage_processor
+from train.local import local_stores
 from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
+from train.progress import sample_names
 from train.trainer import Trainer
-from train.world import Launch, World, barrier, leave, start
+from train.watch import Watch
+from train.world import Launch, World, barrier, start
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, launch: Launch) -> None:
-    """Trains the stage and writes its result. Errors are those of its parts; see `__main__` for exit codes."""
+def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
+    """Trains the stage and writes its result. Errors are those of its parts; see `__main__` for exit codes.
+
+    The process group is left by the caller, who knows whether the others can still be waited for.
+    """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     start_logging(launch, run_dir)
-    if config.device != "cuda" and not torch.cuda.is_available():
-        ops.ensure_built(say=launch.local_rank == 0)
-
-    backbone, processor, mixture, table = _open_data(config, launch)
-    world = start(config, launch)
-    try:
-        model = _build(backbone, config, world, num_sources=len(mixture.source_names))
-        planner = _planner(config, world, backbone, model, table)
+    with watch:
+        if config.device != "cuda" and not torch.cuda.is_available():
+            ops.ensure_built(say=launch.local_rank == 0)
+        backbone, processor, mixture, table = _open_data(config, launch)
+        world = start(config, launch)
+        model, loaded = _build(backbone, config, world, num_sources=len(mixture.source_names))
+        planner = make_planner(config, world, backbone, model, table)
+        watch.names = partial(sample_names, planner, mixture)
         engine = start_engine(model, config, world)
         num_steps = planner.num_steps
         last_step = min(num_steps, config.max_steps or num_steps)
@@ -53,7 +61,8 @@ def run(config: RunConfig, launch: Launch) -> None:
             _write_about(config, mixture, table)
         log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
         try:
-            log.say(_opening(config, world, table, num_steps, resumed_from, first_step))
+            origin = f"resumed from {resumed_from} at step {first_step}" if resumed_from else loaded
+            log.say(_opening(config, world, table, num_steps, origin))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
                 stream = batches(
@@ -65,15 +74,16 @@ def run(config: RunConfig, launch: Launch) -> None:
                     num_workers=config.data.workers,
                     prefetch=config.data.prefetch,
                     pin_memory=world.device.type == "cuda",
+                    read_retries=config.data.read_retries,
                 )
-                Trainer(config, world, engine, planner, stream, log, mixture.source_names).run(first_step, last_step)
+                trainer = Trainer(config, world, engine, planner, stream, log, mixture, watch.progress)
+                trainer.run(first_step, last_step)
+            watch.progress.enter("end", last_step - 1)
             if last_step == num_steps:
                 _write_result(config, model, backbone, world, log)
         finally:
             log.close()
         barrier(world)
-    finally:
-        leave()
 
 
 def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, Mixture, LengthTable]:
@@ -81,7 +91,7 @@ def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, 
     stage, store_root = config.stage, Path(config.data.store_root)
     backbone = read_backbone(config.model)
     processor = stage_processor(backbone, stage)
-    mixture = Mixture.open(config.mixture, store_root)
+    mixture = Mixture.open(config.mixture, store_root, local_stores(config, launch))
     table = open_table(
         mixture,
         processor,
@@ -94,10 +104,12 @@ def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, 
     return backbone, processor, mixture, table
 
 
-def _planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:
+def make_planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:
+    """The steps of this run on this rank, with the costs of this model's parts."""
     costs = step_costs(
         backbone.hf_config.vision_config,
         backbone.hf_config.text_config,
+        projector=config.model.projector,
         num_vision_layers=model.num_tower_layers,
         trains_tower="vision_tower" in config.stage.rates,
         trains_language_model="language_model" in config.stage.rates,
@@ -107,12 +119,17 @@ def _planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNe
     )
 
 
-def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> LlavaNext:
-    model = build_model(backbone, dtype=world.dtype, seed=config.seed, num_sources=num_sources)
+def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> tuple[LlavaNext, str]:
+    """The model with the weights that the stage starts from, and where they are from."""
+    model = build_model(
+        backbone, dtype=world.dtype, seed=config.seed, num_sources=num_sources, attention=config.attention
+    )
+    origin = "started afresh"
     if config.stage.init_from is not None:
-        load_weights(model, backbone, Path(config.stage.init_from))
+        origin = "starts with the " + load_weights(model, backbone, Path(config.stage.init_from))
     set_trained_parts(model, config.stage.rates)
-    return model
+    set_recompute(model, config.recompute)
+    return model, origin
 
 
 def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:
@@ -138,13 +155,9 @@ def _opening(
     world: World,
     table: LengthTable,
     num_steps: int,
-    resumed_from: Path | None,
-    first_step: int,
+    origin: str,
 ) -> str:
     stage = config.stage
-    origin = f"resumed from {resumed_from} at step {first_step}" if resumed_from else "started afresh"
-    if not resumed_from and stage.init_from:
-        origin = f"starts from {stage.init_from}"
     left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
     lines = [f"{config.run_dir}: stage {stage.name}, {origin}"]
     if config.recipe:

@@ -6,14 +6,16 @@ leave if asked. What a step computes is a function of its number; this file hold
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 import deepspeed
+import numpy as np
 import torch
 
+from data_recipes.mixture import Mixture
 from llava_next.batch import Batch
 from llava_next.model import LossSums
 from train import checkpoint
@@ -21,7 +23,10 @@ from train.config import RunConfig
 from train.loader import Planner, StepPlan
 from train.log import RunLog
 from train.optim import schedule_factor, set_rates
+from train.progress import Progress
 from train.world import Agreement, World, agree
+
+_MOST_NAMED = 16
 
 
 class StepError(RuntimeError):
@@ -52,7 +57,8 @@ class Trainer:
     Args:
         config, world, engine, planner, log: the run's parts.
         batches: this rank's batches, from the step where the run starts.
-        source_names: of the per-source losses.
+        mixture: names the sources of the losses, and the samples of a step that cannot be right.
+        progress: where this rank says how far it is.
     """
 
     def __init__(
@@ -63,11 +69,13 @@ class Trainer:
         planner: Planner,
         batches: Iterator[Batch],
         log: RunLog,
-        source_names: tuple[str, ...],
+        mixture: Mixture,
+        progress: Progress | None = None,
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
         self.planner, self.batches, self.log = planner, batches, log
-        self.source_names = source_names
+        self.mixture, self.source_names = mixture, mixture.source_names
+        self.progress = progress or Progress(None)
         self.stop_signal = StopSignal()
 
     def run(self, first_step: int, last_step: int) -> None:
@@ -96,22 +104,32 @@ class Trainer:
 
         The loss of a row is its sum divided by what the whole step counts; DeepSpeed averages over ranks, hence the
         factor. So ranks, rows and budgets have no say in the gradient.
+
+        Raises:
+            StepError: nothing is supervised, in all or in one of the sources, or a number cannot be right.
         """
+        if plan.num_supervised < 1:
+            raise StepError(f"step {plan.step}: none of its tokens is supervised. {self._samples(plan)}")
         started = time.monotonic()
         waited = 0.0
         num_sources = len(self.source_names)
         sums = torch.zeros(2 * num_sources, dtype=torch.float64, device=self.world.device)
-        for _ in plan.rows:
+        for number in range(len(plan.rows)):
+            self.progress.enter("data", plan.step, number)
             before = time.monotonic()
             batch = next(self.batches).to(self.world.device)
             waited += time.monotonic() - before
+            self.progress.enter("forward", plan.step, number)
             loss = LossSums(*self.engine(batch))
+            self.progress.enter("backward", plan.step, number)
             self.engine.backward(loss.total * (self.world.size / plan.divisor))
             sums[:num_sources] += loss.by_source
             sums[num_sources:] += loss.tokens_by_source
+        self.progress.enter("agree", plan.step)
         on_host = sums.cpu()
         agreement = agree(self.world, on_host, stop=self.stop_signal.asked, seconds=time.monotonic() - started - waited)
         self._check(plan, agreement)
+        self.progress.enter("update", plan.step)
         self.engine.step()
         norm = self.engine.get_global_grad_norm()
         grad_norm = float(norm) if norm is not None else float("nan")
@@ -119,6 +137,7 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps."""
+        self.progress.enter("save", step - 1)
         state = checkpoint.run_state(step, self.planner.table.fingerprint, self.config, self.world)
         folder = self.config.run_dir / "checkpoints"
         checkpoint.save(self.engine, folder, state, self.world, keep=self.config.save.keep)
@@ -130,17 +149,32 @@ class Trainer:
     def _check(self, plan: StepPlan, agreement: Agreement) -> None:
         num_sources = len(self.source_names)
         losses, tokens = agreement.sums[:num_sources], agreement.sums[num_sources:]
+        for source in np.unique(self.planner.table.rows["source"][plan.samples]).tolist():
+            if not tokens[source]:
+                raise StepError(
+                    f"step {plan.step}: no token of source {self.source_names[source]} was supervised; the step was "
+                    f"not applied. {self._samples(plan, [source])}"
+                )
         if int(tokens.sum()) != plan.num_supervised:
             raise StepError(
                 f"step {plan.step}: {int(tokens.sum())} supervised tokens were seen, the length table counts "
                 f"{plan.num_supervised}; the table is not this data's"
             )
-        if not torch.isfinite(losses).all():
-            bad = [name for name, loss in zip(self.source_names, losses, strict=True) if not torch.isfinite(loss)]
+        bad = torch.nonzero(~torch.isfinite(losses))[:, 0].tolist()
+        if bad:
+            names = ", ".join(self.source_names[source] for source in bad)
             raise StepError(
-                f"step {plan.step}: the loss of {', '.join(bad)} is not finite; the step was not applied. Its samples "
-                f"are positions {plan.samples.tolist()} of {self.planner.table.folder}"
+                f"step {plan.step}: the loss of {names} is not finite; the step was not applied. "
+                f"{self._samples(plan, bad)}"
             )
+
+    def _samples(self, plan: StepPlan, sources: Sequence[int] | None = None) -> str:
+        """The step's samples, of all or some sources, by their ids."""
+        rows = self.planner.table.rows[plan.samples]
+        numbers = rows["sample"] if sources is None else rows["sample"][np.isin(rows["source"], sources)]
+        texts = [self.mixture.text(int(number)) for number in numbers[:_MOST_NAMED]]
+        more = f" and {len(numbers) - len(texts)} more" if len(numbers) > len(texts) else ""
+        return "Its samples: " + ", ".join(f"{text.source} {text.id!r}" for text in texts) + more
 
     def _metrics(self, plan: StepPlan, outcome: StepOutcome, rates: dict[str, float]) -> dict[str, float]:
         num_sources = len(self.source_names)

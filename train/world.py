@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -76,14 +77,18 @@ def start(config: RunConfig, launch: Launch) -> World:
     else:
         env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
     timeout = timedelta(seconds=config.timeout_s)
+    # NCCL aborts the process when it times out, with nobody's name: `watch.py` is to speak first.
+    nccl_timeout = timeout + timedelta(seconds=60)
     if not dist.is_initialized():
         with muted_stdout():
             deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timeout, verbose=False
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                timeout=nccl_timeout if device.type == "cuda" else timeout,
+                verbose=False,
             )
     # DeepSpeed makes groups of its own and passes them no timeout: they take torch's default, half an hour.
     distributed_c10d.default_pg_timeout = timeout
-    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
+    distributed_c10d.default_pg_nccl_timeout = nccl_timeout  # type: ignore[attr-defined]
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     dtype = torch.float32
     if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
@@ -150,6 +155,14 @@ def wait_for(
         if silent > patience_s:
             raise TimeoutError(f"{what}: the process that makes it gave no sign of life for {patience_s:.0f} s")
         time.sleep(0.2)
+
+
+def age_s(path: Path) -> float | None:
+    """Seconds since `path` was last touched, a heartbeat's age; None where there is no such file."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _device(config: RunConfig, launch: Launch) -> torch.device:

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_recipes.json_records import iter_records
-from data_recipes.pictures import PictureError, inside
-from data_recipes.questions import merge
-from data_recipes.sample import DataError, Reason, Reject, Sample
+from data_recipes.questions import Question, one_conversation_a_picture, question
+from data_recipes.sample import DataError, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
@@ -29,29 +28,18 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
         raise DataError(
             f"{folder}: there is no such folder; ChartQA is unpacked as `ChartQA Dataset/{{train,val,test}}`."
         )
-    # 28,299 questions in all, so the text fits in memory; the pictures are read later, one by one.
-    charts: dict[str, list[tuple[str, str]]] = {}
-    places: dict[str, str] = {}
+    yield from one_conversation_a_picture(
+        _questions(folder, split), folder / "png", lambda name: f"chartqa_{split}_{Path(name).stem}"
+    )
+
+
+def _questions(folder: Path, split: str) -> Iterator[Question | Reject]:
     for kind in ("human", "augmented"):
         for place, record in iter_records(folder / f"{split}_{kind}.json"):
             if isinstance(record, Reject):
                 yield record
                 continue
-            name, question, answer = record.get("imgname"), record.get("query"), record.get("label")
+            answer = record.get("label")
             if isinstance(answer, list) and len(answer) == 1:  # the mirror on the hub wraps each label
                 answer = answer[0]
-            if not isinstance(name, str) or not isinstance(question, str) or not isinstance(answer, str):
-                yield Reject(place, Reason.NOT_A_STRING, "`imgname`, `query` and `label` must be strings", place)
-            elif not answer.strip():
-                yield Reject(place, Reason.EMPTY_ANSWER, f"no label for {question[:60]!r}", place)
-            else:
-                charts.setdefault(name, []).append((question, answer))
-                places.setdefault(name, place)
-    for name, questions in charts.items():
-        sample_id = f"chartqa_{split}_{Path(name).stem}"
-        try:
-            picture = inside(folder / "png", name)
-        except PictureError as error:
-            yield Reject(sample_id, error.reason, error.detail, places[name])
-            continue
-        yield merge(sample_id, questions, picture, places[name])
+            yield question(record.get("imgname"), record.get("query"), answer, place)

@@ -2,47 +2,71 @@
 
 A list (or one object per line) of {id, image?, conversations: [{from, value}]}, where `image` is a path below
 the image root, a list of them, or absent for text-only chats. Other keys are ignored: some published records
-have more.
+have more. `llava_parquet.py` reads the same columns from parquet.
+
+A file that many sets were merged into gives one source a part: `components` names the table of rules that tells them
+apart (`components.py`), `component` the part.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from data_recipes.components import component_of, find_table
 from data_recipes.json_records import iter_records
-from data_recipes.pictures import PictureError, inside
+from data_recipes.parquet_records import picture_of
+from data_recipes.pictures import PictureError
 from data_recipes.sample import Reason, Reject, Sample, assemble
 
 
-def samples(root: Path, annotations: str, image_root: str = ".") -> Iterator[Sample | Reject]:
+def samples(
+    root: Path,
+    annotations: str,
+    image_root: str = ".",
+    components: str | None = None,
+    component: str | None = None,
+) -> Iterator[Sample | Reject]:
     """Yield the records of `root/annotations` in file order.
 
     Args:
         root: the source's raw folder.
         annotations: the JSON file, below `root`.
         image_root: the folder, below `root`, that the records' `image` paths start from.
+        components: a table of `components.py`; None where the file is one set.
+        component: the part of the file to yield. A record that fits no rule is a `Reject` in every part.
 
     Raises:
-        DataError: there is no such annotations file.
+        DataError: there is no such annotations file, table or component.
     """
-    pictures_root = root / image_root
+    rules = find_table(components, component) if components else ()
     for place, record in iter_records(root / annotations):
         if isinstance(record, Reject):
             yield record
             continue
-        raw_id = record.get("id")
-        sample_id = str(raw_id) if isinstance(raw_id, str | int) and raw_id != "" else place
-        turns = record.get("conversations")
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            yield Reject(sample_id, Reason.BROKEN_RECORD, "`conversations` is not a list of turns", place)
-            continue
-        names = record.get("image")
-        names = [] if names is None else names if isinstance(names, list) else [names]
-        if not all(isinstance(name, str) for name in names):
-            yield Reject(sample_id, Reason.NOT_A_STRING, "`image` is neither a path nor a list of paths", place)
-            continue
-        try:
-            pictures = [inside(pictures_root, name) for name in names]
-        except PictureError as error:
-            yield Reject(sample_id, error.reason, error.detail, place)
-            continue
-        yield assemble(sample_id, ((turn.get("from"), turn.get("value")) for turn in turns), pictures, place)
+        part = component_of(record, rules) if rules else component
+        if part == component:
+            yield conversation(record, root / image_root, place)
+        elif part is None:
+            detail = f"no rule of table {components} fits it: image {str(record.get('image'))[:60]!r}"
+            yield Reject(record_id(record, place), Reason.UNKNOWN_COMPONENT, detail, place)
+
+
+def conversation(record: dict[str, Any], pictures_root: Path, place: str) -> Sample | Reject:
+    """The sample of one record; a picture is a path below `pictures_root`, or a cell of parquet."""
+    sample_id = record_id(record, place)
+    turns = record.get("conversations")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        return Reject(sample_id, Reason.BROKEN_RECORD, "`conversations` is not a list of turns", place)
+    cells = record.get("image")
+    cells = [] if cells is None else cells if isinstance(cells, list) else [cells]
+    try:
+        pictures = [picture_of(cell, pictures_root) for cell in cells]
+    except PictureError as error:
+        return Reject(sample_id, error.reason, error.detail, place)
+    return assemble(sample_id, ((turn.get("from"), turn.get("value")) for turn in turns), pictures, place)
+
+
+def record_id(record: dict[str, Any], place: str) -> str:
+    """The record's own id, or its place where it has none."""
+    raw_id = record.get("id")
+    return str(raw_id) if isinstance(raw_id, str | int) and raw_id != "" else place

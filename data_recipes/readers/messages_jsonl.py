@@ -4,7 +4,9 @@
      cup."}], "images": ["photos/17.jpg"]}
 
 `content` may also be a list of parts, {"type": "text", "text": ...} and {"type": "image"}; an image is a path
-or {"path": ...}. `id` is optional: without one, a sample is named after its file and line.
+or {"path": ...}. Where no message says where the images stand, they stand before the first question, as TRL and
+ms-swift have it. `id` is optional: without one, a sample is named after its file and line. `messages_parquet.py`
+reads the same columns from parquet.
 """
 
 from collections.abc import Iterator
@@ -12,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.json_records import iter_records
-from data_recipes.pictures import PictureError, inside
+from data_recipes.parquet_records import picture_of
+from data_recipes.pictures import PictureError
+from data_recipes.readers.llava_json import record_id
 from data_recipes.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
 
 
@@ -27,30 +31,35 @@ def samples(root: Path, annotations: str, image_root: str = ".") -> Iterator[Sam
     Raises:
         DataError: there is no such annotations file.
     """
-    pictures_root = root / image_root
     for place, record in iter_records(root / annotations):
-        if isinstance(record, Reject):
-            yield record
-            continue
-        raw_id = record.get("id")
-        sample_id = str(raw_id) if isinstance(raw_id, str | int) and raw_id != "" else place
-        messages = record.get("messages")
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            yield Reject(sample_id, Reason.BROKEN_RECORD, "`messages` is not a list of messages", place)
-            continue
-        images = record.get("images")
-        images = [] if images is None else images if isinstance(images, list) else [images]
-        names: list[Any] = [image.get("path") if isinstance(image, dict) else image for image in images]
-        if not all(isinstance(name, str) for name in names):
-            yield Reject(sample_id, Reason.NOT_A_STRING, '`images` holds neither paths nor {"path": ...}', place)
-            continue
-        try:
-            pictures = [inside(pictures_root, name) for name in names]
-        except PictureError as error:
-            yield Reject(sample_id, error.reason, error.detail, place)
-            continue
-        turns = ((message.get("role"), _text(message.get("content"))) for message in messages)
-        yield assemble(sample_id, turns, pictures, place)
+        yield record if isinstance(record, Reject) else conversation(record, root / image_root, place)
+
+
+def conversation(record: dict[str, Any], pictures_root: Path, place: str) -> Sample | Reject:
+    """The sample of one record; a picture is a path below `pictures_root`, or a cell of parquet."""
+    sample_id = record_id(record, place)
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return Reject(sample_id, Reason.BROKEN_RECORD, "`messages` is not a list of messages", place)
+    cells = record.get("images")
+    cells = [] if cells is None else cells if isinstance(cells, list) else [cells]
+    try:
+        pictures = [picture_of(cell, pictures_root) for cell in cells]
+    except PictureError as error:
+        return Reject(sample_id, error.reason, error.detail, place)
+    turns = [(message.get("role"), _text(message.get("content"))) for message in messages]
+    return assemble(sample_id, _placed(turns, len(pictures)), pictures, place)
+
+
+def _placed(turns: list[tuple[Any, Any]], num_pictures: int) -> list[tuple[Any, Any]]:
+    """The turns with a placeholder for each picture before the first question, where no turn has any."""
+    if any(isinstance(text, str) and IMAGE_PLACEHOLDER in text for _, text in turns):
+        return turns
+    for number, (role, text) in enumerate(turns):
+        if role == "user" and isinstance(text, str):
+            placed = (role, f"{IMAGE_PLACEHOLDER}\n" * num_pictures + text)
+            return [*turns[:number], placed, *turns[number + 1 :]]
+    return turns
 
 
 def _text(content: Any) -> Any:

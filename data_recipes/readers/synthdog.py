@@ -1,8 +1,7 @@
 """SynthDoG as its generator writes it: `{split}/metadata.jsonl` beside the pictures.
 
 Each line is {file_name, ground_truth}, and `ground_truth` is a JSON string, {"gt_parse": {"text_sequence":
-"..."}}. The published parquet shards have the same two fields (`image`, `ground_truth`) and want a reader of
-their own, which can share `transcription` below.
+"..."}}. `synthdog_parquet.py` reads the published shards.
 """
 
 import json
@@ -11,14 +10,8 @@ from pathlib import Path
 
 from data_recipes.json_records import iter_records
 from data_recipes.pictures import PictureError, inside
-from data_recipes.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
-
-# The wording of the released LLaVA-NeXT set (recipe 4.3).
-PROMPT = (
-    "OCR this image section by section, from top to bottom, and left to right. Do not insert line breaks in "
-    "the "
-    "output text. If a word is split due to a line break in the image, use a space instead."
-)
+from data_recipes.questions import OCR, merge
+from data_recipes.sample import Reason, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
@@ -38,15 +31,17 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
             continue
         sample_id = f"synthdog_en_{split}_{Path(name).stem}"
         try:
-            picture = inside(folder, name)
+            yield page(sample_id, record.get("ground_truth"), inside(folder, name), place)
         except PictureError as error:
             yield Reject(sample_id, error.reason, error.detail, place)
-            continue
-        text = transcription(record.get("ground_truth"))
-        if text is None:
-            yield Reject(sample_id, Reason.BROKEN_RECORD, "`ground_truth` has no gt_parse.text_sequence", place)
-            continue
-        yield assemble(sample_id, [("user", f"{IMAGE_PLACEHOLDER}\n{PROMPT}"), ("assistant", text)], [picture], place)
+
+
+def page(sample_id: str, ground_truth: object, picture: Path | bytes, place: str) -> Sample | Reject:
+    """The sample of one page: read it aloud, with white space collapsed."""
+    text = transcription(ground_truth)
+    if text is None:
+        return Reject(sample_id, Reason.BROKEN_RECORD, "`ground_truth` has no gt_parse.text_sequence", place)
+    return merge(sample_id, [(OCR, text)], picture, place, suffix="")
 
 
 def transcription(ground_truth: object) -> str | None:

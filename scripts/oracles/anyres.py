@@ -71,14 +71,16 @@ def token_order(size_hw: tuple[int, int]) -> list[int]:
 
 
 def pixels(index: int, processor: Any) -> dict[str, Any]:
-    """Digests of one picture's uint8 tiles: AnyRes in their order, then the single view of stage 1."""
+    """Digests of one picture's uint8 tiles: AnyRes in their order, stage 1's single view, LLaVA-1.5's padded one."""
     height, width = PICTURES_HW[index]
     picture = Image.frombytes("RGB", (width, height), picture_bytes(index))
     tiles = mm_utils.process_anyres_image(picture, processor, PINPOINTS)
     single = processor.preprocess(picture, return_tensors="pt")["pixel_values"]
-    assert tiles.dtype == single.dtype == torch.uint8
-    digests = [bytes_digest(tile.permute(1, 2, 0).contiguous().numpy().tobytes()) for tile in [*tiles, single[0]]]
-    return {"anyres": digests[:-1], "square": digests[-1]}
+    padded = mm_utils.process_images([picture], processor, SimpleNamespace(image_aspect_ratio="pad"))
+    assert tiles.dtype == single.dtype == padded.dtype == torch.uint8
+    views = [*tiles, single[0], padded[0]]
+    digests = [bytes_digest(view.permute(1, 2, 0).contiguous().numpy().tobytes()) for view in views]
+    return {"anyres": digests[:-2], "square": digests[-2], "pad": digests[-1]}
 
 
 def main() -> int:
@@ -98,7 +100,7 @@ def main() -> int:
         size={"shortest_edge": TILE}, crop_size={"height": TILE, "width": TILE}, do_rescale=False, do_normalize=False
     )
     tiles = {"pictures": [pixels(index, processor) for index in range(len(PICTURES_HW))]}
-    right &= save("anyres_pixels", "llava.mm_utils.process_anyres_image", PICTURES_HW, tiles, check=check)
+    right &= save("anyres_pixels", "llava.mm_utils", PICTURES_HW, tiles, check=check)
     return 0 if right else 1
 
 

@@ -6,6 +6,7 @@ vocabulary and the order of its merges, which is what a model's scores say.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,31 @@ def cache() -> Path:
     return Path(os.environ["LLAVA_NEXT_CACHE"])
 
 
+def write_sentencepiece(path: Path, pieces: Sequence[tuple[str, float]], *, bytes_after_specials: bool) -> Path:
+    """A byte-pair tokenizer.model without normalisation, as Llama's: three specials, and pieces with their scores.
+
+    Args:
+        path: is written, its folder made.
+        pieces: in the order of their ids, specials and (with `bytes_after_specials`) the 256 bytes included.
+    """
+    schema = import_protobuf()
+    model = schema.ModelProto()
+    kinds = schema.ModelProto.SentencePiece
+    first_kinds = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL] + [kinds.BYTE] * (256 * bytes_after_specials)
+    for row, (piece, score) in enumerate(pieces):
+        model.pieces.add(piece=piece, score=score, type=first_kinds[row] if row < len(first_kinds) else kinds.NORMAL)
+    model.trainer_spec.model_type = schema.TrainerSpec.BPE
+    model.trainer_spec.vocab_size = len(pieces)
+    model.trainer_spec.byte_fallback = bytes_after_specials
+    model.normalizer_spec.name = "identity"
+    model.normalizer_spec.add_dummy_prefix = True
+    model.normalizer_spec.remove_extra_whitespaces = False
+    model.normalizer_spec.escape_whitespaces = True
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
 def _vicuna_model() -> Path:
     """Vicuna's tokenizer.model: byte-pair merges without normalisation, unknown characters as bytes."""
     table = json.loads((cache() / "tokenizer_vicuna" / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -28,28 +54,12 @@ def _vicuna_model() -> Path:
     merged = [pair.replace(" ", "") if isinstance(pair, str) else "".join(pair) for pair in table["merges"]]
     scores = {piece: -float(rank) for rank, piece in enumerate(dict.fromkeys(merged))}
     never = -float(len(scores))  # one character, which nothing merges into
-    schema = import_protobuf()
-    model = schema.ModelProto()
-    kinds = schema.ModelProto.SentencePiece
-    specials = (kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL)
-    first_piece = len(specials) + 256  # after the bytes
-    for piece, row in sorted(vocabulary.items(), key=lambda item: item[1]):
-        if row < first_piece:
-            kind, score = (specials[row] if row < len(specials) else kinds.BYTE), 0.0
-        else:
-            kind, score = kinds.NORMAL, scores.get(piece, never)
-        model.pieces.add(piece=piece, score=score, type=kind)
-    model.trainer_spec.model_type = schema.TrainerSpec.BPE
-    model.trainer_spec.vocab_size = len(vocabulary)
-    model.trainer_spec.byte_fallback = True
-    model.normalizer_spec.name = "identity"
-    model.normalizer_spec.add_dummy_prefix = True
-    model.normalizer_spec.remove_extra_whitespaces = False
-    model.normalizer_spec.escape_whitespaces = True
-    path = cache() / "oracle_env" / "vicuna" / "tokenizer.model"
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(model.SerializeToString())
-    return path
+    first_piece = 3 + 256  # after specials and bytes
+    pieces = [
+        (piece, 0.0 if row < first_piece else scores.get(piece, never))
+        for piece, row in sorted(vocabulary.items(), key=lambda item: item[1])
+    ]
+    return write_sentencepiece(cache() / "oracle_env" / "vicuna" / "tokenizer.model", pieces, bytes_after_specials=True)
 
 
 def _sentencepiece(path: Path, *, legacy: bool, bos: bool = True) -> Any:

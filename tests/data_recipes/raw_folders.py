@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
 from data_recipes.sample import Message, Reject, Sample
 from data_recipes.source import SourceInfo
 from data_recipes.store import Store
 from data_recipes.store_writer import write_store
+from tests.data_recipes.merged_records import MERGED, coco, record
 
 PROMPT = "<image>\nWhat is it?"
 
@@ -83,17 +86,225 @@ def write_synthdog(root: Path, num_pages: int = 3) -> Path:
     return root
 
 
-def write_easy_vqa(root: Path, num_pictures: int = 4) -> Path:
+def write_easy_vqa(root: Path, num_pictures: int = 4, split: str = "train") -> Path:
     """easy-VQA with three questions a picture, listed in blocks as the package does."""
     for number in range(num_pictures):
-        put(root / "data" / "train" / "images" / f"{number}.png", picture(300 + number))
+        put(root / "data" / split / "images" / f"{number}.png", picture(300 + number))
     questions = [
         [f"{text}?", answer, number]
         for text, answer in [("what shape is it", "circle"), ("is it red", "yes"), ("what colour", "red")]
         for number in range(num_pictures)
     ]
-    put(root / "data" / "train" / "questions.json", json.dumps(questions))
+    put(root / "data" / split / "questions.json", json.dumps(questions))
     return root
+
+
+def write_records(root: Path, annotations: str, records: Sequence[dict[str, Any]], image_root: str = ".") -> Path:
+    """LLaVA JSON of these records, with the pictures that they name."""
+    put(root / annotations, json.dumps(list(records)))
+    for number, name in enumerate(each["image"] for each in records if "image" in each):
+        put(root / image_root / name, picture(400 + number, kind="JPEG"))
+    return root
+
+
+def write_parquet(path: Path, rows: Sequence[dict[str, Any]], rows_per_group: int = 2) -> Path:
+    """A shard of these rows; types follow from the values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=rows_per_group)
+    return path
+
+
+def cell(number: int, kind: str = "JPEG") -> dict[str, Any]:
+    """A picture as `datasets` writes it into parquet."""
+    return {"bytes": picture(number, kind=kind), "path": f"{number}.jpg"}
+
+
+def write_llava_parquet(root: Path) -> Path:
+    """The release's parquet form: pictures inside, none for a chat, a constant `data_source`."""
+    described = record("000000000010", coco(10), [("What is the man doing?", "Mending a net.")])
+    rows = [
+        {**described, "data_source": "llava-next-instruct", "image": cell(501)},
+        {**described, "data_source": "llava-next-instruct", "image": cell(502), "id": "VG_100K/7"},
+        {**record("aB3xY_0", None, [("Hello.", "Hi.")]), "data_source": "llava-next-instruct", "image": None},
+    ]
+    write_parquet(root / "data" / "train-00000-of-00001.parquet", rows)
+    return root
+
+
+def write_synthdog_parquet(root: Path, num_shards: int = 2) -> Path:
+    """SynthDoG-EN as published."""
+    for shard in range(num_shards):
+        truths = [json.dumps({"gt_parse": {"text_sequence": f"early  morning {shard} {row}"}}) for row in range(3)]
+        rows = [{"image": cell(510 + 10 * shard + row), "ground_truth": truth} for row, truth in enumerate(truths)]
+        write_parquet(root / "data" / f"train-{shard:05d}-of-{num_shards:05d}.parquet", rows)
+    return root
+
+
+def docvqa_question(number: int, page: str, answers: list[str] | None) -> dict[str, Any]:
+    """One question of DocVQA, field by field."""
+    question: dict[str, Any] = {
+        "questionId": number,
+        "question": f"What is in line {number}?",
+        "image": f"documents/{page}.png",
+        "docId": 11,
+        "ucsf_document_id": page.split("_")[0],
+        "ucsf_document_page_no": page.split("_")[1],
+        "data_split": "train",
+    }
+    return question if answers is None else {**question, "answers": answers}
+
+
+def write_docvqa(root: Path, more: Sequence[dict[str, Any]] = ()) -> Path:
+    """DocVQA with two questions on one page, of which one has two accepted answers, and one on another."""
+    for page in ("abcd0001_3", "efgh0002_1"):
+        put(root / "documents" / f"{page}.png", picture(600 + len(page)))
+    data = [
+        docvqa_question(1, "abcd0001_3", ["May 4, 1981", "4 May 1981"]),
+        docvqa_question(2, "efgh0002_1", ["$ 12"]),
+        docvqa_question(3, "abcd0001_3", ["Smith"]),
+        *more,
+    ]
+    head = {"dataset_name": "SP-DocVQA", "dataset_version": "1.0", "dataset_split": "train"}
+    put(root / "train_v1.0.json", json.dumps({**head, "data": data}))
+    return root
+
+
+def write_dvqa(root: Path) -> Path:
+    """DVQA with questions of three types on two charts."""
+    kinds = [
+        ("structure", "How many bars are there?", "four"),
+        ("data", "What is the label?", "sky"),
+        ("reasoning", "Sum?", "9"),
+    ]
+    questions = [
+        {
+            "image": f"bar_train_{chart:08d}.png",
+            "question": text,
+            "answer": answer,
+            "question_type": kind,
+            "bbox_answer": [1, 2, 3, 4] if kind == "data" else [],
+            "question_id": 10 * chart + number,
+        }
+        for number, (kind, text, answer) in enumerate(kinds)
+        for chart in (1, 2)
+    ]
+    put(root / "train_qa.json", json.dumps(questions))
+    for chart in (1, 2):
+        put(root / "images" / f"bar_train_{chart:08d}.png", picture(620 + chart))
+    return root
+
+
+def write_ai2d(root: Path) -> Path:
+    """AI2D with diagram 17 (a question of each kind), 18 (only about letters) and 19, a test diagram."""
+    lettered = {
+        "What feeds on B?": {
+            "abcLabel": True,
+            "answerTexts": ["A", "C", "D", "E"],
+            "correctAnswer": 1,
+            "questionId": "17.png-0",
+        }
+    }
+    plain = {
+        "What does the owl eat?": {
+            "abcLabel": False,
+            "answerTexts": ["mice", "grass", "sun", "rock"],
+            "correctAnswer": 0,
+            "questionId": "17.png-1",
+        }
+    }
+    text = {"T0": {"id": "T0", "rectangle": [[10, 8], [50, 28]], "value": "owl", "replacementText": "B"}}
+    for name, questions in (("17.png", {**lettered, **plain}), ("18.png", lettered), ("19.png", plain)):
+        put(root / "questions" / f"{name}.json", json.dumps({"imageName": name, "questions": questions}))
+        annotations = {"text": text, "blobs": {}, "arrows": {}, "relationships": {}}
+        put(root / "annotations" / f"{name}.json", json.dumps(annotations))
+        put(root / "images" / name, picture(int(name[:2]), height=48, width=64))
+    put(root / "categories.json", json.dumps({"17.png": "foodChainsWebs"}))
+    put(root / "ai2d_test_ids.csv", "19\n20\n")
+    return root
+
+
+def write_coco_captions(root: Path) -> Path:
+    """COCO 2014 with five captions on one picture, one on another, none on a third."""
+    images = [
+        {"license": 1, "file_name": f"COCO_train2014_{n:012d}.jpg", "id": n, "height": 12, "width": 16}
+        for n in (9, 25, 30)
+    ]
+    annotations = [{"image_id": 9, "id": 90 + n, "caption": f"Caption number {n}. "} for n in range(5)]
+    annotations.append({"image_id": 25, "id": 250, "caption": "A giraffe."})
+    whole = {"info": {"year": 2014, "x": [1]}, "images": images, "licenses": [], "annotations": annotations}
+    put(root / "annotations" / "captions_train2014.json", json.dumps(whole))
+    for image in images:
+        put(root / "train2014" / str(image["file_name"]), picture(700, kind="JPEG"))
+    return root
+
+
+def write_laion_gpt4v(root: Path) -> Path:
+    """img2dataset's output for LAION-GPT-V: two links that lived, one that died."""
+    rows = [
+        {
+            "url": f"https://example.org/{key}.png",
+            "caption": f"The image shows meadow {key}.",
+            "key": key,
+            "status": "failed_to_download" if error else "success",
+            "error_message": error,
+            "width": None if error else 16,
+            "sha256": None,
+        }
+        for key, error in (("000000000", None), ("000000001", "HTTP Error 404: Not Found"), ("000000002", None))
+    ]
+    write_parquet(root / "00000.parquet", rows)
+    for key in ("000000000", "000000002"):
+        put(root / "00000" / f"{key}.jpg", picture(int(key) + 710, kind="JPEG"))
+        put(root / "00000" / f"{key}.json", "{}")
+    return root
+
+
+def write_messages(root: Path, container: str = "own.jsonl") -> Path:
+    """One's own data with a picture and without, as JSON lines or parquet."""
+    put(root / "photos" / "17.jpg", picture(17, kind="JPEG"))
+    rows: list[dict[str, Any]] = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image>\nWhat is it?"},
+                {"role": "assistant", "content": "A cup."},
+            ],
+            "images": ["photos/17.jpg"],
+        },
+        {"messages": [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Hi."}], "images": []},
+    ]
+    if container.endswith(".parquet"):
+        write_parquet(root / container, rows)
+    else:
+        put(root / container, "\n".join(map(json.dumps, rows)))
+    return root
+
+
+LAYOUTS = {
+    "ai2d": write_ai2d,
+    "chartqa": write_chartqa,
+    "coco_captions": write_coco_captions,
+    "docvqa": write_docvqa,
+    "dvqa": write_dvqa,
+    "laion_gpt4v": write_laion_gpt4v,
+    "llava_parquet": write_llava_parquet,
+    "synthdog": write_synthdog,
+    "synthdog_parquet": write_synthdog_parquet,
+}
+
+
+def write_source(source: SourceInfo, raw_root: Path) -> Path:
+    """The raw folder of a shipped source, in its publisher's layout; merged files with all their parts."""
+    folder = raw_root / source.root
+    options = source.options
+    if source.reader == "llava_json":
+        table = options.get("components")
+        records = (
+            [each for _, each in MERGED[table]] if table else [llava_record(1, "00453/a.jpg"), llava_record(2, "b.jpg")]
+        )
+        return write_records(folder, options["annotations"], records, options.get("image_root", "."))
+    if source.reader == "easy_vqa":
+        return write_easy_vqa(folder, split=options["split"])
+    return LAYOUTS[source.reader](folder)
 
 
 def conversation(sample_id: str, *pictures: bytes | Path, answer: str = "A thing.") -> Sample:

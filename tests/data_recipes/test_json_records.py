@@ -128,3 +128,27 @@ def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
     """The sentence names the file and the way out."""
     with pytest.raises(DataError, match=r"no\.json: there is no such file.*options"):
         read(tmp_path / "no.json")
+
+
+@pytest.mark.parametrize("chunk", [7, 1 << 20])
+def test_a_list_under_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    """DocVQA and COCO keep their records under a key; what stands before and after it is passed over."""
+    monkeypatch.setattr(json_records, "_CHUNK_CHARACTERS", chunk)
+    before = {"version": "1.0", "data2": [{"n": 9}], "nested": {"data": [{"n": 8}]}, "number": 3, "none": None}
+    path = tmp_path / "a.json"
+    for indent in (None, 2):
+        path.write_text(json.dumps({**before, "data": [{"n": n} for n in range(5)], "after": [1]}, indent=indent))
+        assert [record for _, record in iter_records(path, under="data")] == [{"n": n} for n in range(5)]
+    path.write_text(json.dumps({**before, "data": [{"n": 1}, {"n": 2}]})[:-12])
+    found = [record for _, record in iter_records(path, under="data")]
+    assert found[0] == {"n": 1}
+    assert isinstance(found[-1], Reject)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"data": {}}', '{"other": []}', '{"other": [1, ', "", "{3}"])
+def test_no_list_under_the_key(tmp_path: Path, text: str) -> None:
+    """Another layout is the user's mistake: told, not read as nothing."""
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match="no list under the key 'data'"):
+        list(iter_records(path, under="data"))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from data_recipes.questions import by_hash
+from data_recipes.questions import OCR, by_hash
 from data_recipes.readers import chartqa, easy_vqa, llava_json, messages_jsonl, synthdog
 from data_recipes.sample import DataError, Message, Reason, Reject, Sample
 from tests.data_recipes import raw_folders
@@ -68,6 +68,7 @@ def test_llava_json_image_root(tmp_path: Path) -> None:
 def test_messages_jsonl(tmp_path: Path) -> None:
     """One's own data as other trainers read it: plain strings or parts, paths or objects."""
     parts = [{"type": "image"}, {"type": "text", "text": "Why?"}]
+    bare = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
     lines: list[dict[str, Any]] = [
         {"messages": [{"role": "user", "content": "<image>\nWhy?"}, {"role": "assistant", "content": "So."}]},
         {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "So."}], "id": 7},
@@ -75,6 +76,8 @@ def test_messages_jsonl(tmp_path: Path) -> None:
         {"messages": None, "id": "none"},
         {"messages": [], "images": [3], "id": "images"},
         {"messages": [], "images": ["/etc/hosts"], "id": "outside"},
+        {"messages": bare, "images": ["a.png", "b.png"], "id": "unplaced"},
+        {"messages": bare, "id": "chat"},
     ]
     lines[0]["images"] = ["a.png"]
     lines[1]["images"] = [{"path": "a.png"}]
@@ -88,17 +91,20 @@ def test_messages_jsonl(tmp_path: Path) -> None:
         Reason.NOT_A_STRING,
         Reason.PATH_OUTSIDE_ROOT,
     ]
+    # Where no message says where the images stand, they stand before the first question.
+    assert texts(found[6]) == ["<image>\n<image>\nWhy?", "So."]
+    assert texts(found[7]) == ["Why?", "So."]
 
 
 def test_chartqa_merges_the_questions_of_a_chart(tmp_path: Path) -> None:
-    """One conversation a chart, human questions first, the picture before the first, the suffix after
-    each."""
+    """One conversation a chart, human questions first, picture and suffix with the first, as in the released
+    sets."""
     found = list(chartqa.samples(raw_folders.write_chartqa(tmp_path)))
     assert [item.id for item in found] == [f"chartqa_train_two_col_{n}" for n in (0, 1, 2)]
     assert texts(found[0]) == [
         f"<image>\nWhich year is highest?\n{SUFFIX}",
         "2016",
-        f"What is the value in 2016?\n{SUFFIX}",
+        "What is the value in 2016?",
         "37.5",
     ]
     assert texts(found[2])[1] == "Blue"
@@ -133,7 +139,7 @@ def test_synthdog(tmp_path: Path) -> None:
         lines.write(json.dumps({"ground_truth": "{}"}) + "\n")
     found = list(synthdog.samples(root))
     assert found[1].id == "synthdog_en_train_image_1"
-    assert texts(found[1]) == [f"<image>\n{synthdog.PROMPT}", "early morning in harbour 1"]
+    assert texts(found[1]) == [f"<image>\n{OCR}", "early morning in harbour 1"]
     reasons = [item.reason for item in found if isinstance(item, Reject)]
     assert reasons == [Reason.BROKEN_RECORD] * 4 + [Reason.NOT_A_STRING]
 

@@ -19,7 +19,7 @@ GROUPS = ("model/language_model", "model/vision_tower", "stage", "mixture", "eng
 
 
 def choices(group: str) -> list[str]:
-    """Names of the YAML files of a config group."""
+    """Names of the YAML files of a config group; what lies in a folder of it are variants, see test_recipes.py."""
     return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml"))
 
 

@@ -20,8 +20,6 @@ STAGES = ("align", "finetune")
 TOWERS = ("clip_vit_l_336", "dinov2_large", "siglip_so400m_384")
 # Ours, not published: their numbers may change with the demonstrations.
 OWN_MODELS = {"quickstart", "smollm2_135m"}
-# Known, but no LLaVA-NeXT of it exists: it runs with the numbers of configs/stage/.
-WITHOUT_RECIPE = {"qwen1_5_14b"}
 
 
 class Recipe(NamedTuple):
@@ -47,6 +45,7 @@ PUBLISHED: dict[tuple[str, str], Recipe] = {
     ("llama3_8b", "align"): LLAVA_NEXT,
     ("qwen1_5_0_5b", "align"): LLAVA_NEXT,
     ("qwen1_5_7b", "align"): LLAVA_NEXT,
+    ("qwen1_5_14b", "align"): LLAVA_NEXT,
     ("qwen1_5_32b", "align"): LLAVA_NEXT,
     ("qwen1_5_72b", "align"): LLAVA_NEXT,
     ("qwen1_5_110b", "align"): LLAVA_NEXT,
@@ -58,13 +57,14 @@ PUBLISHED: dict[tuple[str, str], Recipe] = {
     ("llama3_8b", "finetune"): Recipe(64, (2e-6, 1e-5, 1e-5), 8192, 1.0, "llava_llama_3", "anyres"),
     ("qwen1_5_0_5b", "finetune"): Recipe(128, (None, 2e-5, 2e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_7b", "finetune"): Recipe(128, (2e-6, 2e-5, 2e-5), 32768, 1.0, "qwen_1_5", "anyres"),
+    ("qwen1_5_14b", "finetune"): Recipe(128, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_32b", "finetune"): Recipe(128, (1e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_72b", "finetune"): Recipe(128, (2e-6, 5e-6, 5e-6), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_110b", "finetune"): Recipe(128, (2e-6, 5e-6, 5e-6), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen2_7b", "finetune"): Recipe(128, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
 }
 
-LANGUAGE_MODELS = tuple(sorted({model for model, _ in PUBLISHED} | WITHOUT_RECIPE))
+LANGUAGE_MODELS = tuple(sorted({model for model, _ in PUBLISHED}))
 
 
 def composed(*overrides: str) -> RunConfig:
@@ -113,15 +113,6 @@ def test_every_published_backbone_has_both_recipes_and_a_row_here() -> None:
     assert set(PUBLISHED) == {(model, stage) for model, _ in PUBLISHED for stage in STAGES}
 
 
-@pytest.mark.parametrize("language_model", sorted(WITHOUT_RECIPE))
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_backbone_without_recipe_runs_with_the_numbers_of_the_stage(language_model: str, stage: str) -> None:
-    """No recipe file is no error: the stage's own numbers hold."""
-    config = composed(f"model/language_model={language_model}", f"stage={stage}")
-    rates = {"align": (None, 1e-3, None), "finetune": (2e-6, 2e-5, 2e-5)}
-    assert recipe_of(config).rates == rates[stage]
-
-
 @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
 def test_every_language_model_composes_with_every_tower(language_model: str) -> None:
     """The backbones are two words on the command line, and each keeps its recipe whatever the tower."""
@@ -134,15 +125,44 @@ def test_every_language_model_composes_with_every_tower(language_model: str) -> 
     assert stages == [stages[0]] * len(TOWERS)
 
 
-@pytest.mark.parametrize("language_model", ["vicuna_7b", "vicuna_13b", "mistral_7b"])
-def test_llava_1_5_freezes_the_tower_and_sees_one_square_view(language_model: str) -> None:
-    """LLaVA-1.5's stage 2 trains what its finetune.sh trains, and is undisturbed by LLaVA-NeXT's recipes."""
-    config = composed(f"model/language_model={language_model}", "stage=llava_1_5/finetune")
-    template = config.model.language_model.template
-    assert recipe_of(config) == Recipe(128, (None, 2e-5, 2e-5), 2048, None, template, "square")
-    # A second step of a run like any other: its folders, and the connector that it starts from.
-    assert config.run_dir == Path("outputs/test/finetune")
-    assert config.stage.init_from == "outputs/test/align/connector"
+# Stages of the models before LLaVA-NeXT, by their scripts; the template of stage 2 is the language model's own.
+EARLIER: dict[str, tuple[Recipe, str]] = {
+    "llava_1_5/align": (LLAVA_1_5, "mlp2x_gelu"),
+    "llava_1_5/finetune": (Recipe(128, (None, 2e-5, 2e-5), 2048, None, "", "pad"), "mlp2x_gelu"),
+    "llava/align": (Recipe(128, (None, 2e-3, None), 2048, None, "plain", "square"), "linear"),
+    "llava/finetune": (Recipe(128, (None, 2e-5, 2e-5), 2048, None, "", "square"), "linear"),
+}
+
+
+@pytest.mark.parametrize("language_model", ["vicuna_7b", "vicuna_13b", "llama3_8b"])
+@pytest.mark.parametrize("stage", EARLIER)
+def test_earlier_models_are_a_choice_of_stage(language_model: str, stage: str) -> None:
+    """`stage=llava_1_5/NAME` and `stage=llava/NAME` alone give the numbers, the views and the projector of LLaVA-1.5
+    and LLaVA, undisturbed by LLaVA-NeXT's recipes."""
+    config = composed(f"model/language_model={language_model}", f"stage={stage}")
+    expected, projector = EARLIER[stage]
+    assert recipe_of(config) == expected._replace(template=expected.template or config.model.language_model.template)
+    assert config.model.projector == projector
+    common = config.stage
+    assert (common.epochs, common.schedule, common.warmup_ratio, common.weight_decay) == (1.0, "cosine", 0.03, 0.0)
+    # Steps of a run like any other: the same folders, and the connector that the second one starts from.
+    name = stage.partition("/")[2]
+    assert config.run_dir == Path("outputs/test") / name
+    assert config.stage.init_from == (None if name == "align" else "outputs/test/align/connector")
+    assert config.stage.result == ("connector" if name == "align" else "export")
+
+
+def test_every_earlier_stage_is_known_here() -> None:
+    """No stage file in a folder is outside the table."""
+    assert {f"{path.parent.name}/{path.stem}" for path in (CONFIG_DIR / "stage").glob("*/*.yaml")} == set(EARLIER)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_linear_projector_is_one_word(stage: str) -> None:
+    """`model.projector=linear` keeps the recipe and changes the connector alone."""
+    config = composed("model/language_model=vicuna_7b", f"stage={stage}", "model.projector=linear")
+    assert config.model.projector == "linear"
+    assert recipe_of(config) == PUBLISHED["vicuna_7b", stage]
 
 
 def test_the_command_line_has_the_last_word_over_a_recipe() -> None:
@@ -221,7 +241,7 @@ def stand_in(folder: Path, architecture: str, language_model: str, tower: str, m
     [
         ("vicuna_13b", "LlamaConfig", "clip_vit_l_336", 336, 24),
         ("mistral_7b", "MistralConfig", "dinov2_large", 336, 24),
-        ("qwen2_7b", "Qwen2Config", "siglip_so400m_384", 378, 27),
+        ("qwen2_7b", "Qwen2Config", "siglip_so400m_384", 384, 27),
     ],
 )
 def test_another_architecture_builds_without_python(
@@ -256,8 +276,10 @@ def count_image_tokens(layout: Any) -> int:
     return int(sum(image.num_tokens for image in layout.images))
 
 
-def test_a_published_siglip_loads_whole_at_its_tile(tmp_path: Path) -> None:
-    """A tile of 378 keeps the 27 x 27 positions of the 384-pixel tower as they are: nothing is resampled."""
+@pytest.mark.parametrize("tile", [None, 378])
+def test_a_published_siglip_loads_whole_at_its_tile(tmp_path: Path, tile: int | None) -> None:
+    """Its own 384 pixels, six of them unseen, and a tile of 378, which sees all, keep its 27 x 27 positions as they
+    are: nothing is resampled."""
     import torch
     from transformers import AutoModel
 
@@ -265,8 +287,9 @@ def test_a_published_siglip_loads_whole_at_its_tile(tmp_path: Path) -> None:
 
     config = stand_in(tmp_path, "Qwen2Config", "qwen2_7b", "siglip_so400m_384")
     folder = write_tower(tmp_path / "published", "siglip_so400m_384", with_weights=True)
-    tower = replace(config.model.vision_tower, path=str(folder), weights="pretrained")
+    tower = replace(config.model.vision_tower, path=str(folder), weights="pretrained", tile=tile)
     backbone = read_backbone(ModelConfig(config.model.language_model, tower, config.model.grids))
+    assert (backbone.tile, backbone.patches_per_side) == (tile or 384, 27)
     built = build_model(backbone, dtype=torch.float32, seed=0).hf.model.vision_tower.state_dict()
     published = AutoModel.from_pretrained(folder).state_dict()
     assert published["embeddings.position_embedding.weight"].shape[0] == 27 * 27

@@ -2,13 +2,15 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llava_next.build import Backbone, read_backbone
-from llava_next.config import ModelConfig
+from llava_next.config import ModelConfig, ProjectorKind
 from tests.tiny import TokenizerName, TowerName, tiny_model
 
 MakeBackbone = Callable[..., Backbone]
@@ -22,7 +24,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
-    """A tiny backbone, read anew at each call (building and writing a model touch its config)."""
+    """A tiny backbone, read anew at each call (building and writing a model touch its config).
+
+    `changes` replace keys of the language model's config.
+    """
     configs: dict[tuple[object, ...], ModelConfig] = {}
 
     def make(
@@ -30,12 +35,14 @@ def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
         template: str = "chatml",
         kind: TokenizerName = "bytes",
         tied: bool = False,
+        projector: ProjectorKind = "mlp2x_gelu",
+        **changes: Any,
     ) -> Backbone:
-        key = (tower, template, kind, tied)
+        key = (tower, template, kind, tied, *sorted(changes.items()))
         if key not in configs:
             folder = tmp_path_factory.mktemp("tiny")
-            configs[key] = tiny_model(folder, tower, template, kind=kind, tied=tied)
-        return read_backbone(configs[key])
+            configs[key] = tiny_model(folder, tower, template, kind=kind, tied=tied, **changes)
+        return read_backbone(replace(configs[key], projector=projector))
 
     return make
 

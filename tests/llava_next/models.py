@@ -3,20 +3,24 @@
 import io
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import LlavaNextForConditionalGeneration
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from data_recipes.sample import Message
 from llava_next.batch import Batch, collate
 from llava_next.build import Backbone
 from llava_next.config import ImageMode
-from llava_next.hf import live_parameters
-from llava_next.model import LlavaNext
+from llava_next.model import LlavaNext, live_parameters, part_of
 from llava_next.processor import Example
 from tests.tiny import encoded_picture
 
@@ -101,14 +105,50 @@ def stock_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]
     return inputs
 
 
+def stock_square_twin(model: LlavaNext, backbone: Backbone) -> LlavaForConditionalGeneration:
+    """A stock LLaVA-1.5, which knows square pictures only, with the same weights: it has no newline."""
+    ours = deepcopy(backbone.hf_config)
+    stock = LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=ours.vision_config,
+            text_config=ours.text_config,
+            image_token_index=ours.image_token_index,
+            vision_feature_layer=ours.vision_feature_layer,
+            vision_feature_select_strategy=ours.vision_feature_select_strategy,
+            image_seq_length=ours.image_seq_length,
+        )
+    ).to(model.hf.model.image_newline.dtype)
+    state = {name.removeprefix("hf."): p.detach().clone() for name, p in live_parameters(model)}
+    del state["model.image_newline"]
+    stock.load_state_dict(state)
+    return stock
+
+
+def stock_square_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]:
+    """What stock LLaVA-1.5 is given for a sample in square mode: stock CLIP pixels, our ids and labels."""
+    inputs = stock_inputs(backbone, replace(sample, pictures=()))
+    tower, side = backbone.config.vision_tower, {"height": backbone.tile, "width": backbone.tile}
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": backbone.tile},
+        crop_size=side,
+        image_mean=list(tower.image_mean),
+        image_std=list(tower.image_std),
+    )
+    pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in sample.pictures]
+    return inputs | {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"]}
+
+
 def gradients(model: LlavaNext) -> dict[str, torch.Tensor | None]:
     """Each parameter's gradient by name (a copy)."""
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def is_key_bias(name: str) -> bool:
-    """The true gradient of a tower's key bias is zero (softmax does not see it): what is there is rounding."""
-    return name.endswith(("k_proj.bias", "key.bias"))
+    """The true gradient of a tower's key bias is zero (softmax does not see it): what is there is rounding.
+
+    Not so in a language model, whose keys are turned by their positions.
+    """
+    return part_of(name) == "vision_tower" and name.endswith(("k_proj.bias", "key.bias"))
 
 
 def worst_difference(
@@ -126,4 +166,15 @@ def worst_difference(
         scale = float(b.norm())
         difference = float((a - b).norm()) / scale if scale else float(a.norm())
         worst = max(worst, difference)
+    return worst
+
+
+def key_bias_share(found: dict[str, torch.Tensor | None]) -> float:
+    """The largest ‖gradient‖ of a tower's key bias as a share of its layer's query bias' (0 where both are zero)."""
+    worst = 0.0
+    for name in filter(is_key_bias, found):
+        key, query = found[name], found[name.replace("k_proj", "q_proj").replace("key.", "query.")]
+        if key is not None and key.any():
+            assert query is not None, name
+            worst = max(worst, float(key.norm()) / float(query.norm()))
     return worst

@@ -1,5 +1,7 @@
 """The geometry of pictures against the published numbers, and against transformers' own functions."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -7,13 +9,16 @@ from PIL import Image
 from transformers import LlavaNextProcessor
 from transformers.image_processing_utils import get_patch_output_size, select_best_resolution
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
+from llava_next import anyres
 from llava_next.anyres import (
     NEWLINE,
     ImageLayout,
     cut_tiles,
+    grids_of_pinpoints,
     image_layout,
     kept_range,
     resized_hw,
@@ -221,6 +226,42 @@ def test_square_mode_equals_the_clip_processor() -> None:
         )
 
 
+def _padded(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:
+    """The picture in the middle of a square of this colour, by plain indexing; an odd pixel is left below or right."""
+    side = max(picture.size)
+    square = np.full((side, side, 3), colour, dtype=np.uint8)
+    top, left = (side - picture.height) // 2, (side - picture.width) // 2
+    square[top : top + picture.height, left : left + picture.width] = np.asarray(picture)
+    return Image.fromarray(square)
+
+
+@pytest.mark.parametrize(
+    ("colour", "band_rows"), [((122, 116, 104), 1024), ((127, 127, 127), 50)], ids=["clip", "siglip"]
+)
+def test_pad_mode_equals_the_stock_processors(
+    monkeypatch: pytest.MonkeyPatch, colour: tuple[int, int, int], band_rows: int
+) -> None:
+    """One view, bit for bit: a square of the mean colour, then CLIPImageProcessorPil; and LlavaImageProcessorPil, which
+    pads by itself. The square is never held as a whole, and that changes no bit."""
+    monkeypatch.setattr(anyres, "_BAND_ROWS", band_rows)
+    options: dict[str, Any] = {
+        "size": {"shortest_edge": TILE}, "crop_size": {"height": TILE, "width": TILE},
+        "do_rescale": False, "do_normalize": False,
+    }  # fmt: skip
+    clip = CLIPImageProcessorPil(**options)
+    llava = LlavaImageProcessorPil(do_pad=True, image_mean=[(value + 0.5) / 255 for value in colour], **options)
+    for seed, size in enumerate([*PICTURES_HW[-9:], (40, 1500), (1100, 31), (335, 336)]):
+        layout = image_layout(size, mode="pad", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE)
+        assert (layout.num_tiles, layout.num_tokens) == (1, SIDE * SIDE)
+        picture = _noise(size, seed)
+        view = cut_tiles(picture, layout, TILE, pad_colour=colour)
+        assert view.shape == (1, TILE, TILE, 3)
+        for expected in (clip(_padded(picture, colour), return_tensors="np"), llava(picture, return_tensors="np")):
+            np.testing.assert_array_equal(
+                view, np.asarray(expected["pixel_values"]).transpose(0, 2, 3, 1), err_msg=str(size)
+            )
+
+
 def test_tiles_come_base_first_then_row_by_row() -> None:
     """Four coloured quadrants: base view, top left, top right, bottom left, bottom right."""
     colours = [(200, 0, 0), (0, 200, 0), (0, 0, 200), (200, 200, 0)]
@@ -289,6 +330,21 @@ def test_a_picture_of_another_size_than_counted_is_refused() -> None:
     """A picture that is not the size its tokens were counted for stops the run, with both sizes."""
     with pytest.raises(ModelError, match=r"10x20 .* 20x10"):
         cut_tiles(_noise((10, 20)), _layout((20, 10)), TILE)
+
+
+def test_grids_of_pinpoints() -> None:
+    """The published list in (height, width) is the authors' grids, for any tower's tile."""
+    for tile in (336, 384):
+        pinpoints = [[rows * tile, cols * tile] for rows, cols in AUTHORS_GRIDS]
+        assert grids_of_pinpoints(pinpoints, tile) == AUTHORS_GRIDS
+
+
+@pytest.mark.parametrize("pinpoint", [[672, 340], [168, 336], [0, 336], [336]])
+def test_pinpoints_of_another_tower_are_refused(pinpoint: list[int]) -> None:
+    """A list whose sides are no multiples of the tile is told with the pinpoint, the tile and the way out."""
+    with pytest.raises(ModelError, match=r"image_grid_pinpoints holds .* tile of 336 pixels.*config\.json") as caught:
+        grids_of_pinpoints([[672, 336], pinpoint], 336)
+    assert str(pinpoint) in str(caught.value)
 
 
 def test_sizes_and_grids_are_checked() -> None:

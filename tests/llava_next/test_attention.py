@@ -1,5 +1,9 @@
 """Attention inside segments, and the language models that it must refuse."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +22,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from llava_next.attention import refuse_unsupported, segment_attention
+from llava_next.attention import refuse_unsupported, register, segment_attention
 from llava_next.batch import Segments
 from llava_next.config import ModelError
 
@@ -127,3 +131,39 @@ def test_what_is_not_implemented_is_refused(config: PretrainedConfig, word: str)
 def test_full_attention_passes(config: PretrainedConfig) -> None:
     """The published backbones are not refused."""
     refuse_unsupported(config)
+
+
+def _flash_by_sdpa(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, softmax_scale: float, causal: bool
+) -> torch.Tensor:
+    """FlashAttention's signature over SDPA: stands in where the real kernel cannot run (it needs a GPU)."""
+    bounds, other_bounds, longest, other_longest = args
+    assert bounds is other_bounds
+    assert longest == other_longest == max(LENGTHS)
+    rows = []
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        q, k, v = (tensor[start:stop].transpose(0, 1)[None] for tensor in (query, key, value))
+        row = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=softmax_scale, enable_gqa=True)
+        rows.append(row[0].transpose(0, 1))
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "module"), [("flash_attention_2", "flash_attn"), ("flash_attention_3", "flash_attn_interface")]
+)
+def test_flash_attention_is_called_as_it_wants(monkeypatch: pytest.MonkeyPatch, kernel: Any, module: str) -> None:
+    """Layouts, bounds and scale, through a stand-in of the same signature; the kernel itself needs a GPU."""
+    stand_in = ModuleType(module)
+    stand_in.flash_attn_varlen_func = _flash_by_sdpa  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module, stand_in)
+    assert register(kernel) == f"llava_next_segments_{kernel}"
+    inputs = _qkv(torch.float64)
+    output, _ = segment_attention(torch.nn.Module(), *inputs, None, scaling=0.3, segments=_segments(), kernel=kernel)
+    torch.testing.assert_close(output, _masked(*inputs, scale=0.3), rtol=1e-10, atol=1e-12)
+
+
+def test_flash_attention_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the package's number and the way out."""
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    with pytest.raises(ModelError, match=r"attention=flash_attention_2: .* install FlashAttention 2, or .*=auto"):
+        register("flash_attention_2")

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, PhiConfig
 
-from llava_next.build import VOCABULARY_MULTIPLE, build_model, read_backbone, read_tokenizer
-from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
+from llava_next.build import VOCABULARY_MULTIPLE, build_model, read_backbone, read_tokenizer, skeleton
+from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig
 from llava_next.conversation import IMAGE_PLACEHOLDER
-from llava_next.hf import live_parameters
-from llava_next.model import LlavaNext
+from llava_next.model import LlavaNext, live_parameters
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row
 from tests.tiny import PATCH, TILE, TowerName, tiny_model, tiny_tokenizer
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
+KINDS: tuple[ProjectorKind, ...] = ("mlp2x_gelu", "linear")
 
 
 def with_tile(config: ModelConfig, tile: int) -> ModelConfig:
@@ -184,6 +184,51 @@ def test_no_weights_at_all_are_refused(tmp_path: Path) -> None:
             build_model(read_backbone(asked), dtype=torch.float32, seed=0)
 
 
+# Width of the language model, parameters of its connector (recipe 0; linear: the formula of one layer).
+CONNECTORS = [
+    (1024, 2_099_200),
+    (3584, 16_522_240),
+    (4096, 20_979_712),
+    (5120, 31_467_520),
+    (7168, 58_734_592),
+    (8192, 75_513_856),
+]
+
+
+def test_connectors_have_the_published_sizes(tmp_path: Path) -> None:
+    """Behind CLIP ViT-L/14-336, 303,507,456 parameters itself, for every width of the published language models; a
+    linear connector is one layer with a bias."""
+    config = tiny_model(tmp_path)
+    clip = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
+            "image_size": 336, "patch_size": 14}  # fmt: skip
+    whole = replace(config, vision_tower=replace(config.vision_tower, overrides=clip))
+    tower = skeleton(read_backbone(whole)).model.vision_tower
+    assert sum(parameter.numel() for parameter in tower.parameters()) == 303_507_456
+    shallow = replace(whole.vision_tower, overrides={**clip, "num_hidden_layers": 1})
+    for width, num_parameters in CONNECTORS:
+        language_model = replace(config.language_model, overrides={"hidden_size": width, "num_hidden_layers": 1})
+        for kind in KINDS:
+            expected = num_parameters if kind == "mlp2x_gelu" else 1024 * width + width
+            parts = skeleton(read_backbone(ModelConfig(language_model, shallow, projector=kind))).model
+            assert sum(parameter.numel() for parameter in parts.multi_modal_projector.parameters()) == expected
+            assert parts.image_newline.shape == (width,)
+
+
+@pytest.mark.parametrize("projector", KINDS)
+def test_a_fresh_projector_has_torchs_own_initialisation(make_backbone: MakeBackbone, projector: ProjectorKind) -> None:
+    """Uniform within 1 / sqrt(inputs), weights and biases, as the authors' `nn.Linear` starts; of the chosen kind."""
+    model = build_model(make_backbone(projector=projector), dtype=torch.float32, seed=0)
+    layers = [
+        module for module in model.hf.model.multi_modal_projector.modules() if isinstance(module, torch.nn.Linear)
+    ]
+    assert len(layers) == (2 if projector == "mlp2x_gelu" else 1)
+    for layer in layers:
+        bound = layer.in_features**-0.5
+        for tensor in (layer.weight, layer.bias):
+            assert 0.8 * bound < float(tensor.detach().abs().max()) <= bound
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) -> None:
     """A larger tile: a larger table whose class token is the old one, nothing else changed, and rows run."""
@@ -223,6 +268,27 @@ def test_a_resampled_table_keeps_its_directions(tmp_path: Path, prefix: int) -> 
     grid = table[prefix:].view(6, 6, 24)
     torch.testing.assert_close(grid, grid[:, :1].expand_as(grid))
     assert (grid[1:] > grid[:-1]).all()
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_may_leave_a_strip_of_its_own_size_unseen(tmp_path: Path, tower: TowerName) -> None:
+    """30 pixels and patches of 7, as SigLIP's 384 and 14: the tower's own size, and named, is 4 x 4 patches, and the
+    last two rows and columns of pixels change nothing. Another size that the patch does not divide stays refused."""
+    config = tiny_model(tmp_path, tower)
+    config = replace(config, vision_tower=replace(config.vision_tower, overrides={"image_size": 30}))
+    for named in (config, with_tile(config, 30)):
+        backbone = read_backbone(named)
+        assert (backbone.tile, backbone.patches_per_side) == (30, 4)
+        model = build_model(backbone, dtype=torch.float32, seed=0)
+        tiles = torch.randint(0, 256, (1, 30, 30, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        features = model.tile_features(tiles)
+        tiles[:, 28:], tiles[:, :, 28:] = 0, 0
+        assert torch.equal(model.tile_features(tiles), features)
+        assert features.shape[:2] == (1, 16)
+        tiles[:, 27] = 0
+        assert not torch.equal(model.tile_features(tiles), features)
+    with pytest.raises(ModelError, match=r"tile=31 is not a multiple .* 7 pixels; .* null for .* own size of 30"):
+        read_backbone(with_tile(config, 31))
 
 
 def test_the_same_tile_leaves_the_positions_alone(tmp_path: Path) -> None:

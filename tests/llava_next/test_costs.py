@@ -5,27 +5,35 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from llava_next.build import build_model
+from llava_next.config import ProjectorKind
 from llava_next.costs import StepCosts, step_costs
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import mixed, row
 from tests.tiny import TowerName
 
 
-@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: TowerName) -> None:
+@pytest.mark.parametrize(
+    ("tower", "kind"),
+    [("clip", "mlp2x_gelu"), ("siglip", "mlp2x_gelu"), ("dinov2", "mlp2x_gelu"), ("clip", "linear")],
+)
+def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: TowerName, kind: ProjectorKind) -> None:
     """Forward products of the language model are exactly tokens x cost; a tile's are right but for the class token.
 
     torch counts no attention on the CPU, so the formula's attention terms are taken out of the comparison.
     """
-    backbone = make_backbone(tower)
+    backbone = make_backbone(tower, projector=kind)
     model = build_model(backbone, dtype=torch.float32, seed=0, num_sources=8)
     batch = row(backbone, [sample.example for sample in mixed(backbone)])
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(batch)
     counted = {name: sum(by_op.values()) for name, by_op in counter.get_flop_counts().items()}
     vision, language = backbone.hf_config.vision_config, backbone.hf_config.text_config
-    frozen = step_costs(vision, language, num_vision_layers=2, trains_tower=False, trains_language_model=False)
-    trained = step_costs(vision, language, num_vision_layers=2, trains_tower=True, trains_language_model=True)
+    frozen, trained = (
+        step_costs(
+            vision, language, projector=kind, num_vision_layers=2, trains_tower=trains, trains_language_model=trains
+        )
+        for trains in (False, True)
+    )
     num_tokens, num_tiles = batch.input_ids.numel(), len(batch.tiles)
     assert counted["LlavaNext.hf.model.language_model"] == num_tokens * trained.token / 3
     assert frozen.token == pytest.approx(trained.token * 2 / 3)

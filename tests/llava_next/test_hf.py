@@ -1,26 +1,30 @@
 """Directories: what we write is loaded by stock transformers and means the same; what is damaged is told by name."""
 
+import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlavaNextForConditionalGeneration
+from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from data_recipes.sample import Message
 from llava_next import hf
-from llava_next.build import Backbone, build_model
+from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import ModelError
-from llava_next.hf import live_parameters, load_weights, read_hf, write_connector, write_hf
-from llava_next.model import LlavaNext, set_trained_parts
+from llava_next.connector import write_connector
+from llava_next.hf import load_weights, read_hf, write_hf
+from llava_next.model import LlavaNext, live_parameters
 from llava_next.processor import Processor
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row, stock_inputs, stock_twin
-from tests.tiny import TowerName
+from tests.tiny import SIZES_HW, TowerName
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
 
@@ -177,82 +181,106 @@ def test_a_directory_is_replaced_whole(make_backbone: MakeBackbone, tmp_path: Pa
     assert sum(gathered) == len(list(live_parameters(model)))
 
 
-def test_connector_round_trip(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Projector and newline come back bit for bit, nothing else changes; the contract tells what was trained."""
-    backbone = make_backbone()
-    model = _model(backbone, seed=1)
-    set_trained_parts(model, ["projector"])
-    write_connector(model, backbone, tmp_path / "connector")
-    fresh = _model(make_backbone(), seed=2)
-    before, said = _state(fresh), load_weights(fresh, backbone, tmp_path / "connector")
-    assert said.endswith("(image_newline not trained)")
-    source, after = _state(model), _state(fresh)
-    connector = [name for name in after if "multi_modal_projector" in name or "image_newline" in name]
-    assert len(connector) == 5
-    for name in after:
-        assert torch.equal(after[name], source[name] if name in connector else before[name]), name
-    set_trained_parts(model, ["projector", "image_newline"])
-    write_connector(model, backbone, tmp_path / "connector")
-    assert load_weights(fresh, backbone, tmp_path / "connector").endswith("(image_newline trained)")
-
-
-def test_a_connector_serves_another_precision(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Written in bf16, loaded into fp32: the same values."""
-    backbone = make_backbone()
-    model = _model(backbone, seed=1, dtype=torch.bfloat16)
-    write_connector(model, backbone, tmp_path / "connector")
-    fresh = _model(make_backbone(), seed=2)
-    load_weights(fresh, backbone, tmp_path / "connector")
-    assert torch.equal(fresh.hf.model.image_newline, model.hf.model.image_newline.float())
-
-
-def test_a_damaged_connector_is_told_by_the_tensors_name(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """One flipped bit, one missing tensor, one extra: refused by name."""
-    backbone = make_backbone()
-    write_connector(_model(backbone), backbone, tmp_path / "connector")
-    file = tmp_path / "connector" / "connector.safetensors"
-    good = file.read_bytes()
-    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
-    fresh = _model(make_backbone())
-    with pytest.raises(ModelError, match=r"the bytes of \S+ are not the ones in contract.json.*damaged"):
-        load_weights(fresh, backbone, tmp_path / "connector")
-    file.write_bytes(good)
-    tensors = load_file(file)
-    save_file({name: t for name, t in tensors.items() if name != "image_newline"}, file)
-    with pytest.raises(ModelError, match=r"lacks 1 tensor.*image_newline"):
-        load_weights(fresh, backbone, tmp_path / "connector")
-    save_file({**tensors, "resampler": torch.zeros(1)}, file)
-    with pytest.raises(ModelError, match=r"1 tensor\(s\) that this model lacks.*resampler"):
-        load_weights(fresh, backbone, tmp_path / "connector")
-    file.write_bytes(good[: len(good) // 2])
-    with pytest.raises(ModelError, match="damaged"):
-        load_weights(fresh, backbone, tmp_path / "connector")
-    file.unlink()
-    with pytest.raises(ModelError, match="missing"):
-        load_weights(fresh, backbone, tmp_path / "connector")
-    (tmp_path / "connector" / "contract.json").write_text("{")
-    with pytest.raises(ModelError, match="damaged"):
-        load_weights(fresh, backbone, tmp_path / "connector")
-
-
-def test_a_connector_of_another_tower_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """The contract's key, both values and the way out; nothing is copied."""
-    backbone = make_backbone("clip")
-    write_connector(_model(backbone), backbone, tmp_path / "connector")
-    other = make_backbone("siglip")
-    fresh = _model(other, seed=9)
-    before = _state(fresh)
-    with pytest.raises(ModelError, match=r"vision_tower=tiny_clip, this model has tiny_siglip.*init_from=null"):
-        load_weights(fresh, other, tmp_path / "connector")
-    assert all(torch.equal(tensor, before[name]) for name, tensor in _state(fresh).items())
-
-
 def test_a_model_of_another_shape_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
     """A whole model with another tower, or fewer layers: refused by a tensor's name."""
     _write(make_backbone("clip"), tmp_path / "export")
     other = make_backbone("dinov2")
     with pytest.raises(ModelError, match=r"lacks \d+ tensor\(s\).*vision_tower"):
         load_weights(_model(other), other, tmp_path / "export")
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_linear_projector_is_one_that_stock_transformers_has(
+    make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName
+) -> None:
+    """Its layer, no activation and the identity: loaded whole, with our logits; and it comes back as one layer, by
+    itself and into a fresh model."""
+    backbone = make_backbone(tower, projector="linear")
+    model = _write(backbone, tmp_path / "export", seed=1)
+    stock, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert [problem for problem in found.values() if problem] == []
+    assert stock.config.projector_hidden_act == "linear"
+    second = stock.model.multi_modal_projector.linear_2
+    assert torch.equal(second.weight, torch.eye(len(second.bias)))
+    assert not second.bias.any()
+    sample = encoded(backbone, [(45, 61), (28, 90)], rounds=2)
+    batch = row(backbone, [sample.example])
+    with torch.no_grad():
+        logits = stock(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
+        states, head = model._target_states(batch)
+    torch.testing.assert_close(states @ head.T, logits, rtol=1e-5, atol=1e-6)
+
+    again, read = read_hf(tmp_path / "export", make_backbone(tower).config)
+    assert again.config == backbone.config
+    assert again.config.projector == "linear"
+    fresh = _model(make_backbone(tower, projector="linear"), seed=2)
+    load_weights(fresh, backbone, tmp_path / "export")
+    for other in (read, fresh):
+        ours, theirs = _state(model), _state(other)
+        assert set(ours) == set(theirs)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_identity_changes_no_bit(make_backbone: MakeBackbone, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The exported two layers give exactly what the one layer gives, in bf16 too."""
+    backbone = make_backbone(projector="linear")
+    model = _model(backbone, dtype=dtype)
+    write_hf(model, backbone, _processor(backbone), tmp_path / "export")
+    stock = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export", dtype=dtype)
+    features = torch.randn(50, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(stock.model.multi_modal_projector(features), model.hf.model.multi_modal_projector(features))
+
+
+def test_a_projector_of_another_kind_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """Both kinds have the same tensors on disk, so the shapes would fit: the configuration tells, and the second layer.
+    Both kinds and what to choose are named."""
+    linear, two_layers = make_backbone(projector="linear"), make_backbone()
+    _write(linear, tmp_path / "linear")
+    _write(two_layers, tmp_path / "two_layers")
+    with pytest.raises(ModelError, match=r"of kind linear, this one's is mlp2x_gelu; choose model.projector=linear"):
+        load_weights(_model(two_layers), two_layers, tmp_path / "linear")
+    with pytest.raises(
+        ModelError, match=r"of kind mlp2x_gelu, this one's is linear; choose model.projector=mlp2x_gelu"
+    ):
+        load_weights(_model(linear), linear, tmp_path / "two_layers")
+    config = tmp_path / "two_layers" / "config.json"
+    for act, message in (("linear", r"linear_2.\w+ is not the identity"), ("relu", r"projector_hidden_act=relu")):
+        config.write_text(json.dumps({**json.loads(config.read_text()), "projector_hidden_act": act}))
+        with pytest.raises(ModelError, match=message):
+            load_weights(_model(linear), linear, tmp_path / "two_layers")
+        with pytest.raises(ModelError, match=message):
+            read_hf(tmp_path / "two_layers", linear.config)
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tile_with_an_unseen_strip_is_served_as_it_was_trained(
+    make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName
+) -> None:
+    """A tower of 30 pixels and patches of 7 (SigLIP: 384 and 14): stock transformers cuts the same tiles, counts the
+    same tokens and gives the same logits, for pictures of every grid."""
+    config = make_backbone(tower).config
+    config = replace(config, vision_tower=replace(config.vision_tower, overrides={"image_size": 30}))
+    backbone = read_backbone(config)
+    model = _write(backbone, tmp_path / "export")
+    stock = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export")
+    processor = LlavaNextProcessor.from_pretrained(tmp_path / "export")
+    grids = set()
+    for number, size in enumerate([*SIZES_HW, (30, 60)]):
+        sample = encoded(backbone, [size], seed=number)
+        (layout,) = sample.example.layout.images
+        grids.add(layout.grid)
+        assert layout.patches_per_side == 4
+        pixels = processor.image_processor(Image.open(io.BytesIO(sample.pictures[0])), return_tensors="pt")
+        height, width = pixels["pixel_values"].shape[-2:]
+        extra = processor.num_additional_image_tokens
+        assert processor._get_number_of_features(*size, height, width) - extra == layout.num_tokens
+        batch = row(backbone, [sample.example])
+        with torch.no_grad():
+            logits = stock(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
+            states, head = model._target_states(batch)
+        torch.testing.assert_close(states @ head.T, logits, rtol=1e-5, atol=1e-6)
+    assert grids == set(backbone.config.grids)
 
 
 def test_nothing_to_load_is_told_with_the_way_out(make_backbone: MakeBackbone, tmp_path: Path) -> None:
@@ -262,6 +290,17 @@ def test_nothing_to_load_is_told_with_the_way_out(make_backbone: MakeBackbone, t
         load_weights(_model(backbone), backbone, tmp_path)
     with pytest.raises(ModelError, match="no model that transformers reads"):
         read_hf(tmp_path, backbone.config)
+
+
+def test_grids_of_another_tower_are_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """A config.json whose pinpoints are no multiples of its tower's tile: folder, pinpoint, tile and the way out."""
+    backbone = make_backbone()
+    _write(backbone, tmp_path / "export")
+    path = tmp_path / "export" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"image_grid_pinpoints": [[56, 28], [28, 60]]}))
+    with pytest.raises(ModelError, match=r"export: image_grid_pinpoints holds \[28, 60\].*28 pixels.*config\.json"):
+        read_hf(tmp_path / "export", backbone.config)
 
 
 def test_a_gutted_export_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from PIL import Image
 from transformers import GenerationConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from data_recipes.sample import Message
-from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.build import Backbone, build_model, read_backbone, read_tokenizer
 from llava_next.conversation import TEMPLATES
 from llava_next.hf import write_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
+from tests.jinja_shapes import LLAMA_3, MISTRAL, QWEN, ROUNDS_WITH_BOS, VICUNA, ZEPHYR
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row
 from tests.tiny import SIZES_HW, TokenizerName, TowerName, encoded_picture
@@ -94,6 +95,32 @@ def test_the_stock_processor_makes_our_prompt(
             ours, _ = processor.prompt(messages, [size])
             theirs = _stock_ids(stock, picture, rounds=rounds, system=system)
             assert theirs == ours.tolist(), (size, rounds, system)
+
+
+@pytest.mark.parametrize("jinja", [QWEN, LLAMA_3, VICUNA, ZEPHYR, MISTRAL, ROUNDS_WITH_BOS], ids=lambda text: text[:40])
+def test_the_stock_processor_with_the_tokenizers_own_template(
+    make_backbone: MakeBackbone, tmp_path: Path, jinja: str
+) -> None:
+    """`template: tokenizer`: the export makes the prompt that training saw, white space around the words included, and
+    its tokenizer carries the same template: read again, the processor is the same."""
+    backbone = make_backbone(template="tokenizer")
+    backbone.tokenizer.chat_template = jinja
+    processor = _processor(backbone)
+    write_hf(_model(backbone), backbone, processor, tmp_path / "export")
+    stock = LlavaNextProcessor.from_pretrained(tmp_path / "export")
+    size = SIZES_HW[4]
+    systems = (None,) if processor.template.system_format is None else (None, "Answer in one word.\n")
+    for rounds, system in itertools.product((1, 2), systems):
+        messages = [Message("user", f"<image>\n{QUESTION}")]
+        if system is not None:
+            messages.insert(0, Message("system", system))
+        if rounds == 2:
+            messages += [Message("assistant", ANSWER), Message("user", SECOND)]
+        ours, _ = processor.prompt(messages, [size])
+        theirs = _stock_ids(stock, encoded_picture(4, size), rounds=rounds, system=system)
+        assert theirs == ours.tolist(), (rounds, system)
+    again = Processor(read_tokenizer(str(tmp_path / "export")), processor.config)
+    assert again.template == processor.template
 
 
 def test_the_stock_processor_with_a_real_tokenizer(

@@ -122,6 +122,27 @@ def test_plain_supervises_the_caption_and_its_line_break(tmp_path: Path) -> None
     assert processor.tokenizer.decode(rest) == "A red circle.\n"
 
 
+def test_captions_serve_a_tokenizer_without_bos(tmp_path: Path) -> None:
+    """Stage 1 of Qwen, whose tokenizer has no beginning-of-sequence token: the picture comes first, as in the authors'
+    code, where that token is the tokenizer's affair."""
+    processor = _processor(tiny_tokenizer(tmp_path, bos=None), "plain")
+    layout = processor.layout(_rounds("Describe it.", "A red circle."), [SIZE])
+    assert (layout.ids[:NUM_IMAGE_TOKENS] == processor.image_token_id).all()
+    assert processor.tokenizer.decode(layout.ids[NUM_IMAGE_TOKENS:]) == "A red circle.\n"
+    assert layout.num_supervised == len(layout.ids) - NUM_IMAGE_TOKENS
+    text_only = processor.layout([Message("user", "Say it."), Message("assistant", "A red circle.")], [])
+    assert text_only.num_supervised == len(text_only.ids) - 1  # nothing predicts the first token
+
+
+def test_every_template_but_captions_stops(tmp_path: Path) -> None:
+    """No template ends its answers without an end token, which supervision teaches and generation stops at."""
+    assert {name for name, template in TEMPLATES.items() if not template.end} == {"plain"}
+    for name in sorted(set(TEMPLATES) - {"plain"}):
+        processor = _processor(tiny_tokenizer(tmp_path / name), name)
+        layout = processor.layout(_rounds("What?", "That."), [SIZE])
+        assert processor.tokenizer.decode(layout.labels[layout.labels != IGNORE][-1]) == TEMPLATES[name].end
+
+
 def test_mistral_supervises_the_space_before_the_end(tmp_path: Path) -> None:
     """The token(s) between the answer's last word and </s> are supervised."""
     processor = _processor(tiny_tokenizer(tmp_path), "mistral_instruct")
@@ -259,7 +280,7 @@ def test_tokenizers_that_cannot_serve_are_refused(tmp_path: Path) -> None:
     bare.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bare.add_tokens(["<", "|", "im", "_", "end", ">", "s", "/"])
     PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="s").save_pretrained(tmp_path / "bare")
-    with pytest.raises(ModelError, match=r"end token of template chatml.*must be one"):
+    with pytest.raises(ModelError, match=r"end token of template chatml.*must be one.*stage\.template=NAME"):
         _processor(tmp_path / "bare", "chatml")
 
 

@@ -45,30 +45,52 @@ class _AuthorsTemplate(Template):
         return super().render(messages, whole_answers=self.whole_assistant_message)
 
 
+@dataclass(frozen=True)
+class _Encoding:
+    """The part of an engine's answer that the processor reads."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 class _WordMarks:
-    """A fast Llama tokenizer that treats leading spaces as sentencepiece does: with a word mark of their own."""
+    """A fast Llama tokenizer that treats leading spaces as sentencepiece does: with a word mark of their own.
+
+    It is its own engine (`backend_tokenizer`), which is what the processor asks.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         known = tokenizer.added_tokens_decoder.values() if tokenizer.legacy else ()
         special = [re.escape(token.content) for token in known if token.content != IMAGE_PLACEHOLDER]
         self._places = re.compile(f"(^{''.join('|' + text for text in special)})(?= )")
+        self.backend_tokenizer = self
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
 
-    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+    def __call__(self, text: str, **options: Any) -> Any:
+        return self._tokenizer(text, **options)
+
+    def no_truncation(self) -> None:
+        """The engine's own word; nothing is ever cut here."""
+
+    def no_padding(self) -> None:
+        """The engine's own word; nothing is ever padded here."""
+
+    def encode(self, text: str, add_special_tokens: bool) -> _Encoding:
+        """The text with a mark more at each such place; offsets are those of the text as it came."""
         added = [match.end() + number for number, match in enumerate(self._places.finditer(text))]
-        encoded = dict(self._tokenizer(self._places.sub(r"\1 ", text), **options))
-        if "offset_mapping" in encoded:  # back to places of the shorter text
+        engine = self._tokenizer.backend_tokenizer
+        encoded = engine.encode(self._places.sub(r"\1 ", text), add_special_tokens=add_special_tokens)
 
-            def place(character: int) -> int:
-                return character - sum(number < character for number in added)
+        def place(character: int) -> int:
+            return character - sum(number < character for number in added)
 
-            encoded["offset_mapping"] = [
-                (place(first), place(last - 1) + 1) for first, last in encoded["offset_mapping"]
-            ]
-        return encoded
+        return _Encoding(encoded.ids, [(place(first), place(last - 1) + 1) for first, last in encoded.offsets])
 
 
 class Comparison:

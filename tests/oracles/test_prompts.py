@@ -7,15 +7,19 @@ import json
 import re
 import unicodedata
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llava_next.config import ModelError
+from llava_next.conversation import TEMPLATES
 from scripts.oracles.digests import IGNORE, numbers_digest, supervised_runs
 from scripts.oracles.inputs import GENERATOR, captions, conversations, inputs_sha256
+from tests.jinja_shapes import MISTRAL, QWEN, VICUNA
 from tests.oracles.differences import RULES, Comparison
-from tests.oracles.real_tokenizers import tokenizer
+from tests.oracles.real_tokenizers import NAMES, tokenizer
 
 FOLDER = Path(__file__).parent
 HINT = "make the fixtures again: ./scripts/oracles.sh"
@@ -53,7 +57,7 @@ def _listed() -> dict[str, dict[str, int]]:
 
 def test_every_prompt_fixture_is_compared() -> None:
     """No fixture lies unused, and the table of differences names known fixtures and rules only."""
-    there = {path.stem for path in FOLDER.glob("*.json")} - {"anyres_sizes", "anyres_pixels"}
+    there = {path.stem for path in FOLDER.glob("*__*.json")}
     assert there == set(CASES)
     text = (FOLDER / "differences.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)
@@ -98,12 +102,31 @@ def test_whole_conversations_are_readable_in_the_fixture(name: str) -> None:
         assert f"{numbers_digest(whole['ids'])} {numbers_digest(labels)}" == fixture["digests"][int(index)]
 
 
-PAIRS = [
-    ("plain", "vicuna"), ("plain", "mistral"), ("plain", "llama3"), ("vicuna_v1", "vicuna"),
-    ("vicuna_v1", "vicuna_legacy"), ("vicuna_v1", "mistral"), ("mistral_instruct", "mistral"),
-    ("chatml_direct", "vicuna_chatml"), ("chatml_direct", "qwen"), ("qwen_1_5", "qwen"), ("chatml", "qwen"),
-    ("llava_llama_3", "llama3"),
-]  # fmt: skip
+SENTENCEPIECE = ("vicuna", "vicuna_legacy", "vicuna_chatml", "mistral")
+CHATML_TOKENIZERS = ("vicuna_chatml", "qwen", "smollm2")
+SPEAK: dict[str, tuple[str, ...]] = {
+    "plain": NAMES,
+    "vicuna_v1": SENTENCEPIECE,
+    "mistral_instruct": SENTENCEPIECE,
+    "chatml_direct": CHATML_TOKENIZERS,
+    "qwen_1_5": CHATML_TOKENIZERS,
+    "chatml": CHATML_TOKENIZERS,
+    "llava_llama_3": ("llama3",),
+    "tokenizer": NAMES,
+}
+"""Template → the tokenizers that have its tokens. Every other pair is refused."""
+
+SHAPES = {"vicuna": VICUNA, "vicuna_legacy": VICUNA, "vicuna_chatml": QWEN, "mistral": MISTRAL, "qwen": QWEN}
+"""What the cached tokenizers lack; llama3 and smollm2 bring chat templates of their own."""
+
+
+def _speaking(name: str, template: str) -> Any:
+    """The tokenizer, with a chat template where one is asked for and the cache has it without."""
+    real = tokenizer(name)
+    if template == "tokenizer" and name in SHAPES:
+        real = deepcopy(real)
+        real.chat_template = SHAPES[name]
+    return real
 
 
 def _comparable(text: str) -> str:
@@ -111,22 +134,42 @@ def _comparable(text: str) -> str:
     return unicodedata.normalize("NFC", text).replace("▁", " ").lstrip(" ")
 
 
-@pytest.mark.parametrize(("template", "name"), PAIRS)
+def test_every_template_is_tried_with_every_tokenizer() -> None:
+    """No template is missing from the table of pairs."""
+    assert set(SPEAK) == {*TEMPLATES, "tokenizer"}
+
+
+@pytest.mark.parametrize(("template", "name"), [(template, name) for template in SPEAK for name in SPEAK[template]])
 def test_supervised_text_is_the_answers_with_their_ends(template: str, name: str) -> None:
     """With real tokenizers, every supervised run decodes to one answer and its end token, and nothing else."""
-    real = tokenizer(name)
+    real = _speaking(name, template)
     comparison = Comparison(template, real, ())
     rendered = comparison._processor(frozenset()).template
-    sentencepiece = name.startswith(("vicuna", "mistral"))
     for record in captions() if template == "plain" else conversations():
-        if record.kind == "special" and sentencepiece:
-            continue  # an end token inside an answer gets a word mark behind it, which decodes to a space
         ids, labels = comparison.encode(record, frozenset())
-        found = [_comparable(real.decode(ids[start:stop])) for start, stop in supervised_runs(labels)]
         answers = [turn.value for turn in record.turns if turn.speaker == "gpt"]
-        wanted = [_comparable(rendered.answer_format.replace("{text}", answer) + rendered.end) for answer in answers]
-        for index, (run, answer) in enumerate(zip(found, wanted, strict=True)):
-            # One token may hold the header's last line break and the answer's first: it is the answer's.
-            if answer.startswith("\n") and rendered.header.endswith(run.removesuffix(answer)):
-                found[index] = answer
+        answers = [answer.strip() if rendered.trims else answer for answer in answers]
+        wanted = [rendered.answer_format.replace("{text}", answer) + rendered.end for answer in answers]
+        found = []
+        for (start, stop), answer in zip(supervised_runs(labels), wanted, strict=True):
+            run = real.decode(ids[start:stop])
+            shared = run.removesuffix(answer)
+            # A token that holds the header's last line break and the answer's first white space is the answer's.
+            if rendered.header.endswith(shared) and len(real.decode(ids[start])) > len(shared) > 0:
+                run = answer
+            found.append(run)
+        found, wanted = [_comparable(text) for text in found], [_comparable(text) for text in wanted]
+        if record.kind == "special" and name in SENTENCEPIECE:
+            # Behind an end token inside an answer stands a word mark, which decodes to a space.
+            found, wanted = ([text.replace(" ", "") for text in texts] for texts in (found, wanted))
         assert found == wanted, record
+
+
+@pytest.mark.parametrize(
+    ("template", "name"),
+    [(template, name) for template in SPEAK for name in NAMES if name not in SPEAK[template]],
+)
+def test_other_pairs_are_refused(template: str, name: str) -> None:
+    """A tokenizer without the template's tokens is refused with the way out, never used without a stop token."""
+    with pytest.raises(ModelError, match=r"choose a template made for it with stage\.template=NAME"):
+        Comparison(template, _speaking(name, template), ())._processor(frozenset())

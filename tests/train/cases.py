@@ -5,7 +5,10 @@ proved stands in the tests.
 """
 
 import gc
+import json
+import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -111,12 +114,11 @@ def built(config: RunConfig) -> Iterator[Parts]:
     """The parts of a run on this rank, and the engine's end."""
     from data_recipes.mixture import Mixture
     from llava_next.build import build_model, read_backbone
-    from llava_next.costs import step_costs
     from llava_next.hf import load_weights
     from llava_next.model import set_trained_parts
     from train.engine import start_engine
     from train.lengths import open_table
-    from train.loader import Planner
+    from train.run import make_planner
     from train.world import read_launch, start
 
     launch = read_launch()
@@ -137,16 +139,7 @@ def built(config: RunConfig) -> Iterator[Parts]:
     if stage.init_from is not None:
         load_weights(model, backbone, Path(stage.init_from))
     set_trained_parts(model, stage.rates)
-    costs = step_costs(
-        backbone.hf_config.vision_config,
-        backbone.hf_config.text_config,
-        num_vision_layers=model.num_tower_layers,
-        trains_tower="vision_tower" in stage.rates,
-        trains_language_model="language_model" in stage.rates,
-    )
-    planner = Planner(
-        table, stage, config.packing, costs, config.seed, world.rank, world.size, len(mixture.source_names)
-    )
+    planner = make_planner(config, world, backbone, model, table)
     engine = start_engine(model, config, world)
     try:
         yield Parts(config, world, backbone, processor, mixture, table, model, planner, engine)
@@ -211,13 +204,12 @@ def train_parts(
         num_workers=config.data.workers,
         prefetch=config.data.prefetch,
         pin_memory=False,
+        read_retries=0,
     )
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
     try:
-        Watched(config, world, parts.engine, planner, stream, log, parts.mixture.source_names).run(
-            first_step, last_step
-        )
+        Watched(config, world, parts.engine, planner, stream, log, parts.mixture).run(first_step, last_step)
     finally:
         log.close()
     record.after = weights(parts)
@@ -253,7 +245,8 @@ def relative_difference(ours: dict[str, Array], theirs: dict[str, Array]) -> flo
 
 def train_and_write(config: RunConfig) -> Record:
     """Trains a run and writes its result, as `train.run` does at the end."""
-    from llava_next.hf import write_connector, write_hf
+    from llava_next.connector import write_connector
+    from llava_next.hf import write_hf
     from train.engine import gathered
 
     with built(config) as parts:
@@ -290,28 +283,65 @@ class Unequal:
     """A step of unlike rows: what each micro-step of this rank held, and every collective in order."""
 
     kinds: list[str]
-    collectives: list[tuple[str, int]]
+    collectives: list["Collective"]
     loss: float
 
 
+KINDS = ("text", "pictures", "nothing")
+
+
 def unequal_step(config: RunConfig) -> Unequal:
-    """One step in which a rank has text where the other has pictures, and nothing where the other has text."""
+    """One step in which every rank holds something else than its neighbour: text, pictures, nothing at all."""
     with built(config) as parts:
-        tiles = np.asarray(parts.table.rows["tiles"])
-        text, pictures = np.flatnonzero(tiles == 0)[:4], np.flatnonzero(tiles > 0)[:4]
-        rows = {"text": text[:2], "pictures": pictures[:2], "nothing": text[:0]}
-        mine = (("text", "pictures", "nothing"), ("pictures", "nothing", "text"))
-        kinds = list(mine[parts.world.rank])
-        samples = np.concatenate([rows[kind] for kinds_of in mine for kind in kinds_of])
-        plan = replace(
-            parts.planner.plan(0),
-            samples=samples,
-            rows=tuple(rows[kind] for kind in kinds),
-            num_supervised=int(parts.table.rows["supervised"][samples].sum()),
-        )
+        ranks = range(parts.world.size)
+        of_ranks = [[KINDS[(rank + micro_step) % 3] for micro_step in range(3)] for rank in ranks]
+        kinds = of_ranks[parts.world.rank]
+        plan = _plan_of_kinds(parts, of_ranks)
         with recorded_collectives() as seen:
             outcome = _step(parts, plan)
         return Unequal(kinds, seen, float(outcome.agreement.sums[: len(parts.mixture.source_names)].sum()))
+
+
+def collectives_by_kind(config: RunConfig, skips_tower: bool) -> dict[str, list["Collective"]]:
+    """What steps issue in which all ranks hold a row of the same kind.
+
+    `skips_tower`: a row without pictures runs neither tower nor projector, as with stock transformers.
+    """
+    import torch
+
+    with built(config) as parts:
+        if skips_tower:
+            run_tower = parts.model.tile_features
+
+            def tile_features(tiles: torch.Tensor) -> torch.Tensor:
+                if tiles.any():
+                    return run_tower(tiles)
+                patches = parts.backbone.patches_per_side**2
+                return torch.zeros(len(tiles), patches, parts.backbone.hf_config.text_config.hidden_size)
+
+            parts.model.tile_features = tile_features
+        found = {}
+        for kind in ("pictures", "pictures", *KINDS):  # ZeRO-3 learns its order in the first two
+            plan = _plan_of_kinds(parts, [[kind]] * parts.world.size)
+            with recorded_collectives() as found[kind]:
+                _step(parts, plan)
+        return found
+
+
+def _plan_of_kinds(parts: Parts, of_ranks: list[list[str]]) -> Any:
+    """A step whose rows are of these kinds, by rank and micro-step; this rank's plan of it."""
+    tiles = np.asarray(parts.table.rows["tiles"])
+    text, pictures = np.flatnonzero(tiles == 0)[:2], np.flatnonzero(tiles > 0)[:2]
+    rows = {"text": text, "pictures": pictures, "nothing": text[:0]}
+    samples = np.concatenate([rows[kind] for kinds in of_ranks for kind in kinds])
+    supervised = int(parts.table.rows["supervised"][samples].sum())
+    return replace(
+        parts.planner.plan(0),
+        samples=samples,
+        rows=tuple(rows[kind] for kind in of_ranks[parts.world.rank]),
+        num_supervised=max(supervised, 1),
+        divisor=float(max(supervised, 1)),
+    )
 
 
 def _step(parts: Parts, plan: Any) -> Any:
@@ -320,52 +350,68 @@ def _step(parts: Parts, plan: Any) -> Any:
     from train.optim import set_rates
     from train.trainer import Trainer
 
-    encode = _Rows(parts.mixture, parts.table, parts.processor, False)
+    encode = _Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
     stream = (encode[row] for row in plan.rows)
-    names = parts.mixture.source_names
     log: Any = None
-    trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, names)
+    trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
+    if not len(plan.samples):  # no run has such a step, and the trainer would refuse it
+        trainer._check = lambda *_: None  # type: ignore[method-assign]
     set_rates(parts.engine.optimizer.param_groups, 1.0)
     return trainer.train_step(plan)
 
 
+@dataclass(frozen=True)
+class Collective:
+    """One collective as a process group was given it."""
+
+    group: tuple[str, ...]
+    kind: str
+    sizes: tuple[tuple[int, ...], ...]
+    dtypes: tuple[str, ...]
+
+
 @contextmanager
-def recorded_collectives() -> Iterator[list[tuple[str, int]]]:
-    """Every collective that DeepSpeed issues meanwhile, with the number of elements of its first tensor."""
-    from deepspeed.comm.torch import TorchBackend
+def recorded_collectives() -> Iterator[list[Collective]]:
+    """Every collective that this process issues meanwhile, in order, whoever issues it; the list is filled at the end.
 
-    names = (
-        "all_reduce",
-        "inference_all_reduce",
-        "all_reduce_coalesced",
-        "reduce",
-        "reduce_scatter",
-        "reduce_scatter_tensor",
-        "broadcast",
-        "all_gather",
-        "all_gather_into_tensor",
-        "all_gather_coalesced",
-        "all_to_all_single",
-        "barrier",
-    )
-    kept = {name: getattr(TorchBackend, name) for name in names}
-    seen: list[tuple[str, int]] = []
+    From torch's flight recorder, which sits inside the process groups, below DeepSpeed and torch.distributed.
+    """
+    before = {entry["record_id"] for entry in _flight_records()}
+    seen: list[Collective] = []
+    yield seen
+    seen += [
+        Collective(
+            tuple(entry["process_group"]),
+            entry["profiling_name"],
+            tuple(tuple(size) for size in (*entry["input_sizes"], *entry["output_sizes"])),
+            (*entry["input_dtypes"], *entry["output_dtypes"]),
+        )
+        for entry in _flight_records()
+        if entry["record_id"] not in before
+    ]
 
-    def watched(name: str) -> Any:
-        def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-            sizes = [value.numel() for value in (*args, *kwargs.values()) if hasattr(value, "numel")]
-            seen.append((name, sizes[0] if sizes else 0))
-            return kept[name](self, *args, **kwargs)
 
-        return call
+def _flight_records() -> list[dict[str, Any]]:
+    from torch._C import _distributed_c10d
 
-    for name in names:
-        setattr(TorchBackend, name, watched(name))
-    try:
-        yield seen
-    finally:
-        for name in names:
-            setattr(TorchBackend, name, kept[name])
+    trace: bytes = vars(_distributed_c10d)["_dump_fr_trace_json"](includeCollectives=True)
+    entries: list[dict[str, Any]] = json.loads(trace).get("entries", [])
+    return entries
+
+
+def all_reduces(orders: list[list[int]]) -> list[Collective]:
+    """All-reduces in two groups, in this rank's own order of them; what was recorded. None is waited for before all are
+    issued, so that ranks may differ without a hang."""
+    import torch
+    import torch.distributed as dist
+
+    groups = [dist.new_group(), dist.new_group()]
+    with recorded_collectives() as seen:
+        order = orders[dist.get_rank()]
+        works = [dist.all_reduce(torch.ones(3 + number), group=groups[number], async_op=True) for number in order]
+        for work in works:
+            work.wait()
+    return seen
 
 
 def wrong_count(config: RunConfig) -> tuple[str, bool]:
@@ -383,6 +429,19 @@ def poisoned_step(config: RunConfig) -> tuple[str, bool]:
         return _refused(parts, parts.planner.plan(0))
 
 
+def silent_source(config: RunConfig, all_of_them: bool) -> tuple[str, bool, list[str]]:
+    """A step in which no token of one source (or none at all) is supervised: the error's words, whether a weight
+    changed, and the ids of the samples it concerns."""
+    with built(config) as parts:
+        plan = parts.planner.plan(0)
+        rows = parts.table.rows[plan.samples]
+        silent = np.ones(len(rows), dtype=bool) if all_of_them else rows["source"] == rows["source"].min()
+        kept = [row[~np.isin(row, plan.samples[silent])] for row in plan.rows]
+        changed = replace(plan, rows=tuple(kept), num_supervised=int(rows["supervised"][~silent].sum()))
+        told, moved = _refused(parts, changed)
+        return told, moved, [parts.mixture.text(int(number)).id for number in rows["sample"][silent]]
+
+
 def _refused(parts: Parts, plan: Any) -> tuple[str, bool]:
     from train.trainer import StepError
 
@@ -395,10 +454,59 @@ def _refused(parts: Parts, plan: Any) -> tuple[str, bool]:
     raise AssertionError("the step was not refused")
 
 
+FAULTY_ROW = 5
+
+
+def run_with_fault(config: RunConfig, rank: int, fault: str) -> int:
+    """The program from its checked configuration on, with a fault in one rank; returns the exit code.
+
+    `data`: the worker of its loader sleeps for ever over a picture. The others are the model's, at its row of number
+    `FAULTY_ROW`: it sleeps, the process is stopped or killed, or something raises.
+    """
+    from data_recipes.mixture import Mixture
+    from llava_next.model import LlavaNext
+    from train.__main__ import execute
+    from train.world import read_launch
+
+    if read_launch().rank == rank and fault == "data":
+
+        def hang(number: int) -> None:
+            print("fault at", number, flush=True)
+            time.sleep(3600)
+
+        _at_call(Mixture, "sample", 12, hang)
+    elif read_launch().rank == rank:
+
+        def strike(batch: Any) -> None:
+            print("fault at", list(batch.segments.lengths), flush=True)
+            if fault == "sleep":
+                time.sleep(3600)
+            elif fault == "raise":
+                raise ValueError("a fault on purpose")
+            else:
+                os.kill(os.getpid(), {"stop": signal.SIGSTOP, "kill": signal.SIGKILL}[fault])
+
+        _at_call(LlavaNext, "forward", FAULTY_ROW, strike)
+    return execute(config)
+
+
+def _at_call(owner: Any, name: str, number: int, strike: Any) -> None:
+    """Calls `strike` with the arguments of the method's call of this number, before that call."""
+    method = getattr(owner, name)
+    calls = 0
+
+    def watched(self: Any, *args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == number:
+            strike(*args)
+        return method(self, *args)
+
+    setattr(owner, name, watched)
+
+
 def sleep_for_ever(stuck: int) -> None:
     """One rank never comes."""
-    import time
-
     from train.world import read_launch
 
     if read_launch().rank == stuck:

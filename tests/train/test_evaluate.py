@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from data_recipes.mixture import Mixture
+from data_recipes.questions import SHORT_ANSWER
 from data_recipes.sample import Message
 from data_recipes.store import StoredSample
 from llava_next.batch import collate
 from llava_next.build import build_model, read_backbone
-from llava_next.config import ModelConfig
+from llava_next.config import ImageMode, ModelConfig
 from llava_next.hf import read_hf, write_hf
 from llava_next.model import LossSums
 from llava_next.processor import Processor
@@ -108,17 +109,30 @@ def test_questions_are_asked_on_their_own(tmp_path: Path) -> None:
     assert all("<image>" not in question.text and question.truth for question in questions)
 
 
-def test_a_run_is_evaluated_from_its_folder(tmp_path: Path) -> None:
-    """From config.yaml, export and stores alone come a figure for every source, and one for all together."""
-    from tests.train.cases import tiny_run
+def test_the_form_of_answer_is_asked_for_each_time() -> None:
+    """It stands with a conversation's first question only, and every question is asked on its own."""
+    turns = [f"<image>\nWhich is highest?\n{SHORT_ANSWER}", "2016", "Which is lowest?", "2011"]
+    messages = tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns))
+    asked = questions_of("charts", [replace(_sample(0), messages=messages)], limit=9, per_picture=9)
+    assert [question.text.split("\n") for question in asked] == [
+        ["Which is highest?", SHORT_ANSWER],
+        ["Which is lowest?", SHORT_ANSWER],
+    ]
+
+
+@pytest.mark.parametrize("mode", ["anyres", "pad"])
+def test_a_run_is_evaluated_from_its_folder(tmp_path: Path, mode: ImageMode) -> None:
+    """From config.yaml, export and stores alone come a figure for every source, and one for all together; also where
+    the model saw single views, and the stock processor has to make the same prompt of them."""
+    from tests.train.cases import tiny_run, with_stage
     from train.config import to_yaml
 
     model_config = tiny_model(tmp_path / "models")
     mixture_config, store_root = tiny_mixture(tmp_path / "data", 16, holdout=6)
-    config = tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs")
+    config = with_stage(tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs"), image_mode=mode)
     backbone = read_backbone(model_config)
     model = build_model(backbone, dtype=torch.float32, seed=0)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=config.stage.max_length)
+    processor = backbone.processor(template=None, image_mode=mode, max_length=config.stage.max_length)
     run_dir = tmp_path / "run"
     write_hf(model, backbone, processor, run_dir / "export")
     (run_dir / "config.yaml").write_text(to_yaml(config))

@@ -1,6 +1,7 @@
 """Owns the proofs about the length table: it counts what is trained on, is made once, and is complete or absent."""
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.mixture import Mixture
+from data_recipes.sample import Message, Sample
+from data_recipes.store import StoredText
 from llava_next.build import read_backbone
+from llava_next.config import ModelError
 from llava_next.processor import Processor, SampleRejected
+from tests.tiny import tiny_model, tiny_samples, tiny_store
 from train import lengths
 from train.config import ConfigError, RunConfig
 from train.lengths import LengthTable, data_fingerprint, open_table
-from train.world import wait_for
+from train.world import age_s, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,9 +129,49 @@ def test_nothing_left_is_the_users_mistake(tiny_parts: RunConfig, tmp_path: Path
         made(mixture_of(tiny_parts), processor_of(tiny_parts, max_length=10), tmp_path)
 
 
+def test_a_source_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
+    """A source that the mixture counts on does not vanish: its name, its counts by reason, where to look and the ways
+    out, from the process that makes the table and from one that finds it."""
+    model = tiny_model(tmp_path / "models")
+    long_answer = (Message("user", "Why?"), Message("assistant", "Because. " * 200))
+    tiny_store(tmp_path / "stores", "tiny_long", [Sample(f"{n}", long_answer) for n in range(3)])
+    tiny_store(tmp_path / "stores", "tiny_short", tiny_samples(5, pictures=False))
+    config = MixtureConfig("tiny", 0, {"tiny_long": SourceShare(), "tiny_short": SourceShare()})
+    mixture = Mixture.open(config, tmp_path / "stores")
+    processor = read_backbone(model).processor(template=None, image_mode="square", max_length=300)
+    for is_writer in (True, False):
+        with pytest.raises(
+            ConfigError,
+            match=r"^mixture\.sources\.tiny_long: none of its 3 samples .*: 3 too_long; raise stage\.max_length.*"
+            r"remove the source from the mixture; \S+quarantine\.jsonl",
+        ):
+            open_table(mixture, processor, tmp_path, is_writer=is_writer, num_workers=1, show_progress=False)
+
+
+def test_a_store_whose_placeholders_are_wrong_names_the_sample(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More placeholders than pictures in a stored sample end the start with its id, source and both numbers."""
+    mixture, text = mixture_of(tiny_parts), Mixture.text
+    last = mixture.num_samples - 1  # shows a picture: sources stand in the order of their names
+
+    def damaged(self: Mixture, index: int) -> StoredText:
+        known = text(self, index)
+        return known if index != last else replace(known, sizes_hw=known.sizes_hw[:0])
+
+    monkeypatch.setattr(Mixture, "text", damaged)
+    known = text(mixture, last)
+    with pytest.raises(
+        ModelError,
+        match=rf"^sample '{known.id}' of source {known.source}: \d placeholders <image> but 0 pictures; prep",
+    ):
+        made(mixture, processor_of(tiny_parts), tmp_path)
+
+
 _WRITER = """
 import os, signal, sys, pickle
 from pathlib import Path
+from tests.tiny import tiny_model, tiny_samples, tiny_store
 from train import lengths
 mixture, processor, folder = pickle.loads(Path(sys.argv[1]).read_bytes())
 lengths._CHUNK = 5
@@ -155,6 +202,49 @@ def test_killed_writer_leaves_nothing_complete(tiny_parts: RunConfig, tmp_path: 
     assert list(folder.iterdir()), "it had begun"
     table = made(mixture, processor, folder)
     np.testing.assert_array_equal(table.rows, made(mixture, processor, tmp_path / "fresh").rows)
+    assert list(folder.iterdir()) == [table.folder], "what the killed writer had begun is gone"
+
+
+def test_leftovers_of_other_hosts_go_when_they_are_old(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A folder that another host's writer has touched lately stays; one that was silent for ten minutes goes."""
+    begun, dead = tmp_path / "0123.other-host.1.partial", tmp_path / "4567.other-host.2.partial"
+    for folder in (begun, dead):
+        folder.mkdir()
+        (folder / "rows.raw").touch()
+    os.utime(dead, (time.time() - 601,) * 2)
+    made(mixture_of(tiny_parts), processor_of(tiny_parts), tmp_path)
+    assert begun.is_dir()
+    assert not dead.exists()
+
+
+def test_killed_writer_takes_its_processes_along(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes that count end soon after their writer was killed: none waits for ever for the next chunk."""
+
+    def never_ends(_: int) -> Any:
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        time.sleep(600)
+
+    monkeypatch.setattr(lengths, "_CHUNK", 1)
+    mixture = mixture_of(tiny_parts)
+    monkeypatch.setattr(mixture, "text", never_ends)
+    arguments = (mixture, processor_of(tiny_parts), tmp_path / "tables", 2)
+    writer = multiprocessing.get_context("fork").Process(target=made, args=arguments)
+    writer.start()
+    until(lambda: len(list(tmp_path.glob("*.worker"))) == 2)
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    until(lambda: not any(Path("/proc", path.stem).exists() for path in tmp_path.glob("*.worker")))
+
+
+def until(is_so: Callable[[], bool], patience_s: float = 60.0) -> None:
+    """Waits for something that other processes bring about."""
+    deadline = time.monotonic() + patience_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
 
 
 def test_writer_that_comes_second_yields(
@@ -196,4 +286,4 @@ def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
     beat.touch()
     os.utime(beat, (0, 0))
     started = time.monotonic()
-    wait_for(lambda: time.monotonic() - started > 0.5, lambda: lengths._age_s(beat), what="it", patience_s=2.0)
+    wait_for(lambda: time.monotonic() - started > 0.5, lambda: age_s(beat), what="it", patience_s=2.0)

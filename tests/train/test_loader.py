@@ -1,10 +1,16 @@
 """Owns the proofs about the way from a step's number to batches: what is planned is what is read, by every rank."""
 
+import errno
+import itertools
+import logging
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_recipes.mixture import Mixture
 from data_recipes.order import samples_of_step
@@ -20,9 +28,11 @@ from llava_next.build import read_backbone
 from llava_next.costs import StepCosts
 from llava_next.processor import Processor
 from tests.tiny import tiny_samples, tiny_store
-from train.config import RunConfig
+from train import loader
+from train.config import PackingConfig, RunConfig
 from train.lengths import LengthTable, open_table
 from train.loader import Planner, SampleError, batches
+from train.packing import Deal, deal
 
 COSTS = StepCosts(tile=5.0, token=1.0, pair=0.01)
 
@@ -58,6 +68,7 @@ class Data:
             num_workers=num_workers,
             prefetch=2,
             pin_memory=False,
+            read_retries=self.config.data.read_retries,
         )
         return list(stream)
 
@@ -107,6 +118,30 @@ def test_divisor_follows_the_weighting(data: Data) -> None:
     assert data.planner(loss_weighting="token").plan(0).divisor == data.planner().plan(0).num_supervised
 
 
+def assert_no_padding(batch: Batch, lengths: list[int]) -> None:
+    """The row is its samples' tokens and nothing else; positions restart at each, and the bounds tile the row."""
+    T = sum(lengths)
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, T)
+    assert batch.position_ids[0].tolist() == [position for length in lengths for position in range(length)]
+    assert batch.segments.bounds.tolist() == [0, *np.cumsum(lengths).tolist()]
+
+
+@settings(deadline=None, max_examples=100)
+@given(num_ranks=st.integers(1, 20), max_tokens=st.integers(512, 9000), max_tiles=st.integers(10, 200))
+def test_ranks_share_a_step(data: Data, num_ranks: int, max_tokens: int, max_tiles: int) -> None:
+    """Any ranks and budgets: each sample of a step is in one row of one rank, rows keep the budgets, and every rank has
+    as many rows."""
+    planner = replace(data.planner(num_ranks=num_ranks), packing=PackingConfig(max_tokens, max_tiles))
+    for step in (0, planner.num_steps - 1):
+        plans = [replace(planner, rank=rank).plan(step) for rank in range(num_ranks)]
+        rows = [row for plan in plans for row in plan.rows]
+        assert sorted(np.concatenate(rows).tolist()) == sorted(data.planner().plan(step).samples.tolist())
+        assert {len(plan.rows) for plan in plans} == {len(plans[0].rows)}
+        for row in rows:
+            assert data.table.rows["tokens"][row].sum() <= max_tokens
+            assert data.table.rows["tiles"][row].sum() <= max_tiles
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_batches_are_the_plan(data: Data, num_ranks: int) -> None:
     """What a rank's loader yields is the planned rows in the planned order, with the counts of the table: the tokens
@@ -119,6 +154,7 @@ def test_batches_are_the_plan(data: Data, num_ranks: int) -> None:
         for batch, row in zip(read, rows, strict=True):
             known = data.table.rows[row]
             assert batch.segments.lengths == (tuple(known["tokens"].tolist()) or (1,))
+            assert_no_padding(batch, known["tokens"].tolist() or [1])
             assert len(batch.tiles) == max(1, known["tiles"].sum())
             counts = torch.bincount(batch.target_samples, minlength=len(row)).tolist()
             assert counts == known["supervised"].tolist()
@@ -206,6 +242,89 @@ def test_broken_picture_names_its_sample(tiny_parts: RunConfig, tmp_path: Path, 
         data.read(data.planner(), num_workers)
 
 
+class FailingReads:
+    """`os.pread` on a file system that fails the first reads of each process."""
+
+    def __init__(self, num_failures: int) -> None:
+        self.left = num_failures
+        self.real = os.pread
+
+    def __call__(self, descriptor: int, num_bytes: int, position: int) -> bytes:
+        if self.left > 0:
+            self.left -= 1
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return self.real(descriptor, num_bytes, position)
+
+
+@pytest.fixture
+def rank_log(tmp_path: Path) -> Iterator[Path]:
+    """The file that a rank and its workers log to."""
+    handler = logging.FileHandler(tmp_path / "rank_000.log")
+    logging.getLogger().addHandler(handler)
+    yield tmp_path / "rank_000.log"
+    logging.getLogger().removeHandler(handler)
+    handler.close()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_failed_read_is_tried_again(
+    data: Data, rank_log: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
+) -> None:
+    """Reads that a file system fails for a while change nothing but the rank's log, which names the sample."""
+    expected = data.read(data.planner())
+    monkeypatch.setattr(loader, "_FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr(os, "pread", FailingReads(3))
+    for ours, theirs in zip(data.read(data.planner(), num_workers), expected, strict=True):
+        assert_equal(ours, theirs)
+    lines = rank_log.read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert re.fullmatch(r"sample '\d+' of source tiny_\w+ could not be read \(.*\); trying again in 0\.0 s", line)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_read_that_fails_for_good_stops_the_run(data: Data, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    """After the last try the run stops with the sample's id, and the pauses have grown."""
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    monkeypatch.setattr(os, "pread", FailingReads(10**9))
+    with pytest.raises(SampleError, match=r"sample '\d+' of source tiny_\w+ could not be read from its store: .*rror"):
+        data.read(data.planner(), num_workers)
+    assert pauses == ([] if num_workers else [0.5, 1.0, 2.0])
+
+
+def test_damaged_picture_is_not_tried_again(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the file system read as it is stays damaged: no pause, no second read."""
+    monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited"))
+    data = broken(tiny_parts, tmp_path, cut_off)
+    with pytest.raises(SampleError, match="sample '000002'"):
+        data.read(data.planner())
+
+
+def test_a_step_is_planned_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader, ahead, and the trainer, behind, ask for the same plan: it is dealt once, and forgotten in time."""
+    monkeypatch.setattr(loader, "_MOST_REMEMBERED", 4)
+    dealt: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Deal:
+        dealt.append(1)
+        return deal(*args, **kwargs)
+
+    monkeypatch.setattr(loader, "deal", counted)
+    planner = replace(data.planner(), stage=replace(data.config.stage, epochs=4.0))
+    ahead = iter(range(planner.num_steps))
+    loaded = [planner.plan(next(ahead)) for _ in range(3)]
+    for step in range(planner.num_steps):
+        loaded += [planner.plan(number) for number in itertools.islice(ahead, 1)]
+        assert planner.plan(step) is loaded[step]
+        assert len(planner._recent) <= 4
+    assert len(dealt) == planner.num_steps
+    other = replace(planner, seed=planner.seed + 1)
+    assert not np.array_equal(other.plan(0).samples, planner.plan(0).samples)
+
+
 def test_table_of_other_data_is_found_out(data: Data) -> None:
     """A sample that encodes to other numbers than the table's stops the run, with both and the way out."""
     rows = np.array(data.table.rows)
@@ -240,6 +359,7 @@ def test_workers_end_when_their_rank_says_so(data: Data) -> None:
         num_workers=1,
         prefetch=1,
         pin_memory=False,
+        read_retries=0,
     )
     next(stream)
     [worker] = set(multiprocessing.active_children()) - earlier

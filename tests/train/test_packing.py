@@ -1,5 +1,10 @@
 """Owns the proofs about dealing a step's samples into rows: nothing lost, nothing twice, budgets kept."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -10,12 +15,20 @@ from llava_next.costs import StepCosts
 from train.config import PackingConfig
 from train.packing import Deal, PackingError, deal
 
+ROOT = Path(__file__).resolve().parents[2]
 COSTS = StepCosts(tile=400.0, token=1.0, pair=0.001)
 BUDGETS = PackingConfig(max_tokens=4096, max_tiles=12)
 Lengths = npt.NDArray[np.int64]
 
+
+def lengths(budget: int, least: int) -> st.SearchStrategy[int]:
+    """Any length that a row holds; those at the edges of what two or one fit are drawn more often than by chance."""
+    edges = [least, least + 1, budget // 3, budget // 2, budget // 2 + 1, budget - 1, budget]
+    return st.one_of(st.integers(least, budget), st.sampled_from(edges))
+
+
 samples = st.lists(
-    st.tuples(st.integers(1, BUDGETS.max_tokens), st.integers(0, BUDGETS.max_tiles)), min_size=1, max_size=60
+    st.tuples(lengths(BUDGETS.max_tokens, least=1), lengths(BUDGETS.max_tiles, least=0)), min_size=1, max_size=60
 )
 
 
@@ -45,8 +58,32 @@ def test_deal_holds_every_sample_once_within_budgets(pairs: list[tuple[int, int]
 @settings(deadline=None, max_examples=50)
 @given(pairs=samples, num_ranks=st.integers(1, 9))
 def test_deal_is_a_function_of_its_arguments(pairs: list[tuple[int, int]], num_ranks: int) -> None:
-    """Ranks never talk about the deal, so each must come to the same one."""
-    assert dealt(pairs, num_ranks) == dealt(list(pairs), num_ranks)
+    """Ranks never talk about the deal, so each must come to the same one; and it leaves the table as it was."""
+    tokens, tiles = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
+    for values in (tokens, tiles):
+        values.flags.writeable = False
+    first, second = (deal(tokens, tiles, num_ranks=num_ranks, budgets=BUDGETS, costs=COSTS) for _ in range(2))
+    assert first == second
+
+
+def drawn_deal() -> Deal:
+    """The deal of 300 samples drawn with a fixed seed."""
+    pairs = np.random.default_rng(1).integers([1, 0], [4097, 13], size=(300, 2))
+    return dealt([(int(tokens), int(tiles)) for tokens, tiles in pairs], 7)
+
+
+@pytest.mark.full
+def test_deal_is_the_same_in_every_process() -> None:
+    """Nor does it hang on what differs between processes, as the order of a set of strings does."""
+    told = subprocess.run(
+        [sys.executable, "-c", "from tests.train.test_packing import drawn_deal; print(drawn_deal())"],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert told == f"{drawn_deal()}\n"
 
 
 def test_fewer_samples_than_ranks_leave_empty_rows() -> None:

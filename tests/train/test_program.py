@@ -4,12 +4,14 @@ stopping, being killed and going on.
 
 import json
 import os
+import re
 import signal
 import time
 from typing import Any
 
 import pytest
 
+from tests.tiny import HostilePickle
 from tests.train.launch import Program, finish, kill_all, ranks_of
 from train.config import RunConfig, load_yaml
 
@@ -60,6 +62,41 @@ def test_run_folder_is_complete(program: Program, by_torchrun: list[dict[str, An
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index
 
 
+@pytest.mark.parametrize("hostile", [False, pytest.param(True, marks=pytest.mark.full)])
+def test_a_run_starts_from_the_authors_connector(program: Program, tiny_parts: RunConfig, hostile: bool) -> None:
+    """`stage.init_from=path/to/mm_projector.bin`: the start says what was loaded and what starts fresh, on the terminal
+    and in the log. One that would run a command is refused with one sentence and exit code 2, and runs none."""
+    import torch
+
+    from llava_next.build import build_model, read_backbone
+
+    model = build_model(read_backbone(tiny_parts.model), dtype=torch.float16, seed=5).hf.model
+    numbers = {"linear_1": 0, "linear_2": 2}
+    tensors: dict[str, Any] = {
+        f"model.mm_projector.{numbers[layer]}.{name}": tensor.detach()
+        for layer, module in model.multi_modal_projector.named_children()
+        for name, tensor in module.named_parameters()
+    }
+    marker, file = program.folder / "it_ran", program.folder / f"hostile_{hostile}" / "mm_projector.bin"
+    if hostile:
+        tensors["model.mm_projector.0.bias"] = HostilePickle(marker)
+    file.parent.mkdir()
+    torch.save(tensors, file)
+    options = (f"name=from_authors_{hostile}", f"stage.init_from={file}", "max_steps=1", "save.every=0")
+    code, output = program.run("plain", *options)
+    if hostile:
+        assert code == 2, output
+        assert re.search(rf"^error: stage\.init_from={file} asks Python for posix\.system, .*$", output, re.MULTILINE)
+        assert "Traceback" not in output
+        assert not marker.exists()
+        return
+    assert code == 0, output
+    log = (program.root / options[0].removeprefix("name=") / "finetune" / "log" / "rank_000.log").read_text()
+    said = f"starts with the projector (mlp2x_gelu, float16) from {file}: it has no image_newline, which starts fresh"
+    assert said in output
+    assert said in log
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("launcher", ["plain", "deepspeed"])
 def test_launchers_agree(program: Program, by_torchrun: list[dict[str, Any]], launcher: str) -> None:
@@ -73,12 +110,13 @@ def test_launchers_agree(program: Program, by_torchrun: list[dict[str, Any]], la
 def test_two_stages_with_one_command_line(program: Program) -> None:
     """Run twice with another `stage=`, the second stage finds the first one's connector by itself; a third start of a
     finished run has nothing to do and says so with exit code 0."""
-    for stage in ("align", "finetune", "finetune"):
+    starts = ("started afresh", "starts with the connector from", "resumed from")
+    for stage, start in zip(("align", "finetune", "finetune"), starts, strict=True):
         code, output = program.run("plain", "name=both", f"stage={stage}")
         assert code == 0, output
+        assert f"stage {stage}, {start}" in output
     assert (program.root / "both" / "align" / "connector" / "contract.json").is_file()
     assert (program.root / "both" / "finetune" / "export" / "config.json").is_file()
-    assert "resumed from" in output
     assert len(losses(program.metrics("both"))) == len(losses(program.metrics("both", "align"))) == 4
 
 

@@ -1,0 +1,190 @@
+"""The hand-over between the stages: projector and newline vector, written with a contract and read back by the next
+stage; and the authors' `mm_projector.bin`, which can take its place.
+
+A contract names the tower, the language model and the kind of projector, so that a mismatch is told before training.
+The authors' file names nothing: its tensors' names tell the kind, their shapes the rest. Whole models are `hf.py`'s.
+"""
+
+import hashlib
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from llava_next.build import Backbone
+from llava_next.config import ModelError, ProjectorKind
+from llava_next.disk import Gather, check_names, check_shape, complete_or_absent, copy_tensor, whole
+from llava_next.model import LlavaNext, live_parameters
+from llava_next.names import AUTHORS_PROJECTORS, authors_name
+
+CONTRACT = "contract.json"
+MM_PROJECTOR = "mm_projector.bin"
+_TENSORS = "connector.safetensors"
+_LIVE_PREFIXES = ("hf.model.multi_modal_projector.", "hf.model.image_newline")
+_NEWLINE = "image_newline"
+_AUTHORS_PREFIX = re.compile(r"^(?:(?:module|base_model|model)\.)+")
+"""What the authors' files have before a name, after DDP, after LoRA, or not at all."""
+
+
+def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, gather: Gather = whole) -> None:
+    """Writes the projector and the newline vector with the contract that the next stage checks.
+
+    Args:
+        model: the live model; its weights are written in their own dtype.
+        backbone: names what the connector was trained for.
+        target: the directory, or None on ranks that only help to gather.
+        gather: makes parameters whole while inside it.
+    """
+    with complete_or_absent(target) as folder:
+        tensors = {}
+        for name, parameter in _parameters(model).items():
+            with gather([parameter]):
+                if folder is not None:
+                    tensors[name] = parameter.detach().cpu().clone().contiguous()
+        if folder is None:
+            return
+        save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+        contract = {
+            **_identity(backbone),
+            "image_newline_trained": bool(model.hf.model.image_newline.requires_grad),
+            "tensors": {
+                name: {
+                    "shape": list(tensor.shape),
+                    "dtype": _dtype(tensor),
+                    "sha256": _sha256(tensor),
+                }
+                for name, tensor in tensors.items()
+            },
+        }
+        (folder / CONTRACT).write_text(json.dumps(contract, indent=1) + "\n")
+
+
+def load_connector(model: LlavaNext, backbone: Backbone, source: Path) -> str:
+    """Loads what `write_connector` wrote; returns a sentence on it.
+
+    Raises:
+        ModelError: it was trained for other parts, lacks a tensor, or its bytes are not those of the contract.
+        SafetensorError, OSError, KeyError, json.JSONDecodeError: a damaged file.
+    """
+    contract = json.loads((source / CONTRACT).read_text())
+    for key, ours in _identity(backbone).items():
+        if contract[key] != ours:
+            choose = f"choose model.projector={contract[key]}" if key == "projector" else "train one with stage=align"
+            raise ModelError(
+                f"the connector in {source} was trained for {key}={contract[key]}, this model has {ours}; {choose}, or "
+                "start from fresh parts with stage.init_from=null"
+            )
+    found = _parameters(model)
+    with safe_open(source / _TENSORS, framework="pt") as file:
+        check_names(found, set(file.keys()), source)
+        tensors = {name: file.get_tensor(name) for name in found}
+    for name, tensor in tensors.items():
+        if _sha256(tensor) != contract["tensors"][name]["sha256"]:
+            raise ModelError(f"{source}: the bytes of {name} are not the ones in {CONTRACT}; the file is damaged")
+        check_shape(found[name], tensor, name, source)
+    for name, tensor in tensors.items():
+        copy_tensor(found[name], tensor, name, source)
+    newline = "trained" if contract["image_newline_trained"] else "not trained"
+    return f"connector from {source} (image_newline {newline})"
+
+
+def load_mm_projector(model: LlavaNext, backbone: Backbone, path: Path) -> str:
+    """Loads a connector as the authors' trainer writes it (`mm_projector.bin`); returns a sentence on it.
+
+    Without an `image_newline` in it (LLaVA-1.5's have none) that vector keeps its fresh values.
+
+    Raises:
+        ModelError: no plain tensors, another kind of projector, or another shape: the tensor, both shapes, the way out.
+    """
+    by_full_name = _read_plain_tensors(path)
+    full_names = {_AUTHORS_PREFIX.sub("", name): name for name in by_full_name}
+    kind = _kind(set(full_names), path)
+    if len(full_names) != len(by_full_name):
+        raise ModelError(f"stage.init_from={path} has a tensor twice, under two prefixes: {sorted(by_full_name)}")
+    if kind != backbone.config.projector:
+        raise ModelError(
+            f"stage.init_from={path} is a projector of kind {kind}, this model's is {backbone.config.projector}; "
+            f"choose model.projector={kind}, or start from fresh parts with stage.init_from=null"
+        )
+    ours = {authors_name(name): parameter for name, parameter in _parameters(model).items()}
+    for name, full_name in full_names.items():
+        tensor = by_full_name[full_name]
+        check_shape(ours[name], tensor, full_name, path)
+        if not tensor.is_floating_point():
+            raise ModelError(f"stage.init_from={path}: {full_name} is of type {_dtype(tensor)}, no weight's")
+    for name, full_name in full_names.items():
+        copy_tensor(ours[name], by_full_name[full_name], full_name, path)
+    dtypes = "/".join(sorted({_dtype(tensor) for tensor in by_full_name.values()}))
+    newline = "image_newline from it too" if _NEWLINE in full_names else "it has no image_newline, which starts fresh"
+    return (
+        f"projector ({kind}, {dtypes}) from {path}: {newline}; the file does not say for which tower and language "
+        "model, only its shapes were compared"
+    )
+
+
+def _parameters(model: LlavaNext) -> dict[str, nn.Parameter]:
+    """The connector's parameters, by their names on disk."""
+    return {
+        name.removeprefix("hf.model."): parameter
+        for name, parameter in live_parameters(model)
+        if name.startswith(_LIVE_PREFIXES)
+    }
+
+
+def _identity(backbone: Backbone) -> dict[str, Any]:
+    """What a connector depends on: the tower's features, the language model's embedding space, its own kind."""
+    vision, text = backbone.hf_config.vision_config, backbone.hf_config.text_config
+    return {
+        "language_model": backbone.config.language_model.name,
+        "vision_tower": backbone.config.vision_tower.name,
+        "feature_layer": backbone.config.vision_tower.feature_layer,
+        "vision_width": vision.hidden_size,
+        "language_width": text.hidden_size,
+        "projector": backbone.config.projector,
+    }
+
+
+def _kind(names: set[str], path: Path) -> ProjectorKind:
+    for kind, expected in AUTHORS_PROJECTORS.items():
+        if names - {_NEWLINE} == expected:
+            return kind
+    known = "; ".join(f"{kind} has {', '.join(sorted(expected))}" for kind, expected in AUTHORS_PROJECTORS.items())
+    shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    raise ModelError(f"stage.init_from={path} is no connector of a known kind: its tensors are {shown}; {known}")
+
+
+def _read_plain_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of `torch.save`, read without running what a pickle may ask for."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # whatever a damaged or hostile file may raise
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            what = f"asks Python for {asked[1]}, which no file of weights needs: nothing in it was run"
+        elif isinstance(error, pickle.UnpicklingError):
+            what = "is no pickle of plain tensors: nothing in it was run"
+        else:
+            what = f"is damaged, or no file of torch.save ({type(error).__name__} {str(error).strip()[:80]!r})"
+        raise ModelError(f"stage.init_from={path} {what}; give the authors' own {MM_PROJECTOR}") from None
+    if not isinstance(found, dict) or not all(_is_plain(value) for value in found.values()):
+        raise ModelError(f"stage.init_from={path} holds no dictionary of tensors; give the authors' {MM_PROJECTOR}")
+    return {str(name): tensor for name, tensor in found.items()}
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+def _dtype(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -1,0 +1,315 @@
+"""From stored bytes to batches: how fast, and what it costs in memory.
+
+    python scripts/bench/input.py [--parts tiles lengths plan loader] [--pictures 64] [--samples 6000]
+
+Four parts, each a table: *tiles*, ours against transformers' PIL processor on the same pictures, pixels held equal;
+*lengths*, the length table from headers and text; *plan*, every step of an epoch of the published mixture and of ten
+times as many samples; *loader*, batches through the real loader, also with 5 ms added to each read. Seconds are
+processor seconds unless a row says wall: other programs on the machine have less say in them. Needs the quickstart's
+assets: `python scripts/quickstart/assets.py`. Results: scripts/bench/results/input.json.
+"""
+
+import argparse
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from results import machine_facts, memory_mib, save, table
+
+PARTS = ("tiles", "lengths", "plan", "loader")
+PUBLISHED = 779_278
+GOAL_TILES, GOAL_PLAN_S, GOAL_PLAN_MIB = 3.0, 10.0, 500.0
+
+Result = dict[str, Any]
+
+
+def cpu_seconds() -> float:
+    """Processor seconds of this process and of its children that ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def in_own_process(part: str, *arguments: object) -> Result:
+    """Runs one measurement alone, so that its memory is its own; it prints its result as JSON."""
+    command = [sys.executable, __file__, "--alone", part, *map(str, arguments)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    found: Result = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- tiles
+
+
+class Clock:
+    """Adds up the processor seconds of named pieces of work."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.process_time()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
+
+
+def measure_tiles(num_pictures: int, rounds: int = 3) -> Result:
+    """Each picture by both paths in turn, so that what disturbs one disturbs the other."""
+    from input_materials import TILE, pictures
+    from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+    from llava_next.anyres import cut_tiles, decode, image_layout, resized_hw
+    from llava_next.config import AUTHORS_GRIDS
+
+    stock = LlavaNextImageProcessorPil(
+        size={"shortest_edge": TILE},
+        crop_size={"height": TILE, "width": TILE},
+        image_grid_pinpoints=[[rows * TILE, cols * TILE] for rows, cols in AUTHORS_GRIDS],
+    )
+    clock, num_tiles = Clock(), 0
+    for picture in pictures(num_pictures) * rounds:
+        with clock("decode"):
+            image = decode(picture)
+        layout = image_layout(
+            (image.height, image.width), mode="anyres", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=24
+        )
+        with clock("tiles"):
+            tiles = cut_tiles(image, layout, TILE)
+        with clock("stock_decode"):
+            theirs = Image.open(io.BytesIO(picture)).convert("RGB")
+        with clock("stock_tiles"):
+            pixels = stock(theirs, return_tensors="np")["pixel_values"][0]
+        assert layout.grid is not None
+        height, width = resized_hw(layout.size_hw, (layout.grid[0] * TILE, layout.grid[1] * TILE))
+        with clock("resize"):  # what of "tiles" is Pillow's own: twice, to the base view and to the grid
+            image.resize((TILE, TILE), Image.Resampling.BICUBIC)
+            image.resize((width, height), Image.Resampling.BICUBIC)
+        num_tiles += len(tiles)
+        check_pixels(stock, tiles, np.asarray(pixels))
+    seconds = clock.seconds
+    ours, theirs_s = seconds["tiles"], seconds["stock_tiles"]
+    return {
+        "num_pictures": num_pictures,
+        "num_tiles": num_tiles,
+        "cpu_s": seconds,
+        "tiles_per_core_second": num_tiles / ours,
+        "stock_tiles_per_core_second": num_tiles / theirs_s,
+        "ratio": theirs_s / ours,
+        "ratio_with_decode": (theirs_s + seconds["stock_decode"]) / (ours + seconds["decode"]),
+        "pictures_decoded_per_core_second": num_pictures * rounds / seconds["decode"],
+        "resize_share": seconds["resize"] / ours,
+    }
+
+
+def check_pixels(stock: Any, tiles: np.ndarray, pixels: np.ndarray) -> None:
+    """Our tiles, rescaled and normalised by the stock processor's own functions, are its pixels bit for bit."""
+    normalised = [
+        stock.normalize(stock.rescale(tile.transpose(2, 0, 1), stock.rescale_factor), stock.image_mean, stock.image_std)
+        for tile in tiles
+    ]
+    np.testing.assert_array_equal(np.array(normalised), pixels)
+
+
+def show_tiles(found: Result) -> str:
+    """The table of the tiles' part."""
+    seconds, num = found["cpu_s"], found["num_tiles"]
+    rows = [
+        ["tiles: cut (ours), processed (stock)", "tiles", "stock_tiles"],
+        ["pictures decoded", "decode", "stock_decode"],
+    ]
+    lines = [
+        [name, f"{num / seconds[ours]:.0f}", f"{num / seconds[stock]:.0f}", f"{seconds[stock] / seconds[ours]:.1f}"]
+        for name, ours, stock in rows
+    ]
+    lines.append(["both", "", "", f"{found['ratio_with_decode']:.1f}"])
+    header = ["tiles per second and core", "ours", "transformers", "times"]
+    return f"{table(header, lines)}\n{found['resize_share']:.0%} of our cutting is Pillow's resize\n"
+
+
+# ------------------------------------------------------------------------------------------------- lengths
+
+
+def measure_lengths(num_samples: int, folder: Path) -> Result:
+    """Writes the table with one process and with two, and with one of a quarter of the samples."""
+    from input_materials import plain_pictures, write_mixture
+
+    write_mixture(folder, "text", num_samples, plain_pictures(256))
+    one, two = (in_own_process("lengths", folder, num_samples, workers) for workers in (1, 2))
+    quarter = in_own_process("lengths", folder, num_samples // 4, 1)
+    rate = num_samples / one["cpu_s"]
+    return {
+        "one_process": one,
+        "two_processes": two,
+        "quarter": quarter,
+        "samples_per_core_second": rate,
+        "published_on_2_cores_s": PUBLISHED / (2 * rate),
+        "published_on_32_cores_s": PUBLISHED / (32 * rate),
+    }
+
+
+def write_lengths(folder: Path, num_samples: int, num_workers: int) -> Result:
+    """One table, in this process."""
+    from input_materials import open_mixture, processor
+
+    from train.lengths import open_table
+
+    mixture, ours = open_mixture(folder, "text", num_samples), processor()
+    before, started, cpu = memory_mib("VmHWM"), time.monotonic(), cpu_seconds()
+    place = folder / f"lengths_{num_workers}"
+    table = open_table(mixture, ours, place, is_writer=True, num_workers=num_workers, show_progress=False)
+    return {
+        "num_samples": len(mixture.source_ids),
+        "mean_tokens": float(table.rows["tokens"].mean()),
+        "wall_s": time.monotonic() - started,
+        "cpu_s": cpu_seconds() - cpu,
+        "grown_mib": memory_mib("VmHWM") - before,
+    }
+
+
+def show_lengths(found: Result) -> str:
+    """The table of the lengths' part."""
+    lines = [
+        [
+            name,
+            f"{run['num_samples']:,}",
+            f"{run['num_samples'] / run['cpu_s']:,.0f}",
+            f"{run['wall_s']:.1f}",
+            f"{run['grown_mib']:.0f}",
+        ]
+        for name, run in (
+            ("1 process", found["one_process"]),
+            ("2 processes", found["two_processes"]),
+            ("1 process, a quarter of the samples", found["quarter"]),
+        )
+    ]
+    header = ["length table", "samples", "samples/s and core", "wall s", "memory grew by MiB"]
+    times = found["published_on_2_cores_s"], found["published_on_32_cores_s"]
+    return (
+        f"{table(header, lines)}\n779,278 samples at that rate: {times[0]:.0f} s on 2 cores, {times[1]:.0f} s on 32\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- plan
+
+
+def measure_plan(folder: Path, num_ranks: int = 32) -> Result:
+    """Every step of an epoch, by one process: of the published mixture, and of ten times as many samples."""
+    from input_materials import write_published_rows
+
+    found = {}
+    for times in (1, 10):
+        write_published_rows(folder / "rows.npy", times * PUBLISHED)
+        found[f"times_{times}"] = in_own_process("plan", folder / "rows.npy", num_ranks)
+    return found
+
+
+def plan_epoch(path: Path, num_ranks: int) -> Result:
+    """All plans of one rank, one after the other, as a run makes them. Costs are rounded ones of a 7B model."""
+    from data_recipes.published import SOURCES
+    from llava_next.costs import StepCosts
+    from train.config import PackingConfig, StageConfig
+    from train.lengths import LengthTable
+    from train.loader import Planner
+
+    table = LengthTable(np.load(path, mmap_mode="r"), "published", path.parent, {}, 0)
+    stage = StageConfig("finetune", {"projector": 1e-3}, batch_size=128, max_length=4096)
+    costs = StepCosts(tile=1.2e12, token=4.0e10, pair=1.6e6)
+    packing = PackingConfig(max_tokens=16_384, max_tiles=64)
+    planner = Planner(table, stage, packing, costs, 0, 0, num_ranks, num_sources=len(SOURCES))
+    before = {key: memory_mib(key) for key in ("VmRSS", "RssAnon")}
+    started, cpu = time.monotonic(), cpu_seconds()
+    for step in range(planner.num_steps):
+        planner.plan(step)
+    return {
+        "num_samples": len(table),
+        "num_steps": planner.num_steps,
+        "num_ranks": num_ranks,
+        "cpu_s": cpu_seconds() - cpu,
+        "wall_s": time.monotonic() - started,
+        "peak_mib": memory_mib("VmHWM"),
+        "imports_mib": before["VmRSS"],
+        "grown_mib": memory_mib("VmHWM") - before["VmRSS"],
+        "table_mib": table.rows.nbytes / 2**20,
+        "anonymous_grown_mib": memory_mib("RssAnon") - before["RssAnon"],
+    }
+
+
+def show_plan(found: Result) -> str:
+    """The table of the plan's part."""
+    lines = [
+        [
+            f"{run['num_samples']:,}",
+            f"{run['num_steps']:,}",
+            *(f"{run[key]:.1f}" for key in ("cpu_s", "wall_s")),
+            *(f"{run[key]:.0f}" for key in ("peak_mib", "grown_mib", "table_mib")),
+        ]
+        for run in found.values()
+    ]
+    header = ["samples planned", "steps", "s", "wall s", "peak MiB", "of it grown", "table's file MiB"]
+    return table(header, lines) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------- program
+
+ALONE: dict[str, Callable[..., Result]] = {
+    "lengths": lambda folder, num_samples, num_workers: write_lengths(Path(folder), int(num_samples), int(num_workers)),
+    "plan": lambda path, num_ranks: plan_epoch(Path(path), int(num_ranks)),
+}
+
+
+def goals_missed(found: Result) -> list[str]:
+    """One sentence for every goal that the results miss."""
+    missed = []
+    if "tiles" in found and found["tiles"]["ratio"] < GOAL_TILES:
+        missed.append(f"tiles: {found['tiles']['ratio']:.2f} times transformers, the goal is {GOAL_TILES}")
+    run = found.get("plan", {}).get("times_1")
+    if run and run["cpu_s"] > GOAL_PLAN_S:
+        missed.append(f"plan: {run['cpu_s']:.1f} s, the goal is {GOAL_PLAN_S}")
+    if run and run["peak_mib"] > GOAL_PLAN_MIB:
+        missed.append(f"plan: {run['peak_mib']:.0f} MiB, the goal is {GOAL_PLAN_MIB:.0f}")
+    return missed
+
+
+def main() -> int:
+    """The program; returns 1 if a goal is missed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--pictures", type=int, default=64, help="of the parts tiles and loader")
+    parser.add_argument("--samples", type=int, default=6000, help="of the part lengths")
+    parser.add_argument("--alone", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.alone:
+        print(json.dumps(ALONE[args.alone[0]](*args.alone[1:])))
+        return 0
+    from input_loader import measure_loader, show_loader
+
+    found: Result = {}
+    measure: dict[str, Callable[[Path], Result]] = {
+        "tiles": lambda _: measure_tiles(args.pictures),
+        "lengths": lambda folder: measure_lengths(args.samples, folder),
+        "plan": measure_plan,
+        "loader": lambda folder: measure_loader(args.pictures, folder),
+    }
+    show = {"tiles": show_tiles, "lengths": show_lengths, "plan": show_plan, "loader": show_loader}
+    for part in args.parts:
+        with TemporaryDirectory() as folder:
+            found[part] = measure[part](Path(folder))
+        print(show[part](found[part]), flush=True)
+    save("input", ["python", "scripts/bench/input.py", *sys.argv[1:]], machine_facts(), found)
+    missed = goals_missed(found)
+    print("\n".join(missed or ["every goal is reached"]))
+    return int(bool(missed))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

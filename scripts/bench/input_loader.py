@@ -1,0 +1,110 @@
+"""The input bench's last part: batches through the real loader, also from a file system that is slow to answer.
+
+Owns: the delay of reads, the trainer that takes batches, the workers' memory meanwhile. What is read is
+`input_materials.py`'s, the program `input.py`'s.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children
+from pathlib import Path
+from typing import Any
+
+from input_materials import open_mixture, pictures, processor, write_mixture
+from results import memory_mib, table
+
+from llava_next.costs import StepCosts
+from train.config import PackingConfig, StageConfig
+from train.lengths import open_table
+from train.loader import Planner, batches
+
+READ_DELAY_S = 0.005
+
+Result = dict[str, Any]
+
+
+@contextmanager
+def slow_reads(delay_s: float) -> Iterator[None]:
+    """Adds a delay to every read of a picture, here and in the workers forked meanwhile."""
+    real = os.pread
+
+    def slow(descriptor: int, num_bytes: int, position: int) -> bytes:
+        time.sleep(delay_s)
+        return real(descriptor, num_bytes, position)
+
+    os.pread = slow if delay_s else real
+    try:
+        yield
+    finally:
+        os.pread = real
+
+
+def measure_loader(num_pictures: int, folder: Path) -> Result:
+    """Batches per wall second, the trainer taking them as fast as it can; then its wait when a step takes a while."""
+    write_mixture(folder, "pictures", num_pictures, pictures(num_pictures))
+    mixture, ours = open_mixture(folder, "pictures"), processor()
+    lengths = open_table(mixture, ours, folder / "lengths", is_writer=True, num_workers=1, show_progress=False)
+    stage = StageConfig("finetune", {"projector": 1e-3}, batch_size=16, max_length=4096, epochs=3.0)
+    packing, costs = PackingConfig(max_tokens=8192, max_tiles=48), StepCosts(tile=30.0, token=1.0, pair=4e-5)
+
+    def run(num_workers: int, delay_s: float, step_s: float) -> Result:
+        planner = Planner(lengths, stage, packing, costs, 0, 0, 1, num_sources=1)
+        with slow_reads(delay_s):
+            stream = batches(
+                planner,
+                mixture,
+                ours,
+                first_step=0,
+                last_step=planner.num_steps,
+                num_workers=num_workers,
+                prefetch=4,
+                pin_memory=False,
+                read_retries=0,
+            )
+            return consume(stream, step_s)
+
+    found: Result = {"num_pictures": num_pictures, "rows_of_tokens": packing.max_tokens}
+    for num_workers in (0, 2, 4):
+        plain, slow = run(num_workers, 0.0, 0.0), run(num_workers, READ_DELAY_S, 0.0)
+        found[f"workers_{num_workers}"] = {"plain": plain, "slow_reads": slow}
+    step_s = 1.5 / found["workers_0"]["plain"]["batches_per_s"]
+    waits = {"plain": run(2, 0.0, step_s), "slow_reads": run(2, READ_DELAY_S, step_s)}
+    return found | {"step_s": step_s, "waiting_trainer": waits}
+
+
+def consume(stream: Iterator[Any], step_s: float) -> Result:
+    """Takes all batches, a pause of `step_s` after each; counted from the second on, when the workers are there."""
+    next(stream)
+    workers = active_children()
+    first_mib = sum(memory_mib("RssAnon", worker.pid or 0) for worker in workers)
+    last_mib, waited, num, started = first_mib, 0.0, 0, time.monotonic()
+    before = started
+    for _ in stream:
+        num, waited = num + 1, waited + time.monotonic() - before
+        time.sleep(step_s)
+        alive = [memory_mib("RssAnon", worker.pid or 0) for worker in workers if worker.is_alive()]
+        last_mib = sum(alive) if len(alive) == len(workers) else last_mib
+        before = time.monotonic()
+    return {
+        "num_batches": num,
+        "batches_per_s": num / (time.monotonic() - started),
+        "wait_s": waited / num,
+        "workers_grew_mib": last_mib - first_mib,
+    }
+
+
+def show_loader(found: Result) -> str:
+    """The tables of the loader's part."""
+    lines = []
+    for num_workers in (0, 2, 4):
+        plain, slow = (found[f"workers_{num_workers}"][kind]["batches_per_s"] for kind in ("plain", "slow_reads"))
+        lines.append([f"{num_workers} workers", f"{plain:.2f}", f"{slow:.2f}", f"{slow / plain:.2f}"])
+    waits = [found["waiting_trainer"][kind]["wait_s"] for kind in ("plain", "slow_reads")]
+    header = ["batches per second (wall)", "reads as they are", "5 ms more each", "share"]
+    return (
+        f"{table(header, lines)}\n"
+        f"a trainer whose steps take {found['step_s']:.2f} s waits {1000 * waits[0]:.1f} ms for a batch of 2 workers, "
+        f"{1000 * waits[1]:.1f} ms with 5 ms more for each read\n"
+    )

@@ -1,0 +1,125 @@
+"""What the input bench reads: real pictures at the mixture's sizes, real text in conversations of its length.
+
+Owns: pictures and text from the quickstart's assets (`python scripts/quickstart/assets.py`), the stores made of them,
+and a length table of any size from `data_recipes.published`. Deterministic. Measuring is `input.py`'s.
+"""
+
+import io
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from data_recipes.config import MixtureConfig, SourceShare
+from data_recipes.mixture import Mixture
+from data_recipes.published import SOURCES, draw_shapes
+from data_recipes.sample import Message, Sample
+from data_recipes.source import SourceInfo
+from data_recipes.store_writer import write_store
+from llava_next.anyres import decode, image_layout
+from llava_next.build import read_tokenizer
+from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
+from llava_next.processor import Processor
+from train.lengths import ROW
+
+TILE, PATCHES_PER_SIDE = 336, 24
+ASSETS = Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
+PAGES = {"docvqa", "synthdog_en", "chartqa", "dvqa", "ai2d"}
+"""Sources whose pictures are scans and drawings, kept as PNG; all others are photographs, kept as JPEG."""
+
+
+def pictures(num_pictures: int, seed: int = 0) -> list[bytes]:
+    """Encoded pictures of the mixture's sizes: photographs and scanned forms, resized."""
+    photographs = [decode(path.read_bytes()) for path in sorted(ASSETS.glob("sklearn/*.jpg"))]
+    photographs += [decode((ASSETS / "skimage/photos" / name).read_bytes()) for name in ("coffee.png", "rocket.jpg")]
+    forms = [decode(path.read_bytes()) for path in sorted(ASSETS.glob("synthdog/forms/*.png"))[:8]]
+    shapes = draw_shapes(2 * num_pictures, seed)
+    made = []
+    for number in np.flatnonzero(shapes.sizes_hw[:, 0])[:num_pictures].tolist():
+        height, width = shapes.sizes_hw[number].tolist()
+        is_page = SOURCES[shapes.sources[number]].name in PAGES
+        base = forms if is_page else photographs
+        stream = io.BytesIO()
+        shown = base[number % len(base)].resize((width, height), Image.Resampling.BICUBIC)
+        shown.save(stream, "PNG" if is_page else "JPEG", quality=90)
+        made.append(stream.getvalue())
+    return made
+
+
+def plain_pictures(num_pictures: int, seed: int = 0) -> list[bytes]:
+    """Pictures of the mixture's sizes and of one colour each: only their headers will be read."""
+    made: list[bytes] = []
+    for number, (height, width) in enumerate(draw_shapes(2 * num_pictures, seed).sizes_hw.tolist()):
+        if height and len(made) < num_pictures:
+            stream = io.BytesIO()
+            Image.new("RGB", (width, height), (number % 256, number // 256, 0)).save(stream, "PNG")
+            made.append(stream.getvalue())
+    return made
+
+
+def conversations(num_samples: int, shown: list[bytes], seed: int = 0) -> Iterator[Sample]:
+    """Samples about one picture each: three rounds on average, sentences from an encyclopedia."""
+    words = (ASSETS / "synthdog/enwiki.txt").read_text(encoding="utf-8").split()
+    dice = random.Random(seed)
+
+    def say(num_words: int) -> str:
+        start = dice.randrange(len(words) - num_words)
+        return " ".join(words[start : start + num_words]).replace("<image>", "")
+
+    for number in range(num_samples):
+        messages = []
+        for turn in range(1 + min(19, int(dice.expovariate(1 / 2.5)))):
+            place = "<image>\n" if turn == 0 else ""
+            messages.append(Message("user", place + say(dice.randint(5, 25))))
+            messages.append(Message("assistant", say(1 + int(dice.expovariate(1 / 45)))))
+        yield Sample(f"{number:07d}", tuple(messages), (shown[number % len(shown)],), f"bench:{number}")
+
+
+def write_mixture(folder: Path, name: str, num_samples: int, shown: list[bytes]) -> None:
+    """Prepares one store of conversations below `folder`."""
+    source = SourceInfo(name=name, reader="messages_jsonl", root=name)
+    write_store(folder / name, source, conversations(num_samples, shown))
+
+
+def open_mixture(folder: Path, name: str, count: int | None = None) -> Mixture:
+    """The store as a mixture, or `count` samples of it."""
+    return Mixture.open(MixtureConfig(name, 0, {name: SourceShare(count)}), folder)
+
+
+def processor() -> Processor:
+    """AnyRes tiles of 336 pixels and SmolLM2's tokenizer."""
+    config = ProcessorConfig(
+        template="chatml",
+        image_mode="anyres",
+        tile=TILE,
+        patches_per_side=PATCHES_PER_SIDE,
+        grids=AUTHORS_GRIDS,
+        max_length=4096,
+    )
+    return Processor(read_tokenizer(str(ASSETS / "smollm2_six_layers")), config)
+
+
+def write_published_rows(path: Path, num_samples: int) -> None:
+    """The length table's rows of the published mixture, as `train.lengths` keeps them."""
+    shapes = draw_shapes(num_samples)
+    rows = np.zeros(num_samples, dtype=ROW)
+    rows["sample"], rows["source"] = np.arange(num_samples), shapes.sources
+    rows["tokens"], rows["supervised"] = shapes.text_tokens, shapes.supervised
+    sizes, which = np.unique(shapes.sizes_hw, axis=0, return_inverse=True)
+    counts = np.zeros((len(sizes), 2), dtype=np.int64)
+    for number, (height, width) in enumerate(sizes.tolist()):
+        if height:
+            layout = image_layout(
+                (height, width),
+                mode="anyres",
+                grids=AUTHORS_GRIDS,
+                tile=TILE,
+                patches_per_side=PATCHES_PER_SIDE,
+            )
+            counts[number] = layout.num_tokens, layout.num_tiles
+    rows["tokens"] = np.minimum(rows["tokens"] + counts[which.ravel(), 0], 4096)
+    rows["tiles"] = counts[which.ravel(), 1]
+    np.save(path, rows)

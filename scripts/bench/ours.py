@@ -1,0 +1,117 @@
+"""The project's own trainer, as a competitor of the step bench: the parts of `train.run`, with clocks around a step.
+
+    python scripts/bench/ours.py JOB.json
+
+Owns what is measured about it, FLOPs and profile included. The step itself is `train.trainer`'s, unchanged.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from job import Job, MemoryMark, Outcome, StepClock, gemm_tflops, use_threads
+from materials import open_data, run_config
+from profiling import TowerClock, marked_input, seconds_by_kind
+from torch.profiler import ProfilerActivity, profile
+
+from llava_next.build import build_model, read_backbone
+from llava_next.hf import load_weights
+from llava_next.model import set_recompute, set_trained_parts
+from train import ops
+from train.config import RunConfig
+from train.engine import start_engine
+from train.loader import StepPlan, batches, stage_processor
+from train.log import RunLog
+from train.optim import set_rates
+from train.quiet import quiet_libraries
+from train.run import make_planner
+from train.trainer import Trainer
+from train.world import World, leave, read_launch, start
+
+
+def main(job: Job) -> None:
+    """Runs the job and writes its outcome."""
+    quiet_libraries(on_cpu=job.device == "cpu")
+    use_threads(job.threads)
+    config = run_config(Path(job.folder), job)
+    if job.device == "cpu":
+        ops.ensure_built()
+    world = start(config, read_launch())
+    try:
+        outcome = Outcome(gemm_tflops=gemm_tflops(job.device))
+        if job.device == "cuda":
+            outcome.device_name = torch.cuda.get_device_name()
+        memory = MemoryMark(job.device)
+        trainer, tower = _trainer(config, job, world)
+        clock = StepClock(job.device)
+        for step in range(job.num_steps - job.profile):
+            _step(trainer, step, outcome)
+            clock.lap(outcome)
+            outcome.tower_seconds.append(tower.take_seconds())
+        outcome.peak_gib = memory.peak_gib()
+        if job.profile:
+            outcome.profile = _profile(trainer, job.num_steps - 1, job.device)
+        outcome.gemm_tflops = max(outcome.gemm_tflops, gemm_tflops(job.device))
+        outcome.write(job.result)
+    finally:
+        leave()
+
+
+def _trainer(config: RunConfig, job: Job, world: World) -> tuple[Trainer, TowerClock]:
+    """What `train.run.run` puts together, as far as its loop."""
+    backbone = read_backbone(config.model)
+    processor = stage_processor(backbone, config.stage)
+    mixture, table = open_data(config, processor)
+    model = build_model(backbone, dtype=world.dtype, seed=1, attention=config.attention)
+    load_weights(model, backbone, Path(str(config.stage.init_from)))
+    set_trained_parts(model, config.stage.rates)
+    set_recompute(model, config.recompute)
+    planner = make_planner(config, world, backbone, model, table)
+    engine = start_engine(model, config, world)
+    stream = batches(
+        planner,
+        mixture,
+        processor,
+        first_step=0,
+        last_step=job.num_steps,
+        num_workers=job.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=job.device == "cuda",
+        read_retries=config.data.read_retries,
+    )
+    log = RunLog(config, is_main=False, first_step=0, num_steps=job.num_steps)
+    tower = TowerClock(model.hf.model.vision_tower, model.hf.model.multi_modal_projector, job.device)
+    engine.backward = tower.watch(engine.backward)
+    return Trainer(config, world, engine, planner, marked_input(stream), log, mixture), tower
+
+
+def _step(trainer: Trainer, step: int, outcome: Outcome) -> None:
+    """One turn of `Trainer.run`'s loop, without its log."""
+    set_rates(trainer.engine.optimizer.param_groups, 1.0)
+    plan = trainer.planner.plan(step)
+    sums = trainer.train_step(plan).agreement.sums
+    losses, tokens = sums[: len(sums) // 2], sums[len(sums) // 2 :]
+    outcome.losses.append(float(losses.sum()) / plan.divisor)
+    outcome.num_supervised.append(int(tokens.sum()))
+    outcome.num_tokens.append(plan.num_tokens)
+    outcome.flops.append(plan.flops + _head_flops(trainer, plan))
+    outcome.tower_flops.append(plan.num_tiles * trainer.planner.costs.tile)
+
+
+def _head_flops(trainer: Trainer, plan: StepPlan) -> float:
+    """The head's forward and backward at supervised positions, which `costs.py` leaves out."""
+    vocabulary, width = trainer.engine.module.hf.lm_head.weight.shape
+    return 3.0 * 2 * plan.num_supervised * vocabulary * width
+
+
+def _profile(trainer: Trainer, step: int, device: str) -> dict[str, float]:
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
+    clock, outcome = StepClock(device), Outcome()
+    with profile(activities=activities, acc_events=True) as profiler:
+        _step(trainer, step, outcome)
+        clock.lap(outcome)
+    return seconds_by_kind(profiler, outcome.seconds[0], device)
+
+
+if __name__ == "__main__":
+    main(Job.read(sys.argv[1]))

@@ -1,0 +1,131 @@
+"""Where the time of a step goes: by kind of operation (torch's profiler), and the vision part of it.
+
+Owns the list of kinds and which operation is of which. What is measured is the caller's.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from results import table
+from torch import nn
+from torch.profiler import record_function
+
+INPUT = "bench_input"
+
+KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("input (decode, tiles, tokens)", (INPUT, "DataLoader")),
+    ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention", "_varlen")),
+    ("matrix products", ("::mm", "addmm", "bmm", "::linear", "conv", "gemm", "matmul")),
+    ("loss", ("softmax", "nll_loss", "cross_entropy")),
+    ("optimizer and clipping", ("adam", "_foreach_norm", "vector_norm", "clip", "Optimizer")),
+    ("norm (without its products)", ("layer_norm", "rms_norm", "::pow", "::rsqrt", "::mean", "Pow", "Rsqrt", "Mean")),
+    (
+        "copies, gathers, sums",
+        (
+            *("copy", "::cat", "::clone", "index", "gather", "scatter", "::sum", "::zero", "::fill", "embedding"),
+            *("::contiguous", "Accumulate", "::to", "slice", "narrow", "::stack"),
+        ),
+    ),
+    (
+        "elementwise",
+        ("::mul", "::add", "silu", "gelu", "sigmoid", "::div", "::neg", "::sub", "::exp", "::sin", "::cos"),
+    ),
+)
+"""The first kind one of whose words is in an operation's name has it. RMS norms are written as single operations, whose
+products count as elementwise."""
+
+OTHER = "other (Python, allocation, dispatch)"
+
+
+def seconds_by_kind(profiler: Any, wall_s: float, device: str) -> dict[str, float]:
+    """Seconds of each kind, the largest first; what no operation accounts for is OTHER.
+
+    Args:
+        profiler: torch's, after its `with` block.
+        wall_s: the time that the block took.
+        device: "cuda" takes the device's own times, in which what the host does meanwhile is not seen.
+    """
+    sums = dict.fromkeys([name for name, _ in KINDS], 0.0)
+    for event in profiler.key_averages():
+        if event.device_type.name != "CPU":
+            continue  # a kernel: its time stands at the operation that launched it, too
+        micros = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        kind = next((name for name, words in KINDS if any(word in event.key for word in words)), None)
+        if kind is not None:
+            sums[kind] += micros / 1e6
+    sums[OTHER] = wall_s - sum(sums.values())
+    return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def profile_table(profile: Mapping[str, float]) -> str:
+    """Seconds of one step of ours by kind of operation."""
+    total = sum(profile.values())
+    rows = [(kind, f"{seconds:.2f}", f"{seconds / total:.1%}") for kind, seconds in profile.items()]
+    return table(("a step of ours", "s", "share"), rows)
+
+
+def marked_input(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches; the time in which each is made counts as input."""
+    iterator = iter(batches)
+    while True:
+        with record_function(INPUT):
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+        yield batch
+
+
+class TowerClock:
+    """How long the tower and its projector compute, forward and backward: on the clock, or on a GPU between its events.
+
+    Their backward is the last of a backward pass, so it ends when that ends.
+
+    Args:
+        tower, projector: the modules; the projector's output is what the language model gets.
+        device: "cpu" or "cuda".
+    """
+
+    def __init__(self, tower: nn.Module, projector: nn.Module, device: str) -> None:
+        self.device = device
+        self._spans: list[list[Any]] = []
+        tower.register_forward_pre_hook(lambda *_: self._open())
+        projector.register_forward_hook(self._after_forward)
+
+    def watch(self, backward: Callable[..., Any]) -> Callable[..., Any]:
+        """The same backward pass, whose end is noticed."""
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            result = backward(*args, **kwargs)
+            if self._spans and len(self._spans[-1]) == 1:
+                self._close()
+            return result
+
+        return watched
+
+    def take_seconds(self) -> float:
+        """What has been measured since the last call."""
+        spans, self._spans = self._spans, []
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+            return sum(float(start.elapsed_time(end)) for start, end in spans) / 1e3
+        return sum(float(end - start) for start, end in spans)
+
+    def _after_forward(self, module: nn.Module, inputs: Any, features: torch.Tensor) -> None:
+        self._close()
+        features.register_hook(lambda _: self._open())
+
+    def _open(self) -> None:
+        self._spans.append([self._mark()])
+
+    def _close(self) -> None:
+        self._spans[-1].append(self._mark())
+
+    def _mark(self) -> Any:
+        if self.device == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            return event
+        return time.perf_counter()

@@ -1,0 +1,213 @@
+"""A training step of ours against stock transformers and against the authors' trainer, on this machine's cores.
+
+    python scripts/bench/step.py [--quick] [--profile]
+
+One narrow model with real geometry (336-pixel tiles, samples of 2,000 to 3,200 tokens of the second stage's mixture),
+the same weights and samples for all, forward, backward and optimizer, input included. Each competitor runs in a process
+of its own, one after the other, the order turned around from repetition to repetition. The first loss of each must
+be the same. Stock wants `./scripts/setup.sh --extras bench`, the authors' trainer ./scripts/oracles.sh.
+
+Owns who competes, the goals and the table; materials.py makes what they are given.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+
+from job import Job, Outcome
+from materials import SHAPES, prepared
+from profiling import profile_table
+from results import RESULTS, machine_facts, save, table
+from runs import BenchError, Competitor, check_same_work, run_all, samples_per_s, vicuna_tokenizer
+
+OURS = Competitor("ours", "ours")
+STOCK_1 = Competitor("stock-1", "stock", batch=1)
+STOCK_4 = Competitor("stock-4", "stock", batch=4)
+OURS_FROZEN = Competitor("ours-frozen", "ours", trains_tower=False)
+AUTHORS_4 = Competitor("authors-4", "authors", batch=4, trains_tower=False)
+COMPETITORS = (OURS, STOCK_1, STOCK_4, OURS_FROZEN, AUTHORS_4)
+"""Numbers are batch sizes; the authors' package trains no tower, and so is compared with ours whose tower is frozen."""
+
+Runs = Sequence[Mapping[str, Outcome]]
+"""The outcomes of each repetition, by competitor."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A ratio of two competitors, in samples per second or in peak memory, and what it should be."""
+
+    what: str
+    ours: str
+    theirs: str
+    bound: float
+    is_memory: bool = False
+
+    def ratios(self, runs: Runs, by: Callable[[Outcome], float] | None = None) -> list[float]:
+        """Ours to theirs, one for each repetition; none where one of the two did not run.
+
+        `by` is what speed is the inverse of: the clock's seconds of the timed steps unless it is given.
+        """
+        pairs = [(run[self.ours], run[self.theirs]) for run in runs if self.ours in run and self.theirs in run]
+        if self.is_memory:
+            return [a.peak_gib / b.peak_gib for a, b in pairs]
+        seconds = by or (lambda outcome: sum(outcome.seconds[1:]))
+        return [seconds(b) / seconds(a) for a, b in pairs]
+
+    def is_met(self, ratio: float) -> bool:
+        """Memory at most the bound, speed at least."""
+        return ratio <= self.bound if self.is_memory else ratio >= self.bound
+
+
+GOALS = (
+    Goal("samples/s, stock at batch 4", "ours", "stock-4", 4.0),
+    Goal("peak memory, stock at batch 4", "ours", "stock-4", 1 / 3, is_memory=True),
+    Goal("samples/s, stock at batch 1", "ours", "stock-1", 2.3),
+    Goal("samples/s, authors' at batch 4", "ours-frozen", "authors-4", 3.0),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; 0 if there is a result, 1 if there is none."""
+    options = _options(arguments)
+    job = Job(
+        folder="",
+        result="",
+        batch=0,
+        samples_per_step=options.samples,
+        num_steps=options.steps,
+        trains_tower=True,
+        threads=options.threads,
+        max_tokens=options.max_tokens,
+        engine=options.engine,
+    )
+    wanted = [competitor for competitor in COMPETITORS if competitor.name in options.only]
+    for missing in [competitor for competitor in wanted if competitor.lacks]:
+        print(f"{missing.name} is left out: {missing.lacks}")
+        wanted.remove(missing)
+    try:
+        tokenizer = options.tokenizer or vicuna_tokenizer()
+        with prepared(SHAPES[options.shape], tokenizer, job) as job:
+            runs = []
+            for repetition in range(options.repetitions):
+                print(f"repetition {repetition + 1} of {options.repetitions}", flush=True)
+                outcomes = run_all(wanted if repetition % 2 == 0 else wanted[::-1], job)
+                check_same_work({competitor.name: outcomes[competitor.name] for competitor in wanted})
+                runs.append(outcomes)
+            profile = OURS.run(replace(job, num_steps=2, profile=True)).profile if options.profile else {}
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    results = summary(runs, options.samples)
+    print("\n" + competitors_table(results) + "\n\n" + goals_table(results))
+    if profile:
+        print("\n" + profile_table(profile))
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "tokenizer")}
+    facts = machine_facts(threads=options.threads)
+    command = ["python", "scripts/bench/step.py", *(arguments if arguments is not None else sys.argv[1:])]
+    shape = asdict(SHAPES[options.shape])
+    path = save("step", command, facts, {**settings, "model": shape, **results, "profile_s": profile}, options.out)
+    print(f"\nwrote {path}")
+    return 0
+
+
+def summary(runs: Runs, samples_per_step: int) -> dict[str, object]:
+    """Plain values: medians over repetitions for each competitor, each goal's ratios, and every single measurement."""
+    gemm = max(outcome.gemm_tflops for run in runs for outcome in run.values())
+    flops = {name: sum(run[name].flops[1:]) for run in runs for name in run if run[name].flops}
+    competitors = {}
+    for competitor in (competitor for competitor in COMPETITORS if competitor.name in runs[0]):
+        name = competitor.name
+        outcomes = [run[name] for run in runs]
+        # Useful FLOPs are those of our step: what the others compute beside them is their loss.
+        useful = flops.get(name) or flops.get(OURS.name if competitor.trains_tower else OURS_FROZEN.name)
+        shares = [useful / sum(o.seconds[1:]) / 1e12 / gemm for o in outcomes] if useful else []
+        cpu_seconds = [sum(o.cpu_seconds[1:]) / samples_per_step / len(o.cpu_seconds[1:]) for o in outcomes]
+        competitors[name] = {
+            "samples_per_s": median(samples_per_s(o, samples_per_step) for o in outcomes),
+            "cpu_s_per_sample": median(cpu_seconds),
+            "peak_gib": median(o.peak_gib for o in outcomes),
+            "first_loss": outcomes[0].losses[0],
+            "last_loss": outcomes[0].losses[-1],
+            "share_of_gemm": median(shares) if shares else None,
+            "repetitions": [asdict(o) for o in outcomes],
+        }
+    goals = []
+    for goal in GOALS:
+        ratios = goal.ratios(runs)
+        if ratios:
+            ratio = median(ratios)
+            cpu_ratio = median(goal.ratios(runs, by=lambda outcome: sum(outcome.cpu_seconds[1:])))
+            values = {"ratio": ratio, "ratios": ratios, "cpu_ratio": cpu_ratio, "met": goal.is_met(ratio)}
+            goals.append({**asdict(goal), **values})
+    return {"gemm_tflops": gemm, "competitors": competitors, "goals": goals}
+
+
+def competitors_table(results: Mapping[str, object]) -> str:
+    """Each competitor's medians."""
+    competitors = results["competitors"]
+    assert isinstance(competitors, dict)
+    header = ("", "samples/s", "CPU s/sample", "peak GiB", "useful share of GEMM", "first loss", "last loss")
+    rows = [
+        (
+            name,
+            f"{values['samples_per_s']:.3f}",
+            f"{values['cpu_s_per_sample']:.2f}",
+            f"{values['peak_gib']:.2f}",
+            "" if values["share_of_gemm"] is None else f"{values['share_of_gemm']:.0%}",
+            f"{values['first_loss']:.6f}",
+            f"{values['last_loss']:.6f}",
+        )
+        for name, values in competitors.items()
+    ]
+    return table(header, rows) + f"\nGEMM: {1e3 * float(str(results['gemm_tflops'])):.0f} GFLOP/s (torch.mm, fp32)"
+
+
+def goals_table(results: Mapping[str, object]) -> str:
+    """Each ratio with its goal. By CPU time it says the same on a machine that is busy with other things."""
+    goals = results["goals"]
+    assert isinstance(goals, list)
+    rows = [
+        (
+            goal["what"],
+            f"{goal['ratio']:.2f}",
+            f"{min(goal['ratios']):.2f} to {max(goal['ratios']):.2f}",
+            "" if goal["is_memory"] else f"{goal['cpu_ratio']:.2f}",
+            ("<= " if goal["is_memory"] else ">= ") + f"{goal['bound']:.2f}",
+            "yes" if goal["met"] else "no",
+        )
+        for goal in goals
+    ]
+    return table(("ours to", "ratio", "repetitions", "by CPU time", "goal", "met"), rows)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--quick", action="store_true", help="one repetition of steps of four samples, to try it out")
+    parser.add_argument("--profile", action="store_true", help="also where the time of a step of ours goes")
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="narrow")
+    parser.add_argument("--repetitions", type=int, help="default 3")
+    parser.add_argument("--samples", type=int, help="of a step, a multiple of 4 (default 8)")
+    parser.add_argument("--steps", type=int, default=2, help="of each run; the first is not timed (default 2)")
+    parser.add_argument("--max-tokens", type=int, default=8192, help="of a packed row (default 8192)")
+    parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage of ours (default 0)")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
+    names = [competitor.name for competitor in COMPETITORS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some competitors, ours among them")
+    parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    options = parser.parse_args(arguments)
+    options.repetitions = options.repetitions or (1 if options.quick else 3)
+    options.samples = options.samples or (4 if options.quick else 8)
+    if options.samples % 4 or options.steps < 2:
+        parser.error("--samples must be a multiple of 4 and --steps at least 2")
+    if not set(options.only) & {OURS.name, OURS_FROZEN.name}:
+        parser.error("--only must name ours or ours-frozen: FLOPs are counted there")
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

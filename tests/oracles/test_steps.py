@@ -1,0 +1,146 @@
+"""Twenty optimizer steps of the tiny model, ours against the authors' program: losses, norms, rates, final weights.
+
+Three runs: stage 1 with square pictures, stage 1 with AnyRes and image_newline frozen, stage 2 with image_newline at
+the language model's rate and the tower frozen. The fixture is made by ./scripts/oracles.sh, which runs the authors'
+program in an environment of its own; ours runs here, from prepared stores to DeepSpeed's engine.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+
+from llava_next.model import set_trained_parts
+from llava_next.names import published_name
+from scripts.oracles import our_model, our_steps, tiny_model, tiny_runs
+from scripts.oracles.inputs import GENERATOR, inputs_sha256
+from scripts.oracles.our_steps import OurSide
+from scripts.oracles.tiny_runs import NUM_STEPS, RUNS, Run
+from tests.ranks import Ranks
+from tests.train import cases
+from train.config import StageConfig, load
+from train.optim import parameter_groups
+
+FOLDER = Path(__file__).parent
+README = FOLDER.parents[1] / "README.md"
+HINT = "make the fixtures again: ./scripts/oracles.sh"
+TOLERANCE = 1e-4
+"""Of the losses, absolute; they are between 2 and 6, so it is the stricter reading."""
+
+runs = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+
+
+def _fixture(name: str) -> dict[str, Any]:
+    fixture: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(tiny_runs.inputs(RUNS))}, HINT
+    return fixture
+
+
+@pytest.fixture(scope="module")
+def theirs() -> dict[str, Any]:
+    """What the authors' program did."""
+    return _fixture("steps")
+
+
+@pytest.fixture(scope="module")
+def side(tmp_path_factory: pytest.TempPathFactory) -> OurSide:
+    """Raw folders, YAML files and first weights of all runs."""
+    return OurSide(tmp_path_factory.mktemp("steps") / "side")
+
+
+@pytest.fixture(scope="module")
+def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    """One rank, kept for all runs."""
+    ranks = Ranks(1, tmp_path_factory.mktemp("ranks"))
+    yield ranks
+    ranks.close()
+
+
+@runs
+def test_twenty_steps_are_the_authors(rank: Ranks, side: OurSide, theirs: dict[str, Any], run: Run) -> None:
+    """Every step's loss to 1e-4, its gradient norm to a relative 1e-4, the rates of the parts, and the trained tensors
+    at the end to 1e-4 of what training changed; everything else is as it was."""
+    side.prepare(run)
+    config = load(side.overrides(run), config_dir=str(side.configs))
+    record = rank.run(cases.train, config, timeout_s=300)[0]
+    known = theirs[run.name]
+    assert len(record.losses) == len(known["losses"]) == NUM_STEPS
+    np.testing.assert_allclose(record.losses, known["losses"], rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(record.grad_norms, known["grad_norms"], rtol=1e-4)
+    for part, rates in known["rates"].items():
+        np.testing.assert_allclose([step[f"lr/{part}"] for step in side.metrics(run)], rates, rtol=1e-7)
+
+    final = load_file(FOLDER / "steps.safetensors")
+    compared = set()
+    for live, after in record.after.items():
+        name = published_name(live, "clip_vision_model")
+        start = tiny_model.weight(name, after.shape)
+        np.testing.assert_array_equal(record.before[live], start, err_msg=name)
+        expected = final.get(f"{run.name}/{name}")
+        if expected is None:
+            np.testing.assert_array_equal(after, start, err_msg=name)
+        else:
+            compared.add(f"{run.name}/{name}")
+            change = float(np.linalg.norm(expected.numpy() - start))
+            assert change > 0, name
+            assert float(np.linalg.norm(after - expected.numpy())) <= 1e-4 * change, name
+    assert compared == {name for name in final if name.startswith(f"{run.name}/")}
+
+
+@runs
+def test_the_runs_would_show_a_difference(theirs: dict[str, Any], run: Run) -> None:
+    """The loss moves by far more than the tolerance, clipping acts, the rate warms up and falls, and parts that differ
+    in their rate are there: equal curves say something."""
+    known = theirs[run.name]
+    assert max(known["losses"]) - min(known["losses"]) > 1000 * TOLERANCE
+    assert max(known["grad_norms"]) > tiny_runs.CLIP_NORM
+    assert set(known["rates"]) == set(run.rates)
+    for part, rates in known["rates"].items():
+        assert max(rates) == run.rates[part] == rates[2]
+        assert rates[0] == 0 < rates[1] < rates[2] > rates[-1] > 0
+
+
+def test_only_the_newlines_decay_would_differ(side: OurSide, theirs: dict[str, Any]) -> None:
+    """The recipe has no weight decay. Had it one, the same tensors would decay as with the authors, but for
+    image_newline: a vector, which does not decay here."""
+    run = RUNS[-1]
+    _, model = our_model.build(side.model_config)
+    set_trained_parts(model, run.rates)
+    decaying = StageConfig("finetune", dict(run.rates), batch_size=1, max_length=1, weight_decay=0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    ours = {
+        published_name(names[id(parameter)], "clip_vision_model")
+        for group in parameter_groups(model, decaying)
+        if group["weight_decay"] == 0
+        for parameter in group["params"]
+    }
+    assert ours == {*theirs[run.name]["undecayed"], "image_newline"}
+
+
+@pytest.mark.full
+@runs
+def test_kept_losses_are_the_programs(side: OurSide, run: Run) -> None:
+    """What the picture is drawn from is what `python -m train` does, in a process of its own."""
+    losses = our_steps.train(side, run)
+    np.testing.assert_allclose(losses, _fixture("steps_ours")[run.name]["losses"], rtol=0, atol=TOLERANCE)
+
+
+def test_picture_and_readme_show_these_numbers(theirs: dict[str, Any]) -> None:
+    """The picture is drawn from the two files, and README.md tells the largest difference between them."""
+    ours = _fixture("steps_ours")
+    largest = max(
+        abs(a - b) for run in RUNS for a, b in zip(ours[run.name]["losses"], theirs[run.name]["losses"], strict=True)
+    )
+    assert largest < TOLERANCE
+    told = re.search(r"largest difference (?:is|was) (\d\.\de-\d+)", README.read_text(encoding="utf-8"))
+    assert told is not None
+    assert told[1] == f"{largest:.1e}"
+    drawn = (FOLDER / "steps.svg").read_text(encoding="utf-8")
+    for name in ("steps", "steps_ours"):
+        assert hashlib.sha256((FOLDER / f"{name}.json").read_bytes()).hexdigest() in drawn, HINT

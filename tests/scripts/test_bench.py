@@ -1,0 +1,140 @@
+"""Owns the proofs that the step and GPU benches run, and that they notice a competitor that did other work."""
+
+import importlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_tokenizer
+
+BENCH = Path(__file__).parents[2] / "scripts" / "bench"
+
+Load = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def load() -> Iterator[Load]:
+    """Imports a file of scripts/bench as its neighbours do."""
+    sys.path.insert(0, str(BENCH))
+    yield importlib.import_module
+    sys.path.remove(str(BENCH))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one of Vicuna's kind."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("bench") / "tokenizer", "metaspace")
+
+
+def tiny_job(load: Load, **changes: Any) -> Any:
+    """Two steps of four samples."""
+    job = load("job").Job("", "", 0, samples_per_step=4, num_steps=2, trains_tower=True, threads=1, max_tokens=400)
+    return replace(job, **changes)
+
+
+def test_step_bench(
+    load: Load, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours and stock have the same first losses, and the bench says so; on other samples it fails, and says that."""
+    pytest.importorskip("accelerate")
+    step, runs, materials = load("step"), load("runs"), load("materials")
+    with materials.prepared(materials.SHAPES["tiny"], tokenizer, tiny_job(load)) as job:
+        outcomes = runs.run_all([step.OURS, step.STOCK_4], job)
+        records = Path(job.folder) / "raw" / "records.json"
+        changed = json.loads(records.read_text())
+        changed[0]["conversations"][1]["value"] = changed[1]["conversations"][1]["value"] + " red"
+        records.write_text(json.dumps(changed))
+        others = {"ours": outcomes["ours"], **runs.run_all([step.STOCK_4], job)}
+    ours, stock = outcomes["ours"], outcomes["stock-4"]
+    assert ours.losses == pytest.approx(stock.losses, rel=1e-4)
+    assert ours.num_supervised == stock.num_supervised
+    with pytest.raises(runs.BenchError, match="stock-4"):
+        runs.check_same_work(others)
+
+    answers = {"ours": ours, "stock-4": stock}
+    monkeypatch.setattr(runs.Competitor, "run", lambda self, job: answers[self.name])
+    arguments = ["--shape", "tiny", "--quick", "--threads", "1", "--only", "ours", "stock-4"]
+    arguments += ["--tokenizer", str(tokenizer), "--out", str(tmp_path)]
+    assert step.main(arguments) == 0
+    assert "peak memory, stock at batch 4" in capsys.readouterr().out
+    results = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert [goal["what"] for goal in results["goals"]] == [goal.what for goal in step.GOALS[:2]]
+    assert 0 < results["competitors"]["ours"]["share_of_gemm"] < 1
+    answers["stock-4"] = others["stock-4"]
+    assert step.main(arguments) == 1
+    assert "stock-4" in capsys.readouterr().err
+
+
+def test_other_work_is_noticed(load: Load) -> None:
+    """A loss that differs by more than the tolerance, that is no number, or that is a mean of other tokens."""
+    runs, outcome = load("runs"), load("job").Outcome
+    reference = outcome(losses=[10.0, 9.0], num_supervised=[7, 8])
+    runs.check_same_work({"ours": reference, "theirs": outcome(losses=[10.0009, 5.0], num_supervised=[7, 8])})
+    for losses, counts in (([10.002, 9.0], [7, 8]), ([float("nan"), 9.0], [7, 8]), ([10.0, 9.0], [7, 9])):
+        with pytest.raises(runs.BenchError, match="theirs"):
+            runs.check_same_work({"ours": reference, "theirs": outcome(losses=losses, num_supervised=counts)})
+
+
+def test_a_competitor_that_fails_ends_the_bench(load: Load, tmp_path: Path) -> None:
+    """Its last words are in the error."""
+    runs = load("runs")
+    with pytest.raises(runs.BenchError, match=r"stock-3 ended with exit code 1:[\s\S]*model"):
+        runs.Competitor("stock-3", "stock", batch=3).run(tiny_job(load, folder=str(tmp_path)))
+
+
+def test_gpu_bench_without_a_gpu(load: Load, tokenizer: Path, tmp_path: Path) -> None:
+    """The whole program on a tiny model: losses held together, MFU of a rate that is given."""
+    pytest.importorskip("accelerate")
+    arguments = ["--device", "cpu", "--tiny", "--samples", "4", "--steps", "2", "--batches", "2", "--workers", "0"]
+    arguments += ["--threads", "1", "--max-tokens", "400", "--peak-tflops", "1"]
+    assert load("gpu").main([*arguments, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]) == 0
+    competitors = json.loads((tmp_path / "gpu.json").read_text())["results"]["competitors"]
+    assert list(competitors) == ["ours", "stock, batch 2"]
+    assert 0 < competitors["ours"]["mfu"] < 1
+    assert 0 < competitors["ours"]["tower_share_of_time"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.full
+def test_gpu_bench_on_a_gpu(load: Load, tokenizer: Path, tmp_path: Path) -> None:
+    """The same with a device: bf16, varlen attention, reading processes."""
+    arguments = ["--tiny", "--samples", "4", "--steps", "2", "--batches", "2", "--workers", "1", "--max-tokens", "400"]
+    arguments += ["--peak-tflops", "100", "--profile", "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
+    assert load("gpu").main(arguments) == 0
+
+
+@pytest.mark.full
+def test_the_authors_trainer_does_the_same_work(load: Load) -> None:
+    """Their first loss is ours, their tower frozen and ours too."""
+    runs, step, materials = load("runs"), load("step"), load("materials")
+    tokenizer = load("train.ops").cache_root() / "tokenizer_vicuna"
+    if step.AUTHORS_4.lacks or not tokenizer.is_dir():
+        pytest.skip(step.AUTHORS_4.lacks or f"there is no {tokenizer}")
+    with materials.prepared(materials.SHAPES["tiny"], tokenizer, tiny_job(load)) as job:
+        runs.check_same_work(runs.run_all([step.OURS_FROZEN, step.AUTHORS_4], job))
+
+
+def test_what_a_card_holds(load: Load) -> None:
+    """More memory holds more layers, longer rows fewer; an 80 GB card about a third of a 7B."""
+    gpu, large = load("gpu"), load("materials").SHAPES["large"]
+    on_80 = gpu.layers_that_fit(80e9, 8192, large)
+    assert 8 <= on_80 <= 14
+    assert gpu.layers_that_fit(141e9, 8192, large) > on_80 > gpu.layers_that_fit(80e9, 16384, large)
+    assert gpu.layers_that_fit(80e9, 8192, large, recompute=True) > on_80
+    assert gpu.peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert gpu.peak_tflops("NVIDIA A100-SXM4-80GB") == 312
+    assert gpu.peak_tflops("NVIDIA T4") is None
+
+
+def test_samples_are_drawn_alike(load: Load) -> None:
+    """The same seed gives the same bytes, another seed others; what is not accepted is not drawn."""
+    draw = load("samples").draw
+    wide = [draw(3, seed, lambda messages, size: size[1] > size[0], shrink=8) for seed in (0, 0, 1)]
+    assert wide[0] == wide[1] != wide[2]
+    with pytest.raises(ValueError, match="0 of 1"):
+        draw(1, 0, lambda messages, size: False)
