@@ -85,7 +85,9 @@ def test_budgets_and_ranks_change_the_rows(start_ranks: StartRanks, run_config: 
     """What the proof above says is no matter of course: the runs' rows are unlike."""
     runs = [ALONE, (1, 2, "wide"), (2, 3, "narrow"), (2, 3, "wide"), (3, 3, "few_tiles")]
     rows = [finished(start_ranks, run_config, *run).rows for run in runs]
-    assert len(rows[0][0]) > max(len(of_run[0]) for of_run in rows[1:])  # alone and narrow: most rows in a step
+    micro_steps = dict(zip(runs, (len(of_run[0]) for of_run in rows), strict=True))
+    assert micro_steps[ALONE] > micro_steps[1, 2, "wide"]
+    assert micro_steps[2, 3, "narrow"] > micro_steps[2, 3, "wide"]
     assert len({str(of_run) for of_run in rows}) == len(runs)
 
 
