@@ -152,7 +152,7 @@ def _tokenizer(folder: Path) -> Any:
     from scripts.oracles.authors_tokenizers import load
 
     conversation.default_conversation = conversation.conv_templates["vicuna_v1"]
-    return load("vicuna_legacy")
+    return load("vicuna")
 
 
 def _model(folder: Path) -> Any:

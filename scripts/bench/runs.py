@@ -90,10 +90,10 @@ def run_all(competitors: Iterable[Competitor], job: Job) -> dict[str, Outcome]:
     for competitor in competitors:
         started = time.monotonic()
         outcome = outcomes[competitor.name] = competitor.run(job)
-        timed = outcome.seconds[1:] or outcome.seconds
+        wall_s, cpu_s = (sum(values[1:]) / len(values[1:]) for values in (outcome.seconds, outcome.cpu_seconds))
         print(
-            f"  {competitor.name:<22} step {sum(timed) / len(timed):7.2f} s   first loss {outcome.losses[0]:.6f}   "
-            f"peak {outcome.peak_gib:.2f} GiB   ({time.monotonic() - started:.0f} s)",
+            f"  {competitor.name:<14} step {wall_s:7.2f} s (processor {cpu_s:7.2f} s)   first loss {outcome.losses[0]:.6f}"
+            f"   peak {outcome.peak_gib:.2f} GiB   ({time.monotonic() - started:.0f} s in all)",
             flush=True,
         )
     return outcomes
