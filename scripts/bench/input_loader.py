@@ -6,6 +6,7 @@ Owns: the delay of reads, the trainer that takes batches, the workers' memory me
 
 import os
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -43,7 +44,9 @@ def slow_reads(delay_s: float) -> Iterator[None]:
 
 def measure_loader(num_pictures: int, folder: Path) -> Result:
     """Batches per wall second, the trainer taking them as fast as it can; then its wait when a step takes a while."""
-    write_mixture(folder, "pictures", num_pictures, pictures(num_pictures))
+    # With more workers than cores: they wait for reads, not for a core.
+    warnings.filterwarnings("ignore", "This DataLoader will create")
+    write_mixture(folder, "pictures", num_pictures, [picture for _, picture in pictures(num_pictures)])
     mixture, ours = open_mixture(folder, "pictures"), processor()
     lengths = open_table(mixture, ours, folder / "lengths", is_writer=True, num_workers=1, show_progress=False)
     stage = StageConfig("finetune", {"projector": 1e-3}, batch_size=16, max_length=4096, epochs=3.0)

@@ -19,7 +19,7 @@ from data_recipes.published import SOURCES, draw_shapes
 from data_recipes.sample import Message, Sample
 from data_recipes.source import SourceInfo
 from data_recipes.store_writer import write_store
-from llava_next.anyres import decode, image_layout
+from llava_next.anyres import ImageLayout, decode, image_layout
 from llava_next.build import read_tokenizer
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
 from llava_next.processor import Processor
@@ -31,8 +31,8 @@ PAGES = {"docvqa", "synthdog_en", "chartqa", "dvqa", "ai2d"}
 """Sources whose pictures are scans and drawings, kept as PNG; all others are photographs, kept as JPEG."""
 
 
-def pictures(num_pictures: int, seed: int = 0) -> list[bytes]:
-    """Encoded pictures of the mixture's sizes: photographs and scanned forms, resized."""
+def pictures(num_pictures: int, seed: int = 0) -> list[tuple[str, bytes]]:
+    """Encoded pictures of the mixture's sizes, each a photograph or a page: photographs and scanned forms, resized."""
     photographs = [decode(path.read_bytes()) for path in sorted(ASSETS.glob("sklearn/*.jpg"))]
     photographs += [decode((ASSETS / "skimage/photos" / name).read_bytes()) for name in ("coffee.png", "rocket.jpg")]
     forms = [decode(path.read_bytes()) for path in sorted(ASSETS.glob("synthdog/forms/*.png"))[:8]]
@@ -45,8 +45,13 @@ def pictures(num_pictures: int, seed: int = 0) -> list[bytes]:
         stream = io.BytesIO()
         shown = base[number % len(base)].resize((width, height), Image.Resampling.BICUBIC)
         shown.save(stream, "PNG" if is_page else "JPEG", quality=90)
-        made.append(stream.getvalue())
+        made.append(("pages" if is_page else "photographs", stream.getvalue()))
     return made
+
+
+def layout_of(size_hw: tuple[int, int]) -> ImageLayout:
+    """How a picture of this size becomes tiles and tokens."""
+    return image_layout(size_hw, mode="anyres", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=PATCHES_PER_SIDE)
 
 
 def plain_pictures(num_pictures: int, seed: int = 0) -> list[bytes]:
@@ -112,13 +117,7 @@ def write_published_rows(path: Path, num_samples: int) -> None:
     counts = np.zeros((len(sizes), 2), dtype=np.int64)
     for number, (height, width) in enumerate(sizes.tolist()):
         if height:
-            layout = image_layout(
-                (height, width),
-                mode="anyres",
-                grids=AUTHORS_GRIDS,
-                tile=TILE,
-                patches_per_side=PATCHES_PER_SIDE,
-            )
+            layout = layout_of((height, width))
             counts[number] = layout.num_tokens, layout.num_tiles
     rows["tokens"] = np.minimum(rows["tokens"] + counts[which.ravel(), 0], 4096)
     rows["tiles"] = counts[which.ravel(), 1]
