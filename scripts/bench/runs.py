@@ -92,8 +92,8 @@ def run_all(competitors: Iterable[Competitor], job: Job) -> dict[str, Outcome]:
         outcome = outcomes[competitor.name] = competitor.run(job)
         wall_s, cpu_s = (sum(values[1:]) / len(values[1:]) for values in (outcome.seconds, outcome.cpu_seconds))
         print(
-            f"  {competitor.name:<14} step {wall_s:7.2f} s (processor {cpu_s:7.2f} s)   first loss {outcome.losses[0]:.6f}"
-            f"   peak {outcome.peak_gib:.2f} GiB   ({time.monotonic() - started:.0f} s in all)",
+            f"  {competitor.name:<14} step {wall_s:7.2f} s (processor {cpu_s:7.2f} s)   first loss "
+            f"{outcome.losses[0]:.6f}   peak {outcome.peak_gib:.2f} GiB   ({time.monotonic() - started:.0f} s in all)",
             flush=True,
         )
     return outcomes

@@ -245,7 +245,7 @@ def test_unequal_ranks_stay_in_step(start_ranks: StartRanks, run_config: RunConf
     collectives in the same order, kind, shapes and types alike."""
     first, *others = start_ranks(size).run(cases.unequal_step, replace(run_config, engine=zero(stage)))
     assert first.kinds == ["text", "pictures", "nothing"]
-    assert len(first.collectives) > 3
+    assert len(first.collectives) >= 3  # gradients, the agreement, and at ZeRO 0 nothing but the norm besides
     for other in others:
         assert other.kinds != first.kinds or size > 3
         assert other.collectives == first.collectives
@@ -262,8 +262,7 @@ def test_collectives_do_not_depend_on_the_row(start_ranks: StartRanks, run_confi
         assert rank["text"] == rank["pictures"] == rank["nothing"] == ours[0]["text"]
     stock = start_ranks(2).run(cases.collectives_by_kind, config, True)
     for rank in stock:
-        if stage < 3:  # ZeRO-3 learns its order anew after a step that left modules out, and says so in a collective
-            assert rank["pictures"] == ours[0]["pictures"]
+        assert rank["pictures"] == ours[0]["pictures"]
         assert rank["text"] != rank["pictures"]
 
 
