@@ -213,6 +213,11 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     assert isinstance(plain, dict)
     for choice in ("hydra", "experiment"):
         plain.pop(choice, None)
+    if isinstance(plain.get("mixture"), dict):  # as data_recipes.prepare reads the same file
+        mixture = plain["mixture"]
+        mixture.setdefault("seed", 0)
+        if isinstance(mixture.get("sources"), dict):
+            mixture["sources"] = {name: share or {} for name, share in mixture["sources"].items()}
     try:
         config = pydantic.TypeAdapter(RunConfig).validate_python(plain)
     except pydantic.ValidationError as error:
@@ -345,8 +350,7 @@ def explain(text: str) -> str:
     """Hydra's and OmegaConf's messages as one sentence with the key and the way out."""
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
     if unknown and ("not in struct" in text or "Could not override" in text):
-        key = unknown.group(1)
-        return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
+        return _unknown_key(unknown.group(1))
     choice = re.search(
         r"Could not find '([^']+)'(?:.*?Available options in '[^']+':\s*(.*?))?(?:Config search|$)",
         text,
@@ -360,6 +364,17 @@ def explain(text: str) -> str:
     if missing:
         return f"{missing.group(1)} has no value; give it on the command line as {missing.group(1)}=VALUE"
     return " ".join(text.split())
+
+
+def _unknown_key(key: str) -> str:
+    part = key.removeprefix("stage.learning_rates.")
+    if part != key:
+        if part in PARTS:
+            return f"{key} has no value in this stage; a part more is trained with +{key}=RATE"
+        return f"{key}: there is no such part; the parts are {', '.join(PARTS)}"
+    if key in _all_keys(RunConfig):
+        return f"{key} has no value in the YAML; write it there, or give it as +{key}=VALUE"
+    return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
 
 
 def _suggest(key: str) -> str:
@@ -384,6 +399,6 @@ def _explain_invalid(error: pydantic.ValidationError) -> str:
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
     if first["type"] in ("missing", "missing_argument"):
-        return f"{key} has no value; give it in the YAML or as {key}=VALUE"
+        return f"{key} has no value; give it in the YAML, or as +{key}=VALUE"
     rule = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {rule.replace('input should', 'the value should')}, got {first['input']!r}"

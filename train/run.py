@@ -81,6 +81,11 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
             watch.progress.enter("end", last_step - 1)
             if last_step == num_steps:
                 _write_result(config, model, backbone, world, log)
+            else:
+                log.say(
+                    f"stopped at max_steps={last_step} of {num_steps}: no {config.stage.result}/ yet; the same command "
+                    "with a larger max_steps, or null, goes on"
+                )
         finally:
             log.close()
         barrier(world)

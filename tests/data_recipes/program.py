@@ -99,6 +99,7 @@ class Started:
             code = 1
             try:
                 os.setsid()
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
                 sys.path.insert(0, str(place))
                 store_tables.CHECKPOINT_RECORDS = checkpoint
                 with self._said[0].open("w") as sys.stdout, self._said[1].open("w") as sys.stderr:
@@ -111,7 +112,13 @@ class Started:
         return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
     def end(self) -> tuple[int, str, str]:
-        """Wait for it; exit code (a signal's number below zero), stdout, stderr."""
+        """Wait for it, two minutes at most; exit code (a signal's number below zero), stdout, stderr."""
+        deadline = time.monotonic() + 120
+        while self.is_running():
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                raise AssertionError("the program did not end: " + " | ".join(said.read_text() for said in self._said))
+            time.sleep(0.005)
         code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         out, err = (said.read_text() for said in self._said)
         return code, out, err

@@ -32,6 +32,9 @@ from data_recipes.stream import StreamChangedError
 from tests.data_recipes.program import Started, arguments, contents, make_slow_place, run, started
 from tests.data_recipes.raw_folders import conversation, llava_record, picture, put, write_llava
 
+# Kills and full disks; `test_prepare.py` has a killed start for the quick tier.
+pytestmark = pytest.mark.full
+
 SOURCE = SourceInfo(name="s", reader="test", root=".", max_reject_share=1.0)
 INPUTS = {"recipe": "r", "raw": "w"}
 

@@ -272,3 +272,28 @@ def test_run_folder_follows_name_and_stage(tmp_path: Path, tiny_parts: RunConfig
     config = tiny_run(tiny_parts.model, tiny_parts.mixture, Path(tiny_parts.data.store_root), tmp_path)
     assert config.run_dir == tmp_path / "tiny" / "finetune"
     assert config.stage.rates == {**RATES, "image_newline": RATES["projector"]}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("stage.learning_rates.projecter=1.0e-3", "projecter: there is no such part; the parts are vision_tower"),
+        ("stage.learning_rates.image_newline=1.0e-3", "trained with +stage.learning_rates.image_newline=RATE"),
+        ("mixture.holdout_seed=1", "mixture.holdout_seed: there is no such key"),
+    ],
+)
+def test_a_key_that_the_yaml_lacks_is_told_apart_from_one_that_is_none(override: str, said: str) -> None:
+    """What can be added is said with the sign that adds it; what cannot, with what there is."""
+    with pytest.raises(ConfigError) as caught:
+        load(["experiment=quickstart", override], folders=False)
+    assert said in str(caught.value)
+
+
+def test_a_short_mixture_is_one_for_both_programs(tmp_path: Path) -> None:
+    """Without a seed, and with a bare name for all of a source: as `data_recipes.prepare` reads the same file."""
+    from data_recipes.mixture import read_mixture
+
+    (tmp_path / "mixture").mkdir()
+    (tmp_path / "mixture" / "short.yaml").write_text("name: short\nsources:\n  mine:\n")
+    ours = load(["experiment=quickstart", "mixture=short"], config_dir=str(tmp_path), folders=False).mixture
+    assert ours == read_mixture(tmp_path, "short")
