@@ -7,6 +7,7 @@ system lock, which dies with its process, says who builds; whoever holds it may 
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -51,7 +52,7 @@ def ensure_built(timeout_s: float = 900.0, *, say: bool = True) -> None:
     if marker.exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "build.flock", timeout_s, say):
+    with _locked(folder / "build.flock", timeout_s, say) as lock:
         if marker.exists():
             return
         if say:
@@ -62,7 +63,7 @@ def ensure_built(timeout_s: float = 900.0, *, say: bool = True) -> None:
             )
         for stale in folder.rglob("lock"):
             stale.unlink()
-        _compile(timeout_s)
+        _compile(timeout_s, lock)
         marker.touch()
 
 
@@ -72,7 +73,7 @@ def extensions_folder() -> Path:
     return cache_root() / "ops" / sha256(key.encode()).hexdigest()[:16]
 
 
-def _compile(timeout_s: float) -> None:
+def _compile(timeout_s: float, lock: int) -> None:
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, "-c", _BUILD]
     process = subprocess.Popen(
@@ -82,6 +83,8 @@ def _compile(timeout_s: float) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,  # so that a time-out ends the compilers too
+        # Killed, we leave it compiling; the lock then lives as long as it does, and the next start waits.
+        pass_fds=(lock,),
     )
     try:
         output, _ = process.communicate(timeout=timeout_s)
@@ -98,7 +101,8 @@ def _compile(timeout_s: float) -> None:
 
 
 @contextmanager
-def _locked(path: Path, timeout_s: float, say: bool) -> Iterator[None]:
+def _locked(path: Path, timeout_s: float, say: bool) -> Iterator[int]:
+    """Holds the lock; gives its descriptor, which holds it too wherever it is inherited."""
     with path.open("w") as file:
         started, told = time.monotonic(), False
         while True:
@@ -118,8 +122,9 @@ def _locked(path: Path, timeout_s: float, say: bool) -> Iterator[None]:
                         f"another process has been compiling DeepSpeed's CPU op for {timeout_s:.0f} s; see {path}"
                     ) from None
                 time.sleep(0.2)
-        yield
+        yield file.fileno()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `_compile`, which takes its compilers along
     ensure_built()

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -29,7 +30,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def builds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Takes the place of the compiler; one entry a build."""
     done: list[float] = []
-    monkeypatch.setattr(ops, "_compile", done.append)
+    monkeypatch.setattr(ops, "_compile", lambda timeout_s, _: done.append(timeout_s))
     return done
 
 
@@ -84,6 +85,33 @@ def test_builder_that_died_is_followed(builds: list[float]) -> None:
     with another_process(ops.extensions_folder(), 0.5, finishes=False):
         ops.ensure_built(timeout_s=30)
     assert len(builds) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_compiler_that_outlives_its_starter_is_waited_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A start that is killed leaves its compiler at work, and two at once would take each other's files; one that is
+    asked to end takes it along."""
+    trace = cache / "trace"
+    build = (
+        f"import time; f = open({str(trace)!r}, 'a'); print('in', file=f, flush=True); time.sleep(3); "
+        "print('out', file=f)"
+    )
+    first = f"import train.ops as o; o._BUILD = {build!r}; o.ensure_built()"
+    if number == signal.SIGTERM:
+        first = f"import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)); {first}"
+    with subprocess.Popen([sys.executable, "-c", first], cwd=ROOT, start_new_session=True) as process:
+        deadline = time.monotonic() + 30
+        while not trace.exists() or not trace.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        assert process.wait() != 0
+    monkeypatch.setattr(ops, "_BUILD", build)
+    ops.ensure_built(timeout_s=60)
+    expected = {signal.SIGKILL: ["in", "out", "in", "out"], signal.SIGTERM: ["in", "in", "out"]}
+    assert trace.read_text().split() == expected[number]
 
 
 def test_waiting_ends(builds: list[float]) -> None:
