@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
@@ -89,15 +89,24 @@ def _compile(timeout_s: float, lock: int) -> None:
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
+        _kill_session(process.pid)
         process.communicate()
         raise OpBuildError(f"DeepSpeed's CPU op did not compile within {timeout_s:.0f} s") from None
     except BaseException:
-        os.killpg(process.pid, 9)
+        _kill_session(process.pid)
         raise
     if process.returncode:
         last = "\n".join(output.strip().splitlines()[-15:])
         raise OpBuildError(f"DeepSpeed's CPU op did not compile; it needs a C++ compiler and Python's headers:\n{last}")
+
+
+def _kill_session(session: int) -> None:
+    """All processes of a session: ninja gives each of its compilers a process group of its own."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError, IndexError):
+            pid, fields = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                os.kill(pid, signal.SIGKILL)
 
 
 @contextmanager
