@@ -79,7 +79,7 @@ def to_latex(content: Mapping[str, Any]) -> str:
         "% Written by data_recipes.prepare. \\bibliography{manifest} has the citations.",
         "\\begin{table}",
         "\\centering",
-        "\\begin{tabular}{lrrrrl}",
+        "\\begin{tabular}{lrrrrp{0.35\\linewidth}}",
         "\\hline",
         " & ".join(_COLUMNS) + " \\\\",
         "\\hline",
@@ -161,8 +161,11 @@ def _key(source: Mapping[str, Any]) -> str:
 
 
 def _bib(key: str, value: str) -> str:
-    """A BibTeX value: braces and backslashes in it are meant, and addresses stay as they are."""
-    return value if key in ("url", "doi") else re.sub(r"(?<!\\)([&%$#_])", r"\\\1", value)
+    """A BibTeX value: braces and backslashes in it are meant, addresses stay as they are, and a title its capitals."""
+    if key in ("url", "doi"):
+        return value
+    escaped = re.sub(r"(?<!\\)([&%$#_])", r"\\\1", value)
+    return f"{{{escaped}}}" if key == "title" else escaped
 
 
 def _tex(text: str) -> str:

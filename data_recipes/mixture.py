@@ -1,26 +1,33 @@
 """Sources with counts, put together: one global index, exact numbers, held-out samples, one fingerprint.
 
-Owns: choosing subsets by hash, keeping held-out pictures out of training in every source, the global numbers.
-Leaves: what is in a source to `store.py`, the order of an epoch to `order.py`.
+Owns: the YAML's rules, keeping held-out pictures out of training in every source, the global numbers, the fingerprint.
+Leaves: what is chosen of one store to `choosing.py`, what is in it to `store.py`, the order of an epoch to `order.py`.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from data_recipes.choosing import (
+    Rows,
+    choose_heldout,
+    choose_used,
+    free_rows,
+    hashes_of,
+    resolve_counts,
+    unique_hashes,
+    without_hidden,
+)
 from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.sample import DataError
 from data_recipes.source import read_yaml
 from data_recipes.store import Store, StoredSample, StoredText
-
-_Rows = npt.NDArray[np.int64]
 
 
 def read_mixture(configs: Path, name: str) -> MixtureConfig:
@@ -66,8 +73,8 @@ class _Part:
     store: Store
     share: SourceShare
     num_wanted: int | None
-    used: _Rows
-    heldout: _Rows
+    used: Rows
+    heldout: Rows
     num_excluded: int
     num_beside_heldout: int
 
@@ -106,12 +113,12 @@ class Mixture:
         names = sorted(config.sources)
         places = {name: store_root / name for name in names} | dict(copies or {})
         stores = {name: Store.open(places[name]) for name in names}
-        heldout = {name: _choose_heldout(stores[name], config.sources[name].holdout) for name in names}
-        excluded = [Store.open(store_root / name).all_picture_hashes() for name in config.exclude]
-        free = {name: _free_rows(stores[name], heldout[name], _unique(excluded)) for name in names}
-        hidden = _unique([_hashes_of(stores[name], heldout[name]) for name in names])
-        candidates = {name: _without(stores[name], free[name], hidden) for name in names}
-        wanted = _num_wanted(config, {name: len(rows) for name, rows in candidates.items()})
+        heldout = {name: choose_heldout(stores[name], config.sources[name].holdout) for name in names}
+        excluded = unique_hashes([Store.open(store_root / name).all_picture_hashes() for name in config.exclude])
+        free = {name: free_rows(stores[name], heldout[name], excluded) for name in names}
+        hidden = unique_hashes([hashes_of(stores[name], heldout[name]) for name in names])
+        candidates = {name: without_hidden(stores[name], free[name], hidden) for name in names}
+        wanted = resolve_counts(config.sources, {name: len(rows) for name, rows in candidates.items()})
         parts = []
         for name in names:
             store = stores[name]
@@ -119,7 +126,7 @@ class Mixture:
             num_beside = len(free[name]) - len(candidates[name])
             if (wanted[name] or 0) > len(candidates[name]):
                 raise _too_few(store, config.sources[name], wanted[name] or 0, num_excluded, num_beside)
-            used = _choose_used(store, wanted[name], candidates[name], config.seed)
+            used = choose_used(store, wanted[name], candidates[name], config.seed)
             share = config.sources[name]
             parts.append(_Part(store, share, wanted[name], used, heldout[name], num_excluded, num_beside))
         return cls(config, parts)
@@ -195,99 +202,6 @@ class Mixture:
         raise DataError(f"mixture {self.config.name} has no source {source!r}; it has {', '.join(self.source_names)}.")
 
 
-def _choose_heldout(store: Store, num_wanted: int) -> _Rows:
-    """Rows to hold out, in the order of their hashes: the samples with the smallest picture hashes.
-
-    Samples that share a picture, directly or through others, go together; a group that would exceed the
-    number is passed over. The seed has no say, so every mixture holds out the same samples of a source.
-    """
-    if num_wanted == 0:
-        return np.zeros(0, dtype=np.int64)
-    starts, pictures = store.picture_rows()
-    hashes, ids = store.all_picture_hashes(), store.ids()
-    groups: dict[int, list[int]] = {}
-    keys: dict[int, str] = {}
-    group_of_picture = _connected(starts, pictures, len(hashes))
-    for row in range(len(store)):
-        own = pictures[starts[row] : starts[row + 1]]
-        # Text-only samples are groups of their own, numbered below zero to keep them apart from pictures.
-        group = int(group_of_picture[own[0]]) if len(own) else -1 - row
-        key = min(bytes(hashes[p]).decode() for p in own) if len(own) else hashlib.sha256(ids[row].encode()).hexdigest()
-        groups.setdefault(group, []).append(row)
-        keys[group] = min(keys.get(group, key), key)
-    chosen: list[int] = []
-    for group in sorted(groups, key=lambda g: (keys[g], groups[g][0])):
-        if len(chosen) + len(groups[group]) <= num_wanted:
-            chosen.extend(groups[group])
-    if len(chosen) < num_wanted:
-        raise DataError(
-            f"source {store.name}: holdout {num_wanted}, but only {len(chosen)} of its {len(store)} samples "
-            f"can be "
-            "held out (samples that share a picture stay together). Lower `holdout`."
-        )
-    return np.array(chosen, dtype=np.int64)
-
-
-def _connected(starts: _Rows, pictures: _Rows, num_pictures: int) -> _Rows:
-    """For each picture the smallest picture it is connected with, through samples that show several."""
-    parent = np.arange(num_pictures, dtype=np.int64)
-
-    def root(picture: int) -> int:
-        while parent[picture] != picture:
-            parent[picture] = parent[parent[picture]]
-            picture = int(parent[picture])
-        return picture
-
-    for row in np.flatnonzero(np.diff(starts) > 1):
-        roots = sorted({root(int(picture)) for picture in pictures[starts[row] : starts[row + 1]]})
-        parent[roots] = roots[0]
-    return np.array([root(picture) for picture in range(num_pictures)], dtype=np.int64)
-
-
-def _hashes_of(store: Store, rows: _Rows) -> npt.NDArray[np.bytes_]:
-    return np.array([h for row in rows for h in store.picture_hashes(int(row))], dtype="S64")
-
-
-def _shows_any(store: Store, hashes: npt.NDArray[np.bytes_]) -> npt.NDArray[np.bool_]:
-    """Which samples show any of these pictures, bool [num_samples]."""
-    if not len(hashes):
-        return np.zeros(len(store), dtype=bool)
-    starts, pictures = store.picture_rows()
-    hit = np.isin(store.all_picture_hashes(), hashes)[pictures]
-    running = np.concatenate([[0], np.cumsum(hit)])
-    return np.asarray(running[starts[1:]] > running[starts[:-1]])
-
-
-def _unique(hashes: Sequence[npt.NDArray[np.bytes_]]) -> npt.NDArray[np.bytes_]:
-    return np.unique(np.concatenate([np.zeros(0, dtype="S64"), *hashes]))
-
-
-def _free_rows(store: Store, heldout: _Rows, excluded: npt.NDArray[np.bytes_]) -> _Rows:
-    """Rows that are neither held out nor show a picture of an excluded store."""
-    free = ~_shows_any(store, excluded)
-    free[heldout] = False
-    return np.flatnonzero(free).astype(np.int64)
-
-
-def _without(store: Store, rows: _Rows, hidden: npt.NDArray[np.bytes_]) -> _Rows:
-    """Those of `rows` that show none of the hidden pictures."""
-    return rows[~_shows_any(store, hidden)[rows]]
-
-
-def _num_wanted(config: MixtureConfig, num_found: dict[str, int]) -> dict[str, int | None]:
-    """How many samples of each source: its count, its share of the whole, or None for all that were found."""
-    wanted: dict[str, int | None] = {name: share.count for name, share in config.sources.items()}
-    shares = {name: share.exact_share for name, share in config.sources.items() if share.exact_share is not None}
-    if not shares:
-        return wanted
-    counted = [num_found[name] if count is None else count for name, count in wanted.items() if name not in shares]
-    if counted:
-        total = Fraction(sum(counted)) / (1 - sum(shares.values()))
-    else:
-        total = min(Fraction(num_found[name]) / share for name, share in shares.items())
-    return wanted | {name: int(total * share) for name, share in shares.items()}
-
-
 def _too_few(store: Store, share: SourceShare, num_wanted: int, num_excluded: int, num_beside: int) -> DataError:
     left = len(store) - share.holdout - num_excluded - num_beside
     key = f"sources.{store.name}." + ("count" if share.share is None else "share")
@@ -296,17 +210,6 @@ def _too_few(store: Store, share: SourceShare, num_wanted: int, num_excluded: in
         f"{share.holdout} held out, {num_beside} left out because they show a held-out picture, {num_excluded} because "
         f"they show one of `exclude`). Lower `{key}`" + (", or set it to null for all." if share.share is None else ".")
     )
-
-
-def _choose_used(store: Store, num_wanted: int | None, candidates: _Rows, seed: int) -> _Rows:
-    """Rows to train on, in store order: all candidates, or those with the smallest hash(seed, source, id)."""
-    if num_wanted is None:
-        return candidates
-    ids = store.ids()
-    prefix = json.dumps([seed, store.name])
-    keys = [hashlib.sha256(f"{prefix}{ids[row]}".encode()).digest() for row in candidates]
-    order = sorted(range(len(candidates)), key=keys.__getitem__)
-    return np.sort(candidates[order[:num_wanted]])
 
 
 def _fingerprint(parts: Sequence[_Part]) -> str:

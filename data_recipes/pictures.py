@@ -18,8 +18,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -96,14 +97,20 @@ def inside(root: Path, name: str) -> Path:
     if name.startswith(("/", "\\", "~")) or ".." in parts or "\0" in name:
         raise PictureError(Reason.PATH_OUTSIDE_ROOT, f"{name!r} is not a plain path below the image root")
     path = root / name
-    real_root = os.path.realpath(root)
-    real_path = os.path.realpath(path)
+    real_root = _real_folder(root)
+    # A picture is rarely a link itself, and few folders hold all of them: one question to the disk, not one a folder.
+    real_path = os.path.realpath(path) if path.is_symlink() else f"{_real_folder(path.parent)}/{path.name}"
     if real_path != real_root and not real_path.startswith(real_root.rstrip(os.sep) + os.sep):
         detail = (
             f"{name!r} leaves the image root by a symbolic link; make the link the root itself, or copy the pictures"
         )
         raise PictureError(Reason.PATH_OUTSIDE_ROOT, detail)
     return path
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: Path) -> str:
+    return os.path.realpath(folder)
 
 
 def probe(data: bytes) -> PictureInfo:
@@ -212,21 +219,32 @@ class PicturePool:
         self._executor: ProcessPoolExecutor | None = None
         if num_workers > 1:
             context = multiprocessing.get_context("fork")
-            self._executor = ProcessPoolExecutor(num_workers, context, follow_parent, (os.getpid(),))
+            self._others = set(multiprocessing.active_children())
+            self._is_over = context.RawValue("b", 0)
+            self._executor = ProcessPoolExecutor(num_workers, context, _start_worker, (os.getpid(), self._is_over))
 
     def __enter__(self) -> "PicturePool":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._executor is None:
             return
+        if kind is KeyboardInterrupt:  # heeded where a worker may be busy for long: in `run_all`
+            self._is_over.value = 1
+            for worker in set(multiprocessing.active_children()) - self._others:
+                os.kill(worker.pid or 0, signal.SIGINT)
         # What waits is not begun, what is begun ends by itself: a chunk is small, and a pool whose workers are killed
         # may wait for ever for its own pipes.
         self._executor.shutdown(wait=True, cancel_futures=True)
 
     def run_all(self, function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-        """`function` of each item, in order, in the same processes; it must be importable by name."""
-        return list(self._executor.map(function, items) if self._executor else map(function, items))
+        """`function` of each item, in order, in the same processes; it must be importable by name.
+
+        It may take long: Ctrl-C ends it.
+        """
+        if self._executor is None:
+            return [function(item) for item in items]
+        return list(self._executor.map(partial(_heeding_ctrl_c, function), items))
 
     def load_in_order(self, items: Iterable[Sample | Reject]) -> Iterator[tuple[Sample, list[LoadedPicture]] | Reject]:
         """Each sample with its loaded pictures, or a `Reject` if one cannot be used. Rejects pass."""
@@ -268,6 +286,26 @@ def _load_chunk(wanted: list[tuple[Path | bytes, ...]]) -> list[_Outcome]:
         except PictureError as error:
             outcomes.append((error.reason, error.detail))
     return outcomes
+
+
+_is_over: Any = None
+
+
+def _start_worker(parent: int, is_over: Any) -> None:
+    global _is_over
+    _is_over = is_over
+    follow_parent(parent)
+
+
+def _heeding_ctrl_c(function: Callable[[_Item], _Result], item: _Item) -> _Result:
+    """`function(item)` in a worker, which else ignores Ctrl-C; after it nothing more is begun."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        if _is_over.value:  # looked at where the signal would be heeded: it comes after this was set
+            raise KeyboardInterrupt
+        return function(item)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _check_size(height: int, width: int) -> None:

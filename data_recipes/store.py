@@ -12,6 +12,7 @@ samples to `mixture.py`.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,11 +125,24 @@ class Store:
 
     def ids(self) -> list[str]:
         """The ids of all samples."""
-        return [str(sample_id) for sample_id in self._samples.data.column("id").to_pylist()]
+        return list(self.iter_ids())
+
+    def iter_ids(self) -> Iterator[str]:
+        """The ids of all samples, without holding them."""
+        for chunk in self._samples.data.column("id").chunks:
+            yield from chunk.to_pylist()
 
     def all_picture_hashes(self) -> npt.NDArray[np.bytes_]:
         """sha256 (as 64 hexadecimal letters) of every picture, by row."""
         return self._pictures.all_hashes()
+
+    def hashes_of_pictures(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bytes_]:
+        """sha256 (as 64 hexadecimal letters) of these pictures, by their rows."""
+        return np.array(self._pictures.hashes(rows.tolist()), dtype="S64")
+
+    def picture_keys(self) -> npt.NDArray[np.uint64]:
+        """The first 64 bits of every picture's sha256, by row: an eighth of a hash's memory."""
+        return self._pictures.keys()
 
     def picture_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """(starts [num_samples + 1], rows): the pictures of sample i are rows[starts[i]:starts[i + 1]]."""

@@ -59,7 +59,13 @@ class StorePictures:
 
     def all_hashes(self) -> npt.NDArray[np.bytes_]:
         """sha256 (as 64 hexadecimal letters) of every picture, by row."""
-        return np.array(self._hashes.to_pylist(), dtype="S64")
+        parts = [np.array(chunk.to_pylist(), dtype="S64") for chunk in self._hashes.chunks]
+        return np.concatenate([np.zeros(0, dtype="S64"), *parts])
+
+    def keys(self) -> npt.NDArray[np.uint64]:
+        """The first 64 bits of every picture's sha256, by row."""
+        letters = "".join(letters[:16] for chunk in self._hashes.chunks for letters in chunk.to_pylist())
+        return np.frombuffer(bytes.fromhex(letters), dtype=">u8").astype(np.uint64)
 
     def read(self, row: int) -> bytes:
         """The bytes of a picture, as published.

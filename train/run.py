@@ -5,6 +5,7 @@ The order at the start is fixed: resume, else `init_from`, else fresh parts.
 
 import json
 import logging
+import shutil
 import time
 from functools import partial
 from pathlib import Path
@@ -183,4 +184,6 @@ def _write_result(config: RunConfig, model: LlavaNext, backbone: Backbone, world
     else:
         processor = stage_processor(backbone, config.stage)
         write_hf(model, backbone, processor, target if world.is_main else None, gathered)
+    if world.is_main:  # the fingerprints of what it has learned from go where it goes
+        shutil.copyfile(config.run_dir / "data.json", target / "data.json")
     log.say(f"wrote {target} ({time.monotonic() - started:.1f} s)")

@@ -79,7 +79,7 @@ def test_the_data_section(stores: Path) -> None:
     latex = (folder / "manifest.tex").read_text()
     assert re.search(r"chart\\_qa~\\cite\{masry2022chartqa\} & 12 & 54.5\\% & 4 & \d & GPL-3.0 \\& more \\\\", latex)
     bibtex = (folder / "manifest.bib").read_text()
-    values = "  title = {Charts \\& {QA}: 100\\%},\n  url = {https://a/b_c},\n"
+    values = "  title = {{Charts \\& {QA}: 100\\%}},\n  url = {https://a/b_c},\n"
     assert f"@inproceedings{{masry2022chartqa,\n{values}}}" in bibtex
     assert "@misc{chats,\n  note = {V. Zhou, 2019.},\n}" in bibtex
     assert set(re.findall(r"\\cite\{(\w+)\}", latex)) == set(re.findall(r"@\w+\{(\w+),", bibtex))

@@ -1,6 +1,7 @@
 """Owns the proofs about mixtures: exact counts, stable subsets, nothing held out is trained on, one
 fingerprint."""
 
+import hashlib
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from data_recipes.choosing import choose_heldout
 from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.mixture import Mixture, read_mixture
 from data_recipes.sample import DataError, Sample
@@ -120,6 +122,42 @@ def test_samples_that_share_a_picture_stay_together(stores: Path) -> None:
         assert len(groups) == 6
         assert all(groups.count(group) == size for group in groups)
     assert not any(mixture.beside_heldout.values())
+
+
+def held_out_by_hand(samples: Iterable[Sample], num_wanted: int) -> list[str]:
+    """The rule in words: groups that pictures tie together, by their smallest hash, as long as they fit."""
+    groups: list[tuple[set[str], list[str]]] = []
+    for sample in samples:
+        own = {hashlib.sha256(data).hexdigest() for data in sample.pictures if isinstance(data, bytes)}
+        tied = [group for group in groups if group[0] & own]
+        groups = [group for group in groups if group not in tied]
+        keys = own.union(*(group[0] for group in tied)) or {hashlib.sha256(sample.id.encode()).hexdigest()}
+        groups.append((keys, [*(name for group in tied for name in group[1]), sample.id]))
+    chosen: list[str] = []
+    for _, names in sorted(groups, key=lambda group: min(group[0])):
+        if len(chosen) + len(names) <= num_wanted:
+            chosen += names
+    return chosen
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_is_held_out_is_what_the_rule_says(tmp_path: Path, seed: int) -> None:
+    """Random samples of zero to three of thirty pictures, against the rule done by hand."""
+    random = np.random.default_rng(seed)
+    shown = [picture(n) for n in range(30)]
+    samples = [
+        conversation(str(n), *(shown[k] for k in random.choice(30, random.choice(4, p=[0.3, 0.5, 0.1, 0.1]))))
+        for n in range(40)
+    ]
+    store = make_store(tmp_path / "s", samples)
+    ids = store.ids()
+    for num_wanted in (1, 7, 25):
+        expected = held_out_by_hand(samples, num_wanted)
+        if len(expected) == num_wanted:
+            assert sorted(ids[row] for row in choose_heldout(store, num_wanted)) == sorted(expected)
+        else:
+            with pytest.raises(DataError, match=f"only {len(expected)} of its 40 samples"):
+                choose_heldout(store, num_wanted)
 
 
 def test_heldout_does_not_depend_on_seed_or_count(stores: Path) -> None:

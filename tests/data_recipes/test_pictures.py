@@ -2,7 +2,12 @@
 workers."""
 
 import io
+import multiprocessing
+import os
+import signal
 import struct
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,3 +159,26 @@ def test_the_pool_reads_ahead_only_a_little(tmp_path: Path) -> None:
         stream = pool.load_in_order(endless())
         next(stream)
         assert asked <= 64
+
+
+def endless(_: int) -> None:
+    """Work that never ends."""
+    while True:
+        time.sleep(1)
+
+
+def test_workers_leave_at_once_when_they_are_not_wanted() -> None:
+    """After Ctrl-C nobody waits for what a process is in the middle of."""
+
+    def interrupted() -> None:
+        with PicturePool(2) as pool:
+            threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+            pool.run_all(endless, [1, 2, 3, 4])
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert multiprocessing.active_children() == []

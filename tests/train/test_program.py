@@ -50,6 +50,7 @@ def test_run_folder_is_complete(program: Program, by_torchrun: list[dict[str, An
     about = json.loads((folder / "data.json").read_text())
     assert (about["num_samples"], about["rejects"]) == (40, {})
     assert sum(row["used"] for row in about["mixture"]) == 40
+    assert json.loads((folder / "export" / "data.json").read_text()) == about
     assert (folder / "quarantine.jsonl").read_text() == ""
     assert sorted(path.name for path in (folder / "log").iterdir()) == ["rank_000.log", "rank_001.log"]
     assert "started afresh" in (folder / "log" / "rank_000.log").read_text()
