@@ -37,10 +37,9 @@ class StorePictures:
         table = pa.concat_tables(shards)
         self._num_rows = int(table.num_rows)
         self._heights, self._widths, self._hashes = (table.column(name) for name in ("height", "width", "sha256"))
-        self._chunks = table.column("bytes").chunks
-        self._shard_of_chunk = [
-            number for number, shard in enumerate(shards) for _ in range(shard.column("bytes").num_chunks)
-        ]
+        numbered = [(number, chunk) for number, shard in enumerate(shards) for chunk in shard.column("bytes").chunks]
+        self._shard_of_chunk = [number for number, _ in numbered]
+        self._chunks = [chunk for _, chunk in numbered]
         self._maps = maps
         self._row_starts = np.concatenate([[0], np.cumsum([len(chunk) for chunk in self._chunks])]).astype(np.int64)
         self._open: dict[int, int] = {}

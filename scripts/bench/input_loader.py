@@ -106,8 +106,10 @@ def show_loader(found: Result) -> str:
         lines.append([f"{num_workers} workers", f"{plain:.2f}", f"{slow:.2f}", f"{slow / plain:.2f}"])
     waits = [found["waiting_trainer"][kind]["wait_s"] for kind in ("plain", "slow_reads")]
     header = ["batches per second (wall)", "reads as they are", "5 ms more each", "share"]
+    grew = found["workers_2"]["plain"]
     return (
         f"{table(header, lines)}\n"
         f"a trainer whose steps take {found['step_s']:.2f} s waits {1000 * waits[0]:.1f} ms for a batch of 2 workers, "
         f"{1000 * waits[1]:.1f} ms with 5 ms more for each read\n"
+        f"over {grew['num_batches']} batches the memory of 2 workers grew by {grew['workers_grew_mib']:.0f} MiB\n"
     )
