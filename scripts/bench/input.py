@@ -16,8 +16,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -50,24 +49,16 @@ def in_own_process(part: str, *arguments: object) -> Result:
 # --------------------------------------------------------------------------------------------------- tiles
 
 
-class Clock:
-    """Adds up the processor seconds of named pieces of work."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        started = time.process_time()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.process_time() - started
-
-
 def measure_tiles(num_pictures: int, rounds: int = 5) -> Result:
-    """Each picture by both paths in turn, so that what disturbs one disturbs the other; of each its quickest round."""
-    from input_materials import TILE, pictures
+    """All pictures by each path in turn, several rounds, and of each picture its quickest one.
+
+    A path takes all pictures before the next begins: freed memory that one path leaves behind, or gives back to the
+    system, would be the other's profit or loss.
+    """
+    from input_materials import TILE, layout_of, pictures
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+    from llava_next.anyres import cut_tiles, decode, resized_hw
     from llava_next.config import AUTHORS_GRIDS
 
     stock = LlavaNextImageProcessorPil(
@@ -75,21 +66,41 @@ def measure_tiles(num_pictures: int, rounds: int = 5) -> Result:
         crop_size={"height": TILE, "width": TILE},
         image_grid_pinpoints=[[rows * TILE, cols * TILE] for rows, cols in AUTHORS_GRIDS],
     )
-    seconds: dict[str, dict[str, float]] = {}
-    for kind, picture in pictures(num_pictures):
-        clocks = [Clock() for _ in range(rounds)]
-        for clock in clocks:
-            num_tiles = process_both(picture, stock, clock)
-        total = seconds.setdefault(kind, {"num_pictures": 0, "num_tiles": 0})
-        total["num_pictures"] += 1
-        total["num_tiles"] += num_tiles
-        for name in clocks[0].seconds:
-            total[name] = total.get(name, 0.0) + min(clock.seconds[name] for clock in clocks)
-    every: dict[str, float] = {}
-    for total in seconds.values():
-        for name, value in total.items():
-            every[name] = every.get(name, 0.0) + value
-    return {kind: rates(total) for kind, total in {**seconds, "all": every}.items()}
+    kinds, encoded = zip(*pictures(num_pictures), strict=True)
+    images = [decode(picture) for picture in encoded]
+    layouts = [layout_of((image.height, image.width)) for image in images]
+
+    def resize(number: int) -> None:
+        """What of our cutting is Pillow's own: once to the base view, once to the grid."""
+        image, grid = images[number], layouts[number].grid
+        assert grid is not None
+        height, width = resized_hw(layouts[number].size_hw, (grid[0] * TILE, grid[1] * TILE))
+        image.resize((TILE, TILE), Image.Resampling.BICUBIC)
+        image.resize((width, height), Image.Resampling.BICUBIC)
+
+    paths: dict[str, Callable[[int], Any]] = {
+        "decode": lambda number: decode(encoded[number]),
+        "tiles": lambda number: cut_tiles(images[number], layouts[number], TILE),
+        "resize": resize,
+        "stock_decode": lambda number: Image.open(io.BytesIO(encoded[number])).convert("RGB"),
+        "stock_tiles": lambda number: stock(images[number], return_tensors="np")["pixel_values"][0],
+    }
+    for number in range(num_pictures):
+        check_pixels(stock, paths["tiles"](number), np.asarray(paths["stock_tiles"](number)))
+    seconds = {name: np.full(num_pictures, np.inf) for name in paths}
+    for _ in range(rounds):
+        for name, path in paths.items():
+            for number in range(num_pictures):
+                started = time.process_time()
+                path(number)
+                seconds[name][number] = min(seconds[name][number], time.process_time() - started)
+    seconds["num_pictures"] = np.ones(num_pictures)
+    seconds["num_tiles"] = np.array([layout.num_tiles for layout in layouts], dtype=np.float64)
+    chosen = {kind: np.array([kind == other for other in kinds]) for kind in sorted(set(kinds), reverse=True)}
+    chosen["all"] = np.ones(num_pictures, dtype=bool)
+    return {
+        kind: rates({name: float(values[of].sum()) for name, values in seconds.items()}) for kind, of in chosen.items()
+    }
 
 
 def rates(total: dict[str, float]) -> Result:
@@ -104,30 +115,6 @@ def rates(total: dict[str, float]) -> Result:
         "pictures_decoded_per_core_second": total["num_pictures"] / total["decode"],
         "resize_share": total["resize"] / total["tiles"],
     }
-
-
-def process_both(picture: bytes, stock: Any, clock: Clock) -> int:
-    """One picture by both paths, pixels held equal; returns its number of tiles."""
-    from input_materials import TILE, layout_of
-
-    from llava_next.anyres import cut_tiles, decode, resized_hw
-
-    with clock("decode"):
-        image = decode(picture)
-    layout = layout_of((image.height, image.width))
-    with clock("tiles"):
-        tiles = cut_tiles(image, layout, TILE)
-    with clock("stock_decode"):
-        theirs = Image.open(io.BytesIO(picture)).convert("RGB")
-    with clock("stock_tiles"):
-        pixels = stock(theirs, return_tensors="np")["pixel_values"][0]
-    assert layout.grid is not None
-    height, width = resized_hw(layout.size_hw, (layout.grid[0] * TILE, layout.grid[1] * TILE))
-    with clock("resize"):  # what of "tiles" is Pillow's own: twice, to the base view and to the grid
-        image.resize((TILE, TILE), Image.Resampling.BICUBIC)
-        image.resize((width, height), Image.Resampling.BICUBIC)
-    check_pixels(stock, tiles, np.asarray(pixels))
-    return len(tiles)
 
 
 def check_pixels(stock: Any, tiles: np.ndarray, pixels: np.ndarray) -> None:
