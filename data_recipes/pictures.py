@@ -232,7 +232,8 @@ class PicturePool:
         if kind is KeyboardInterrupt:  # heeded where a worker may be busy for long: in `run_all`
             self._is_over.value = 1
             for worker in set(multiprocessing.active_children()) - self._others:
-                os.kill(worker.pid or 0, signal.SIGINT)
+                if worker.pid is not None:
+                    os.kill(worker.pid, signal.SIGINT)
         # What waits is not begun, what is begun ends by itself: a chunk is small, and a pool whose workers are killed
         # may wait for ever for its own pipes.
         self._executor.shutdown(wait=True, cancel_futures=True)
