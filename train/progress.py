@@ -92,7 +92,8 @@ class Progress:
 
     def enter(self, phase: str, step: int, micro_step: int = 0) -> None:
         """This rank begins a phase. One small write into the page cache; it never raises, as it may not end a run."""
-        place = Place(self._rank, self._host, step, micro_step, phase, round(time.time(), 3))
+        # Not rounded: by its time a note is told to be of this phase, and two phases can lie within a millisecond.
+        place = Place(self._rank, self._host, step, micro_step, phase, time.time())
         self._now = (place, time.monotonic())
         self._write(
             0,
