@@ -22,6 +22,9 @@ EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75
 """Saved and left because it was asked to (EX_TEMPFAIL): run the same command again to go on."""
 
+EXIT_AT_ONCE = 130
+"""Left without saving: asked to stop a second time, or before anything could be saved (as shells count Ctrl-C)."""
+
 
 def main() -> int:
     """Parses, checks, runs; returns the exit code."""
@@ -98,6 +101,9 @@ def execute(config: RunConfig) -> int:
         code, reason = EXIT_INTERRUPTED, f"{error}; run the same command again to go on"
         if launch.is_main:
             print(reason, file=sys.stderr)
+    except KeyboardInterrupt:
+        reason = "stopped at once, without saving; the newest checkpoint is where the same command goes on"
+        watch.leave_at_once(EXIT_AT_ONCE, reason)
     except Exception as error:
         watch.give_up(error)
     if launch.is_main and code != EXIT_USAGE:

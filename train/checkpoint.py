@@ -1,73 +1,231 @@
-"""Checkpoints: the engine's state and the run's, complete or absent.
+"""Checkpoints on disk: complete and whole, or not there.
 
-A checkpoint is written aside, and gets its name when every rank has finished. `RunState` is all that a run needs
-besides: the position in the data is the step.
+A save has two parts. While every rank waits, DeepSpeed writes its files aside. Then training goes on, and a thread of
+each rank brings its files to the disk and sums them up (sha256); when all have (the step's collective says so), the
+first rank writes `sums.json` and gives the folder its name. What is read back is summed up again before it is loaded.
+
+    step_000500/engine/...      DeepSpeed's own files: trained parts and optimizer; frozen parts are `init_from`'s
+                config.yaml     the resolved configuration
+                run_state.json  the step, and what a run that goes on must agree with
+                sums.json       bytes and sha256 of all of these
+
+Going on from one is `resume.py`'s.
 """
 
+import hashlib
 import json
+import logging
+import os
+import re
 import shutil
+import threading
+import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
-from train.config import ConfigError, RunConfig
-from train.engine import zero_stage
-from train.world import World, barrier
+from train.config import SaveConfig
+from train.world import World, barrier, share
 
-_TAG = "engine"
-_STATE = "run_state.json"
+logger = logging.getLogger(__name__)
+
+ENGINE = "engine"
+_HARMLESS = {
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+}
+_STATE, _CONFIG, _SUMS = "run_state.json", "config.yaml", "sums.json"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; the ones before it are as they were."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands: `step` optimizer steps are done, on this data, by this many ranks."""
+    """What a run must agree with to go on from its checkpoint.
+
+    Attributes:
+        step: optimizer steps that are done.
+        data_fingerprint: of mixture and processor.
+        layout: what the engine's files depend on: number of ranks, ZeRO stage and the like.
+        dtype: of the weights, as a word.
+        groups: of the live optimizer: name, peak_lr and weight_decay of each.
+        updates: how often the optimizer has been applied; less than `step` where steps were skipped.
+        frozen: sha256 of the frozen parameters of each part, which the checkpoint does not hold.
+        versions: of the packages and of this code.
+    """
 
     step: int
     data_fingerprint: str
-    seed: int
-    batch_size: int
-    epochs: float
-    num_ranks: int
-    zero_stage: int
+    layout: dict[str, Any]
+    dtype: str
+    groups: list[dict[str, Any]]
+    updates: int
+    frozen: dict[str, str]
     versions: dict[str, str]
 
 
-def run_state(step: int, data_fingerprint: str, config: RunConfig, world: World) -> RunState:
-    """The state to save after `step` steps."""
-    versions = {package: version(package) for package in ("torch", "deepspeed", "transformers")}
-    stage = config.stage
-    return RunState(
-        step, data_fingerprint, config.seed, stage.batch_size, stage.epochs, world.size, zero_stage(config), versions
-    )
+class SaveFormatError(RuntimeError):
+    """A checkpoint's file holds what no run writes."""
 
 
-def save(engine: deepspeed.DeepSpeedEngine, folder: Path, state: RunState, world: World, *, keep: int) -> Path:
-    """Writes `folder`/step_NNNNNN and removes all but the newest `keep`. Every rank must call it."""
-    place = folder / f"step_{state.step:06d}"
-    partial = place.with_name(place.name + ".partial")
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier(world)
-    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
-    barrier(world)
-    if world.is_main:
-        (partial / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
-        if place.exists():
+class Saver:
+    """Writes the checkpoints of a run. Every rank has one and makes the same calls.
+
+    Args:
+        folder: of the checkpoints.
+        world: this rank among the others, which all see the folder.
+        save: which ones are kept.
+    """
+
+    def __init__(self, folder: Path, world: World, save: SaveConfig) -> None:
+        self._folder, self._world, self._save = folder, world, save
+        self._partial: Path | None = None
+        self._sealing: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._began_s = 0.0
+
+    @property
+    def is_sealed(self) -> bool:
+        """Whether this rank's files of a checkpoint without a name yet are on the disk, or could not be brought there."""
+        return self._sealing is not None and not self._sealing.is_alive()
+
+    def write(self, engine: deepspeed.DeepSpeedEngine, state: RunState, config_yaml: str) -> float:
+        """Writes this rank's files, aside; `finish` or `wait` gives the folder its name. Returns the seconds it took.
+
+        Raises:
+            SaveError: the disk is full, or the folder cannot be written into.
+        """
+        self.wait()
+        started = self._began_s = time.monotonic()
+        partial = self._folder / f"{place_name(state.step)}.partial"
+        try:
+            if self._world.is_main:
+                remove_unfinished(self._folder)
+                (partial / ENGINE).mkdir(parents=True)
+            barrier(self._world)
+            engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            if self._world.is_main:
+                (partial / _CONFIG).write_text(config_yaml)
+                (partial / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
+        except (OSError, RuntimeError) as error:  # torch's writer raises the latter where a disk is full
+            raise self._failed(partial, error) from error
+        self._partial, self._error = partial, None
+        self._sealing = threading.Thread(target=self._seal, args=(partial,), daemon=True, name="seal")
+        self._sealing.start()
+        return time.monotonic() - started
+
+    def finish(self) -> Path | None:
+        """Gives the checkpoint its name. To be called when every rank `is_sealed`; returns the folder.
+
+        Raises:
+            SaveError: this rank's files did not reach the disk.
+        """
+        if self._sealing is None or self._partial is None:
+            return None
+        self._sealing.join()
+        partial, self._partial, self._sealing = self._partial, None, None
+        place = partial.with_name(partial.name.removesuffix(".partial"))
+        try:
+            if self._error is not None:
+                raise self._error
+            if self._world.is_main:
+                self._name(partial, place)
+        except (OSError, ValueError) as error:
+            raise self._failed(partial, error) from error
+        logger.info("%s is complete, %.1f s after it was begun", place, time.monotonic() - self._began_s)
+        return place
+
+    def wait(self) -> None:
+        """Waits for the checkpoint that is being written, if there is one, and for every rank.
+
+        Raises:
+            SaveError: as `finish` does.
+        """
+        if self._sealing is None:
+            return
+        self._sealing.join()
+        barrier(self._world)
+        self.finish()
+        barrier(self._world)
+
+    def _seal(self, partial: Path) -> None:
+        try:
+            own = [path for path in _files(partial) if _owner(path) == self._world.rank]
+            sums = {path.relative_to(partial).as_posix(): _sum(path, sync=True) for path in own}
+            _write_synced(_rank_sums(partial, self._world.rank), json.dumps(sums))
+        except Exception as error:
+            self._error = error
+
+    def _name(self, partial: Path, place: Path) -> None:
+        sums: dict[str, Any] = {}
+        for rank in range(self._world.size):
+            sums |= json.loads(_rank_sums(partial, rank).read_text())
+            _rank_sums(partial, rank).unlink()
+        unsummed = {path.relative_to(partial).as_posix() for path in _files(partial)} ^ set(sums)
+        if unsummed:
+            raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
+        _write_synced(partial / _SUMS, json.dumps(sums, indent=1, sort_keys=True) + "\n")
+        for folder in (partial / ENGINE, partial):
+            _sync_folder(folder)
+        if place.exists():  # from before the run went back to an earlier one
             shutil.rmtree(place)
         partial.rename(place)
-        for old in _complete(folder)[:-keep]:
-            shutil.rmtree(old)
+        _sync_folder(self._folder)
+        every = self._save.keep_every
+        for old in complete(self._folder)[: -self._save.keep]:
+            if not every or _step(old) % every:
+                shutil.rmtree(old)
+
+    def _failed(self, partial: Path, error: Exception) -> SaveError:
+        last = newest(self._folder)
+        kept = f"the newest complete one is {last}" if last else "there is none before it"
+        try:
+            free = f"{shutil.disk_usage(self._folder).free / 2**30:.1f} GiB are free there"
+        except OSError as unreadable:
+            free = str(unreadable)
+        return SaveError(
+            f"{partial.with_suffix('')} could not be saved: {' '.join(str(error).split())} ({free}); {kept}. Make "
+            "room, or choose another root=..., and run the same command again"
+        )
+
+
+def find_sound(folder: Path, world: World) -> Path | None:
+    """The newest checkpoint whose files are what was written, or None. Every rank must call it; each reads a share.
+
+    A damaged one is named, gets `.damaged` behind its name, and the one before it is tried.
+    """
+    if world.is_main:
+        remove_unfinished(folder)
     barrier(world)
-    return place
+    for place in reversed(complete(folder)):
+        found = [told for told in share(world, _damage(place, world)) if told]
+        if not found:
+            return place
+        if world.is_main:
+            logger.warning("checkpoint %s is damaged (%s); the one before it is tried", place, "; ".join(found[:3]))
+            aside = place.with_name(place.name + ".damaged")
+            shutil.rmtree(aside, ignore_errors=True)
+            place.rename(aside)
+        barrier(world)
+    return None
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that are there, the newest last; whether they are sound `find_sound` tells."""
+    # By number, and not .partial: a write that was killed just before its rename holds every file.
+    found = [place for place in folder.glob("step_*") if place.name.removeprefix("step_").isdigit()]
+    return sorted((place for place in found if (place / _SUMS).is_file()), key=_step)
 
 
 def newest(folder: Path) -> Path | None:
     """The newest complete checkpoint, or None."""
-    found = _complete(folder)
+    found = complete(folder)
     return found[-1] if found else None
 
 
@@ -77,36 +235,92 @@ def read_state(place: Path) -> RunState:
     return RunState(**values)
 
 
-def resume(
-    engine: deepspeed.DeepSpeedEngine, place: Path, data_fingerprint: str, config: RunConfig, world: World
-) -> int:
-    """Puts the engine where the checkpoint was; returns the steps that are done.
+def config_path(place: Path) -> Path:
+    """The configuration that a checkpoint was written with."""
+    return place / _CONFIG
 
-    Raises:
-        ConfigError: the checkpoint is of other data, another order, another number of ranks or another ZeRO stage.
+
+def place_name(step: int) -> str:
+    """The folder's name of a checkpoint after `step` steps."""
+    return f"step_{step:06d}"
+
+
+def refuse_code(place: Path) -> None:
+    """Raises SaveFormatError if a file of DeepSpeed's would run code when it is unpickled, as DeepSpeed does.
+
+    Only its own few types may be named in them, besides what torch itself holds to be harmless.
     """
-    saved, now = read_state(place), run_state(0, data_fingerprint, config, world)
-    for name, way_out in (
-        ("data_fingerprint", "restore the mixture and the processor's settings"),
-        ("seed", "restore the seed"),
-        ("batch_size", "restore stage.batch_size"),
-        ("epochs", "restore stage.epochs"),
-        ("num_ranks", "start as many processes"),
-        ("zero_stage", "choose the engine of that stage"),
-    ):
-        if getattr(saved, name) != getattr(now, name):
-            raise ConfigError(
-                f"{place} was saved with {name}={getattr(saved, name)}, this run has {getattr(now, name)}; {way_out}, "
-                f"or start afresh with another name=..., or remove {place.parent}"
+    for path in sorted((place / ENGINE).rglob("*.pt")):
+        named = set(get_unsafe_globals_in_checkpoint(path)) - _HARMLESS
+        if named:
+            raise SaveFormatError(
+                f"{path} names {min(named)}, which no checkpoint needs: loading it could run code. It was not written "
+                "by a run; remove that checkpoint, and find out who has"
             )
-    path, _ = engine.load_checkpoint(str(place), tag=_TAG)
-    if path is None:
-        raise RuntimeError(f"DeepSpeed found nothing to load in {place}")
-    return saved.step
 
 
-def _complete(folder: Path) -> list[Path]:
-    # By number, and not .partial: a write that was killed just before its rename holds every file.
-    found = [place for place in folder.glob("step_*") if place.name.removeprefix("step_").isdigit()]
-    found.sort(key=lambda place: int(place.name.removeprefix("step_")))
-    return [place for place in found if (place / _STATE).is_file()]
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed saves have left behind."""
+    for partial in folder.glob("step_*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _damage(place: Path, world: World) -> str:
+    """What is wrong with this rank's share of the files, or nothing."""
+    try:
+        sums = json.loads((place / _SUMS).read_text())
+        for name, expected in sorted(sums.items())[world.rank :: world.size]:
+            path = place / name
+            if not path.is_file():
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size:,} bytes, {expected['bytes']:,} were written"
+            if _sum(path) != expected:
+                return f"{name} has other bytes than were written (sha256)"
+        if world.is_main:
+            read_state(place)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _step(place: Path) -> int:
+    return int(place.name.removeprefix("step_"))
+
+
+def _files(partial: Path) -> list[Path]:
+    return [path for path in sorted(partial.rglob("*")) if path.is_file() and not path.name.startswith("sums")]
+
+
+def _owner(path: Path) -> int:
+    """The rank that has written a file: DeepSpeed's names say it, the others are the first rank's."""
+    in_engine = path.as_posix().rpartition(f"/{ENGINE}/")[2]
+    found = re.search(r"(?:zero_pp_rank_|offloaded_tensors/rank)(\d+)", in_engine)
+    return int(found.group(1)) if found else 0
+
+
+def _rank_sums(partial: Path, rank: int) -> Path:
+    return partial / f"sums_rank_{rank:03d}.json"
+
+
+def _sum(path: Path, *, sync: bool = False) -> dict[str, Any]:
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    number = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

@@ -112,12 +112,16 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class SaveConfig:
-    """How often checkpoints are written (in steps; 0: never) and how many of the newest are kept."""
+    """How often checkpoints are written (in steps; 0: never) and how many of the newest are kept.
+
+    Those of every `keep_every`-th step are kept besides (0: none).
+    """
 
     __pydantic_config__ = _STRICT
 
     every: int = 500
     keep: int = 2
+    keep_every: int = 0
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,9 @@ class RunConfig:
     recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
     timeout_s: int = 1800
     max_steps: int | None = None
+    time_limit_min: float | None = None
+    skip_non_finite: int = 0
+    resume_allow: tuple[str, ...] = ()
     recipe: str | None = None
     """Where the stage's numbers come from; the program writes it, nobody sets it."""
 
@@ -252,12 +259,16 @@ def _check_values(config: RunConfig) -> None:
         ("data.read_retries", config.data.read_retries, 0),
         ("save.every", config.save.every, 0),
         ("save.keep", config.save.keep, 1),
+        ("save.keep_every", config.save.keep_every, 0),
+        ("skip_non_finite", config.skip_non_finite, 0),
         ("log.every", config.log.every, 1),
         ("timeout_s", config.timeout_s, 1),
         ("max_steps", config.max_steps, 1),
     ):
         if value is not None and value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
+    if config.time_limit_min is not None and not 0 < config.time_limit_min < math.inf:
+        raise ConfigError(f"time_limit_min must be above 0, got {config.time_limit_min}; null sets no limit")
     if not 0 < stage.epochs < math.inf:
         raise ConfigError(f"stage.epochs must be above 0 and finite, got {stage.epochs}")
     if not 0 <= stage.weight_decay < math.inf:

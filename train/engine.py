@@ -14,7 +14,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from llava_next.model import LlavaNext
-from train.config import RunConfig
+from train.config import ConfigError, RunConfig
 from train.optim import parameter_groups
 from train.quiet import muted_stdout
 from train.world import World
@@ -31,8 +31,9 @@ def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
-        "gradient_clipping": config.stage.clip_norm or 0.0,
-        "bf16": {"enabled": world.dtype == torch.bfloat16},
+        # Without ZeRO the guard of the step clips, where it also finds out whether a gradient is finite.
+        "gradient_clipping": 0.0 if zero_stage(config) == 0 else config.stage.clip_norm or 0.0,
+        "bf16": {"enabled": world.dtype == torch.bfloat16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "zero_allow_untested_optimizer": True,
@@ -43,7 +44,16 @@ def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed.DeepSpeedEngine:
-    """Moves the model to its device, builds AdamW over the trained parts and wraps both in DeepSpeed."""
+    """Moves the model to its device, builds AdamW over the trained parts and wraps both in DeepSpeed.
+
+    Raises:
+        ConfigError: ZeRO 0 in bf16.
+    """
+    if zero_stage(config) == 0 and world.dtype == torch.bfloat16:
+        raise ConfigError(
+            "engine=zero0 keeps no fp32 weights and gradients beside bf16 ones, so small updates would be lost; choose "
+            "engine=zero1 (the same on one rank), or precision=fp32"
+        )
     deepspeed_logger.setLevel("WARNING")
     model.to(world.device)
     optimizer = torch.optim.AdamW(parameter_groups(model, config.stage), betas=(0.9, 0.999), eps=1e-8, fused=True)

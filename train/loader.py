@@ -189,6 +189,12 @@ class _Order(Sampler[np.ndarray]):
             yield from self.planner.plan(step).rows
 
 
+def blank_row(processor: Processor) -> Batch:
+    """The row of a rank that has no sample: every part of the model runs, and nothing is learned."""
+    config = processor.config
+    return collate((), tile=config.tile, patches_per_tile=config.patches_per_side**2)
+
+
 def batches(
     planner: Planner,
     mixture: Mixture,

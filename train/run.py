@@ -19,11 +19,11 @@ from llava_next.costs import step_costs
 from llava_next.hf import load_weights, write_hf
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from llava_next.processor import Processor
-from train import checkpoint, ops
+from train import checkpoint, ops, resume
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
 from train.lengths import LengthTable, check_budgets, open_table
-from train.loader import Planner, batches, stage_processor
+from train.loader import Planner, batches, blank_row, stage_processor
 from train.local import local_stores
 from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
@@ -43,6 +43,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     start_logging(launch, run_dir)
+    deadline_s = time.monotonic() + 60 * config.time_limit_min if config.time_limit_min else float("inf")
     with watch:
         if config.device != "cuda" and not torch.cuda.is_available():
             ops.ensure_built(say=launch.local_rank == 0)
@@ -51,19 +52,23 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
         model, loaded = _build(backbone, config, world, num_sources=len(mixture.source_names))
         planner = make_planner(config, world, backbone, model, table)
         watch.names = partial(sample_names, planner, mixture)
-        engine = start_engine(model, config, world)
         num_steps = planner.num_steps
         last_step = min(num_steps, config.max_steps or num_steps)
-        resumed_from = checkpoint.newest(run_dir / "checkpoints")
-        first_step = 0
-        if resumed_from is not None:
-            first_step = checkpoint.resume(engine, resumed_from, table.fingerprint, config, world)
+        frozen = resume.frozen_sums(model, world)
+        first_step, num_skipped = 0, 0
+        place = checkpoint.find_sound(run_dir / "checkpoints", world)
+        with resume.opened(place, model, table.fingerprint, config, world) as resumption:
+            engine = start_engine(model, config, world)
+            if resumption is not None:
+                loaded = resumption.words
+                blank = blank_row(processor).to(world.device)
+                first_step = resumption.load(engine, blank, frozen, world, config)
+                num_skipped = first_step - resumption.state.updates
         if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
             _write_about(config, mixture, table)
         log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
         try:
-            origin = f"resumed from {resumed_from} at step {first_step}" if resumed_from else loaded
-            log.say(_opening(config, world, table, num_steps, origin))
+            log.say(_opening(config, world, table, num_steps, loaded))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
                 stream = batches(
@@ -77,7 +82,19 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     pin_memory=world.device.type == "cuda",
                     read_retries=config.data.read_retries,
                 )
-                trainer = Trainer(config, world, engine, planner, stream, log, mixture, watch.progress)
+                trainer = Trainer(
+                    config,
+                    world,
+                    engine,
+                    planner,
+                    stream,
+                    log,
+                    mixture,
+                    watch.progress,
+                    frozen=frozen,
+                    num_skipped=num_skipped,
+                    deadline_s=deadline_s,
+                )
                 trainer.run(first_step, last_step)
             watch.progress.enter("end", last_step - 1)
             if last_step == num_steps:

@@ -4,6 +4,7 @@ A step: set the rates, take this rank's rows, forward and backward each, step, l
 leave if asked. What a step computes is a function of its number; this file holds no other state.
 """
 
+import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,10 @@ import torch
 from data_recipes.mixture import Mixture
 from llava_next.batch import Batch
 from llava_next.model import LossSums
-from train import checkpoint
-from train.config import RunConfig
+from train import resume
+from train.checkpoint import Saver
+from train.config import RunConfig, to_yaml
+from train.guard import StepGuard
 from train.loader import Planner, StepPlan
 from train.log import RunLog
 from train.optim import schedule_factor, set_rates
@@ -33,19 +36,24 @@ class StepError(RuntimeError):
     """A step whose numbers cannot be right; it was not applied."""
 
 
-class Interrupted(Exception):
-    """The run was asked to stop; everything up to `step` is saved."""
+class OutOfMemory(RuntimeError):
+    """A row did not fit into memory; the message says which, and what to change."""
 
-    def __init__(self, step: int) -> None:
-        super().__init__(f"stopped after step {step}")
+
+class Interrupted(Exception):
+    """The run was asked to stop, or its time is over; everything up to `step` is saved."""
+
+    def __init__(self, step: int, why: str = "") -> None:
+        super().__init__(f"stopped after step {step}{why}")
         self.step = step
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A finished step: losses per source summed over ranks, and where the time went."""
+    """A finished step: losses per source summed over ranks, whether it was applied, and where the time went."""
 
     agreement: Agreement
+    applied: bool
     grad_norm: float
     seconds: float
     data_wait_s: float
@@ -59,6 +67,9 @@ class Trainer:
         batches: this rank's batches, from the step where the run starts.
         mixture: names the sources of the losses, and the samples of a step that cannot be right.
         progress: where this rank says how far it is.
+        frozen: sums of the frozen parameters, for the checkpoints.
+        num_skipped: steps that were left out before this start.
+        deadline_s: on the monotonic clock: when it has passed, the run saves and leaves.
     """
 
     def __init__(
@@ -71,19 +82,29 @@ class Trainer:
         log: RunLog,
         mixture: Mixture,
         progress: Progress | None = None,
+        *,
+        frozen: dict[str, str] | None = None,
+        num_skipped: int = 0,
+        deadline_s: float = float("inf"),
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
         self.planner, self.batches, self.log = planner, batches, log
         self.mixture, self.source_names = mixture, mixture.source_names
         self.progress = progress or Progress(None)
         self.stop_signal = StopSignal()
+        self.guard = StepGuard(engine, config)
+        self.saver = Saver(config.run_dir / "checkpoints", world, config.save)
+        self._frozen, self._num_skipped, self._deadline_s = frozen or {}, num_skipped, deadline_s
+        self._save_s = 0.0
 
     def run(self, first_step: int, last_step: int) -> None:
         """Trains steps `first_step` to `last_step` - 1.
 
         Raises:
-            Interrupted: asked to stop; saved.
-            StepError: a loss or a count that cannot be right.
+            Interrupted: asked to stop, or out of time; saved.
+            StepError: a loss, a gradient or a count that cannot be right.
+            OutOfMemory: a row did not fit.
+            SaveError: a checkpoint could not be written.
         """
         num_steps = self.planner.num_steps
         with self.stop_signal:
@@ -94,10 +115,14 @@ class Trainer:
                 outcome = self.train_step(plan)
                 self.log.step(step, self._metrics(plan, outcome, rates))
                 done = step + 1
+                if outcome.agreement.sealed:
+                    self.saver.finish()
                 if outcome.agreement.stop or self._save_is_due(done, last_step):
                     self.save(done)
                 if outcome.agreement.stop and done < last_step:
-                    raise Interrupted(done)
+                    self.saver.wait()
+                    raise Interrupted(done, "" if self.stop_signal.asked else self._why_out_of_time())
+            self.saver.wait()
 
     def train_step(self, plan: StepPlan) -> StepOutcome:
         """Forward and backward of this rank's rows, and the optimizer's step.
@@ -106,7 +131,9 @@ class Trainer:
         factor. So ranks, rows and budgets have no say in the gradient.
 
         Raises:
-            StepError: nothing is supervised, in all or in one of the sources, or a number cannot be right.
+            StepError: nothing is supervised, in all or in one of the sources, or a number cannot be right and no
+                more steps may be left out.
+            OutOfMemory: a row did not fit.
         """
         if plan.num_supervised < 1:
             raise StepError(f"step {plan.step}: none of its tokens is supervised. {self._samples(plan)}")
@@ -117,30 +144,52 @@ class Trainer:
         for number in range(len(plan.rows)):
             self.progress.enter("data", plan.step, number)
             before = time.monotonic()
-            batch = next(self.batches).to(self.world.device)
+            batch = next(self.batches)
             waited += time.monotonic() - before
-            self.progress.enter("forward", plan.step, number)
-            loss = LossSums(*self.engine(batch))
-            self.progress.enter("backward", plan.step, number)
-            self.engine.backward(loss.total * (self.world.size / plan.divisor))
+            try:
+                loss = self._forward_backward(plan, number, batch)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise OutOfMemory(self._about_row(plan, number, error)) from error
+                raise
             sums[:num_sources] += loss.by_source
             sums[num_sources:] += loss.tokens_by_source
         self.progress.enter("agree", plan.step)
         on_host = sums.cpu()
-        agreement = agree(self.world, on_host, stop=self.stop_signal.asked, seconds=time.monotonic() - started - waited)
+        agreement = agree(
+            self.world,
+            on_host,
+            stop=self.stop_signal.asked or time.monotonic() > self._deadline_s,
+            sealed=self.saver.is_sealed,
+            seconds=time.monotonic() - started - waited,
+        )
         self._check(plan, agreement)
+        bad = torch.nonzero(~torch.isfinite(agreement.sums[:num_sources]))[:, 0].tolist()
         self.progress.enter("update", plan.step)
-        self.engine.step()
-        norm = self.engine.get_global_grad_norm()
-        grad_norm = float(norm) if norm is not None else float("nan")
-        return StepOutcome(agreement, grad_norm, time.monotonic() - started, waited)
+        update = self.guard.step(refuse=bool(bad))
+        if not update.applied:
+            self._leave_out(plan, bad)
+        return StepOutcome(agreement, update.applied, update.grad_norm, time.monotonic() - started, waited)
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps."""
+        """A checkpoint after `step` steps. It has its name when every rank's files are on the disk, some steps later.
+
+        Raises:
+            SaveError: it could not be written.
+        """
         self.progress.enter("save", step - 1)
-        state = checkpoint.run_state(step, self.planner.table.fingerprint, self.config, self.world)
-        folder = self.config.run_dir / "checkpoints"
-        checkpoint.save(self.engine, folder, state, self.world, keep=self.config.save.keep)
+        state = resume.run_state(
+            step, self.planner.table.fingerprint, self.config, self.world, self.engine, self._frozen
+        )
+        self._save_s = self.saver.write(self.engine, state, to_yaml(self.config))
+
+    def _forward_backward(self, plan: StepPlan, number: int, batch: Batch) -> LossSums:
+        batch = batch.to(self.world.device)
+        self.progress.enter("forward", plan.step, number)
+        loss = LossSums(*self.engine(batch))
+        self.progress.enter("backward", plan.step, number)
+        self.engine.backward(loss.total * (self.world.size / plan.divisor))
+        return loss
 
     def _save_is_due(self, done: int, last_step: int) -> bool:
         every = self.config.save.every
@@ -148,7 +197,7 @@ class Trainer:
 
     def _check(self, plan: StepPlan, agreement: Agreement) -> None:
         num_sources = len(self.source_names)
-        losses, tokens = agreement.sums[:num_sources], agreement.sums[num_sources:]
+        tokens = agreement.sums[num_sources:]
         for source in np.unique(self.planner.table.rows["source"][plan.samples]).tolist():
             if not tokens[source]:
                 raise StepError(
@@ -160,13 +209,44 @@ class Trainer:
                 f"step {plan.step}: {int(tokens.sum())} supervised tokens were seen, the length table counts "
                 f"{plan.num_supervised}; the table is not this data's"
             )
-        bad = torch.nonzero(~torch.isfinite(losses))[:, 0].tolist()
-        if bad:
-            names = ", ".join(self.source_names[source] for source in bad)
+
+    def _leave_out(self, plan: StepPlan, bad: Sequence[int]) -> None:
+        """Writes down a step that was not applied, and ends the run if it is one too many."""
+        names = ", ".join(self.source_names[source] for source in bad)
+        what = f"the loss of {names}" if bad else "the gradient"
+        self._num_skipped += 1
+        if self.world.is_main:
+            with (self.config.run_dir / "non_finite.jsonl").open("a") as file:
+                samples = [f"{text.source}:{text.id}" for text in map(self.mixture.text, self._numbers(plan))]
+                file.write(json.dumps({"step": plan.step, "what": what, "samples": samples}) + "\n")
+        allowed = self.config.skip_non_finite
+        told = f"step {plan.step}: {what} is not finite; the step was not applied"
+        if self._num_skipped > allowed:
             raise StepError(
-                f"step {plan.step}: the loss of {names} is not finite; the step was not applied. "
-                f"{self._samples(plan, bad)}"
+                f"{told}, and {allowed} such steps may be left out (skip_non_finite); non_finite.jsonl has all of its "
+                f"samples. {self._samples(plan, bad or None)}"
             )
+        self.log.say(f"{told} ({self._num_skipped} of at most {allowed}; its samples are in non_finite.jsonl)")
+
+    def _numbers(self, plan: StepPlan) -> list[int]:
+        return [int(number) for number in self.planner.table.rows["sample"][plan.samples]]
+
+    def _about_row(self, plan: StepPlan, number: int, error: Exception) -> str:
+        """Which row did not fit, and what to change; none of it changes what is learned."""
+        rows = self.planner.table.rows[plan.rows[number]]
+        tokens, tiles = rows["tokens"], rows["tiles"]
+        packing = self.config.packing
+        longest = f", the longest of {tokens.max():,} tokens" if len(rows) else ""
+        return (
+            f"step {plan.step}, micro-step {number}: a row of {tokens.sum():,} tokens and {tiles.sum():,} tiles "
+            f"({len(rows)} samples{longest}) did not fit into memory. Lower packing.max_tokens ({packing.max_tokens}; "
+            f"at least stage.max_length, {self.config.stage.max_length}) or packing.max_tiles ({packing.max_tiles}), "
+            "set recompute=[language_model], or shard more (engine=zero3, or offload in the engine's dictionary): "
+            f"nothing that is learned depends on them. It said: {str(error).splitlines()[0]}"
+        )
+
+    def _why_out_of_time(self) -> str:
+        return f" (time_limit_min={self.config.time_limit_min:g} is over)" if self.config.time_limit_min else ""
 
     def _samples(self, plan: StepPlan, sources: Sequence[int] | None = None) -> str:
         """The step's samples, of all or some sources, by their ids."""
@@ -180,6 +260,10 @@ class Trainer:
         num_sources = len(self.source_names)
         losses, tokens = outcome.agreement.sums[:num_sources], outcome.agreement.sums[num_sources:]
         values = {"train/loss": float(losses.sum()) / plan.divisor, "train/grad_norm": outcome.grad_norm}
+        if not outcome.applied:
+            values["train/left_out"] = 1.0
+        if self._save_s:
+            values["perf/save_s"], self._save_s = self._save_s, 0.0  # of the save before this step
         shares = plan.divisors.tolist()
         for name, loss, share, count in zip(self.source_names, losses.tolist(), shares, tokens.tolist(), strict=True):
             if count:
@@ -200,6 +284,11 @@ class Trainer:
             "perf/max_memory_gib": max_memory_gib(self.world),
         }
         return values
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so: its CPU allocator has no type of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def max_memory_gib(world: World) -> float:

@@ -122,10 +122,13 @@ class Watch:
             print(f"error: {failure}", file=sys.stderr, flush=True)
         if error is None:
             self._dump_stacks()
-        for worker in multiprocessing.active_children():
-            worker.kill()
-        # Not by way of the process group's clean-up, which would wait for the others.
-        os._exit(EXIT_FAILED)
+        _end(EXIT_FAILED)
+
+    def leave_at_once(self, code: int, reason: str) -> NoReturn:
+        """Ends this process without waiting for anybody."""
+        if self.exit_file.write(code, reason):
+            print(reason, file=sys.stderr, flush=True)
+        _end(code)
 
     def _failure(self, error: Exception | None) -> RankFailure:
         own, _ = self.progress.now
@@ -180,6 +183,13 @@ class Watch:
                 with suppress(OSError):
                     os.kill(worker.pid or 0, signal.SIGUSR2)
             time.sleep(0.5)
+
+
+def _end(code: int) -> NoReturn:
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    # Not by way of the process group's clean-up, which would wait for the others.
+    os._exit(code)
 
 
 def _about_late(behind: Sequence[Place]) -> str:

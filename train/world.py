@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,8 @@ from torch.distributed import distributed_c10d
 
 from train.config import RunConfig
 from train.quiet import muted_stdout
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -108,24 +111,37 @@ class Agreement:
 
     sums: torch.Tensor
     stop: bool
+    sealed: bool
     slowest_s: float
 
 
-def agree(world: World, sums: torch.Tensor, *, stop: bool, seconds: float) -> Agreement:
+def agree(world: World, sums: torch.Tensor, *, stop: bool, sealed: bool, seconds: float) -> Agreement:
     """The one collective of a step besides the engine's: sums, stop requests and times in one message.
 
     Args:
         sums: float64 [n] on the host, added up over ranks.
-        stop: this rank was asked to stop.
+        stop: this rank was asked to stop; one that was is enough.
+        sealed: this rank's files of a checkpoint are on the disk; true if they are on every rank.
         seconds: this rank's time in the step's forward and backward passes; the largest is returned.
     """
     slots = torch.zeros(world.size, dtype=torch.float64)
     slots[world.rank] = seconds
-    message = torch.cat([sums.to(torch.float64), torch.tensor([float(stop)], dtype=torch.float64), slots])
+    flags = torch.tensor([float(stop), float(sealed)], dtype=torch.float64)
+    message = torch.cat([sums.to(torch.float64), flags, slots])
     if world.size > 1:
         dist.all_reduce(message, group=world.host_group)
     num = len(sums)
-    return Agreement(message[:num], bool(message[num] > 0), float(message[num + 1 :].max()))
+    num_stop, num_sealed = message[num : num + 2].tolist()
+    return Agreement(message[:num], num_stop > 0, num_sealed == world.size, float(message[num + 2 :].max()))
+
+
+def share(world: World, value: _Value) -> list[_Value]:
+    """What every rank has brought, in the order of ranks. For small values, at the start or the end of something."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.host_group)
+    return values
 
 
 def barrier(world: World) -> None:

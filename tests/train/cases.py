@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,17 +107,24 @@ class Parts:
     model: Any
     planner: Any
     engine: Any
+    frozen: dict[str, str]
+    first_step: int = 0
+    num_skipped: int = 0
+    origin: str = ""
 
 
 @contextmanager
-def built(config: RunConfig) -> Iterator[Parts]:
-    """The parts of a run on this rank, and the engine's end."""
+def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
+    """The parts of a run on this rank, and the engine's end. `goes_on`: from its newest sound checkpoint, if any."""
     from data_recipes.mixture import Mixture
     from llava_next.build import build_model, read_backbone
     from llava_next.hf import load_weights
     from llava_next.model import set_trained_parts
+    from train.checkpoint import find_sound
     from train.engine import start_engine
     from train.lengths import open_table
+    from train.loader import blank_row
+    from train.resume import frozen_sums, opened
     from train.run import make_planner
     from train.world import read_launch, start
 
@@ -140,9 +147,17 @@ def built(config: RunConfig) -> Iterator[Parts]:
         load_weights(model, backbone, Path(stage.init_from))
     set_trained_parts(model, stage.rates)
     planner = make_planner(config, world, backbone, model, table)
-    engine = start_engine(model, config, world)
+    frozen = frozen_sums(model, world)
+    place = find_sound(config.run_dir / "checkpoints", world) if goes_on else None
+    with opened(place, model, table.fingerprint, config, world) as resumption:
+        engine = start_engine(model, config, world)
+        parts = Parts(config, world, backbone, processor, mixture, table, model, planner, engine, frozen)
+        if resumption is not None:
+            parts.first_step = resumption.load(engine, blank_row(processor), frozen, world, config)
+            parts.num_skipped = parts.first_step - resumption.state.updates
+            parts.origin = resumption.words
     try:
-        yield Parts(config, world, backbone, processor, mixture, table, model, planner, engine)
+        yield parts
     finally:
         engine.destroy()
         del engine, model
@@ -151,22 +166,22 @@ def built(config: RunConfig) -> Iterator[Parts]:
 
 def train(config: RunConfig, last_step: int | None = None) -> Record:
     """Trains from where the run's folder says (resumes, else starts afresh) up to `last_step`; keeps what it saw."""
-    from train import checkpoint
-
-    with built(config) as parts:
-        first_step = 0
-        newest = checkpoint.newest(config.run_dir / "checkpoints")
-        if newest is not None:
-            first_step = checkpoint.resume(parts.engine, newest, parts.table.fingerprint, config, parts.world)
-        return train_parts(parts, first_step, last_step or parts.planner.num_steps, origin=str(newest or ""))
+    with built(config, goes_on=True) as parts:
+        return train_parts(parts, parts.first_step, last_step or parts.planner.num_steps, origin=parts.origin)
 
 
 def train_parts(
-    parts: Parts, first_step: int, last_step: int, *, origin: str = "", stop_after: int | None = None
+    parts: Parts,
+    first_step: int,
+    last_step: int,
+    *,
+    origin: str = "",
+    stop_after: int | None = None,
+    seen: list[Record] | None = None,
 ) -> Record:
     """Runs the trainer over these steps; every outcome, and the weights before and after, are kept.
 
-    `stop_after` asks this process to stop in the step of that number, as a signal would.
+    `stop_after` asks this process to stop in the step of that number, as a signal would; `seen` then holds the record.
     """
     from llava_next.model import part_of
     from train.loader import StepPlan, batches
@@ -176,6 +191,8 @@ def train_parts(
 
     config, world, planner = parts.config, parts.world, parts.planner
     record = Record(first_step, origin)
+    if seen is not None:
+        seen.append(record)
     record.parts = {name: part_of(name) for name, _ in parts.model.named_parameters()}
     record.table = part_table(parts.model, parts.engine.optimizer)
     record.before = weights(parts)
@@ -209,7 +226,17 @@ def train_parts(
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
     try:
-        Watched(config, world, parts.engine, planner, stream, log, parts.mixture).run(first_step, last_step)
+        Watched(
+            config,
+            world,
+            parts.engine,
+            planner,
+            stream,
+            log,
+            parts.mixture,
+            frozen=parts.frozen,
+            num_skipped=parts.num_skipped,
+        ).run(first_step, last_step)
     finally:
         log.close()
     record.after = weights(parts)
@@ -536,56 +563,84 @@ def train_up_to(config: RunConfig, last_step: int) -> Record:
             return Record()
 
 
-def refusals(config: RunConfig) -> list[str]:
-    """What a checkpoint says to other data, another seed, another number of ranks and another ZeRO stage."""
+def train_up_to_and_see(config: RunConfig, last_step: int) -> Record:
+    """Goes on and is asked to stop after `last_step` steps; what it saw."""
+    from train.trainer import Interrupted
+
+    with built(config, goes_on=True) as parts:
+        seen: list[Record] = []
+        with suppress(Interrupted):
+            train_parts(
+                parts, parts.first_step, parts.planner.num_steps, stop_after=last_step, origin=parts.origin, seen=seen
+            )
+        return seen[0]
+
+
+def resume_without_room(config: RunConfig) -> None:
+    """Goes on where the disk says that it is full."""
+    import shutil
+    from unittest.mock import patch
+
+    full = shutil.disk_usage("/")._replace(free=0)
+    with patch("train.universal.shutil.disk_usage", lambda _: full), built(config, goes_on=True):
+        pass
+
+
+def resume_hostile(config: RunConfig) -> None:
+    """Goes on from a checkpoint in which a file was replaced, sums included, by one that runs code when unpickled."""
+    import torch
+
     from train import checkpoint
-    from train.config import ConfigError
 
-    with built(config) as parts:
-        place = checkpoint.newest(config.run_dir / "checkpoints")
-        assert place is not None
-        fingerprint, world = parts.table.fingerprint, parts.world
-        told = []
-        for data, other, where in (
-            ("0" * 64, config, world),
-            (fingerprint, replace(config, seed=config.seed + 1), world),
-            (fingerprint, config, replace(world, size=world.size + 1)),
-            (fingerprint, replace(config, engine=zero(1)), world),
-        ):
-            try:
-                checkpoint.resume(parts.engine, place, data, other, where)
-            except ConfigError as error:
-                told.append(str(error))
-        return told
+    class Hostile:
+        def __reduce__(self) -> Any:
+            return eval, ("1 / 0",)
+
+    place = checkpoint.newest(config.run_dir / "checkpoints")
+    assert place is not None
+    [file] = (place / "engine").glob("*optim_states.pt")
+    torch.save({"optimizer_state_dict": Hostile()}, file)
+    sums = json.loads((place / "sums.json").read_text())
+    sums[f"engine/{file.name}"] = checkpoint._sum(file)
+    (place / "sums.json").write_text(json.dumps(sums))
+    with built(config, goes_on=True):
+        pass
 
 
-def save_often(config: RunConfig, keep: int) -> list[list[str]]:
+def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
     """The names in the checkpoint folder after each of four saves."""
-    from train import checkpoint
+    from train.checkpoint import Saver
+    from train.config import to_yaml
+    from train.resume import run_state
 
     folder = config.run_dir / "checkpoints"
     with built(config) as parts:
         names = []
+        saver = Saver(folder, parts.world, save)
         for step in (1, 2, 3, 4):
-            state = checkpoint.run_state(step, parts.table.fingerprint, config, parts.world)
-            checkpoint.save(parts.engine, folder, state, parts.world, keep=keep)
+            state = run_state(step, parts.table.fingerprint, config, parts.world, parts.engine, parts.frozen)
+            saver.write(parts.engine, state, to_yaml(config))
+            saver.wait()
             names.append(sorted(place.name for place in folder.iterdir()))
         return names
 
 
-def resume_elsewhere(config: RunConfig) -> Record:
-    """Resumes into a model whose every weight, frozen ones too, was first set to something else."""
+def resume_elsewhere(config: RunConfig, frozen: bool = False) -> Record:
+    """Resumes into a model whose trained weights, or frozen ones, were first set to something else."""
     import torch
 
     from llava_next import build
+    from llava_next.model import set_trained_parts
 
     build_model = build.build_model
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         model = build_model(*args, **kwargs)
         with torch.no_grad():
+            set_trained_parts(model, config.stage.rates)
             for parameter in model.parameters():
-                parameter.add_(1.0)
+                if parameter.requires_grad is not frozen:
+                    parameter.add_(1.0)
         return model
 
     build.build_model = spoiled

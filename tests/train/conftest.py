@@ -13,6 +13,7 @@ from train.config import RunConfig
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 NUM_SAMPLES = 40
+StartRanks = Callable[[int], Ranks]
 
 
 @pytest.fixture(scope="session")

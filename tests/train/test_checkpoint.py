@@ -1,85 +1,24 @@
-"""Owns the proofs about stopping and going on: a resumed run ends where an uninterrupted one does, bit for bit; a
-checkpoint is complete or absent, and refuses a run that is not its own.
-"""
+"""Owns the proofs about checkpoints on disk: whole or not there, kept as asked, damage is told."""
 
 import json
-from collections.abc import Callable
+import logging
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from tests.ranks import Ranks
 from tests.train import cases
-from tests.train.cases import aligning, zero
+from tests.train.conftest import StartRanks
 from train import checkpoint
-from train.config import RunConfig
+from train.checkpoint import RunState, SaveError, Saver
+from train.config import RunConfig, SaveConfig
 from train.world import World
 
-StartRanks = Callable[[int], Ranks]
-
-
-@pytest.mark.parametrize(
-    ("kind", "size", "stage"),
-    [
-        ("finetune", 2, 2),
-        ("align", 2, 3),
-        *(
-            pytest.param(kind, size, stage, marks=pytest.mark.full)
-            for kind in ("finetune", "align")
-            for size in (1, 2)
-            for stage in (0, 1, 2, 3)
-            if (kind, size, stage) not in (("finetune", 2, 2), ("align", 2, 3))
-        ),
-    ],
-)
-def test_resumed_is_uninterrupted(
-    start_ranks: StartRanks, run_config: RunConfig, kind: str, size: int, stage: int
-) -> None:
-    """Stopped after two steps and started again by new engines, a run sees the rest of the samples, has the same losses
-    and ends with bit-identical weights; metrics.jsonl has every step once."""
-    config = replace(run_config if kind == "finetune" else aligning(run_config), engine=zero(stage))
-    ranks = start_ranks(size)
-    whole = ranks.run(cases.train, replace(config, name="whole"))[0]
-    ranks.run(cases.train_up_to, config, 2)
-    # Another seed's model: whatever the checkpoint does not bring back would show.
-    resumed = ranks.run(cases.resume_elsewhere, config)[0]
-    assert resumed.first_step == 2
-    assert resumed.samples == whole.samples[2:]
-    assert resumed.losses == whole.losses[2:]
-    for name, weight in whole.after.items():
-        np.testing.assert_array_equal(resumed.after[name], weight, err_msg=name)
-    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == [0, 1, 2, 3]
-    assert [line["train/loss"] for line in lines] == pytest.approx(whole.losses, rel=1e-6)
-
-
-def test_checkpoint_refuses_another_run(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Other data, another seed, another number of ranks or another ZeRO stage: one sentence each, with both values and
-    the way out; nothing is loaded."""
-    ranks = start_ranks(2)
-    ranks.run(cases.train_up_to, run_config, 1)
-    for told in ranks.run(cases.refusals, run_config):
-        assert len(told) == 4
-        for text, name in zip(told, ("data_fingerprint", "seed", "num_ranks", "zero_stage"), strict=True):
-            assert f"was saved with {name}=" in text
-            assert "this run has" in text
-            assert "start afresh with another name=" in text
-            assert str(run_config.run_dir / "checkpoints") in text
-
-
-def test_newest_are_kept(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Only the newest `keep` checkpoints stay, and nothing else lies beside them."""
-    names = start_ranks(2).run(cases.save_often, run_config, 2)[0]
-    assert names == [
-        ["step_000001"],
-        ["step_000001", "step_000002"],
-        ["step_000002", "step_000003"],
-        ["step_000003", "step_000004"],
-    ]
+ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
+ENGINE_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
 
 
 class FakeEngine:
@@ -88,65 +27,156 @@ class FakeEngine:
     def __init__(self, fails: bool = False) -> None:
         self.fails = fails
 
-    def save_checkpoint(self, folder: str, **_: Any) -> None:
-        (Path(folder) / "first").write_text("half")
+    def save_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
+        (Path(folder) / tag / ENGINE_FILES[0]).write_text("half")
         if self.fails:
             raise OSError("No space left on device")
-        (Path(folder) / "second").write_text("whole")
+        (Path(folder) / tag / ENGINE_FILES[1]).write_text("whole")
 
 
-ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
+def state(step: int) -> RunState:
+    """A state of which only the step matters."""
+    return RunState(step, "f" * 64, {"num_ranks": 1, "zero_stage": 2}, "float32", [], step, {}, {"torch": "2"})
 
 
-def saved(config: RunConfig, folder: Path, step: int, *, keep: int = 9, fails: bool = False) -> Path:
+def saved(folder: Path, step: int, save: SaveConfig | None = None, *, fails: bool = False) -> Path:
     """A checkpoint after `step` steps, of files that stand for an engine."""
     engine: Any = FakeEngine(fails)
-    return checkpoint.save(engine, folder, checkpoint.run_state(step, "f" * 64, config, ALONE), ALONE, keep=keep)
+    saver = Saver(folder, ALONE, save or SaveConfig(keep=9))
+    saver.write(engine, state(step), "name: x\n")
+    saver.wait()
+    return folder / checkpoint.place_name(step)
 
 
-def test_interrupted_write_is_absent(run_config: RunConfig, tmp_path: Path) -> None:
+def test_newest_are_kept(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """Only the newest `keep` checkpoints stay, and those of every `keep_every`-th step; nothing lies beside them."""
+    ranks = start_ranks(2)
+    assert ranks.run(cases.save_often, run_config, SaveConfig(keep=2))[0] == [
+        ["step_000001"],
+        ["step_000001", "step_000002"],
+        ["step_000002", "step_000003"],
+        ["step_000003", "step_000004"],
+    ]
+    other = replace(run_config, name="every")
+    assert ranks.run(cases.save_often, other, SaveConfig(keep=1, keep_every=2))[0][-1] == ["step_000002", "step_000004"]
+    place = other.run_dir / "checkpoints" / "step_000004"
+    scripts = {"zero_to_fp32.py", "zero_to_torch.py"}  # DeepSpeed's, for people without this package
+    assert {path.name for path in place.iterdir()} - scripts == {"engine", "config.yaml", "run_state.json", "sums.json"}
+    sums = json.loads((place / "sums.json").read_text())
+    files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert set(sums) == files - {"sums.json"}
+
+
+def test_interrupted_write_is_absent(tmp_path: Path) -> None:
     """A write that ends early, at whatever file, leaves the checkpoint before it as the newest; what it left is
-    replaced by the next one."""
+    removed by the next start, and by the next write."""
     assert checkpoint.newest(tmp_path / "none") is None
-    first = saved(run_config, tmp_path, 1)
-    with pytest.raises(OSError, match="No space left"):
-        saved(run_config, tmp_path, 2, fails=True)
+    first = saved(tmp_path, 1)
+    with pytest.raises(SaveError, match=r"step_000002 could not be saved: No space left .* complete one is .*000001"):
+        saved(tmp_path, 2, fails=True)
     assert checkpoint.newest(tmp_path) == first
     # Ended between the last file and the new name.
     partial = tmp_path / "step_000002.partial"
     assert partial.is_dir()
-    (partial / "run_state.json").write_bytes((first / "run_state.json").read_bytes())
+    for name in ("run_state.json", "sums.json"):
+        (partial / name).write_bytes((first / name).read_bytes())
     assert checkpoint.newest(tmp_path) == first
-    second = saved(run_config, tmp_path, 2)
+    assert checkpoint.find_sound(tmp_path, ALONE) == first
+    assert not partial.exists()
+    partial.mkdir()
+    second = saved(tmp_path, 2)
     assert checkpoint.newest(tmp_path) == second
     assert not partial.exists()
-    assert sorted(place.name for place in second.iterdir()) == ["first", "run_state.json", "second"]
 
 
-def test_unfinished_ones_do_not_count_as_kept(run_config: RunConfig, tmp_path: Path) -> None:
+def test_it_has_no_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`write` comes back while files are brought to the disk; until `finish`, the checkpoint is not there."""
+    slow = checkpoint._sum
+
+    def slowly(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        time.sleep(0.05)
+        return slow(*args, **kwargs)
+
+    monkeypatch.setattr(checkpoint, "_sum", slowly)
+    engine: Any = FakeEngine()
+    saver = Saver(tmp_path, ALONE, SaveConfig())
+    assert not saver.is_sealed
+    saver.write(engine, state(3), "name: x\n")
+    assert not saver.is_sealed
+    assert checkpoint.newest(tmp_path) is None
+    sealed = False
+    while not sealed:
+        time.sleep(0.01)
+        sealed = saver.is_sealed
+    assert checkpoint.newest(tmp_path) is None
+    assert saver.finish() == checkpoint.newest(tmp_path)
+    assert not saver.is_sealed
+    assert saver.finish() is None
+
+
+def test_files_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the thread that brings files to the disk ends the save, and the checkpoint is not there."""
+
+    def fails(*_: Any, **__: Any) -> dict[str, Any]:
+        raise OSError("Input/output error")
+
+    first = saved(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_sum", fails)
+    with pytest.raises(SaveError, match="Input/output error"):
+        saved(tmp_path, 2)
+    assert checkpoint.newest(tmp_path) == first
+
+
+def test_unfinished_ones_do_not_count_as_kept(tmp_path: Path) -> None:
     """What a killed write left behind never pushes a complete checkpoint out."""
-    first = saved(run_config, tmp_path, 1)
+    first = saved(tmp_path, 1)
     for step in (2, 3):
         partial = tmp_path / f"step_00000{step}.partial"
         partial.mkdir()
-        (partial / "run_state.json").write_bytes((first / "run_state.json").read_bytes())
-    saved(run_config, tmp_path, 4, keep=2)
+        (partial / "sums.json").write_bytes((first / "sums.json").read_bytes())
+    saved(tmp_path, 4, SaveConfig(keep=2))
     assert [place.is_dir() for place in (first, tmp_path / "step_000004")] == [True, True]
 
 
-def test_order_is_by_step(run_config: RunConfig, tmp_path: Path) -> None:
+def test_order_is_by_step(tmp_path: Path) -> None:
     """The newest is the one with most steps, also beyond a million."""
     for step in (999_999, 1_000_000, 20):
-        newest = saved(run_config, tmp_path, step)
-    assert newest.name == "step_000020"
+        saved(tmp_path, step)
     found = checkpoint.newest(tmp_path)
     assert found is not None
     assert checkpoint.read_state(found).step == 1_000_000
 
 
-def test_state_is_what_a_run_needs(run_config: RunConfig, tmp_path: Path) -> None:
-    """The state says step, data, seed, ranks, ZeRO stage and the versions it was written with."""
-    state = checkpoint.read_state(saved(run_config, tmp_path, 7))
-    assert (state.step, state.data_fingerprint, state.seed) == (7, "f" * 64, run_config.seed)
-    assert (state.num_ranks, state.zero_stage) == (1, 2)
-    assert set(state.versions) == {"torch", "deepspeed", "transformers"}
+def flip(path: Path) -> None:
+    """One bit of a file, in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (lambda place: (place / "engine" / ENGINE_FILES[0]).write_bytes(b"ha"), "has 2 bytes, 4 were written"),
+    "bit flipped": (lambda place: flip(place / "engine" / ENGINE_FILES[1]), "other bytes than were written"),
+    "missing": (lambda place: (place / "engine" / ENGINE_FILES[0]).unlink(), "is missing"),
+    "state flipped": (lambda place: flip(place / "run_state.json"), "run_state.json has other bytes"),
+    "sums cut off": (lambda place: (place / "sums.json").write_text('{"engine/'), "JSONDecodeError"),
+    "sums empty": (lambda place: (place / "sums.json").write_text("[]"), "AttributeError"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_one_is_told_and_the_one_before_it_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Whatever has happened to a file of the newest one: it is named with what is wrong, put aside, and not used."""
+    damage, told = DAMAGES[kind]
+    first, second = saved(tmp_path, 1), saved(tmp_path, 2)
+    assert checkpoint.find_sound(tmp_path, ALONE) == second
+    damage(second)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.find_sound(tmp_path, ALONE) == first
+    assert f"checkpoint {second} is damaged" in caplog.text
+    assert told in caplog.text
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000001", "step_000002.damaged"]
+    damage(first)
+    assert checkpoint.find_sound(tmp_path, ALONE) is None

@@ -1,0 +1,98 @@
+"""Steps and saves that go wrong, for ranks to run: the fault, and what was seen. The proofs stand in the tests."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from unittest.mock import patch
+
+import numpy as np
+import torch
+
+from tests.train.cases import Parts, built, weights
+from train.config import RunConfig
+
+Fault = Literal["gradient", "loss", "memory"]
+FAULTY_STEP = 1
+
+
+@dataclass
+class Seen:
+    """Of each step: whether it was applied, and whether a weight changed in it; and what ended the run, if anything."""
+
+    applied: list[bool] = field(default_factory=list)
+    changed: list[bool] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    updates: list[int] = field(default_factory=list)
+    ended: str = ""
+
+
+def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) -> Seen:
+    """Trains all steps; in step `FAULTY_STEP` rank 1 (or the only one) has the fault."""
+    from train.loader import StepPlan, batches
+    from train.log import RunLog
+    from train.trainer import OutOfMemory, StepError, StepOutcome, Trainer
+
+    seen = Seen()
+    with built(config) as parts:
+
+        class Watched(Trainer):
+            def train_step(self, plan: StepPlan) -> StepOutcome:
+                before = weights(parts)
+                has_it = plan.step == FAULTY_STEP and parts.world.rank == parts.world.size - 1
+                with _faulty(parts, fault) if has_it else _sound():
+                    outcome = super().train_step(plan)
+                after = weights(parts)
+                seen.applied.append(outcome.applied)
+                seen.grad_norms.append(outcome.grad_norm)
+                seen.changed.append(any(not np.array_equal(before[name], after[name]) for name in before))
+                seen.updates += sorted({int(state["step"]) for state in self.engine.basic_optimizer.state.values()})
+                return outcome
+
+        num_steps = parts.planner.num_steps
+        stream = batches(
+            parts.planner,
+            parts.mixture,
+            parts.processor,
+            first_step=0,
+            last_step=num_steps,
+            num_workers=0,
+            prefetch=1,
+            pin_memory=False,
+            read_retries=0,
+        )
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        log = RunLog(config, is_main=parts.world.is_main, first_step=0, num_steps=num_steps)
+        args = (config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
+        try:
+            Watched(*args, frozen=parts.frozen, num_skipped=num_skipped).run(0, num_steps)
+        except (StepError, OutOfMemory) as error:
+            seen.ended = f"{type(error).__name__}: {error}"
+        finally:
+            log.close()
+    return seen
+
+
+@contextmanager
+def _sound() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _faulty(parts: Parts, fault: Fault) -> Iterator[None]:
+    if fault == "gradient":
+        parameter = next(parameter for parameter in parts.model.parameters() if parameter.requires_grad)
+        handle = parameter.register_hook(lambda gradient: gradient * float("inf"))
+        yield
+        handle.remove()
+        return
+    forward = type(parts.model).forward
+
+    def spoiled(model: Any, batch: Any) -> Any:
+        if fault == "memory":
+            raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+        total, by_source, tokens = forward(model, batch)
+        return total, by_source + float("inf"), tokens  # its gradient is finite
+
+    with patch.object(type(parts.model), "forward", spoiled):
+        yield
