@@ -92,7 +92,7 @@ class Saver:
 
     @property
     def is_sealed(self) -> bool:
-        """Whether this rank's files of a checkpoint without a name yet are on the disk, or could not be brought there."""
+        """Whether this rank's files of an unnamed checkpoint are on the disk, or could not be brought there."""
         return self._sealing is not None and not self._sealing.is_alive()
 
     def write(self, engine: deepspeed.DeepSpeedEngine, state: RunState, config_yaml: str) -> float:
