@@ -8,7 +8,7 @@ The files carry no label. What tells the parts apart is the folder of the pictur
 out as `unknown_component`, in the source of every part, because it may belong to any of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,17 +104,20 @@ TABLES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def find_table(table: str, component: str | None) -> tuple[Rule, ...]:
-    """The rules of `table`, after checking that it has that component.
+def find_table(table: str, wanted: Collection[str]) -> tuple[Rule, ...]:
+    """The rules of `table`, after checking that it has the `wanted` components.
 
     Raises:
-        DataError: there is no such table or component; the known ones are listed.
+        DataError: there is no such table or component, or none is wanted; the known ones are listed.
     """
     if table not in TABLES:
         raise DataError(f"components: there is no table {table!r}; known: {', '.join(TABLES)}.")
     known = list(dict.fromkeys(rule.component for rule in TABLES[table]))
-    if component not in known:
-        raise DataError(f"component: table {table} has no {component!r}; it has {', '.join(known)}.")
+    if not wanted:
+        raise DataError(f"component: it is missing; table {table} has {', '.join(known)}.")
+    for component in wanted:
+        if component not in known:
+            raise DataError(f"component: table {table} has no {component!r}; it has {', '.join(known)}.")
     return TABLES[table]
 
 
@@ -123,11 +126,12 @@ def component_of(record: dict[str, Any], rules: Sequence[Rule]) -> str | None:
     image = record.get("image")
     image = image[0] if isinstance(image, list) and image else image
     path = image if isinstance(image, str) else None
-    prompts = _prompts(record.get("conversations"))
     sample_id = str(record.get("id"))
+    prompts: list[str] | None = None
     for rule in rules:
         if not _in_folder(path, rule.folders):
             continue
+        prompts = _prompts(record.get("conversations")) if prompts is None else prompts
         if rule.prompts and not any(wanted.lower() in prompt for wanted in rule.prompts for prompt in prompts):
             continue
         if sample_id.startswith(rule.id_prefix) and len(prompts) >= rule.min_questions:

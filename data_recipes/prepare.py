@@ -3,9 +3,10 @@
     python -m data_recipes.prepare --mixture NAME --raw DIR --stores DIR [--workers N] [--strict]
     ... --slice 3/32     one of 32 jobs of a cluster;     ... --merge 32     then, once
 
-Owns: the command line, which sources need work, exit codes.
-Leaves: the making of one store to `store_writer.py` and `slices.py`, raw layouts to `readers/`, choosing samples to
-`mixture.py`, what is printed and written about a mixture to `summary.py` and `manifest.py`.
+Owns: the command line, what is done in which order, exit codes.
+Leaves: which sources need work to `work.py`, the making of a store to `store_writer.py` and `slices.py`, raw layouts to
+`readers/`, choosing samples to `mixture.py`, what is printed and written about a mixture to `summary.py` and
+`manifest.py`.
 
 Exit codes: 0 done; 1 the data or the machine failed (too many bad records, a full disk); 2 the user's
 mistake, in one sentence; 130 stopped by Ctrl-C. Needs neither torch nor deepspeed.
@@ -14,33 +15,27 @@ mistake, in one sentence; 130 stopped by Ctrl-C. Needs neither torch nor deepspe
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from data_recipes import summary
 from data_recipes.manifest import write_manifest
 from data_recipes.mixture import Mixture, read_mixture
+from data_recipes.parts import read_together
 from data_recipes.pictures import PicturePool
 from data_recipes.progress import Progress
 from data_recipes.sample import DataError
-from data_recipes.slices import (
-    merge_slices,
-    num_slice_bytes,
-    read_slices,
-    remove_slices,
-    slice_path,
-    slices_folder,
-    write_slice,
-)
-from data_recipes.source import RawState, SourceInfo, raw_state, read_source
-from data_recipes.space import Need, check_space, survey
-from data_recipes.store import read_manifest
+from data_recipes.slices import merge_slices, read_slices, slice_writer
+from data_recipes.source import read_source
+from data_recipes.space import Need, check_space
 from data_recipes.store_tables import RejectedError, StoreReport
-from data_recipes.store_writer import finish_interrupted, only_one, read_inputs, refresh_description, write_store
-from data_recipes.stream import WHOLE, Slice, StreamChangedError
+from data_recipes.store_writer import StoreWriter, finish_interrupted, only_one, read_inputs, write_records
+from data_recipes.stream import WHOLE, Loaded, Mark, NumberedStream, Slice, StreamChangedError
+from data_recipes.work import Work, find_work, survey_work, tell_that_it_stands
 
 
 @dataclass(frozen=True)
@@ -57,23 +52,6 @@ class Arguments:
     slice: Slice
     merge: int | None
     configs: Path
-
-
-@dataclass(frozen=True)
-class Work:
-    """A store or slice that must be made.
-
-    Attributes:
-        name: what is printed.
-        inputs: digests of what it is made from.
-        need: what merging slices takes; None where the raw files have yet to be surveyed.
-    """
-
-    source: SourceInfo
-    name: str
-    path: Path
-    inputs: dict[str, str]
-    need: Need | None = None
 
 
 def parse(argv: Sequence[str] | None = None) -> Arguments:
@@ -145,17 +123,15 @@ def prepare(arguments: Arguments) -> None:
     sources = [read_source(arguments.configs, name) for name in names]
     if arguments.max_rejects is not None:
         sources = [replace(source, max_reject_share=arguments.max_rejects) for source in sources]
-    look = _one_slice if arguments.slice != WHOLE else _merged if arguments.merge is not None else _whole
-    _state_of.cache_clear()
-    work = [found for source in sources if (found := look(source, arguments)) is not None]
+    work = find_work(sources, arguments.raw, arguments.stores, arguments.slice, arguments.merge)
     # Before any other thread starts: the pool forks. One pool serves all sources.
     num_workers = arguments.workers if work and arguments.merge is None else 1
     with PicturePool(num_workers) as pool:
         if work:
-            needs = pool.run_all(partial(_survey, arguments), work)
-            print(check_space(needs, arguments.stores), flush=True)
-            for item, need in zip(work, needs, strict=True):
-                _make(replace(item, need=need), arguments, pool)
+            needs = pool.run_all(partial(survey_work, arguments.raw, arguments.stores, arguments.slice), work)
+            print(check_space([need for group in needs for need in group], arguments.stores), flush=True)
+            for group, measured in zip(work, needs, strict=True):
+                _make(group, measured, arguments, pool)
     if arguments.slice != WHOLE:
         print(f"slice {arguments.slice} is done; when all are: --merge {arguments.slice.num_slices}")
     elif config is None:
@@ -166,106 +142,56 @@ def prepare(arguments: Arguments) -> None:
         print(f"written: {write_manifest(mixture, arguments.stores)}/manifest.json, .md, .tex, .bib")
 
 
-def _whole(source: SourceInfo, arguments: Arguments) -> Work | None:
-    """What must be made of a source; None, and one line, if it stands."""
-    path, recipe = arguments.stores / source.name, source.recipe_digest()
-    kept = read_inputs(path)
-    if kept.get("recipe") == recipe and not (arguments.raw / source.root).is_dir():
-        refresh_description(path, source)
-        print(f"{source.name}: already prepared (its raw folder is gone, its store is kept)")
-        return None
-    source.samples(arguments.raw)  # a generator: nothing is read yet, but reader, options and folder are checked
-    inputs = {"recipe": recipe, "raw": _state_of(source.raw_folder(arguments.raw), arguments.stores).digest}
-    if kept == inputs:
-        _stands(source, source.name, path)
-        return None
-    return Work(source, source.name, path, inputs)
-
-
-def _one_slice(source: SourceInfo, arguments: Arguments) -> Work | None:
-    """The same for a slice, which stands if its YAML has not changed: 32 jobs need not look at every file 32 times.
-
-    The first slice looks, for the merged store; and each has a digest of all records, which merging compares.
-    """
-    path, recipe = slice_path(arguments.stores / source.name, arguments.slice), source.recipe_digest()
-    name = f"{source.name} {arguments.slice}"
-    if read_inputs(path).get("recipe") == recipe:
-        _stands(source, name, path)
-        return None
-    source.samples(arguments.raw)
-    inputs = {"recipe": recipe}
-    if arguments.slice.number == 1:
-        inputs["raw"] = _state_of(source.raw_folder(arguments.raw), arguments.stores).digest
-    return Work(source, name, path, inputs)
-
-
-def _merged(source: SourceInfo, arguments: Arguments) -> Work | None:
-    """The same for a store whose slices are there."""
-    path, recipe = arguments.stores / source.name, source.recipe_digest()
-    kept = read_inputs(path)
-    if kept.get("recipe") == recipe and not slices_folder(path).exists():
-        _stands(source, source.name, path)
-        return None
-    folders = read_slices(path, arguments.merge or 1, recipe)
-    inputs = read_inputs(folders[0])
-    if kept == inputs:
-        remove_slices(path)  # an earlier start had merged them
-        _stands(source, source.name, path)
-        return None
-    num_records = sum((read_manifest(folder) or {})["num_records"] for folder in folders)
-    return Work(source, source.name, path, inputs, Need(source.name, num_records, num_slice_bytes(folders)))
-
-
-def _survey(arguments: Arguments, work: Work) -> Need:
-    """What a store or slice will take; runs in a process of the pool."""
-    if work.need is not None:
-        return work.need
-    samples, folder = work.source.samples(arguments.raw), work.source.raw_folder(arguments.raw)
-    return survey(work.name, samples, lambda: raw_state(folder, arguments.stores).num_bytes, arguments.slice)
-
-
-@cache
-def _state_of(folder: Path, stores: Path) -> RawState:
-    """Sources that are parts of one file have one raw folder: it is looked at once."""
-    return raw_state(folder, stores)
-
-
-def _stands(source: SourceInfo, name: str, path: Path) -> None:
-    refresh_description(path, source)
-    print(f"{name}: already prepared, {(read_manifest(path) or {})['num_samples']:,} samples")
-
-
-def _make(work: Work, arguments: Arguments, pool: PicturePool) -> None:
-    with only_one(work.path):
-        if read_inputs(work.path) == work.inputs or finish_interrupted(work.path, work.inputs):
-            _stands(work.source, work.name, work.path)  # another program has made it since, or had not yet renamed it
+def _make(group: Sequence[Work], needs: Sequence[Need], arguments: Arguments, pool: PicturePool) -> None:
+    """Make the stores or slices of one raw file, all at once."""
+    with ExitStack() as locks:
+        for work in group:
+            locks.enter_context(only_one(work.path))
+        # Another program may have made one since it was looked at, or an earlier start had not yet renamed it.
+        todo = []
+        for work in group:
+            if read_inputs(work.path) == work.inputs or finish_interrupted(work.path, work.inputs):
+                tell_that_it_stands(work)
+            else:
+                todo.append(work)
+        if not todo:
             return
         try:
-            report = _write(work, arguments, pool)
+            reports = _write(todo, needs, arguments, pool)
         except StreamChangedError:
-            print(f"{work.source.name}: the raw files have changed since an interrupted start; from the beginning")
-            report = _write(work, arguments, pool)
-    left_out = sum(report.rejects.values())
-    print(
-        f"{work.name}: {report.num_samples:,} samples, {report.num_pictures:,} pictures, {left_out:,} left out",
-        flush=True,
-    )
+            print(f"{todo[0].name}: the raw files have changed since an interrupted start; from the beginning")
+            reports = _write(todo, needs, arguments, pool)
+    names = {work.source.name: work.name for work in todo}
+    for report in reports:
+        left_out = sum(report.rejects.values())
+        counts = f"{report.num_samples:,} samples, {report.num_pictures:,} pictures, {left_out:,} left out"
+        print(f"{names[report.name]}: {counts}", flush=True)
 
 
-def _write(work: Work, arguments: Arguments, pool: PicturePool) -> StoreReport:
-    source, root = work.source, arguments.raw / work.source.root
-    num_records = work.need.num_records if work.need else None
-    with Progress(work.name, num_records) as progress:
+def _write(group: Sequence[Work], needs: Sequence[Need], arguments: Arguments, pool: PicturePool) -> list[StoreReport]:
+    names = [work.name for work in group]
+    counts = [need.num_records for need in needs if need.name in names]
+    num_records = None if None in counts else sum(count for count in counts if count is not None)
+    shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    with Progress(shown, num_records) as progress:
         if arguments.merge is not None:
-            folders = read_slices(work.path, arguments.merge, work.inputs["recipe"])
-            return merge_slices(work.path, source, folders, progress)
-        samples = source.samples(arguments.raw)
-        if arguments.slice != WHOLE:
-            store = arguments.stores / source.name
-            return write_slice(
-                store, arguments.slice, source, samples, pool, work.inputs, arguments.strict, progress, root
-            )
-        return write_store(work.path, source, samples, pool, work.inputs, arguments.strict, progress, root)
+            folders = read_slices(group[0].path, arguments.merge, group[0].inputs["recipe"])
+            return [merge_slices(group[0].path, group[0].source, folders, progress)]
+        writers = [_writer(work, arguments) for work in group]
+
+        def records(starts: Mapping[str, Mark]) -> Iterator[tuple[str, Mark, Loaded | None]]:
+            stream = read_together([work.source for work in group], arguments.raw)
+            root = arguments.raw / group[0].source.root
+            return NumberedStream(stream, root, starts, arguments.slice).load(pool)
+
+        return write_records(writers, records, progress)
+
+
+def _writer(work: Work, arguments: Arguments) -> StoreWriter:
+    if arguments.slice == WHOLE:
+        return StoreWriter(work.path, work.source, work.inputs, strict=arguments.strict)
+    store = arguments.stores / work.source.name
+    return slice_writer(store, arguments.slice, work.source, work.inputs, arguments.strict)
 
 
 def _slice(text: str) -> Slice:

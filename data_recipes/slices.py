@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import datasets
 from datasets import Features, List, Value
 
-from data_recipes.pictures import LoadedPicture, PictureInfo, PicturePool
+from data_recipes.pictures import LoadedPicture, PictureInfo
 from data_recipes.progress import Progress
 from data_recipes.sample import DataError, Message, Reason, Reject, Sample
 from data_recipes.source import SourceInfo
 from data_recipes.store import read_manifest
 from data_recipes.store_tables import StoreReport, StoreTables
-from data_recipes.store_writer import read_inputs, write_records
-from data_recipes.stream import Loaded, Mark, NumberedStream, Slice
+from data_recipes.store_writer import StoreWriter, read_inputs, write_records
+from data_recipes.stream import Loaded, Mark, Slice
 
 
 def slices_folder(store: Path) -> Path:
@@ -61,36 +61,16 @@ class SliceTables(StoreTables):
         return {**super()._quarantine_line(reject, mark), "record": mark.num_records - 1}
 
 
-def write_slice(
-    store: Path,
-    part: Slice,
-    source: SourceInfo,
-    samples: Iterable[Sample | Reject],
-    pool: PicturePool,
-    inputs: Mapping[str, str],
-    strict: bool = False,
-    progress: Progress | None = None,
-    root: Path = Path(),
-) -> StoreReport:
-    """Make one slice of `store`; arguments and errors are `write_store`'s, but no share of rejects is too much yet."""
-
-    def records(start: Mark) -> Iterator[tuple[Mark, Loaded | None]]:
-        return NumberedStream(samples, root, part, start).load(pool)
+def slice_writer(
+    store: Path, part: Slice, source: SourceInfo, inputs: Mapping[str, str], strict: bool = False
+) -> StoreWriter:
+    """Begins one slice of `store`; arguments and errors are `StoreWriter`'s. No share of rejects is too much yet."""
 
     def about(end: Mark) -> dict[str, Any]:
         return {"slice": str(part), "stream": {"num_records": end.num_records, "digest": end.digest}}
 
-    return write_records(
-        slice_path(store, part),
-        source,
-        records,
-        SliceTables,
-        inputs,
-        about=about,
-        max_reject_share=1.0,
-        strict=strict,
-        progress=progress,
-    )
+    path = slice_path(store, part)
+    return StoreWriter(path, source, inputs, SliceTables, about=about, max_reject_share=1.0, strict=strict)
 
 
 def read_slices(store: Path, num_slices: int, recipe: str) -> list[Path]:
@@ -128,17 +108,17 @@ def merge_slices(
     folders: list[Path],
     progress: Progress | None = None,
 ) -> StoreReport:
-    """Make the store of its slices and remove them; errors are `write_store`'s."""
+    """Make the store of its slices and remove them; errors are `write_records`'s."""
 
-    def records(start: Mark) -> Iterator[tuple[Mark, Loaded | None]]:
+    def records(starts: Mapping[str, Mark]) -> Iterator[tuple[str, Mark, Loaded | None]]:
         number = 0
         for record, loaded in heapq.merge(*(_replay(folder) for folder in folders), key=lambda pair: pair[0]):
             number = record + 1
-            if number > start.num_records:
-                yield Mark(number), loaded
-        yield Mark(number), None
+            if number > starts[source.name].num_records:
+                yield source.name, Mark(number), loaded
+        yield source.name, Mark(number), None
 
-    report = write_records(store, source, records, StoreTables, read_inputs(folders[0]), progress=progress)
+    report = write_records([StoreWriter(store, source, read_inputs(folders[0]))], records, progress)[0]
     remove_slices(store)
     return report
 

@@ -76,7 +76,7 @@ class SourceInfo:
         Raises:
             DataError: no such reader, options it does not take, or no raw folder.
         """
-        reader = find_reader(self.name, self.reader)
+        reader: Reader = find_reader(self.name, self.reader)
         folder = self.raw_folder(raw_root)
         try:
             inspect.signature(reader).bind(folder, **self.options)
@@ -93,11 +93,11 @@ class SourceInfo:
         return _digest([self.reader, self.root, self.options])
 
 
-def find_reader(source: str, reader: str) -> Reader:
-    """The `samples` function of a reader.
+def find_reader(source: str, reader: str, function: str = "samples") -> Callable[..., Any]:
+    """A reader's function.
 
     Raises:
-        DataError: no such module, or it has no `samples`.
+        DataError: no such module, or it has no such function.
     """
     module_path = reader if "." in reader else f"data_recipes.readers.{reader}"
     try:
@@ -111,10 +111,10 @@ def find_reader(source: str, reader: str) -> Reader:
             f"own is "
             "named by its module path (`mylab.receipts`), which Python must be able to import."
         ) from error
-    samples = getattr(module, "samples", None)
-    if not callable(samples):
-        raise DataError(f"source {source}: reader {module_path} has no function `samples(root, **options)`.")
-    return samples  # type: ignore[no-any-return]
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise DataError(f"source {source}: reader {module_path} has no function `{function}(root, **options)`.")
+    return found  # type: ignore[no-any-return]
 
 
 def read_source(configs: Path, name: str) -> SourceInfo:

@@ -6,12 +6,12 @@ Leaves: what counts as a picture's path to the readers; a disk that fills all th
 
 import shutil
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.sample import DataError, Reject, Sample
-from data_recipes.stream import WHOLE, Slice
+from data_recipes.sample import DataError, Reject
+from data_recipes.stream import WHOLE, Named, Slice
 
 _BYTES_PER_RECORD = 400  # index while it is written, offsets, id
 _BYTES_PER_STORE = 1 << 20
@@ -27,24 +27,36 @@ class Need:
     num_bytes: int
 
 
-def survey(name: str, records: Iterable[Sample | Reject], raw_bytes: Callable[[], int], part: Slice = WHOLE) -> Need:
+def survey(
+    names: Mapping[str, str], records: Iterable[Named], raw_bytes: Callable[[], int], part: Slice = WHOLE
+) -> list[Need]:
     """Count a reader's stream without opening a picture: file sizes, each path once, and the texts.
 
     Pictures that come as bytes out of the raw files are not counted one by one, since that would read all of those
     files twice: the whole raw folder, `raw_bytes`, stands for them.
+
+    Args:
+        names: the sources of the stream, and what each one's need is called.
+        part: the slice that is made.
     """
     seen = bytearray(_SEEN_BITS // 8)
-    num_records = num_bytes = 0
-    for record in records:
-        num_records += 1
-        if isinstance(record, Reject) or not part.has(num_records - 1):
-            continue
-        if any(isinstance(picture, bytes) for picture in record.pictures):
-            return Need(name, None, raw_bytes() // part.num_slices + _BYTES_PER_STORE)
-        num_bytes += sum(len(str(message.text)) for message in record.messages)
-        num_bytes += sum(_size_once(picture, seen) for picture in record.pictures if isinstance(picture, Path))
-    num_own = num_records // part.num_slices
-    return Need(name, num_own, num_bytes + num_own * _BYTES_PER_RECORD + _BYTES_PER_STORE)
+    num_records, num_bytes = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    for source, record in records:
+        for name in names if source is None else (source,):
+            num_records[name] += 1
+            if isinstance(record, Reject) or not part.has(num_records[name] - 1):
+                continue
+            if any(isinstance(picture, bytes) for picture in record.pictures):
+                share = raw_bytes() // part.num_slices // len(names)
+                return [Need(shown, None, share + _BYTES_PER_STORE) for shown in names.values()]
+            num_bytes[name] += sum(len(str(message.text)) for message in record.messages)
+            paths = (picture for picture in record.pictures if isinstance(picture, Path))
+            num_bytes[name] += sum(_size_once(name, path, seen) for path in paths)
+    needs = []
+    for name, shown in names.items():
+        num_own = num_records[name] // part.num_slices
+        needs.append(Need(shown, num_own, num_bytes[name] + num_own * _BYTES_PER_RECORD + _BYTES_PER_STORE))
+    return needs
 
 
 def check_space(needs: Sequence[Need], folder: Path) -> str:
@@ -74,9 +86,9 @@ def readable(num_bytes: int) -> str:
     return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
-def _size_once(picture: Path, seen: bytearray) -> int:
-    """The file's size, or 0 if it was counted before or is not there."""
-    bit = zlib.crc32(bytes(picture)) % _SEEN_BITS
+def _size_once(source: str, picture: Path, seen: bytearray) -> int:
+    """The file's size, or 0 if it was counted for this source before or is not there."""
+    bit = zlib.crc32(bytes(picture), zlib.crc32(source.encode())) % _SEEN_BITS
     if seen[bit >> 3] & (1 << (bit & 7)):
         return 0
     seen[bit >> 3] |= 1 << (bit & 7)

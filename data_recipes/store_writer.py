@@ -12,7 +12,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,8 @@ from data_recipes.store import read_manifest
 from data_recipes.store_tables import FORMAT, RejectedError, StoreReport, StoreTables
 from data_recipes.stream import Loaded, Mark, NumberedStream, StreamChangedError
 
-Records = Callable[[Mark], Iterator[tuple[Mark, Loaded | None]]]
-"""The stream behind a mark; at its end the mark of the end, and None."""
+Records = Callable[[Mapping[str, Mark]], Iterator[tuple[str, Mark, Loaded | None]]]
+"""The stream behind each source's mark; at its end each source's last mark, and None."""
 
 
 def write_store(
@@ -37,7 +37,6 @@ def write_store(
     pool: PicturePool | None = None,
     inputs: Mapping[str, str] | None = None,
     strict: bool = False,
-    progress: Progress | None = None,
     root: Path = Path(),
 ) -> StoreReport:
     """Make the store `path` of a reader's stream, or go on with it.
@@ -46,79 +45,144 @@ def write_store(
     stopped: samples are written in the order in which they come.
 
     Args:
-        path: the store's folder; its parent is made. A store that is there is replaced at the very end.
-        source: goes into the manifest; `max_reject_share` is enforced.
+        path, source, inputs, strict: as `StoreWriter` has them.
         samples: a reader's stream, from its first record.
         pool: where pictures are decoded; None for this process.
-        inputs: digests of what the store is made from, kept beside the manifest for the next `prepare`. What is
-            left of an earlier start is gone on with if its were the same; without any, nothing is.
-        strict: stop at the first reject.
-        progress: told of every record.
         root: the raw folder.
 
     Raises:
-        RejectedError: see `strict` and `max_reject_share`. The quarantine is kept as
-            `<path>.quarantine.jsonl`.
+        RejectedError, StreamChangedError, OSError: as `write_records`.
+    """
+
+    def records(starts: Mapping[str, Mark]) -> Iterator[tuple[str, Mark, Loaded | None]]:
+        return NumberedStream(((None, sample) for sample in samples), root, starts).load(pool or PicturePool())
+
+    return write_records([StoreWriter(path, source, inputs, strict=strict)], records)[0]
+
+
+class StoreWriter:
+    """A store, or a slice of one, while it is made in `<path>.partial`."""
+
+    def __init__(
+        self,
+        path: Path,
+        source: SourceInfo,
+        inputs: Mapping[str, str] | None = None,
+        kind: type[StoreTables] = StoreTables,
+        *,
+        about: Callable[[Mark], dict[str, Any]] | None = None,
+        max_reject_share: float | None = None,
+        strict: bool = False,
+    ) -> None:
+        """Begin the store, or open what an earlier start left of it.
+
+        Args:
+            path: the store's folder; its parent is made. A store that is there is replaced at the very end.
+            source: goes into the manifest; `max_reject_share` is enforced.
+            inputs: digests of what the store is made from, kept beside the manifest for the next `prepare`. What is
+                left of an earlier start is gone on with if its were the same; without any, nothing is.
+            kind: the tables; a slice's are others.
+            about: what else the manifest says, from the mark at the stream's end.
+            max_reject_share: the source's where None is given.
+            strict: stop at the first reject.
+
+        Raises:
+            OSError: the disk is full or failing.
+        """
+        self.source = source
+        self._path = path
+        self._inputs = inputs or {}
+        self._about = about
+        self._allowed = source.max_reject_share if max_reject_share is None else max_reject_share
+        self._strict = strict
+        self._is_whole = False
+        self._partial = _open_partial(path, self._inputs)
+        self._tables = kind(self._partial, source)
+        if strict and self._tables.rejects:
+            self.abandon(keep=False)  # the first bad record lies behind: meet it again
+            self._tables = kind(_open_partial(path, self._inputs), source)
+
+    @property
+    def mark(self) -> Mark:
+        """Behind the last record that was taken in."""
+        return self._tables.mark
+
+    @property
+    def num_records(self) -> int:
+        """Records that were taken in, by earlier starts too."""
+        return self._tables.num_records
+
+    def add(self, loaded: Loaded, mark: Mark) -> Reject | None:
+        """Take in one record; returns it if it is left out. `mark` lies behind it; errors are `StoreTables.add`'s."""
+        return self._tables.add(loaded, mark, self._strict)
+
+    def finish(self, end: Mark) -> StoreReport:
+        """Make it whole and put it into its place.
+
+        Raises:
+            RejectedError: too many records are bad. The quarantine is kept as `<path>.quarantine.jsonl`.
+            OSError: the disk is full or failing; what is there does not look like a store.
+        """
+        tables = self._tables
+        if tables.rejects.total() > self._allowed * max(1, tables.num_records):
+            tables.checkpoint()
+            raise _too_many(self._path, self.source, tables, self._allowed)
+        report = tables.finish(self._path, self._about(end) if self._about else None)
+        self._is_whole = True
+        _swap_in(self._partial, self._path)
+        self._path.with_name(self._path.name + ".quarantine.jsonl").unlink(missing_ok=True)
+        return report
+
+    def abandon(self, keep: bool = True) -> None:
+        """Stop here; what was checkpointed stays for the next start if `keep`, and what is whole in any case."""
+        if self._is_whole:
+            return
+        self._tables.abandon()
+        if not (keep and self._inputs and self._tables.has_checkpoint):
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def write_records(
+    writers: Sequence[StoreWriter], records: Records, progress: Progress | None = None
+) -> list[StoreReport]:
+    """Fill stores from one stream, each named after its source; a store is whole when the stream has ended.
+
+    One with too many bad records keeps no other from its place.
+
+    Args:
+        progress: told of every record.
+
+    Raises:
+        RejectedError: see `StoreWriter.finish`, and its `strict`.
         StreamChangedError: what an earlier start has met of the stream is not what it is now; nothing of it is
             left, so that a second call begins anew.
         OSError: the disk is full or failing; what is there does not look like a store.
     """
-
-    def records(start: Mark) -> Iterator[tuple[Mark, Loaded | None]]:
-        return NumberedStream(samples, root, start=start).load(pool or PicturePool())
-
-    return write_records(path, source, records, StoreTables, inputs or {}, strict=strict, progress=progress)
-
-
-def write_records(
-    path: Path,
-    source: SourceInfo,
-    records: Records,
-    kind: type[StoreTables],
-    inputs: Mapping[str, str],
-    *,
-    about: Callable[[Mark], dict[str, Any]] | None = None,
-    max_reject_share: float | None = None,
-    strict: bool = False,
-    progress: Progress | None = None,
-) -> StoreReport:
-    """`write_store` for records that are loaded already, and for other tables than a whole store's.
-
-    Args:
-        about: what else the manifest says, from the mark at the stream's end.
-        max_reject_share: the source's where None is given.
-    """
-    allowed = source.max_reject_share if max_reject_share is None else max_reject_share
-    partial = _open_partial(path, inputs)
-    tables = kind(partial, source)
+    under_way = {writer.source.name: writer for writer in writers}
+    reports: list[StoreReport] = []
+    rejected: RejectedError | None = None
     try:
-        if strict and tables.rejects:
-            tables.abandon()
-            shutil.rmtree(partial)  # the first bad record lies behind: meet it again
-            tables = kind(_open_partial(path, inputs), source)
         if progress is not None:
-            progress.begin(tables.num_records)
-        end = tables.mark
-        for mark, loaded in records(tables.mark):
-            if loaded is None:
-                end = mark
-                break
-            rejected = tables.add(loaded, mark, strict)
-            if progress is not None:
-                pictures = [] if isinstance(loaded, Reject) else loaded[1]
-                progress.record(sum(len(picture.data) for picture in pictures), rejected is not None)
-        if tables.rejects.total() > allowed * max(1, tables.num_records):
-            tables.checkpoint()
-            raise _too_many(path, source, tables, allowed)
-        report = tables.finish(path, about(end) if about else None)
+            progress.begin(sum(writer.num_records for writer in writers))
+        for name, mark, loaded in records({name: writer.mark for name, writer in under_way.items()}):
+            if loaded is not None:
+                left_out = under_way[name].add(loaded, mark)
+                if progress is not None:
+                    pictures = [] if isinstance(loaded, Reject) else loaded[1]
+                    progress.record(sum(len(picture.data) for picture in pictures), left_out is not None)
+                continue
+            try:
+                reports.append(under_way[name].finish(mark))
+                del under_way[name]
+            except RejectedError as error:
+                rejected = rejected or error
+        if rejected is not None:
+            raise rejected
     except BaseException as error:
-        tables.abandon()
-        if not inputs or not tables.has_checkpoint or isinstance(error, StreamChangedError):
-            shutil.rmtree(partial, ignore_errors=True)
+        for writer in under_way.values():
+            writer.abandon(keep=not isinstance(error, StreamChangedError))
         raise
-    _swap_in(partial, path)
-    path.with_name(path.name + ".quarantine.jsonl").unlink(missing_ok=True)
-    return report
+    return reports
 
 
 def finish_interrupted(path: Path, inputs: Mapping[str, str]) -> bool:

@@ -1,4 +1,4 @@
-"""A reader's stream, numbered: which records are a slice's, how far one has come, what to pass over.
+"""A reader's stream, numbered for each source: which records are a slice's, how far one has come, what to pass over.
 
 Owns: `Slice`, `Mark` (a place in a stream, with a digest of everything before it), the check of every sample's
 messages, and handing samples to the processes that load their pictures.
@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +21,9 @@ from data_recipes.pictures import LoadedPicture, PicturePool
 from data_recipes.sample import Reject, Sample, check
 
 Loaded = tuple[Sample, list[LoadedPicture]] | Reject
+
+Named = tuple[str | None, Sample | Reject]
+"""A record and the source that it belongs to; None for every source of the stream."""
 
 
 class Mark(NamedTuple):
@@ -65,46 +68,46 @@ class StreamChangedError(Exception):
 
 
 class NumberedStream:
-    """The records of a slice that lie behind `start`, each with the mark behind it."""
+    """Of each source the records of a slice that lie behind its start, each with the mark behind it."""
 
-    def __init__(
-        self, records: Iterable[Sample | Reject], root: Path, part: Slice = WHOLE, start: Mark | None = None
-    ) -> None:
+    def __init__(self, records: Iterable[Named], root: Path, starts: Mapping[str, Mark], part: Slice = WHOLE) -> None:
         """`root` is the raw folder: the digest has pictures' paths below it, so it is the same wherever it lies."""
         self._records = records
         self._root = f"{root}/"
+        self._starts = starts
         self._part = part
-        self._start = start or Mark()
 
-    def load(self, pool: PicturePool) -> Iterator[tuple[Mark, Loaded | None]]:
-        """Yield (mark behind it, record with its pictures), in order; last the mark at the stream's end, and None.
+    def load(self, pool: PicturePool) -> Iterator[tuple[str, Mark, Loaded | None]]:
+        """Yield (source, mark behind it, record with its pictures), in order; last each source's end, and None.
 
         Raises:
-            StreamChangedError: at the first record, if what lies before `start` is not what it was.
+            StreamChangedError: what lies before a source's start is not what it was.
         """
-        marks: deque[Mark] = deque()
+        marks: deque[tuple[str, Mark]] = deque()
         for loaded in pool.load_in_order(self._own(marks)):
-            yield marks.popleft(), loaded
-        yield marks.popleft(), None
+            yield *marks.popleft(), loaded
+        for name, mark in marks:
+            yield name, mark, None
 
-    def _own(self, marks: "deque[Mark]") -> Iterator[Sample | Reject]:
-        number, digest = 0, b""
-        for item in self._records:
-            digest = hashlib.sha256(digest + self._canonical(item)).digest()
-            number += 1
-            if number <= self._start.num_records:
-                if number == self._start.num_records:
-                    self._compare(digest)
-            elif self._part.has(number - 1):
-                marks.append(Mark(number, digest.hex()))
-                yield (check(item) or item) if isinstance(item, Sample) else item
-        if number < self._start.num_records:
-            raise StreamChangedError
-        marks.append(Mark(number, digest.hex()))
-
-    def _compare(self, digest: bytes) -> None:
-        if digest.hex() != self._start.digest:
-            raise StreamChangedError
+    def _own(self, marks: "deque[tuple[str, Mark]]") -> Iterator[Sample | Reject]:
+        at = dict.fromkeys(self._starts, (0, b""))
+        for source, item in self._records:
+            canonical = self._canonical(item)
+            for name in self._starts if source is None else (source,):
+                number, digest = at[name][0] + 1, hashlib.sha256(at[name][1] + canonical).digest()
+                at[name], start = (number, digest), self._starts[name]
+                if number < start.num_records:
+                    continue
+                if number == start.num_records:
+                    if digest.hex() != start.digest:
+                        raise StreamChangedError
+                elif self._part.has(number - 1):
+                    marks.append((name, Mark(number, digest.hex())))
+                    yield (check(item) or item) if isinstance(item, Sample) else item
+        for name, (number, digest) in at.items():
+            if number < self._starts[name].num_records:
+                raise StreamChangedError
+            marks.append((name, Mark(number, digest.hex())))
 
     def _canonical(self, item: Sample | Reject) -> bytes:
         if isinstance(item, Reject):

@@ -5,10 +5,10 @@ the image root, a list of them, or absent for text-only chats. Other keys are ig
 have more. `llava_parquet.py` reads the same columns from parquet.
 
 A file that many sets were merged into gives one source a part: `components` names the table of rules that tells them
-apart (`components.py`), `component` the part.
+apart (`components.py`), `component` the part. `samples_by_component` reads several parts of such a file at once.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +38,36 @@ def samples(
     Raises:
         DataError: there is no such annotations file, table or component.
     """
-    rules = find_table(components, component) if components else ()
+    if components is not None:
+        wanted = [] if component is None else [component]
+        for _, item in samples_by_component(root, wanted, annotations, components, image_root):
+            yield item
+        return
+    for place, record in iter_records(root / annotations):
+        yield record if isinstance(record, Reject) else conversation(record, root / image_root, place)
+
+
+def samples_by_component(
+    root: Path, wanted: Collection[str], annotations: str, components: str, image_root: str = "."
+) -> Iterator[tuple[str | None, Sample | Reject]]:
+    """Yield (component, record) for the records of the `wanted` components, in file order, in one pass over the file.
+
+    A record that may belong to any of them, broken or without a rule, is a `Reject` and has no component.
+
+    Raises:
+        DataError: as `samples`.
+    """
+    rules = find_table(components, wanted)
     for place, record in iter_records(root / annotations):
         if isinstance(record, Reject):
-            yield record
+            yield None, record
             continue
-        part = component_of(record, rules) if rules else component
-        if part == component:
-            yield conversation(record, root / image_root, place)
-        elif part is None:
+        component = component_of(record, rules)
+        if component is None:
             detail = f"no rule of table {components} fits it: image {str(record.get('image'))[:60]!r}"
-            yield Reject(record_id(record, place), Reason.UNKNOWN_COMPONENT, detail, place)
+            yield None, Reject(record_id(record, place), Reason.UNKNOWN_COMPONENT, detail, place)
+        elif component in wanted:
+            yield component, conversation(record, root / image_root, place)
 
 
 def conversation(record: dict[str, Any], pictures_root: Path, place: str) -> Sample | Reject:

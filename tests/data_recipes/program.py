@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,12 @@ import pytest
 import yaml
 
 from data_recipes import prepare, store_tables
+from data_recipes.pictures import PicturePool
+from data_recipes.sample import Reject, Sample
+from data_recipes.slices import slice_writer
+from data_recipes.source import SourceInfo
+from data_recipes.store_writer import write_records
+from data_recipes.stream import Loaded, Mark, NumberedStream, Slice
 from tests.data_recipes import raw_folders
 from tests.data_recipes.raw_folders import put
 
@@ -161,6 +167,17 @@ def failure(place: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tupl
     assert len(lines) == 1, lines
     assert lines[0].startswith("prepare: ")
     return code, lines[0]
+
+
+def write_slice(
+    store: Path, part: Slice, source: SourceInfo, items: Iterable[Sample | Reject], inputs: dict[str, str]
+) -> None:
+    """One slice of `store`, of a stream in memory."""
+
+    def records(starts: Mapping[str, Mark]) -> Iterator[tuple[str, Mark, Loaded | None]]:
+        return NumberedStream(((None, item) for item in items), Path(), starts, part).load(PicturePool())
+
+    write_records([slice_writer(store, part, source, inputs)], records)
 
 
 def contents(store: Path) -> dict[str, bytes]:

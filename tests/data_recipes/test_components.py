@@ -100,6 +100,8 @@ def test_a_reader_yields_its_part_and_counts_what_fits_none(tmp_path: Path) -> N
 def test_wrong_names_list_the_known() -> None:
     """Both options of the YAML."""
     with pytest.raises(DataError, match="no table 'mix665'; known: mix665k, llava_next_779k"):
-        find_table("mix665", "vqav2")
-    with pytest.raises(DataError, match="table sharegpt4v_100k has no None; it has coco, lcs, sam, knowledge"):
-        find_table("sharegpt4v_100k", None)
+        find_table("mix665", ["vqav2"])
+    with pytest.raises(DataError, match="table sharegpt4v_100k has no 'coko'; it has coco, lcs, sam, knowledge"):
+        find_table("sharegpt4v_100k", ["coco", "coko"])
+    with pytest.raises(DataError, match="component: it is missing; table sharegpt4v_100k has coco, lcs"):
+        next(llava_json.samples(Path(), "mix.json", components="sharegpt4v_100k"))

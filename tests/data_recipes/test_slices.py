@@ -8,12 +8,12 @@ import pytest
 from data_recipes import prepare, store_tables
 from data_recipes.pictures import PicturePool
 from data_recipes.sample import Reason, Reject, Sample
-from data_recipes.slices import merge_slices, read_slices, write_slice
+from data_recipes.slices import merge_slices, read_slices
 from data_recipes.source import SourceInfo
 from data_recipes.store import Store
 from data_recipes.store_writer import write_store
 from data_recipes.stream import Mark, NumberedStream, Slice, StreamChangedError
-from tests.data_recipes.program import SOURCES, arguments, contents, failure, make_place, started
+from tests.data_recipes.program import SOURCES, arguments, contents, failure, make_place, started, write_slice
 from tests.data_recipes.raw_folders import conversation, llava_record, picture, put, write_llava
 
 SOURCE = SourceInfo(name="s", reader="test", root=".", max_reject_share=1.0)
@@ -48,7 +48,7 @@ def test_merged_slices_are_the_store_of_one_process(
     store = tmp_path / "many" / "s"
     for number in range(num_slices, 0, -1):
         inputs = {"recipe": "r"} | ({"raw": "state"} if number == 1 else {})
-        write_slice(store, Slice(number, num_slices), SOURCE, items, PicturePool(), inputs)
+        write_slice(store, Slice(number, num_slices), SOURCE, items, inputs)
     merged = merge_slices(store, SOURCE, read_slices(store, num_slices, "r"))
     assert merged.fingerprint == report.fingerprint
     assert contents(store) == contents(tmp_path / "one" / "s")
@@ -60,7 +60,7 @@ def test_more_slices_than_records(tmp_path: Path) -> None:
     """Some are empty, and merge all the same."""
     items: list[Sample | Reject] = [conversation("a", picture(1)), conversation("b")]
     for number in range(1, 5):
-        write_slice(tmp_path / "s", Slice(number, 4), SOURCE, items, PicturePool(), {"recipe": "r"})
+        write_slice(tmp_path / "s", Slice(number, 4), SOURCE, items, {"recipe": "r"})
     merge_slices(tmp_path / "s", SOURCE, read_slices(tmp_path / "s", 4, "r"))
     assert Store.open(tmp_path / "s").ids() == ["a", "b"]
 
@@ -123,7 +123,7 @@ def test_an_interrupted_merge_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     write_store(tmp_path / "one" / "s", SOURCE, items)
     store = tmp_path / "many" / "s"
     for number in (1, 2):
-        write_slice(store, Slice(number, 2), SOURCE, items, PicturePool(), {"recipe": "r"})
+        write_slice(store, Slice(number, 2), SOURCE, items, {"recipe": "r"})
     add, seen = store_tables.StoreTables.add, []
 
     def stop_at_50(tables: store_tables.StoreTables, loaded: object, mark: Mark, strict: bool = False) -> object:
@@ -154,7 +154,8 @@ def test_a_stream_that_changed_before_its_mark_is_told(tmp_path: Path) -> None:
     """The digest is of ids, texts, pictures' names and places; it does not depend on where the raw folder lies."""
 
     def marks(items: list[Sample | Reject], root: Path, begin: Mark | None = None) -> list[Mark]:
-        return [mark for mark, _ in NumberedStream(items, root, start=begin).load(PicturePool())]
+        stream = NumberedStream(((None, item) for item in items), root, {"s": begin or Mark()})
+        return [mark for _, mark, _ in stream.load(PicturePool())]
 
     items: list[Sample | Reject] = [conversation(str(n), tmp_path / "a" / f"{n}.png") for n in range(5)]
     first = marks(items, tmp_path / "a")
@@ -171,7 +172,7 @@ def test_a_stream_that_changed_before_its_mark_is_told(tmp_path: Path) -> None:
 
 def test_a_slice_opens_as_a_store(tmp_path: Path) -> None:
     """It is a store's folder: what is in it can be looked at before the others are there."""
-    write_slice(tmp_path / "s", Slice(2, 3), SOURCE, dirty_records(tmp_path / "raw"), PicturePool(), {"recipe": "r"})
+    write_slice(tmp_path / "s", Slice(2, 3), SOURCE, dirty_records(tmp_path / "raw"), {"recipe": "r"})
     store = Store.open(tmp_path / "s.slices" / "002-of-003")
     assert len(store) + sum(store.manifest["rejects"].values()) == store.manifest["num_records"] == 26
     assert store.sample(0).id == "0"

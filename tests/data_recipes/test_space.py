@@ -3,19 +3,18 @@
 import io
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 
-from data_recipes.pictures import PicturePool
 from data_recipes.progress import Progress
 from data_recipes.sample import DataError, Reason, Reject, Sample
-from data_recipes.slices import write_slice
 from data_recipes.source import SourceInfo
 from data_recipes.space import Need, check_space, readable, survey
 from data_recipes.store_writer import write_store
-from data_recipes.stream import Slice
+from data_recipes.stream import Named, Slice
+from tests.data_recipes.program import write_slice
 from tests.data_recipes.raw_folders import conversation, picture, put
 
 SOURCE = SourceInfo(name="s", reader="test", root=".", max_reject_share=1.0)
@@ -31,6 +30,11 @@ def records(folder: Path) -> Iterator[Sample | Reject]:
     yield from (Reject(f"r{n}", Reason.BROKEN_RECORD, "x") for n in range(5))
 
 
+def named(items: Iterable[Sample | Reject]) -> Iterator[Named]:
+    """A stream of one source."""
+    return ((None, item) for item in items)
+
+
 def size(folder: Path) -> int:
     """Bytes of all files."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -40,12 +44,13 @@ def test_a_survey_is_what_the_store_takes(tmp_path: Path) -> None:
     """Within a tenth above it, no picture opened: each file once, as a store keeps it."""
     items = list(records(tmp_path / "raw"))
     write_store(tmp_path / "s", SOURCE, items)
-    need = survey("s", items, raw_bytes=int)
+    [need] = survey({"s": "s"}, named(items), raw_bytes=int)
     taken = size(tmp_path / "s")
     assert need.num_records == 405
     assert taken <= need.num_bytes - 2**20 <= 1.1 * taken
-    part = survey("s 2/4", items, int, Slice(2, 4))
-    write_slice(tmp_path / "t", Slice(2, 4), SOURCE, items, PicturePool(), {"recipe": "r"})
+    [part] = survey({"s": "s 2/4"}, named(items), int, Slice(2, 4))
+    assert part.name == "s 2/4"
+    write_slice(tmp_path / "t", Slice(2, 4), SOURCE, items, {"recipe": "r"})
     taken = size(tmp_path / "t.slices")
     assert part.num_records == 101
     assert taken <= part.num_bytes - 2**20 <= 1.2 * taken
@@ -60,9 +65,11 @@ def test_pictures_inside_raw_files_are_not_read_for_it() -> None:
             asked.append(number)
             yield conversation(str(number), picture(1))
 
-    assert survey("s", parquet(), lambda: 5000) == Need("s", None, 5000 + 2**20)
-    assert survey("s", parquet(), lambda: 5000, Slice(1, 5)) == Need("s", None, 1000 + 2**20)
-    assert asked == [0, 0]
+    one, two = {"s": "s"}, {"s": "s", "t": "t"}
+    assert survey(one, named(parquet()), lambda: 5000) == [Need("s", None, 5000 + 2**20)]
+    assert survey(one, named(parquet()), lambda: 5000, Slice(1, 5)) == [Need("s", None, 1000 + 2**20)]
+    assert survey(two, named(parquet()), lambda: 5000) == [Need(name, None, 2500 + 2**20) for name in "st"]
+    assert asked == [0, 0, 0]
 
 
 def test_room_is_compared_where_the_stores_will_be(tmp_path: Path) -> None:
