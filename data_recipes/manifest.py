@@ -18,10 +18,10 @@ from data_recipes.store import Store
 
 FOLDER = "mixtures"
 
-_COLUMNS = ("Source", "Samples", "Share", "Held out", "Left out", "Licence")
+_COLUMNS = ("Source", "Published", "Found", "Held out", "Left out", "Used", "Share", "Licence")
 _EXPLANATION = (
-    "Left out: unusable records of the source, samples that show a held-out picture, and samples that show a picture "
-    "of an excluded set."
+    "Found: samples of the raw files, in brackets how many more or fewer than were published. Left out: unusable records "
+    "of the source, samples that show a held-out picture, and samples that show a picture of an excluded set."
 )
 
 
@@ -64,7 +64,7 @@ def describe_mixture(mixture: Mixture, stores: Path) -> dict[str, Any]:
 
 def to_markdown(content: Mapping[str, Any]) -> str:
     """The data section in Markdown."""
-    rows = [_COLUMNS, ("---", "---:", "---:", "---:", "---:", "---"), *_rows(content["sources"])]
+    rows = [_COLUMNS, ("---", *["---:"] * 6, "---"), *_rows(content["sources"])]
     lines = [f"# Training data: {content['name']}", "", _sentence(content, "`"), ""]
     lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
     lines += ["", _EXPLANATION, ""]
@@ -79,7 +79,7 @@ def to_latex(content: Mapping[str, Any]) -> str:
         "% Written by data_recipes.prepare. \\bibliography{manifest} has the citations.",
         "\\begin{table}",
         "\\centering",
-        "\\begin{tabular}{lrrrrp{0.35\\linewidth}}",
+        "\\begin{tabular}{lrrrrrrp{0.25\\linewidth}}",
         "\\hline",
         " & ".join(_COLUMNS) + " \\\\",
         "\\hline",
@@ -110,9 +110,16 @@ def to_bibtex(content: Mapping[str, Any]) -> str:
     return "\n".join(entries[key] for key in sorted(entries))
 
 
+def published_and_found(published: int | None, found: int) -> tuple[str, str]:
+    """Two cells of a table; the second tells the difference: `72,101 (-39)`."""
+    if published is None:
+        return NOT_STATED, f"{found:,}"
+    return f"{published:,}", f"{found:,}" + (f" ({found - published:+,})" if found != published else "")
+
+
 def _about(store: Store) -> dict[str, Any]:
     manifest = store.manifest
-    kept = ("publisher", "licence", "citation", "expected_count", "num_records", "num_pictures", "repairs")
+    kept = ("publisher", "licence", "citation", "num_records", "num_pictures", "repairs")
     return {
         "source": store.name,
         "fingerprint": store.fingerprint,
@@ -124,10 +131,11 @@ def _rows(sources: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             source["source"],
-            f"{source['used']:,}",
-            f"{source['share']:.1%}",
+            *published_and_found(source["expected_count"], source["found"]),
             f"{source['held_out']:,}",
             f"{sum(source['rejects'].values()) + source['beside_heldout'] + source['excluded']:,}",
+            f"{source['used']:,}",
+            f"{source['share']:.1%}",
             " ".join((source["licence"] or NOT_STATED).split()),
         )
         for source in sources
@@ -144,8 +152,6 @@ def _sentence(content: Mapping[str, Any], quote: str) -> str:
 def _note(source: Mapping[str, Any]) -> str:
     """Everything about a source that the table has no room for."""
     parts = [source["publisher"] or f"publisher {NOT_STATED}", f"store {source['fingerprint'][:16]}"]
-    if source["expected_count"]:
-        parts.append(f"{source['expected_count']:,} samples published")
     parts.append(f"{source['num_records']:,} records, {source['num_pictures']:,} pictures")
     for title, counts in (("left out", source.get("rejects")), ("repaired", source["repairs"])):
         if counts:

@@ -159,11 +159,12 @@ class Mixture:
         return part.store.text(int(part.heldout[number]))
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per source: what was wanted, what was found, and what became of it."""
+        """One row per source: what was wanted, published and found, and what became of it."""
         return [
             {
                 "source": part.store.name,
                 "wanted": part.num_wanted,
+                "expected_count": part.store.manifest["expected_count"],
                 "found": len(part.store),
                 "held_out": len(part.heldout),
                 "beside_heldout": part.num_beside_heldout,

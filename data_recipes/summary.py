@@ -9,27 +9,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from data_recipes.manifest import published_and_found
 from data_recipes.mixture import Mixture
 from data_recipes.source import NOT_STATED, SourceInfo
 from data_recipes.store import read_manifest
 
 
 def print_sources(sources: Sequence[SourceInfo], stores: Path) -> None:
-    """One line per source: expected, found, left out, licence; then what was left out."""
+    """One line per source: published, found, left out, licence; then what was left out."""
     rows = []
     for source in sources:
         manifest = read_manifest(stores / source.name) or {}
-        wanted = source.expected_count
         rows.append(
             [
                 source.name,
-                NOT_STATED if wanted is None else f"{wanted:,}",
-                f"{manifest['num_samples']:,}",
+                *published_and_found(source.expected_count, manifest["num_samples"]),
                 f"{sum(manifest['rejects'].values()):,}",
                 _short(source.licence),
             ]
         )
-    print(text_table(["source", "expected", "found", "left out", "licence"], rows))
+    print(text_table(["source", "published", "found", "left out", "licence"], rows))
     print_rejects([source.name for source in sources], stores)
 
 
@@ -39,7 +38,7 @@ def print_mixture(mixture: Mixture, stores: Path) -> None:
         [
             row["source"],
             "all" if row["wanted"] is None else f"{row['wanted']:,}",
-            f"{row['found']:,}",
+            *published_and_found(row["expected_count"], row["found"]),
             f"{sum(row['rejects'].values()):,}",
             f"{row['held_out']:,}",
             f"{row['beside_heldout']:,}",
@@ -50,8 +49,10 @@ def print_mixture(mixture: Mixture, stores: Path) -> None:
         ]
         for row in mixture.table()
     ]
-    head = ["source", "wanted", "found", "left out", "held out", "beside", "excluded", "used", "share", "licence"]
-    print(text_table(head, rows))
+    head = ["source", "wanted", "published", "found", "left out", "held out", "beside", "excluded", "used", "share"]
+    print(text_table([*head, "licence"], rows))
+    if any(row["expected_count"] not in (None, row["found"]) for row in mixture.table()):
+        print("found (+ or -): so many more or fewer samples than were published; is it the same release?")
     if any(row["beside_heldout"] or row["excluded"] for row in mixture.table()):
         print("beside: shows a held-out picture; excluded: shows a picture of a store in `exclude`.")
     print(f"{mixture.config.name}: {mixture.num_samples:,} samples, fingerprint {mixture.fingerprint}")

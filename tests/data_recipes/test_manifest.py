@@ -27,7 +27,9 @@ def stores(tmp_path: Path) -> Path:
     samples: list[Sample | Reject] = [*(conversation(str(n), shown[n]) for n in range(20)), REJECT]
     about: dict[str, Any] = {"licence": "GPL-3.0 & more", "publisher": "A. Masry", "citation": ENTRY}
     make_store(tmp_path / "chart_qa", samples, max_reject_share=1.0, expected_count=99, **about)
-    make_store(tmp_path / "chats", [conversation(str(n)) for n in range(10)], citation="V. Zhou, 2019.")
+    make_store(
+        tmp_path / "chats", [conversation(str(n)) for n in range(10)], expected_count=10, citation="V. Zhou, 2019."
+    )
     make_store(tmp_path / "bench", [conversation(str(n), shown[n]) for n in range(3)], licence="MIT")
     return tmp_path
 
@@ -72,12 +74,14 @@ def test_the_data_section(stores: Path) -> None:
     """The table in Markdown and LaTeX, with every licence; each citation has its entry; LaTeX's letters are escaped."""
     folder = write_manifest(mixture(stores), stores)
     markdown = (folder / "manifest.md").read_text()
-    assert re.search(r"\| chart_qa \| 12 \| 54.5% \| 4 \| \d \| GPL-3.0 & more \|", markdown)
-    assert "| chats | 10 | 45.5% | 0 | 0 | not stated |" in markdown
+    assert re.search(r"\| chart_qa \| 99 \| 20 \(-79\) \| 4 \| \d \| 12 \| 54.5% \| GPL-3.0 & more \|", markdown)
+    assert "| chats | 10 | 10 | 0 | 0 | 10 | 45.5% | not stated |" in markdown
     assert "No picture of bench is among them." in markdown
-    assert "99 samples published; 21 records, 20 pictures; left out: picture_missing 1" in markdown
+    assert "A. Masry; store " in markdown
+    assert "; 21 records, 20 pictures; left out: picture_missing 1" in markdown
     latex = (folder / "manifest.tex").read_text()
-    assert re.search(r"chart\\_qa~\\cite\{masry2022chartqa\} & 12 & 54.5\\% & 4 & \d & GPL-3.0 \\& more \\\\", latex)
+    row = r"chart\\_qa~\\cite\{masry2022chartqa\} & 99 & 20 \(-79\) & 4 & \d & 12 & 54.5\\% & GPL-3.0 \\& more \\\\"
+    assert re.search(row, latex)
     bibtex = (folder / "manifest.bib").read_text()
     values = "  title = {{Charts \\& {QA}: 100\\%}},\n  url = {https://a/b_c},\n"
     assert f"@inproceedings{{masry2022chartqa,\n{values}}}" in bibtex

@@ -43,7 +43,10 @@ def test_a_mixture_from_raw_files_to_its_table(place: Path) -> None:
     assert code == 0, err
     assert "charts: 3 samples, 3 pictures, 0 left out" in out
     row = next(line for line in out.splitlines() if line.startswith("shapes ") and "samples" not in line)
-    assert re.split(r"\s{2,}", row)[1:9] == ["2", "4", "0", "1", "0", "0", "2", "7.1%"]
+    assert re.split(r"\s{2,}", row)[1:10] == ["2", "not stated", "4", "0", "1", "0", "0", "2", "7.1%"]
+    row = next(line for line in out.splitlines() if line.startswith("charts ") and "samples" not in line)
+    assert re.split(r"\s{2,}", row)[1:4] == ["all", "4", "3 (-1)"]
+    assert "found (+ or -): so many more or fewer samples than were published" in out
     assert re.search(r"all: 28 samples, fingerprint [0-9a-f]{64}", out)
     assert sorted(path.name for path in (place / "stores").iterdir()) == sorted([*SOURCES, "mixtures"])
     script = (
@@ -190,7 +193,7 @@ def test_bad_records_decide_the_exit_code(place: Path, capsys: pytest.CaptureFix
     assert prepare.main(arguments(place, "--source", "charts")) == 0
     out = capsys.readouterr().out
     assert "charts: 2 samples, 2 pictures, 1 left out" in out
-    assert re.search(r"charts +3 +2 +1 +GPL-3.0", out)
+    assert re.search(r"charts +4 +2 \(-2\) +1 +GPL-3.0", out)
     assert re.search(r"charts +picture_missing +1 +33.33% +train_augmented.json, record 1: no file 'two_col_1", out)
 
 
