@@ -20,8 +20,8 @@ FOLDER = "mixtures"
 
 _COLUMNS = ("Source", "Published", "Found", "Held out", "Left out", "Used", "Share", "Licence")
 _EXPLANATION = (
-    "Found: samples of the raw files, in brackets how many more or fewer than were published. Left out: unusable records "
-    "of the source, samples that show a held-out picture, and samples that show a picture of an excluded set."
+    "Found: samples of the raw files, in brackets how many more or fewer than were published. Left out: unusable "
+    "records of the source, samples that show a held-out picture, and samples that show a picture of an excluded set."
 )
 
 

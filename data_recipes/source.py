@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -57,17 +57,12 @@ class SourceInfo:
         """The raw folder.
 
         Raises:
-            DataError: it is not there; the sentence says who publishes it, how to fetch it, how much it is, under
-                which licence, and where to put it.
+            NoRawFolder: it is not there; says who publishes it, how to fetch it, how much it is, under which licence,
+                and where to put it.
         """
         folder = raw_root / self.root
         if not folder.is_dir():
-            count = f"; {self.expected_count:,} samples are expected" if self.expected_count else ""
-            raise DataError(
-                f"source {self.name}: no raw folder at {folder}. Publisher: {self.publisher or NOT_STATED}. "
-                f"Fetch: {self.fetch or NOT_STATED}{count}. (Size: {self.size or NOT_STATED}. "
-                f"Licence: {self.licence or NOT_STATED}.) Put it into {folder}, or name another folder as `root`."
-            )
+            raise NoRawFolder([self], raw_root)
         return folder
 
     def samples(self, raw_root: Path) -> Iterator[Sample | Reject]:
@@ -91,6 +86,34 @@ class SourceInfo:
     def recipe_digest(self) -> str:
         """sha256 of what decides the samples besides the raw files: reader and options."""
         return _digest([self.reader, self.root, self.options])
+
+
+class NoRawFolder(DataError):
+    """Raw folders that are not there, each with all that is known of it."""
+
+    def __init__(self, sources: Sequence[SourceInfo], raw_root: Path) -> None:
+        self.sources = sources
+        by_folder: dict[Path, list[SourceInfo]] = {}
+        for source in sources:
+            by_folder.setdefault(raw_root / source.root, []).append(source)
+        lines = ["no raw folder at" if len(by_folder) == 1 else f"{len(by_folder)} raw folders are not there:"]
+        for folder, group in by_folder.items():
+            lines.append(f"  {folder}  (for {', '.join(source.name for source in group)})")
+            lines += [f"    {key}:{_known(group, key)}" for key in ("publisher", "fetch", "size", "licence")]
+            counts = [source.expected_count for source in group if source.expected_count]
+            lines += [f"    expected: {sum(counts):,} samples"] if counts else []
+        lines.append("Put each there, or name another folder as `root` in the source's YAML.")
+        super().__init__("\n".join(lines))
+
+
+def _known(sources: Sequence[SourceInfo], key: str) -> str:
+    """What the sources say, each thing once; and for which of them, where it differs."""
+    said: dict[str, list[str]] = {}
+    for source in sources:
+        said.setdefault(getattr(source, key) or NOT_STATED, []).append(source.name)
+    if len(said) == 1:
+        return f" {next(iter(said))}"
+    return "".join(f"\n      {', '.join(names)}: {text}" for text, names in said.items())
 
 
 def find_reader(source: str, reader: str, function: str = "samples") -> Callable[..., Any]:

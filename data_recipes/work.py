@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_recipes.parts import read_together, together
 from data_recipes.slices import num_slice_bytes, read_slices, remove_slices, slice_path, slices_folder
-from data_recipes.source import RawState, SourceInfo, raw_state
+from data_recipes.source import NoRawFolder, RawState, SourceInfo, raw_state
 from data_recipes.space import Need, survey
 from data_recipes.store import read_manifest
 from data_recipes.store_writer import read_inputs, refresh_description
@@ -47,19 +47,26 @@ def find_work(
         merge: how many slices to merge instead.
 
     Raises:
-        DataError: a reader, an option, a raw folder or a slice that is not there.
+        NoRawFolder: all raw folders that are not there.
+        DataError: a reader, an option or a slice that is not there.
     """
     _state_of.cache_clear()
-    work = {}
+    work, to_fetch = {}, []
     for source in sources:
-        if part != WHOLE:
-            found = _one_slice(source, raw, stores, part)
-        elif merge is not None:
-            found = _merged(source, stores, merge)
-        else:
-            found = _whole(source, raw, stores)
+        try:
+            if part != WHOLE:
+                found = _one_slice(source, raw, stores, part)
+            elif merge is not None:
+                found = _merged(source, stores, merge)
+            else:
+                found = _whole(source, raw, stores)
+        except NoRawFolder:
+            to_fetch.append(source)
+            continue
         if found is not None:
             work[source.name] = found
+    if to_fetch:
+        raise NoRawFolder(to_fetch, raw)  # all at once: each may take a day to fetch
     if merge is not None:
         return [[item] for item in work.values()]
     groups = together([source for source in sources if source.name in work])

@@ -121,22 +121,36 @@ def test_a_mended_description_needs_no_new_store(place: Path, capsys: pytest.Cap
 
 
 def test_a_missing_raw_folder_says_where_to_get_it(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Publisher, where to fetch, how much and under which licence; and nothing was begun for the other
-    sources."""
-    change(
-        place,
-        "shapes",
-        root="nowhere",
-        publisher="V. Zhou",
-        fetch="from PyPI",
-        expected_count=4000,
-        licence="MIT",
-    )
-    code, sentence = failure(place, capsys, "--mixture", "all")
-    assert code == 2
-    for part in ("source shapes: no raw folder at", "V. Zhou", "from PyPI", "4,000 samples", "MIT"):
-        assert part in sentence
+    """Of every one that is missing: publisher, where to fetch, how much, under which licence, and where to put it. The
+    sources of one folder stand together, and nothing was begun for the others."""
+    about = {"root": "nowhere", "publisher": "V. Zhou", "fetch": "from PyPI", "size": "3 MB"}
+    change(place, "shapes", **about, expected_count=4000, licence="MIT")
+    change(place, "pages", **about, expected_count=500, licence="CC0")
+    change(place, "charts", root="far/away", publisher="A. Masry")
+    assert prepare.main(arguments(place, "--mixture", "all")) == 2
+    err = capsys.readouterr().err
+    lines = [line.replace(str(place), "PLACE") for line in err.splitlines()]
+    assert lines == [
+        "prepare: 2 raw folders are not there:",
+        "  PLACE/raw/far/away  (for charts)",
+        "    publisher: A. Masry",
+        "    fetch: not stated",
+        "    size: not stated",
+        "    licence: GPL-3.0",
+        "    expected: 4 samples",
+        "  PLACE/raw/nowhere  (for pages, shapes)",
+        "    publisher: V. Zhou",
+        "    fetch: from PyPI",
+        "    size: 3 MB",
+        "    licence:",
+        "      pages: CC0",
+        "      shapes: MIT",
+        "    expected: 4,500 samples",
+        "Put each there, or name another folder as `root` in the source's YAML.",
+    ]
     assert not (place / "stores").exists()
+    assert prepare.main(arguments(place, "--source", "shapes", "--slice", "1/2")) == 2
+    assert f"no raw folder at\n  {place}/raw/nowhere  (for shapes)" in capsys.readouterr().err
 
 
 def test_unknown_names_list_the_known(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
