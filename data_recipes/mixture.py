@@ -26,7 +26,7 @@ from data_recipes.choosing import (
 )
 from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.sample import DataError
-from data_recipes.source import read_yaml
+from data_recipes.source import read_yaml, refuse_unknown
 from data_recipes.store import Store, StoredSample, StoredText
 
 
@@ -39,7 +39,7 @@ def read_mixture(configs: Path, name: str) -> MixtureConfig:
     """
     values = read_yaml(configs, "mixture", name)
     place = f"configs/mixture/{name}.yaml"
-    _refuse_unknown(place, values, ("name", "seed", "sources", "exclude"))
+    refuse_unknown(place, values, ("name", "seed", "sources", "exclude"))
     seed, sources = values.get("seed", 0), values.get("sources")
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise DataError(f"{place}: `seed` is {seed!r}, and must be a whole number, 0 or more.")
@@ -50,7 +50,7 @@ def read_mixture(configs: Path, name: str) -> MixtureConfig:
         share = share or {}
         if not isinstance(share, dict):
             raise DataError(f"{place}: `sources.{source}` is {share!r}; write {{count: {share}}}.")
-        _refuse_unknown(f"{place}: sources.{source}", share, ("count", "holdout", "share"))
+        refuse_unknown(f"{place}: `sources.{source}`", share, ("count", "holdout", "share"))
         for key, value in share.items():
             kinds = {"count": int | None, "holdout": int, "share": int | float | None}[key]
             if isinstance(value, bool) or not isinstance(value, kinds):
@@ -226,9 +226,3 @@ def _fingerprint(parts: Sequence[_Part]) -> str:
         digest.update(part.used.astype("<i8").tobytes())
         digest.update(part.heldout.astype("<i8").tobytes())
     return digest.hexdigest()
-
-
-def _refuse_unknown(place: str, values: dict[str, Any], known: Sequence[str]) -> None:
-    unknown = [key for key in values if key not in known]
-    if unknown:
-        raise DataError(f"{place}: unknown key {unknown[0]!r}; known keys: {', '.join(known)}.")

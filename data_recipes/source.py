@@ -11,7 +11,7 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -73,15 +73,21 @@ class SourceInfo:
         """
         reader: Reader = find_reader(self.name, self.reader)
         folder = self.raw_folder(raw_root)
-        try:
-            inspect.signature(reader).bind(folder, **self.options)
-        except TypeError as error:
-            takes = [str(p) for p in list(inspect.signature(reader).parameters.values())[1:]]
-            raise DataError(
-                f"source {self.name}: reader {self.reader} does not take these options ({error}); "
-                f"it takes {', '.join(takes) or 'none'}."
-            ) from error
+        self._check_options(reader)
         return reader(folder, **self.options)
+
+    def _check_options(self, reader: Reader) -> None:
+        """Every option is one that the reader has, and none that it needs is missing."""
+        place = f"source {self.name}: `options`"
+        takes = list(inspect.signature(reader).parameters.values())[1:]
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in takes):
+            known = [parameter.name for parameter in takes]
+            refuse_unknown(place, self.options, known, f"reader {self.reader} takes")
+        for parameter in takes:
+            is_needed = parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
+            if is_needed and parameter.name not in self.options:
+                listed = ", ".join(str(each) for each in takes)
+                raise DataError(f"{place}: {parameter.name!r} is missing; reader {self.reader} takes: {listed}.")
 
     def recipe_digest(self) -> str:
         """sha256 of what decides the samples besides the raw files: reader and options."""
@@ -150,9 +156,7 @@ def read_source(configs: Path, name: str) -> SourceInfo:
     values = read_yaml(configs, "source", name)
     known = {f.name for f in fields(SourceInfo)} - {"name"}
     place = f"configs/source/{name}.yaml"
-    unknown = sorted(set(values) - known - {"name"})
-    if unknown:
-        raise DataError(f"{place}: unknown key {unknown[0]!r}; known keys: {', '.join(sorted(known))}.")
+    refuse_unknown(place, values, [*sorted(known), "name"])
     for key in ("reader", "root"):
         if not values.get(key):
             raise DataError(f"{place}: `{key}` is missing; a source needs `reader` and `root`.")
@@ -181,6 +185,19 @@ def _citation(place: str, entry: dict[str, Any]) -> dict[str, str]:
         if entry and not entry.get(key):
             raise DataError(f"{place}: `citation` has no `{key}`; a BibTeX entry needs `key`, `type` and `title`.")
     return {str(key): str(value) for key, value in entry.items()}
+
+
+def refuse_unknown(place: str, values: Mapping[str, Any], known: Sequence[str], what: str = "known keys") -> None:
+    """Keys that mean nothing are a mistake, told with the known ones and the nearest of them.
+
+    Raises:
+        DataError: `values` has a key that is not known.
+    """
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise DataError(f"{place}: unknown key {key!r}; {what}: {', '.join(known) or 'none'}.{hint}")
 
 
 def read_yaml(configs: Path, group: str, name: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_recipes.config import MixtureConfig
+from data_recipes.config import MixtureConfig, SourceShare
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, check_grids
 from llava_next.conversation import check_template_name
 
@@ -327,13 +327,17 @@ def _check_folders(config: RunConfig) -> None:
         if path is not None and not Path(path).is_dir():
             raise ConfigError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
     store_root = Path(config.data.store_root)
-    prepare = f"python -m data_recipes.prepare --mixture {config.mixture.name} --raw RAW --stores {store_root}"
+    prepare = f"run `python -m data_recipes.prepare --mixture {config.mixture.name} --raw RAW --stores {store_root}`"
+    if config.mixture.name.startswith("quickstart_"):
+        prepare = (
+            f"./scripts/quickstart.sh draws the raw files and prepares them; with raw files of your own, {prepare}"
+        )
     if not store_root.is_dir():
-        raise ConfigError(f"data.store_root: there is no folder {store_root}; prepare it with `{prepare}`")
+        raise ConfigError(f"data.store_root: there is no folder {store_root}; {prepare}")
     for source in (*config.mixture.sources, *config.mixture.exclude):
         if not (store_root / source / "manifest.json").is_file():
             key = f"mixture.sources.{source}" if source in config.mixture.sources else "mixture.exclude"
-            raise ConfigError(f"{key}: there is no prepared source in {store_root / source}; run `{prepare}`")
+            raise ConfigError(f"{key}: there is no prepared source in {store_root / source}; {prepare}")
     local_dir = config.data.local_dir
     if local_dir is not None and not Path(local_dir).is_dir():
         raise ConfigError(
@@ -385,6 +389,18 @@ def _unknown_key(key: str) -> str:
         return f"{key}: there is no such part; the parts are {', '.join(PARTS)}"
     if key in _all_keys(RunConfig):
         return f"{key} has no value in the YAML; write it there, or give it as +{key}=VALUE"
+    return _no_such_key(key)
+
+
+def _no_such_key(key: str) -> str:
+    source, _, last = key.removeprefix("mixture.sources.").rpartition(".")
+    if key.startswith("mixture.sources.") and source:
+        known = [item.name for item in fields(SourceShare)]
+        if last in known:
+            return f"{key}: the mixture has no source {source}; mend the name, or add one with +{key}=VALUE"
+        close = difflib.get_close_matches(last, known, n=1)
+        near = f"; did you mean mixture.sources.{source}.{close[0]}?" if close else ""
+        return f"{key}: there is no such key; a source of a mixture has {', '.join(known)}{near}"
     return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
 
 
@@ -408,7 +424,7 @@ def _explain_invalid(error: pydantic.ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int",))
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
+        return _no_such_key(key)
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} has no value; give it in the YAML, or as +{key}=VALUE"
     rule = first["msg"][0].lower() + first["msg"][1:]

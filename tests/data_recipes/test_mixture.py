@@ -279,7 +279,10 @@ def test_pydantic_reads_the_config() -> None:
         ("seed: -1\nsources: {a: {}}", "`seed` is -1"),
         ("seed: 0\nsources: [a]", "`sources` must map"),
         ("seed: 0\nsources: {a: 5}", "`sources.a` is 5; write {count: 5}"),
-        ("seed: 0\nsources: {a: {hold: 5}}", "sources.a: unknown key 'hold'"),
+        (
+            "seed: 0\nsources: {a: {holdut: 5}}",
+            "`sources.a`: unknown key 'holdut'; known keys: count, holdout, share. Did you mean holdout?",
+        ),
         ("seed: 0\nsources: {a: {count: 1.5}}", "`sources.a.count` is 1.5"),
         ("seed: 0\nsources: {a: {holdout: null}}", "`sources.a.holdout` is None"),
         ("seed: 0\nsources: {a: {count: 0}}", "sources.a.count: 0 is below 1"),

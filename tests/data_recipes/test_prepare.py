@@ -166,7 +166,14 @@ def test_unknown_names_list_the_known(place: Path, capsys: pytest.CaptureFixture
     assert {"chartqa", "easy_vqa", "llava_json"} <= set(re.split(r"[,;] ", sentence.split("Known: ")[1]))
     change(place, "charts", options={"spilt": "train"})
     code, sentence = failure(place, capsys, "--source", "charts")
-    assert (code, "it takes split: str = 'train'" in sentence) == (2, True)
+    expected = "`options`: unknown key 'spilt'; reader chartqa takes: split. Did you mean split?"
+    assert (code, expected in sentence) == (2, True)
+    change(place, "talk", options={"image_root": "images"})
+    code, sentence = failure(place, capsys, "--source", "talk")
+    assert (code, "'annotations' is missing; reader llava_json takes: annotations: str, image_root" in sentence) == (
+        2,
+        True,
+    )
     change(place, "charts", reader="json.decoder")
     code, sentence = failure(place, capsys, "--source", "charts")
     assert (code, "has no function `samples(root, **options)`" in sentence) == (2, True)
@@ -176,6 +183,7 @@ def test_unknown_names_list_the_known(place: Path, capsys: pytest.CaptureFixture
     ("values", "message"),
     [
         ({"rooot": "x"}, "unknown key 'rooot'; known keys: citation"),
+        ({"licenze": "MIT"}, "size, name. Did you mean licence?"),
         ({"root": None}, "`root` is missing"),
         ({"expected_count": "many"}, "`expected_count` is 'many', and must be int"),
         ({"max_reject_share": 2}, "must lie between 0 and 1"),

@@ -156,7 +156,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "type": ({"stage.epochs": "many"}, ["stage.epochs", "valid number", "'many'"]),
     "count": ({"mixture.sources.tiny_chats.count": 0}, ["mixture.sources.tiny_chats", "count: 0"]),
     "no sources": ({"mixture.sources": {}}, ["mixture", "`sources` is empty"]),
-    "source key": ({"mixture.sources.tiny_chats.coumt": 3}, ["mixture.sources.tiny_chats.coumt", "no such key"]),
+    "source key": (
+        {"mixture.sources.tiny_chats.coumt": 3},
+        ["tiny_chats.coumt", "no such key", "has count, holdout, share", "mean mixture.sources.tiny_chats.count?"],
+    ),
     "no such source": ({"mixture.sources.nobody": {}}, ["mixture.sources.nobody", "data_recipes.prepare"]),
     "excluded source": ({"mixture.exclude": ["nobody"]}, ["mixture.exclude", "nobody", "data_recipes.prepare"]),
     "start": ({"stage.init_from": "/none/such"}, ["stage.init_from", "/none/such", "stage=align", "init_from=null"]),
@@ -263,6 +266,8 @@ def test_load_composes_as_the_command_line(tiny_parts: RunConfig) -> None:
     ]
     with pytest.raises(ConfigError, match=r"mixture\.sources\..*no prepared source"):
         load(overrides)
+    with pytest.raises(ConfigError, match=r"quickstart\.sh draws the raw files and prepares them; .*, run `python -m"):
+        load(overrides)
     with pytest.raises(ConfigError, match="stage=none_such: there is no such choice"):
         load([*overrides, "stage=none_such"])
 
@@ -280,6 +285,9 @@ def test_run_folder_follows_name_and_stage(tmp_path: Path, tiny_parts: RunConfig
         ("stage.learning_rates.projecter=1.0e-3", "projecter: there is no such part; the parts are vision_tower"),
         ("stage.learning_rates.image_newline=1.0e-3", "trained with +stage.learning_rates.image_newline=RATE"),
         ("mixture.holdout_seed=1", "mixture.holdout_seed: there is no such key"),
+        ("mixture.sources.quickstart_captions.cuont=1", "did you mean mixture.sources.quickstart_captions.count?"),
+        ("+mixture.sources.quickstart_captions.cuont=1", "a source of a mixture has count, holdout, share"),
+        ("mixture.sources.captions.count=1", "no source captions; mend the name, or add one with +mixture.sources"),
     ],
 )
 def test_a_key_that_the_yaml_lacks_is_told_apart_from_one_that_is_none(override: str, said: str) -> None:
