@@ -231,16 +231,15 @@ class RawState:
 
 
 def raw_state(folder: Path, leave_out: Path) -> RawState:
-    """Has anything been touched? Files are not read.
+    """Has anything been touched? Files are not read. Folders behind links are looked at too, each once.
 
     Args:
         folder: a source's raw folder.
         leave_out: a folder to pass over where it lies inside (the stores, in a cramped layout).
     """
     digest, num_bytes = hashlib.sha256(), 0
-    left_out = os.path.realpath(leave_out)
-    for current, folders, names in os.walk(folder):
-        folders[:] = sorted(f for f in folders if os.path.realpath(os.path.join(current, f)) != left_out)  # noqa: PTH118
+    looked_at = {os.path.realpath(leave_out), os.path.realpath(folder)}
+    for current, folders, names in os.walk(folder, followlinks=True):
         below = os.path.relpath(current, folder)
         for name in sorted(names):
             try:
@@ -249,6 +248,9 @@ def raw_state(folder: Path, leave_out: Path) -> RawState:
                 continue
             digest.update(json.dumps([below, name, status.st_size, status.st_mtime_ns]).encode())
             num_bytes += status.st_size
+        real = {name: os.path.realpath(f"{current}/{name}") for name in sorted(folders)}
+        folders[:] = [name for name, path in real.items() if path not in looked_at]
+        looked_at.update(real.values())
     return RawState(digest.hexdigest(), num_bytes)
 
 

@@ -39,6 +39,8 @@ BAD: dict[str, tuple[dict[str, Any], bytes | None, Reason]] = {
     "up": ({"image": "../secret.png"}, None, Reason.PATH_OUTSIDE_ROOT),
     "absolute": ({"image": "/etc/hosts"}, None, Reason.PATH_OUTSIDE_ROOT),
     "link": ({"image": "link.png"}, None, Reason.PATH_OUTSIDE_ROOT),
+    "folder_link": ({"image": "elsewhere/secret.png"}, None, Reason.PATH_OUTSIDE_ROOT),
+    "dead_link": ({"image": "dead_link.png"}, None, Reason.PICTURE_MISSING),
     "more_placeholders": (
         {"conversations": turns(("human", "<image>\n<image>\nWhy?"), ANSWER)},
         GOOD,
@@ -62,6 +64,9 @@ def write_dirt(root: Path) -> None:
     put(root / "secret.png", GOOD)
     put(root / "images" / "good.png", GOOD)
     (root / "images" / "link.png").symlink_to(root / "secret.png")
+    (root / "images" / "elsewhere").symlink_to(root)
+    (root / "images" / "dead_link.png").symlink_to("not_there.png")
+    (root / "images" / "link_that_stays.png").symlink_to("good.png")
     texts = []
     for number, (name, (changes, data, _)) in enumerate(BAD.items()):
         texts.append(json.dumps(llava_record(number, "good.png")))
@@ -75,6 +80,7 @@ def write_dirt(root: Path) -> None:
     put(root / "images" / "cover.gif", picture(5, kind="GIF"))
     odd = [
         llava_record(0, "odd.png", id="wrong_extension"),
+        llava_record(0, "link_that_stays.png", id="link_that_stays"),
         llava_record(0, "cover.jpg", id="other_extension"),
         llava_record(0, "good.png", id="extra_keys", model="gpt-4", score=1.5, nested={"a": [1]}),
         llava_record(0, "good.png", id=12345),
@@ -115,7 +121,7 @@ def test_each_fault_has_its_reason(place: Path, workers: str, capsys: pytest.Cap
     lines = [json.loads(line) for line in (path / "quarantine.jsonl").read_text().splitlines()]
     expected = {name: str(reason) for name, (_, _, reason) in BAD.items()}
     expected |= {"latin": "wrong_encoding", "000000000": "duplicate_id"}
-    expected |= {"mix.json, record 6": "broken_record", f"mix.json, record {2 * len(BAD) + 11}": "file_cut_off"}
+    expected |= {"mix.json, record 6": "broken_record", f"mix.json, record {2 * len(BAD) + 12}": "file_cut_off"}
     assert {line["id"]: line["reason"] for line in lines} == expected
     assert len(lines) == len(expected)
     raw = (place / "raw/dirt/mix.json").read_text(encoding="latin-1").splitlines()
@@ -127,7 +133,16 @@ def test_each_fault_has_its_reason(place: Path, workers: str, capsys: pytest.Cap
         assert str(place) not in json.dumps(line)  # the same on every machine
     store = Store.open(path)
     good = [f"{number:09d}" for number in range(len(BAD))]
-    odd = ["wrong_extension", "other_extension", "extra_keys", "12345", "12345~", "greeted", "unanswered"]
+    odd = [
+        "wrong_extension",
+        "link_that_stays",
+        "other_extension",
+        "extra_keys",
+        "12345",
+        "12345~",
+        "greeted",
+        "unanswered",
+    ]
     assert [sample_id[: sample_id.find("~") + 1] or sample_id for sample_id in store.ids()] == good + odd
     assert {store.sample(row).pictures[0] for row in range(len(BAD))} == {GOOD}
     assert store.manifest["repairs"] == {
@@ -163,7 +178,7 @@ def test_more_than_the_stated_share_fails(place: Path, capsys: pytest.CaptureFix
     """Exit code 1, with the numbers and each reason's count; what was left out can be looked at."""
     code, sentence = failure(place, capsys, "--source", "dirt", "--max-rejects", "0.3")
     assert code == 1
-    assert "24 of 51 records are bad" in sentence
-    assert "path_outside_root 3" in sentence
+    assert "26 of 56 records are bad" in sentence
+    assert "path_outside_root 4" in sentence
     assert "--max-rejects" in sentence
-    assert len((place / "stores" / "dirt.quarantine.jsonl").read_text().splitlines()) == 24
+    assert len((place / "stores" / "dirt.quarantine.jsonl").read_text().splitlines()) == 26

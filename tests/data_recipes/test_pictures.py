@@ -100,26 +100,35 @@ def test_paths_that_leave_the_root_are_refused(tmp_path: Path, name: str) -> Non
 
 
 def test_links_may_stay_and_not_leave(tmp_path: Path) -> None:
-    """A symbolic link inside the root is followed, one that leads out is refused; so is a link as a
-    folder."""
+    """A symbolic link that stays inside the root is followed, through folders and chains too; one that leads out is
+    refused, whether anything is there or not."""
     root = tmp_path / "root"
     target = put(root / "real" / "a.png", picture(1))
     outside = put(tmp_path / "secret" / "b.png", picture(2))
     (root / "in.png").symlink_to(target)
     (root / "out.png").symlink_to(outside)
     (root / "folder").symlink_to(outside.parent)
-    assert load(inside(root, "in.png")).data == picture(1)
-    for name in ("out.png", "folder/b.png"):
+    (root / "chain.png").symlink_to("folder/b.png")
+    (root / "up.png").symlink_to("../secret/b.png")
+    (root / "gone_outside.png").symlink_to(tmp_path / "none.png")
+    (root / "near").symlink_to("real")
+    (root / "two_steps.png").symlink_to("near/a.png")
+    for name in ("in.png", "near/a.png", "two_steps.png"):
+        assert load(inside(root, name)).data == picture(1)
+    for name in ("out.png", "folder/b.png", "chain.png", "up.png", "gone_outside.png"):
         with pytest.raises(PictureError) as caught:
             inside(root, name)
         assert caught.value.reason is Reason.PATH_OUTSIDE_ROOT
+        assert "leaves the image root by a symbolic link" in caught.value.detail
     (tmp_path / "link_to_root").symlink_to(root)
     assert inside(tmp_path / "link_to_root", "real/a.png").is_file()
 
 
 def test_a_missing_picture_and_a_folder_are_missing(tmp_path: Path) -> None:
-    """No file, or something that is no file, is `picture_missing`."""
-    for path in (tmp_path / "no.png", tmp_path):
+    """No file, or something that is no file, is `picture_missing`; a link to nothing or to itself, too."""
+    (tmp_path / "dead.png").symlink_to("no.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for path in (tmp_path / "no.png", tmp_path, inside(tmp_path, "dead.png"), inside(tmp_path, "loop.png")):
         with pytest.raises(PictureError) as caught:
             load(path)
         assert caught.value.reason is Reason.PICTURE_MISSING

@@ -85,6 +85,18 @@ def test_a_second_start_does_only_what_is_missing(place: Path, capsys: pytest.Ca
     assert redone() == []
 
 
+def test_files_behind_links_are_looked_at(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pictures behind a link: what changes there makes a new store. A circle of links harms nobody."""
+    (place / "raw/llava/images").rename(place / "elsewhere")
+    (place / "raw/llava/images").symlink_to(place / "elsewhere")
+    (place / "elsewhere/circle").symlink_to(place / "raw/llava")
+    for number, changes in enumerate((True, False, True)):
+        if changes:
+            put(place / "elsewhere" / "00000.png", picture(number, 9, 9))
+        assert prepare.main(arguments(place, "--source", "talk")) == 0
+        assert ("already prepared" in capsys.readouterr().out) is not changes
+
+
 def test_a_store_outlives_its_raw_folder(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Raw files may be deleted to make room: the store is kept and used."""
     assert prepare.main(arguments(place, "--source", "charts")) == 0
