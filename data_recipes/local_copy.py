@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.arrow_folder import sync
+from data_recipes.disk import sync
 from data_recipes.sample import DataError
 from data_recipes.store import Store, read_manifest
 

@@ -1,8 +1,8 @@
 """What a sample is, what makes one bad, and the word for the user's own mistake.
 
 Owns: `Message`, `Sample`, `Reject`, the fixed list of `Reason`s, the rules on messages, `DataError`.
-Leaves: reading raw files to `readers/`, everything about pictures to `pictures.py`, counting and writing
-down the rejected to `store_tables.py`.
+Leaves: reading raw files to `readers/`, everything about pictures to `raw/pictures.py`, counting and
+writing down the rejected to `writing/tables.py`.
 """
 
 from collections.abc import Iterable

@@ -2,7 +2,7 @@
 
 Owns: `SourceInfo`, reading `configs/source/*.yaml`, finding a reader and checking its options, the digest
 that tells whether anything changed since a store was made.
-Leaves: raw layouts to `readers/`, the making of stores to `prepare.py`.
+Leaves: raw layouts to `readers/`, the making of stores to `prepare/` and `writing/`.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """One prepared source: a `datasets` Arrow directory that is complete or absent, and its manifest.
 
 Owns: the layout on disk, reading it by memory map.
-Leaves: making it to `store_writer.py` and `store_tables.py`, a picture's bytes to `store_pictures.py`, choosing
+Leaves: making it to `writing/`, a picture's bytes to `store_pictures.py`, choosing
 samples to `mixture.py`.
 
     <store>/samples/    {id, messages: [{role, text}], pictures: [row of the other table]}
@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from data_recipes.sample import DataError, Message
 from data_recipes.store_pictures import StorePictures
-from data_recipes.store_tables import FORMAT
+
+FORMAT = 2  # of the store; another number is another layout
 
 
 @dataclass(frozen=True)

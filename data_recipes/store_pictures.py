@@ -1,7 +1,7 @@
 """The pictures of a store, read one at a time.
 
 Owns: where in which file a picture's bytes stand, and reading just these.
-Leaves: what the columns mean to `store.py`, writing them to `store_tables.py`.
+Leaves: what the columns mean to `store.py`, writing them to `writing/tables.py`.
 
 Headers, sizes and hashes are memory-mapped. A picture's bytes are read with one `pread`: on a busy network file system
 that is one request where a memory map takes a fault for every few pages; and a read that fails is an OSError, which a

@@ -17,7 +17,7 @@ from PIL import Image
 from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.sample import Message, Sample
 from data_recipes.source import SourceInfo
-from data_recipes.store_writer import write_store
+from data_recipes.writing.writer import write_store
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
 
 TowerName = Literal["clip", "siglip", "dinov2"]

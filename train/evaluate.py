@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from data_recipes.mixture import Mixture
-from data_recipes.questions import ENDINGS
+from data_recipes.raw.questions import ENDINGS
 from data_recipes.sample import DataError, Message
 from data_recipes.store import Store, StoredSample
 from llava_next.batch import collate

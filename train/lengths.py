@@ -25,7 +25,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_recipes.mixture import Mixture
-from data_recipes.pictures import follow_parent
+from data_recipes.raw.picture_pool import follow_parent
 from llava_next.config import ModelError
 from llava_next.processor import Processor, SampleRejected
 from train.config import ConfigError, PackingConfig

@@ -25,8 +25,8 @@ from data_recipes.demo_requests.batch import BatchOptions, BatchWriter, Kept, re
 from data_recipes.demo_requests.duplicates import SeenRequests
 from data_recipes.demo_requests.logs import Drop, LeftOut, Request, read_requests
 from data_recipes.demo_requests.screen import has_term, only_pixels, private, read_terms
-from data_recipes.json_records import iter_records
-from data_recipes.pictures import PictureError, load
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.pictures import PictureError, load
 from data_recipes.sample import IMAGE_PLACEHOLDER, DataError
 
 

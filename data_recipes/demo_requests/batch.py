@@ -16,7 +16,7 @@ from typing import Any
 
 from data_recipes.demo_requests.logs import Drop
 from data_recipes.demo_requests.screen import private
-from data_recipes.json_records import iter_records
+from data_recipes.raw.json_records import iter_records
 from data_recipes.sample import Reject
 
 

@@ -20,7 +20,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from data_recipes.json_records import iter_records
+from data_recipes.raw.json_records import iter_records
 from data_recipes.sample import IMAGE_PLACEHOLDER, DataError, Reject
 
 _MD5 = re.compile(r"[0-9a-f]{32}")

@@ -18,8 +18,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_recipes.pictures import PictureError, inside, load
-from data_recipes.questions import LETTER_ANSWER, merge, multiple_choice
+from data_recipes.raw.pictures import PictureError, inside, load
+from data_recipes.raw.questions import LETTER_ANSWER, merge, multiple_choice
 from data_recipes.sample import DataError, Reason, Reject, Sample
 
 

@@ -7,9 +7,9 @@ captions a picture. One of them, chosen by hash, answers the prompt of the relea
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.json_records import iter_records
-from data_recipes.pictures import PictureError, inside
-from data_recipes.questions import ONE_SENTENCE_CAPTION, merge, pick_by_hash
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.pictures import PictureError, inside
+from data_recipes.raw.questions import ONE_SENTENCE_CAPTION, merge, pick_by_hash
 from data_recipes.sample import Reason, Reject, Sample
 
 

@@ -9,8 +9,8 @@ All questions on one page become one conversation. Of several accepted answers t
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.json_records import iter_records
-from data_recipes.questions import Question, one_conversation_a_picture, question
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.questions import Question, one_conversation_a_picture, question
 from data_recipes.sample import Reason, Reject, Sample
 
 

@@ -7,8 +7,8 @@ the types structure, data and reasoning. All questions on one chart become one c
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.json_records import iter_records
-from data_recipes.questions import Question, one_conversation_a_picture, question
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.questions import Question, one_conversation_a_picture, question
 from data_recipes.sample import Reject, Sample
 
 

@@ -9,8 +9,8 @@ All questions on one picture become one conversation. They ask for one word as t
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.json_records import iter_records
-from data_recipes.questions import by_hash, merge
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.questions import by_hash, merge
 from data_recipes.sample import DataError, Reason, Reject, Sample
 
 

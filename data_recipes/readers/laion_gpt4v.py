@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_recipes.parquet_records import find_shards, iter_rows
-from data_recipes.pictures import PictureError, inside
-from data_recipes.questions import merge, pick_by_hash
+from data_recipes.raw.parquet_records import find_shards, iter_rows
+from data_recipes.raw.pictures import PictureError, inside
+from data_recipes.raw.questions import merge, pick_by_hash
 from data_recipes.sample import DataError, Reason, Reject, Sample
 
 

@@ -5,17 +5,17 @@ the image root, a list of them, or absent for text-only chats. Other keys are ig
 have more. `llava_parquet.py` reads the same columns from parquet.
 
 A file that many sets were merged into gives one source a part: `components` names the table of rules that tells them
-apart (`components.py`), `component` the part. `samples_by_component` reads several parts of such a file at once.
+apart (`raw/components.py`), `component` the part. `samples_by_component` reads several parts of such a file at once.
 """
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from data_recipes.components import component_of, find_table
-from data_recipes.json_records import iter_records
-from data_recipes.parquet_records import picture_of
-from data_recipes.pictures import PictureError
+from data_recipes.raw.components import component_of, find_table
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.parquet_records import picture_of
+from data_recipes.raw.pictures import PictureError
 from data_recipes.sample import Reason, Reject, Sample, assemble
 
 
@@ -32,7 +32,7 @@ def samples(
         root: the source's raw folder.
         annotations: the JSON file, below `root`.
         image_root: the folder, below `root`, that the records' `image` paths start from.
-        components: a table of `components.py`; None where the file is one set.
+        components: a table of `raw/components.py`; None where the file is one set.
         component: the part of the file to yield. A record that fits no rule is a `Reject` in every part.
 
     Raises:

@@ -8,7 +8,7 @@ are not read. The release names no folders in it, so its parts cannot be told ap
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.parquet_records import find_shards, iter_rows
+from data_recipes.raw.parquet_records import find_shards, iter_rows
 from data_recipes.readers.llava_json import conversation
 from data_recipes.sample import Reject, Sample
 

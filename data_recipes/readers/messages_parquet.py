@@ -6,7 +6,7 @@ The records of `messages_jsonl.py`, where `images` holds {bytes, path} or paths;
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.parquet_records import find_shards, iter_rows
+from data_recipes.raw.parquet_records import find_shards, iter_rows
 from data_recipes.readers.messages_jsonl import conversation
 from data_recipes.sample import Reject, Sample
 

@@ -8,9 +8,9 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.json_records import iter_records
-from data_recipes.pictures import PictureError, inside
-from data_recipes.questions import OCR, merge
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.pictures import PictureError, inside
+from data_recipes.raw.questions import OCR, merge
 from data_recipes.sample import Reason, Reject, Sample
 
 

@@ -18,7 +18,7 @@ from data_recipes.mixture import Mixture
 from data_recipes.published import SOURCES, draw_shapes
 from data_recipes.sample import Message, Sample
 from data_recipes.source import SourceInfo
-from data_recipes.store_writer import write_store
+from data_recipes.writing.writer import write_store
 from llava_next.anyres import ImageLayout, decode, image_layout
 from llava_next.build import read_tokenizer
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig

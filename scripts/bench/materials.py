@@ -29,7 +29,7 @@ from data_recipes.mixture import Mixture
 from data_recipes.order import samples_of_step
 from data_recipes.sample import Sample
 from data_recipes.source import SourceInfo
-from data_recipes.store_writer import write_store
+from data_recipes.writing.writer import write_store
 from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from llava_next.hf import write_hf

@@ -32,10 +32,10 @@ from PIL import Image
 from results import machine_facts, memory_mib, save, table
 
 from data_recipes.config import MixtureConfig, SourceShare
-from data_recipes.json_records import iter_records
 from data_recipes.mixture import Mixture
-from data_recipes.pictures import load
-from data_recipes.prepare import main as prepare
+from data_recipes.prepare.__main__ import main as prepare
+from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.pictures import load
 from data_recipes.sample import Message, Reject, Sample
 
 ASSETS = Path("~/.cache/llava_next").expanduser()

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from data_recipes import prepare
+from data_recipes.prepare import __main__ as prepare
 from llava_next.config import PARTS
 from llava_next.hf import write_hf
 from scripts.oracles import our_model, tiny_model, tiny_runs

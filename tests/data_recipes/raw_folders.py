@@ -16,7 +16,7 @@ from PIL import Image
 from data_recipes.sample import Message, Reject, Sample
 from data_recipes.source import SourceInfo
 from data_recipes.store import Store
-from data_recipes.store_writer import write_store
+from data_recipes.writing.writer import write_store
 from tests.data_recipes.merged_records import MERGED, coco, record
 
 PROMPT = "<image>\nWhat is it?"

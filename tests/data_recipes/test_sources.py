@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_recipes.components import TABLES
 from data_recipes.mixture import Mixture, read_mixture
-from data_recipes.prepare import main
+from data_recipes.prepare.__main__ import main
+from data_recipes.raw.components import TABLES
 from data_recipes.sample import DataError, Reject, Sample, check
 from data_recipes.source import SourceInfo, read_source
 from tests.data_recipes.merged_records import MERGED

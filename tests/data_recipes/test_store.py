@@ -11,15 +11,15 @@ import datasets
 import numpy as np
 import pytest
 
-from data_recipes import store_tables
-from data_recipes.arrow_folder import TableWriter
-from data_recipes.pictures import PicturePool
+from data_recipes.raw.picture_pool import PicturePool
 from data_recipes.readers import llava_json
 from data_recipes.sample import DataError, Message, Reason, Reject, Sample
 from data_recipes.source import SourceInfo
 from data_recipes.store import Store
-from data_recipes.store_tables import RejectedError
-from data_recipes.store_writer import write_store
+from data_recipes.writing import tables as store_tables
+from data_recipes.writing.arrow_folder import TableWriter
+from data_recipes.writing.tables import RejectedError
+from data_recipes.writing.writer import write_store
 from tests.data_recipes.raw_folders import conversation, llava_record, make_store, picture, put, write_llava
 
 SOURCE = SourceInfo(name="s", reader="test", root=".", max_reject_share=1.0, licence="CC0")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from data_recipes import store_pictures
-from data_recipes.arrow_folder import TableWriter
 from data_recipes.store_pictures import StorePictures
-from data_recipes.store_tables import _PICTURES
+from data_recipes.writing.arrow_folder import TableWriter
+from data_recipes.writing.tables import _PICTURES
 
 
 def content(number: int) -> bytes:

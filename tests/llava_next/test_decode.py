@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.mixture import Mixture
-from data_recipes.pictures import probe
+from data_recipes.raw.pictures import probe
 from data_recipes.sample import Message, Sample
 from llava_next.anyres import decode
 from llava_next.build import read_tokenizer

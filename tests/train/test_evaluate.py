@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_recipes.mixture import Mixture
-from data_recipes.questions import SHORT_ANSWER
+from data_recipes.raw.questions import SHORT_ANSWER
 from data_recipes.sample import Message
 from data_recipes.store import StoredSample
 from llava_next.batch import collate

@@ -1,0 +1,268 @@
+"""Owns the proofs about the layouts of single publishers: DocVQA, DVQA, AI2D, COCO captions, LAION-GPT-V, and the
+released sets in parquet. Each is read field by field, and dirt gets its reason.
+"""
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_recipes.raw.questions import LETTER_ANSWER, OCR, SHORT_ANSWER, multiple_choice, pick_by_hash, question
+from data_recipes.readers import (
+    ai2d,
+    coco_captions,
+    docvqa,
+    dvqa,
+    laion_gpt4v,
+    llava_parquet,
+    messages_parquet,
+    synthdog_parquet,
+)
+from data_recipes.sample import DataError, Reason, Reject, Sample
+from tests.data_recipes import raw_folders
+from tests.data_recipes.raw_folders import cell, docvqa_question, put, write_parquet
+
+
+def split(items: object) -> tuple[list[Sample], list[Reason]]:
+    """Samples, and the reasons of the rejects, of a reader's stream."""
+    assert hasattr(items, "__iter__")
+    found = list(items)
+    return [i for i in found if isinstance(i, Sample)], [i.reason for i in found if isinstance(i, Reject)]
+
+
+def texts(sample: Sample) -> list[str]:
+    """The texts of a sample's turns."""
+    return [message.text for message in sample.messages]
+
+
+def test_docvqa_merges_the_questions_of_a_page(tmp_path: Path) -> None:
+    """One conversation a page, the first of several accepted answers, the ending once."""
+    samples, reasons = split(docvqa.samples(raw_folders.write_docvqa(tmp_path)))
+    assert [sample.id for sample in samples] == ["docvqa_abcd0001_3", "docvqa_efgh0002_1"]
+    assert texts(samples[0]) == [
+        f"<image>\nWhat is in line 1?\n{SHORT_ANSWER}",
+        "May 4, 1981",
+        "What is in line 3?",
+        "Smith",
+    ]
+    assert samples[0].pictures == (tmp_path / "documents/abcd0001_3.png",)
+    assert reasons == []
+
+
+def test_docvqa_dirt(tmp_path: Path) -> None:
+    """No answers (the test file has none), an empty one, an answer that is no string, a page outside the folder."""
+    bad = [
+        docvqa_question(4, "abcd0001_3", None),
+        docvqa_question(5, "abcd0001_3", [""]),
+        {**docvqa_question(6, "abcd0001_3", ["x"]), "answers": [7]},
+        {**docvqa_question(7, "abcd0001_3", ["x"]), "image": "../../etc/x.png"},
+    ]
+    samples, reasons = split(docvqa.samples(raw_folders.write_docvqa(tmp_path, bad)))
+    assert len(samples) == 2
+    assert reasons == [Reason.NO_ANSWER, Reason.EMPTY_ANSWER, Reason.NOT_A_STRING, Reason.PATH_OUTSIDE_ROOT]
+    put(tmp_path / "other.json", "[]")
+    with pytest.raises(DataError, match="no list under the key 'data'"):
+        list(docvqa.samples(tmp_path, "other.json"))
+
+
+def test_dvqa_mixes_its_types(tmp_path: Path) -> None:
+    """All questions on a chart in one conversation, in an order that the file's blocks of types do not decide."""
+    root = raw_folders.write_dvqa(tmp_path)
+    samples, reasons = split(dvqa.samples(root))
+    assert [sample.id for sample in samples] == ["dvqa_bar_train_00000001", "dvqa_bar_train_00000002"]
+    assert [sorted(texts(sample)[1::2]) for sample in samples] == [["9", "four", "sky"]] * 2
+    assert reasons == []
+    questions = json.loads((root / "train_qa.json").read_text())
+    put(root / "train_qa.json", json.dumps(questions[::-1]))
+    again, _ = split(dvqa.samples(root))
+    assert {s.id: texts(s) for s in again} == {s.id: texts(s) for s in samples}
+
+
+def test_texts_that_repeat_are_held_once() -> None:
+    """Of two million drawn questions most say the same: reading them must not cost a copy of each."""
+    held = [question("p.png", "".join(["How many ", "bars?"]), "".join(["fo", "ur"]), "here") for _ in range(2)]
+    assert not isinstance(held[0], Reject)
+    assert not isinstance(held[1], Reject)
+    assert sys.intern(held[0].text) is sys.intern(held[1].text)
+
+
+def test_ai2d_asks_about_letters_on_letters(tmp_path: Path) -> None:
+    """Questions about texts get the diagram, those about letters its rendering; test diagrams are left alone."""
+    root = raw_folders.write_ai2d(tmp_path)
+    samples, reasons = split(ai2d.samples(root))
+    assert [sample.id for sample in samples] == ["ai2d_17", "ai2d_17_abc", "ai2d_18_abc"]
+    assert reasons == []
+    assert samples[0].pictures == (root / "images/17.png",)
+    assert texts(samples[0]) == [
+        f"<image>\nWhat does the owl eat?\nA. mice\nB. grass\nC. sun\nD. rock\n{LETTER_ANSWER}",
+        "A",
+    ]
+    assert texts(samples[1])[1] == "B"  # correctAnswer is an index
+    tested, _ = split(ai2d.samples(root, split="test"))
+    assert [sample.id for sample in tested] == ["ai2d_19"]
+
+
+def test_ai2d_rendering(tmp_path: Path) -> None:
+    """The text's rectangle is white with black letters in it, the rest is untouched, twice the same bytes."""
+    root = raw_folders.write_ai2d(tmp_path)
+    rendering = split(ai2d.samples(root))[0][1].pictures[0]
+    assert isinstance(rendering, bytes)
+    assert split(ai2d.samples(root))[0][1].pictures[0] == rendering
+    drawn = np.asarray(Image.open(io.BytesIO(rendering)))
+    before = np.asarray(Image.open(root / "images" / "17.png"))
+    inside = np.zeros(before.shape[:2], dtype=bool)
+    inside[8:29, 10:51] = True  # the rectangle [[10, 8], [50, 28]], its edges included
+    assert (drawn[~inside] == before[~inside]).all()
+    box = drawn[8:29, 10:51]
+    assert (box == box[..., :1]).all()  # white, black and the greys between
+    assert (box[:2] == 255).all()
+    assert (box == 255).all(axis=2).mean() > 0.5
+    assert (box.max(axis=2) < 64).sum() > 10  # a B as high as its box
+
+
+def test_ai2d_dirt(tmp_path: Path) -> None:
+    """A broken file, an answer that is none of the options, no annotations, a damaged diagram: each costs itself."""
+    root = raw_folders.write_ai2d(tmp_path)
+    plain = {"abcLabel": False, "answerTexts": ["a", "b"], "correctAnswer": 1, "questionId": "20-0"}
+    asked = {"Good?": plain, "Bad?": {**plain, "correctAnswer": 2}, "Worse?": {"abcLabel": False}}
+    put(root / "questions" / "21.png.json", json.dumps({"questions": asked}))
+    put(root / "images" / "21.png", (root / "images" / "17.png").read_bytes())
+    put(root / "questions" / "22.png.json", "{")
+    (root / "annotations" / "17.png.json").unlink()
+    put(root / "images" / "18.png", b"")
+    samples, reasons = split(ai2d.samples(root))
+    assert [sample.id for sample in samples] == ["ai2d_17", "ai2d_21"]
+    assert texts(samples[1]) == [f"<image>\nGood?\nA. a\nB. b\n{LETTER_ANSWER}", "B"]
+    assert reasons == [
+        Reason.BROKEN_RECORD,  # 17: no annotations
+        Reason.PICTURE_EMPTY,  # 18
+        Reason.BROKEN_RECORD,  # 21, twice
+        Reason.BROKEN_RECORD,
+        Reason.BROKEN_RECORD,  # 22
+    ]
+    (root / "ai2d_test_ids.csv").unlink()
+    with pytest.raises(DataError, match=r"ai2d_test_ids\.csv: absent"):
+        list(ai2d.samples(root))
+    with pytest.raises(DataError, match="split: 'dev'"):
+        list(ai2d.samples(root, split="dev"))
+
+
+def test_multiple_choice() -> None:
+    """Options are lettered in their order; an index outside them is an error."""
+    assert multiple_choice("Which?", ["a", "b", "c"], 2) == ("Which?\nA. a\nB. b\nC. c", "C")
+    for right in (-1, 3):
+        with pytest.raises(IndexError):
+            multiple_choice("Which?", ["a", "b", "c"], right)
+
+
+def test_coco_captions_one_of_five(tmp_path: Path) -> None:
+    """One caption a picture, chosen by hash: whatever the order of the file, and not always the first."""
+    root = raw_folders.write_coco_captions(tmp_path)
+    samples, reasons = split(coco_captions.samples(root))
+    assert [sample.id for sample in samples] == ["coco2014_caps_9", "coco2014_caps_25"]
+    assert texts(samples[1]) == ["<image>\nProvide a one-sentence caption for the provided image.", "A giraffe."]
+    assert reasons == []
+    path = root / "annotations" / "captions_train2014.json"
+    whole = json.loads(path.read_text())
+    put(path, json.dumps({**whole, "annotations": whole["annotations"][::-1]}))
+    assert texts(split(coco_captions.samples(root))[0][0]) == texts(samples[0])
+    picks = {pick_by_hash(["a", "b", "c", "d", "e"], str(key)) for key in range(60)}
+    assert len(picks) == 5
+
+
+def test_coco_captions_dirt(tmp_path: Path) -> None:
+    """An empty caption, a name that leaves the folder, a record without a number."""
+    root = raw_folders.write_coco_captions(tmp_path)
+    path = root / "annotations" / "captions_train2014.json"
+    whole = json.loads(path.read_text())
+    whole["annotations"] += [{"image_id": 9, "caption": " "}, {"image_id": 9}]
+    whole["images"][1]["file_name"] = "../x.jpg"
+    whole["images"].append({"file_name": "a.jpg"})
+    put(path, json.dumps(whole))
+    samples, reasons = split(coco_captions.samples(root))
+    assert [sample.id for sample in samples] == ["coco2014_caps_9"]
+    assert reasons == [
+        Reason.EMPTY_ANSWER,
+        Reason.EMPTY_ANSWER,
+        Reason.PATH_OUTSIDE_ROOT,
+        Reason.NOT_A_STRING,
+    ]
+
+
+def test_laion_gpt4v_counts_dead_links(tmp_path: Path) -> None:
+    """A link that died is a reject with what img2dataset said; prompts are the YAML's, by hash."""
+    root = raw_folders.write_laion_gpt4v(tmp_path)
+    prompts = ["Describe it.", "What is it?"]
+    items = list(laion_gpt4v.samples(root, prompts))
+    assert [item.id for item in items] == [f"laion_gpt4v_{n:09d}" for n in range(3)]
+    died = items[1]
+    assert isinstance(died, Reject)
+    assert (died.reason, died.detail) == (Reason.PICTURE_MISSING, "not fetched: HTTP Error 404: Not Found")
+    assert isinstance(items[2], Sample)
+    assert items[2].pictures == (root / "00000" / "000000002.jpg",)
+    assert texts(items[2])[0].removeprefix("<image>\n") in prompts
+    assert texts(items[2])[1] == "The image shows meadow 000000002."
+    with pytest.raises(DataError, match="prompts: there is none"):
+        list(laion_gpt4v.samples(root, []))
+
+
+def test_the_release_in_parquet(tmp_path: Path) -> None:
+    """Pictures from their bytes, chats without any, `data_source` not read."""
+    samples, reasons = split(llava_parquet.samples(raw_folders.write_llava_parquet(tmp_path)))
+    assert [sample.id for sample in samples] == ["000000000010", "VG_100K/7", "aB3xY_0"]
+    assert samples[0].pictures == (cell(501)["bytes"],)
+    assert samples[2].pictures == ()
+    assert texts(samples[2]) == ["Hello.", "Hi."]
+    assert reasons == []
+
+
+def test_pictures_in_parquet_may_be_paths(tmp_path: Path) -> None:
+    """A cell without bytes names a file below the image root, and may not leave it."""
+    rows = [
+        {"id": str(number), "conversations": [{"from": "human", "value": "<image>?"}], "image": image}
+        for number, image in enumerate([{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "../a.png"}])
+    ]
+    write_parquet(tmp_path / "data" / "train-0.parquet", rows)
+    samples, reasons = split(llava_parquet.samples(tmp_path, image_root="images"))
+    assert [sample.pictures for sample in samples] == [(tmp_path / "images" / "a.png",)]
+    assert reasons == [Reason.PATH_OUTSIDE_ROOT]
+
+
+def test_synthdog_in_parquet(tmp_path: Path) -> None:
+    """Named after shard and row, read as the generator's own form is."""
+    samples, reasons = split(synthdog_parquet.samples(raw_folders.write_synthdog_parquet(tmp_path)))
+    assert len({sample.id for sample in samples}) == 6
+    assert samples[5].id == "synthdog_en_train_00001_000002"
+    assert texts(samples[5]) == [f"<image>\n{OCR}", "early morning 1 2"]
+    assert samples[5].pictures == (cell(522)["bytes"],)
+    assert reasons == []
+    rows: list[dict[str, Any]] = [
+        {"image": cell(1), "ground_truth": "{}"},
+        {"image": None, "ground_truth": '{"gt_parse": {}}'},
+    ]
+    write_parquet(tmp_path / "data" / "validation-0.parquet", rows)
+    samples, reasons = split(synthdog_parquet.samples(tmp_path, split="validation"))
+    assert reasons == [Reason.BROKEN_RECORD, Reason.NOT_A_STRING]
+
+
+def test_messages_in_parquet_with_parts(tmp_path: Path) -> None:
+    """As TRL's sets are stored: a part has every key, and the absent ones are empty."""
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
+    answer = [{"type": "text", "text": "A cup."}]
+    rows = [
+        {
+            "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}],
+            "images": [cell(3)],
+        }
+    ]
+    write_parquet(tmp_path / "deep" / "own.parquet", rows)
+    samples, reasons = split(messages_parquet.samples(tmp_path))
+    assert texts(samples[0]) == ["<image>\nWhat is it?", "A cup."]
+    assert samples[0].pictures == (cell(3)["bytes"],)
+    assert samples[0].id == "own.parquet, row 1"
+    assert reasons == []
