@@ -216,6 +216,29 @@ def test_unknown_names_list_the_known(place: Path, capsys: pytest.CaptureFixture
     assert (code, "has no function `samples(root, **options)`" in sentence) == (2, True)
 
 
+def test_a_reader_of_ones_own(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Named by its module path, with options of its own; a wrong one is told as for ours."""
+    code = """
+from data_recipes.sample import Message, Sample
+
+def samples(root, file, shout=False):
+    for number, line in enumerate((root / file).read_text().splitlines()):
+        answer = line.upper() if shout else line
+        yield Sample(str(number), (Message("user", "What is bought?"), Message("assistant", answer)))
+"""
+    put(place / "mylab" / "receipts.py", code)
+    put(place / "raw" / "receipts" / "all.txt", "Milk.\nBread.")
+    monkeypatch.syspath_prepend(place)
+    change(place, "talk", reader="mylab.receipts", root="receipts", options={"file": "all.txt", "shout": True})
+    assert prepare.main(arguments(place, "--source", "talk")) == 0
+    assert Store.open(place / "stores" / "talk").text(1).messages[1].text == "BREAD."
+    capsys.readouterr()
+    change(place, "talk", reader="mylab.receipts", root="receipts", options={"file": "all.txt", "shuot": True})
+    assert (
+        "reader mylab.receipts takes: file, shout. Did you mean shout?" in failure(place, capsys, "--source", "talk")[1]
+    )
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -4,7 +4,6 @@ released sets in parquet. Each is read field by field, and dirt gets its reason.
 
 import io
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_recipes.raw.questions import LETTER_ANSWER, OCR, SHORT_ANSWER, multiple_choice, pick_by_hash, question
+from data_recipes.raw.questions import LETTER_ANSWER, OCR, SHORT_ANSWER, pick_by_hash
 from data_recipes.readers import (
     ai2d,
     coco_captions,
@@ -83,14 +82,6 @@ def test_dvqa_mixes_its_types(tmp_path: Path) -> None:
     assert {s.id: texts(s) for s in again} == {s.id: texts(s) for s in samples}
 
 
-def test_texts_that_repeat_are_held_once() -> None:
-    """Of two million drawn questions most say the same: reading them must not cost a copy of each."""
-    held = [question("p.png", "".join(["How many ", "bars?"]), "".join(["fo", "ur"]), "here") for _ in range(2)]
-    assert not isinstance(held[0], Reject)
-    assert not isinstance(held[1], Reject)
-    assert sys.intern(held[0].text) is sys.intern(held[1].text)
-
-
 def test_ai2d_asks_about_letters_on_letters(tmp_path: Path) -> None:
     """Questions about texts get the diagram, those about letters its rendering; test diagrams are left alone."""
     root = raw_folders.write_ai2d(tmp_path)
@@ -150,14 +141,6 @@ def test_ai2d_dirt(tmp_path: Path) -> None:
         list(ai2d.samples(root))
     with pytest.raises(DataError, match="split: 'dev'"):
         list(ai2d.samples(root, split="dev"))
-
-
-def test_multiple_choice() -> None:
-    """Options are lettered in their order; an index outside them is an error."""
-    assert multiple_choice("Which?", ["a", "b", "c"], 2) == ("Which?\nA. a\nB. b\nC. c", "C")
-    for right in (-1, 3):
-        with pytest.raises(IndexError):
-            multiple_choice("Which?", ["a", "b", "c"], right)
 
 
 def test_coco_captions_one_of_five(tmp_path: Path) -> None:

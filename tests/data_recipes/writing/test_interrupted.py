@@ -132,7 +132,7 @@ def test_killed_while_it_is_put_into_its_place(tmp_path: Path, step: str, had_on
     steps: dict[str, tuple[object, str, object]] = {
         "sync": (store_tables, "sync", die),
         "remove_index": (seen, "remove_index", die),
-        "rename": (store_writer, "_swap_in", die),
+        "rename": (store_writer, "swap_in", die),
         "remove_old": (shutil, "rmtree", lambda path, **_: die() if path.name == "s.old" else None),
     }
 
