@@ -22,6 +22,8 @@ NEWLINE = -1
 """In `ImageLayout.token_sources`: this token is the newline vector and no feature of a tile."""
 
 SizeHW = tuple[int, int]
+Box = tuple[int, int, int, int]
+"""Top, left, bottom, right in pixels; bottom and right are just outside."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +167,33 @@ def resized_hw(size_hw: SizeHW, canvas_hw: SizeHW) -> SizeHW:
     return canvas_h, min(math.ceil(width * scale_h), canvas_w)
 
 
+def box_on_canvas(size_hw: SizeHW, canvas_hw: SizeHW) -> Box:
+    """Where the picture lies on the canvas of its grid; what is around it is padding."""
+    height, width = resized_hw(size_hw, canvas_hw)
+    top, left = (canvas_hw[0] - height) // 2, (canvas_hw[1] - width) // 2
+    return top, left, top + height, left + width
+
+
+def box_in_square(size_hw: SizeHW) -> Box:
+    """Where the picture lies in the square of its longer side (image mode pad); an odd pixel of padding lies at the
+    bottom or right."""
+    height, width = size_hw
+    side = max(size_hw)
+    top, left = (side - height) // 2, (side - width) // 2
+    return top, left, top + height, left + width
+
+
+def centre_box(size_hw: SizeHW, tile: int) -> tuple[SizeHW, Box]:
+    """The picture's size when its short side is `tile`, and the square in its middle that is seen (image mode square)."""
+    height, width = size_hw
+    if height <= width:
+        new_h, new_w = tile, int(tile * width / height)
+    else:
+        new_h, new_w = int(tile * height / width), tile
+    top, left = (new_h - tile) // 2, (new_w - tile) // 2
+    return (new_h, new_w), (top, left, top + tile, left + tile)
+
+
 def decode(picture: bytes) -> Image.Image:
     """RGB pixels of an encoded picture, turned as its EXIF orientation says; transparency lies on white.
 
@@ -238,17 +267,17 @@ def cut_tiles(
         return out
     out[0] = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
     rows, cols = layout.grid
-    new_h, new_w = resized_hw(layout.size_hw, (rows * tile, cols * tile))
-    shown = np.asarray(image.resize((new_w, new_h), Image.Resampling.BICUBIC))
-    _spread(shown, out[1:].reshape(rows, cols, tile, tile, 3))
+    top, left, bottom, right = box_on_canvas(layout.size_hw, (rows * tile, cols * tile))
+    shown = np.asarray(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC))
+    _spread(shown, (top, left), out[1:].reshape(rows, cols, tile, tile, 3))
     return out
 
 
-def _spread(shown: np.ndarray, tiles: np.ndarray) -> None:
-    """Writes a picture to the middle of a black canvas that lies there tile by tile: [rows, cols, tile, tile, 3]."""
+def _spread(shown: np.ndarray, corner: tuple[int, int], tiles: np.ndarray) -> None:
+    """Writes a picture to a place on a black canvas that lies there tile by tile: [rows, cols, tile, tile, 3]."""
     rows, cols, tile = tiles.shape[:3]
     height, width = shown.shape[:2]
-    above, before = (rows * tile - height) // 2, (cols * tile - width) // 2
+    above, before = corner
     if (height, width) != (rows * tile, cols * tile):
         tiles[:] = 0
     for row, col in np.ndindex(rows, cols):
@@ -260,14 +289,8 @@ def _spread(shown: np.ndarray, tiles: np.ndarray) -> None:
 
 def _centre_crop(image: Image.Image, tile: int) -> Image.Image:
     """Short side to `tile`, then the centre square: what the CLIP processor does for LLaVA-1.5's first stage."""
-    height, width = image.height, image.width
-    if height <= width:
-        new_h, new_w = tile, int(tile * width / height)
-    else:
-        new_h, new_w = int(tile * height / width), tile
-    image = image.resize((new_w, new_h), Image.Resampling.BICUBIC)
-    top, left = (new_h - tile) // 2, (new_w - tile) // 2
-    return image.crop((left, top, left + tile, top + tile))
+    (new_h, new_w), (top, left, bottom, right) = centre_box((image.height, image.width), tile)
+    return image.resize((new_w, new_h), Image.Resampling.BICUBIC).crop((left, top, right, bottom))
 
 
 _BAND_ROWS = 1024
@@ -275,14 +298,13 @@ _BAND_ROWS = 1024
 
 def _padded_square(image: Image.Image, tile: int, colour: tuple[int, int, int]) -> Image.Image:
     """The picture in the middle of a square as long as its longer side, resized to `tile`: the authors' `expand2square`
-    and the CLIP processor, for LLaVA-1.5's second stage. An odd pixel of padding lies at the bottom or right.
+    and the CLIP processor, for LLaVA-1.5's second stage.
 
     Pillow resizes along the rows first, then along the columns, with 8 bits in between. Done in bands of rows that is
     the same bit for bit, and the square, a hundred times the pixels of a long picture, is never held as a whole.
     """
-    width, height = image.size
-    side = max(width, height)
-    left, top = (side - width) // 2, (side - height) // 2
+    side = max(image.size)
+    top, left, _, _ = box_in_square((image.height, image.width))
     narrowed = Image.new("RGB", (tile, side))
     for first in range(0, side, _BAND_ROWS):
         num_rows = min(_BAND_ROWS, side - first)
