@@ -69,7 +69,7 @@ def start(config: RunConfig, launch: Launch) -> World:
     """Joins the process group, with a finite timeout, and chooses device and precision."""
     import deepspeed
 
-    device = _device(config, launch)
+    device = choose_device(config, launch)
     env = os.environ
     env.setdefault("RANK", str(launch.rank))
     env.setdefault("LOCAL_RANK", str(launch.local_rank))
@@ -93,10 +93,28 @@ def start(config: RunConfig, launch: Launch) -> World:
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = nccl_timeout  # type: ignore[attr-defined]
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
-    dtype = torch.float32
-    if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
-        dtype = torch.bfloat16
+    dtype = choose_dtype(config, device)
     return World(launch.rank, launch.local_rank, launch.size, device, dtype, host_group)
+
+
+def choose_device(config: RunConfig, launch: Launch) -> torch.device:
+    """The device of this process: the configuration's, or the GPU where there is one."""
+    wanted = config.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        return torch.device("cpu")
+    device = torch.device("cuda", launch.local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
+    """What the weights are in: the configuration's precision, or bf16 on a GPU and fp32 on a CPU."""
+    if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
+        return torch.bfloat16
+    return torch.float32
 
 
 def leave() -> None:
@@ -179,18 +197,6 @@ def age_s(path: Path) -> float | None:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return None
-
-
-def _device(config: RunConfig, launch: Launch) -> torch.device:
-    wanted = config.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        return torch.device("cpu")
-    device = torch.device("cuda", launch.local_rank)
-    torch.cuda.set_device(device)
-    return device
 
 
 def _free_port() -> int:
