@@ -184,7 +184,7 @@ def box_in_square(size_hw: SizeHW) -> Box:
 
 
 def centre_box(size_hw: SizeHW, tile: int) -> tuple[SizeHW, Box]:
-    """The picture's size when its short side is `tile`, and the square in its middle that is seen (image mode square)."""
+    """The picture's size when its short side is `tile`, and the square that is seen of it (image mode square)."""
     height, width = size_hw
     if height <= width:
         new_h, new_w = tile, int(tile * width / height)

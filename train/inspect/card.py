@@ -51,10 +51,10 @@ def _chips(example: Example, place: str, loss: SampleLoss | None) -> str:
         f"{num_image_tokens:,} of pictures",
         f"{layout.num_tokens - num_image_tokens:,} of text",
         f"<b>{layout.num_supervised:,} supervised</b>",
-        f"{layout.num_tiles} tiles",
+        f"{layout.num_tiles} tile{'' if layout.num_tiles == 1 else 's'}",
     ]
     if layout.num_rounds_cut:
-        chips.append(f"<b>{layout.num_rounds_cut} rounds cut off: they do not fit stage.max_length</b>")
+        chips.append(f"<b>{layout.num_rounds_cut} last round(s) cut off, beyond stage.max_length</b>")
     if loss is not None:
         chips.append(f"<b>loss {loss.mean:.4f}</b> a supervised token, {loss.hits.mean():.0%} of them the likeliest")
     return " · ".join([*chips, *([place] if place else [])])

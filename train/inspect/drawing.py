@@ -16,8 +16,8 @@ from llava_next.config import ProcessorConfig
 _PIXELS_OF_A_PAGE = 24_000_000
 _LEAST_SIDE, _MOST_SIDE = 160, 1344
 _JPEG_QUALITY = 85
-_SHOWN_WIDTH, _SHOWN_HEIGHT = (220, 460), 460
-"""In CSS pixels: tiny pictures are enlarged, large ones reduced."""
+_VIEW_WIDTH, _MOST_WIDTH, _MOST_HEIGHT = 220, 440, 480
+"""In CSS pixels: canvas, one view and tiles fit side by side; tiny pictures are enlarged, large ones reduced."""
 
 
 def side_for(num_pictures: int) -> int:
@@ -41,9 +41,9 @@ def draw_picture(
     canvas = canvas_of(image, tiles, encoded, config)
     parts = [_figure(canvas.svg(name, side), "what is cut, padded and dropped")]
     if image.grid is None:
-        parts.append(_figure(_image_svg(tiles[0], f"{name}v", side), "the view"))
+        parts.append(_figure(_image_svg(tiles[0], f"{name}v", side, _VIEW_WIDTH), "the view"))
         return "".join(parts)
-    parts.append(_figure(_image_svg(tiles[0], f"{name}v", side), "base view"))
+    parts.append(_figure(_image_svg(tiles[0], f"{name}v", side, _VIEW_WIDTH), "base view"))
     rows, cols = image.grid
     size = tiles.shape[1]
     cells = [
@@ -67,7 +67,7 @@ def describe_picture(image: ImageLayout) -> str:
     rows, cols = (stop - start for start, stop in (image.kept_rows, image.kept_cols))
     return (
         f"{height} × {width} pixels (height × width), grid {image.grid[0]} × {image.grid[1]} (rows × columns), "
-        f"{image.num_tiles} tiles: {image.num_tokens} image tokens = {base} of the base view + {rows} × {cols} kept "
+        f"{image.num_tiles} tiles: {image.num_tokens:,} image tokens = {base} of the base view + {rows} × {cols} kept "
         f"of {image.grid[0] * image.patches_per_side} × {image.grid[1] * image.patches_per_side} + {rows} newlines"
     )
 
@@ -97,7 +97,7 @@ class Canvas:
             drawn += f'<path class="edge" d="M{left} {top}H{right}V{bottom}H{left}Z"/>'
         if cuts:
             drawn += f'<path class="cuts back" d="{cuts}"/><path class="cuts" d="{cuts}"/>'
-        return _image_svg(self.pixels, name, side, f'<g class="overlay">{drawn}</g>')
+        return _image_svg(self.pixels, name, side, _shown_width(width, height), f'<g class="overlay">{drawn}</g>')
 
 
 def canvas_of(image: ImageLayout, tiles: np.ndarray, encoded: bytes, config: ProcessorConfig) -> Canvas:
@@ -123,18 +123,17 @@ def _edge(line: int, patches_per_side: int, size: int) -> int:
     return line // patches_per_side * size + line % patches_per_side * (size // patches_per_side)
 
 
-def _image_svg(pixels: np.ndarray, name: str, side: int, drawn: str = "") -> str:
+def _image_svg(pixels: np.ndarray, name: str, side: int, shown_width: int, drawn: str = "") -> str:
     height, width = pixels.shape[:2]
     return (
-        f'<svg viewBox="0 0 {width} {height}" style="width:{_shown_width(width, height)}px">'
+        f'<svg viewBox="0 0 {width} {height}" style="width:{shown_width}px">'
         f'<image id="{name}" width="{width}" height="{height}" preserveAspectRatio="none" '
         f'href="{_data_uri(pixels, side)}"/>{drawn}</svg>'
     )
 
 
 def _shown_width(width: int, height: int) -> int:
-    low, high = _SHOWN_WIDTH
-    return max(40, min(int(np.clip(width, low, high)), _SHOWN_HEIGHT * width // height))
+    return max(40, min(int(np.clip(width, _VIEW_WIDTH, _MOST_WIDTH)), _MOST_HEIGHT * width // height))
 
 
 def _data_uri(pixels: np.ndarray, side: int) -> str:

@@ -30,11 +30,11 @@ _KEY = "".join(
         '<p class="faint key">In a picture: ',
         '<span><i style="background:#e0261a99"></i>dropped, no token shows it</span>',
         '<span><i style="border:1px dashed #caa800"></i>edge of the picture, padding around it</span>',
-        '<span><i style="background:#fff;border:2px solid #0009"></i>cut between tiles</span>; under the pointer the ',
-        "drawing fades. In a prompt: ",
+        '<span><i style="background:#fff;border:2px solid #0009"></i>cut between tiles</span>',
+        "(under the pointer the drawing fades). In a prompt: ",
         '<span><i style="background:var(--answer)"></i>supervised</span>',
         '<span><i style="background:var(--special)"></i>special token</span>',
-        '<span><i style="background:var(--picture)"></i>image tokens</span>; ↵ is a line break.',
+        '<span><i style="background:var(--picture)"></i>image tokens</span>↵ is a line break.',
     ]
 )
 _KEY_LOSSES = " The redder a token, the larger its loss; those underlined in dots were not the likeliest."
@@ -182,7 +182,7 @@ def _left_out(found: Sequence[LeftOut]) -> str:
             some = f", the first {len(rows)} of them" if len(rows) < number else ""
             table = _table(("from", "id", "why"), rows)
             parts.append(f"<details><summary>{shown(reason)}: {number:,}{some}</summary>{table}</details>")
-    nothing = ", ".join(left_out.title for left_out in found if not left_out.counts)
+    nothing = "; ".join(left_out.title for left_out in found if not left_out.counts)
     return "".join([*parts, f'<p class="faint">none {shown(nothing)}</p>' if nothing else ""])
 
 
