@@ -265,7 +265,7 @@ def _num_ranks(run_dir: Path) -> int:
 
     newest = checkpoint.newest(run_dir / "checkpoints")
     if newest is not None:
-        return checkpoint.read_state(newest).num_ranks
+        return int(checkpoint.read_state(newest).layout["num_ranks"])
     return max(1, len(list((run_dir / "log").glob("rank_*.log"))))
 
 
