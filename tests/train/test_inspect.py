@@ -14,7 +14,7 @@ from PIL import Image
 
 from data_recipes.sample import Message, Sample
 from data_recipes.source import SourceInfo
-from data_recipes.store_writer import write_store
+from data_recipes.writing.writer import write_store
 from llava_next.build import read_backbone
 from llava_next.config import ImageMode
 from llava_next.processor import IGNORE, Processor, SampleLayout
