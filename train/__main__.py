@@ -96,7 +96,7 @@ def execute(config: RunConfig) -> int:
     try:
         run(config, launch, watch)
     except (ConfigError, ModelError, DataError) as error:
-        code = _refuse(str(error), launch.rank)
+        code, reason = _refuse(str(error), launch.rank), str(error)
     except Interrupted as error:
         code, reason = EXIT_INTERRUPTED, f"{error}; run the same command again to go on"
         if launch.is_main:
@@ -106,8 +106,8 @@ def execute(config: RunConfig) -> int:
         watch.leave_at_once(EXIT_AT_ONCE, reason)
     except Exception as error:
         watch.give_up(error)
-    if launch.is_main and code != EXIT_USAGE:
-        watch.exit_file.write(code, reason)
+    if launch.is_main:
+        watch.exit_file.write(code, reason, step=watch.progress.now[0].step)
     watch.progress.remove()
     leave()
     return code

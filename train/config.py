@@ -156,6 +156,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionKernel = "auto"
     recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
+    deterministic: bool = False
     timeout_s: int = 1800
     max_steps: int | None = None
     time_limit_min: float | None = None

@@ -29,7 +29,16 @@ from train.world import World, barrier, share
 
 FREE = (
     *("root", "name", "recipe", "log", "save", "data", "packing", "engine", "device", "precision", "attention"),
-    *("recompute", "timeout_s", "time_limit_min", "max_steps", "skip_non_finite", "preflight", "resume_allow"),
+    *(
+        "recompute",
+        "deterministic",
+        "timeout_s",
+        "time_limit_min",
+        "max_steps",
+        "skip_non_finite",
+        "preflight",
+        "resume_allow",
+    ),
     # Where things lie; what they are is in the fingerprint and in the frozen parts' sums.
     *("mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),
     "model.vision_tower.path",

@@ -69,6 +69,10 @@ def start(config: RunConfig, launch: Launch) -> World:
     """Joins the process group, with a finite timeout, and chooses device and precision."""
     import deepspeed
 
+    if config.deterministic:
+        # cuBLAS reads its workspace's size at its first use; torch names the two sizes that are deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
     device = choose_device(config, launch)
     env = os.environ
     env.setdefault("RANK", str(launch.rank))

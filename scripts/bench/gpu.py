@@ -88,6 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers=options.workers,
         engine=options.engine,
         recompute=options.recompute,
+        deterministic=options.deterministic,
     )
     shape = SHAPES["tiny" if options.tiny else "large"]
     if not options.tiny:
@@ -198,6 +199,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="also where the device's time goes in a step of ours")
     parser.add_argument("--layers", type=int, help="of the language model (default: what the card's memory holds)")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a packed row (default 8192)")
+    parser.add_argument("--deterministic", action="store_true", help="ours with deterministic=true, to see its cost")
     parser.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass, on both sides")
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of ours (default 2)")
     parser.add_argument("--samples", type=int, default=64, help="of a step (default 64)")

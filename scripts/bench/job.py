@@ -33,6 +33,7 @@ class Job:
         engine: the ZeRO stage, as in configs/engine (ours only).
         profile: the last step runs under torch's profiler, and is not timed (ours only).
         recompute: run every block again in the backward pass.
+        deterministic: on a GPU, kernels that give the same bits every time (ours only).
         half_weights: on a GPU, keep no fp32 copy of the weights (stock only).
     """
 
@@ -49,6 +50,7 @@ class Job:
     engine: int = 0
     profile: bool = False
     recompute: bool = False
+    deterministic: bool = False
     half_weights: bool = False
 
     def write(self, path: Path) -> None:

@@ -142,6 +142,7 @@ def run_config(folder: Path, job: Job) -> RunConfig:
         save=SaveConfig(every=0),
         device="cuda" if job.device == "cuda" else "cpu",
         recompute=("vision_tower", "language_model") if job.recompute else (),
+        deterministic=job.deterministic,
     )
 
 

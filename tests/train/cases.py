@@ -607,6 +607,18 @@ def resume_hostile(config: RunConfig) -> None:
         pass
 
 
+def train_deterministically(config: RunConfig) -> tuple[list[float], bool]:
+    """The losses with deterministic=true, and whether torch was told."""
+    import torch
+
+    try:
+        with built(replace(config, deterministic=True)) as parts:
+            was_told = torch.are_deterministic_algorithms_enabled()
+            return train_parts(parts, 0, parts.planner.num_steps).losses, was_told
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
     """The names in the checkpoint folder after each of four saves."""
     from train.checkpoint import Saver

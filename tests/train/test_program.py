@@ -54,7 +54,7 @@ def test_run_folder_is_complete(program: Program, by_torchrun: list[dict[str, An
     assert (folder / "quarantine.jsonl").read_text() == ""
     assert sorted(path.name for path in (folder / "log").iterdir()) == ["rank_000.log", "rank_001.log"]
     assert "started afresh" in (folder / "log" / "rank_000.log").read_text()
-    assert json.loads((folder / "exit.json").read_text()) == {"code": 0, "reason": "finished"}
+    assert json.loads((folder / "exit.json").read_text()) == {"code": 0, "reason": "finished", "step": 3}
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000004"]
     assert not list(folder.glob("*.partial"))
     model, found = LlavaNextForConditionalGeneration.from_pretrained(folder / "export", output_loading_info=True)

@@ -197,3 +197,10 @@ def test_state_is_what_a_run_needs(start_ranks: StartRanks, run_config: RunConfi
     assert {group["part"] for group in state.groups} == {"vision_tower", "projector", "image_newline", "language_model"}
     assert set(state.versions) == {"python", "torch", "deepspeed", "transformers", "code"}
     assert Path(checkpoint.config_path(place)).read_text().startswith("root:")
+
+
+def test_deterministic_kernels_are_asked_for(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """With deterministic=true torch is told so, no operation of ours refuses, and on a CPU the losses are the same."""
+    losses, was_told = start_ranks(1).run(cases.train_deterministically, run_config)[0]
+    assert was_told
+    assert losses == start_ranks(1).run(cases.train, replace(run_config, name="plain"))[0].losses

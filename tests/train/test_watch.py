@@ -230,4 +230,5 @@ def test_a_run_that_ends_well_leaves_no_progress(run_config: RunConfig, tmp_path
     ended = run_to_the_end(2, cases.run_with_fault, run_config, -1, "none", folder=tmp_path, timeout_s=240)
     assert [each.exit_code for each in ended] == [0, 0], ended
     assert sorted(path.name for path in (run_config.run_dir / "log").iterdir()) == ["rank_000.log", "rank_001.log"]
-    assert json.loads((run_config.run_dir / "exit.json").read_text()) == {"code": 0, "reason": "finished"}
+    told = json.loads((run_config.run_dir / "exit.json").read_text())
+    assert told == {"code": 0, "reason": "finished", "step": 3}
