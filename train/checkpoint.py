@@ -135,7 +135,8 @@ class Saver:
             if self._error is not None:
                 raise self._error
             if self._world.is_main:
-                self._name(partial, place)
+                _give_name(partial, place, self._world.size)
+                self._remove_old()
         except (OSError, ValueError) as error:
             raise self._failed(partial, error) from error
         logger.info("%s is complete, %.1f s after it was begun", place, time.monotonic() - self._began_s)
@@ -162,21 +163,7 @@ class Saver:
         except Exception as error:
             self._error = error
 
-    def _name(self, partial: Path, place: Path) -> None:
-        sums: dict[str, Any] = {}
-        for rank in range(self._world.size):
-            sums |= json.loads(_rank_sums(partial, rank).read_text())
-            _rank_sums(partial, rank).unlink()
-        unsummed = {path.relative_to(partial).as_posix() for path in _files(partial)} ^ set(sums)
-        if unsummed:
-            raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
-        _write_synced(partial / _SUMS, json.dumps(sums, indent=1, sort_keys=True) + "\n")
-        for folder in (partial / ENGINE, partial):
-            _sync_folder(folder)
-        if place.exists():  # from before the run went back to an earlier one
-            shutil.rmtree(place)
-        partial.rename(place)
-        _sync_folder(self._folder)
+    def _remove_old(self) -> None:
         every = self._save.keep_every
         for old in complete(self._folder)[: -self._save.keep]:
             if not every or _step(old) % every:
@@ -201,6 +188,7 @@ def find_sound(folder: Path, world: World) -> Path | None:
     A damaged one is named, gets `.damaged` behind its name, and the one before it is tried.
     """
     if world.is_main:
+        _finish_sealed(folder)
         remove_unfinished(folder)
     barrier(world)
     for place in reversed(complete(folder)):
@@ -263,6 +251,41 @@ def remove_unfinished(folder: Path) -> None:
     """Removes what killed saves have left behind."""
     for partial in folder.glob("step_*.partial"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _give_name(partial: Path, place: Path, num_ranks: int) -> None:
+    """Makes a checkpoint of the files that every rank has sealed.
+
+    Raises:
+        OSError: a rank has not, or the disk fails.
+        ValueError: a file is there that no rank has summed up, or the other way round.
+    """
+    sums: dict[str, Any] = {}
+    for rank in range(num_ranks):
+        sums |= json.loads(_rank_sums(partial, rank).read_text())
+    unsummed = {path.relative_to(partial).as_posix() for path in _files(partial)} ^ set(sums)
+    if unsummed:
+        raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
+    _write_synced(partial / _SUMS, json.dumps(sums, indent=1, sort_keys=True) + "\n")
+    for rank in range(num_ranks):
+        _rank_sums(partial, rank).unlink()
+    for folder in (partial / ENGINE, partial):
+        _sync_folder(folder)
+    if place.exists():  # from before the run went back to an earlier one
+        shutil.rmtree(place)
+    partial.rename(place)
+    _sync_folder(place.parent)
+
+
+def _finish_sealed(folder: Path) -> None:
+    """Names what a killed run had brought to the disk whole, and had no step left to name."""
+    for partial in sorted(folder.glob("step_*.partial")):
+        try:
+            num_ranks = read_state(partial).layout["num_ranks"]
+            _give_name(partial, partial.with_name(partial.name.removesuffix(".partial")), num_ranks)
+            logger.warning("%s was whole but for its name, and has it now", partial)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            logger.info("%s is not whole, and is removed: %s", partial, error)
 
 
 def _damage(place: Path, world: World) -> str:

@@ -8,6 +8,7 @@ import json
 import signal
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -107,7 +108,7 @@ class Trainer:
             SaveError: a checkpoint could not be written.
         """
         num_steps = self.planner.num_steps
-        with self.stop_signal:
+        with self.stop_signal, self._saving_what_is_saved():
             for step in range(first_step, last_step):
                 factor = schedule_factor(step, num_steps, self.config.stage)
                 rates = set_rates(self.engine.optimizer.param_groups, factor)
@@ -182,6 +183,15 @@ class Trainer:
             step, self.planner.table.fingerprint, self.config, self.world, self.engine, self._frozen
         )
         self._save_s = self.saver.write(self.engine, state, to_yaml(self.config))
+
+    @contextmanager
+    def _saving_what_is_saved(self) -> Iterator[None]:
+        """A checkpoint that is being brought to the disk is waited for, also after an error that every rank raises."""
+        try:
+            yield
+        except StepError:
+            self.saver.wait()
+            raise
 
     def _forward_backward(self, plan: StepPlan, number: int, batch: Batch) -> LossSums:
         batch = batch.to(self.world.device)

@@ -114,6 +114,24 @@ def test_it_has_no_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: py
     assert saver.finish() is None
 
 
+def test_a_whole_one_without_its_name_gets_it(tmp_path: Path) -> None:
+    """Killed when every file was on the disk and summed up, but before the next step named it: the next start does.
+    Where a rank's sums are missing it is not whole, and removed."""
+    engine: Any = FakeEngine()
+    for step, is_whole in ((3, True), (4, False)):
+        saver = Saver(tmp_path, ALONE, SaveConfig())
+        saver.write(engine, state(step), "name: x\n")
+        assert saver._sealing is not None
+        saver._sealing.join()
+        partial = tmp_path / f"step_00000{step}.partial"
+        if not is_whole:
+            (partial / "sums_rank_000.json").unlink()
+        found = checkpoint.find_sound(tmp_path, ALONE)
+        assert found is not None
+        assert found.name == "step_000003"
+        assert not partial.exists()
+
+
 def test_files_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An error of the thread that brings files to the disk ends the save, and the checkpoint is not there."""
 
