@@ -158,6 +158,7 @@ class RunConfig:
     recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
     deterministic: bool = False
     timeout_s: int = 1800
+    preflight: Literal["auto", "only", "off"] = "auto"
     max_steps: int | None = None
     time_limit_min: float | None = None
     skip_non_finite: int = 0

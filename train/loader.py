@@ -126,7 +126,7 @@ class Planner:
         )
 
 
-class _Rows(Dataset[Batch]):
+class Rows(Dataset[Batch]):
     """Encodes a row, given as positions in the length table. Lives in the workers."""
 
     def __init__(
@@ -212,7 +212,7 @@ def batches(
     Raises:
         SampleError: in the order of the steps, when the broken sample's row is due.
     """
-    dataset = _Rows(mixture, planner.table, processor, planner.stage.loss_weighting == "sample", read_retries)
+    dataset = Rows(mixture, planner.table, processor, planner.stage.loss_weighting == "sample", read_retries)
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_size=None,

@@ -19,7 +19,7 @@ from llava_next.costs import step_costs
 from llava_next.hf import load_weights, write_hf
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from llava_next.processor import Processor
-from train import checkpoint, ops, resume
+from train import checkpoint, ops, preflight, resume
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
 from train.lengths import LengthTable, check_budgets, open_table
@@ -47,11 +47,17 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
     with watch:
         if config.device != "cuda" and not torch.cuda.is_available():
             ops.ensure_built(say=launch.local_rank == 0)
-        backbone, processor, mixture, table = _open_data(config, launch)
         world = start(config, launch)
+        if config.preflight != "off":
+            preflight.check(config, world)
+        backbone, processor, mixture, table = _open_data(config, launch)
         model, loaded = _build(backbone, config, world, num_sources=len(mixture.source_names))
         planner = make_planner(config, world, backbone, model, table)
         watch.names = partial(sample_names, planner, mixture)
+        if config.preflight == "only":
+            engine = start_engine(model, config, world)
+            preflight.rehearse(config, world, engine, mixture, table, processor)
+            return
         num_steps = planner.num_steps
         last_step = min(num_steps, config.max_steps or num_steps)
         frozen = resume.frozen_sums(model, world)

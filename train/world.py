@@ -5,9 +5,10 @@ model or the data.
 """
 
 import os
+import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,8 @@ from torch.distributed import distributed_c10d
 from train.config import RunConfig
 from train.quiet import muted_stdout
 
+JOIN_TIMEOUT_S = 300
+"""How long ranks wait for each other at the start; after that `timeout_s` is the limit."""
 _Value = TypeVar("_Value")
 
 
@@ -56,19 +59,21 @@ class World:
 
 
 def read_launch() -> Launch:
-    """Rank and size from the environment: torchrun's and deepspeed's names first, then Slurm's, else one process."""
+    """Rank and size from the environment: torchrun's and deepspeed's names first, then Slurm's, else one process.
+
+    A batch script and a shell of `salloc` have Slurm's variables too; only a task of `srun` has a step's.
+    """
     env = os.environ
     if "RANK" in env:
         return Launch(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        return Launch(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), int(env["SLURM_NTASKS"]))
+    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
+        size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
+        return Launch(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), size)
     return Launch(0, 0, 1)
 
 
 def start(config: RunConfig, launch: Launch) -> World:
     """Joins the process group, with a finite timeout, and chooses device and precision."""
-    import deepspeed
-
     if config.deterministic:
         # cuBLAS reads its workspace's size at its first use; torch names the two sizes that are deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -78,21 +83,16 @@ def start(config: RunConfig, launch: Launch) -> World:
     env.setdefault("RANK", str(launch.rank))
     env.setdefault("LOCAL_RANK", str(launch.local_rank))
     env.setdefault("WORLD_SIZE", str(launch.size))
-    env.setdefault("MASTER_ADDR", _slurm_head() or "127.0.0.1")
-    if launch.size == 1:
-        env.setdefault("MASTER_PORT", str(_free_port()))
-    else:
-        env.setdefault("MASTER_PORT", str(29500 + int(env.get("SLURM_JOB_ID", 0)) % 1000))
+    env.setdefault("MASTER_ADDR", slurm_head(env) or "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(slurm_port(env) if launch.size > 1 else _free_port()))
     timeout = timedelta(seconds=config.timeout_s)
     # NCCL aborts the process when it times out, with nobody's name: `watch.py` is to speak first.
     nccl_timeout = timeout + timedelta(seconds=60)
     if not dist.is_initialized():
-        with muted_stdout():
-            deepspeed.init_distributed(
-                dist_backend="nccl" if device.type == "cuda" else "gloo",
-                timeout=nccl_timeout if device.type == "cuda" else timeout,
-                verbose=False,
-            )
+        _join(device, launch, min(config.timeout_s, JOIN_TIMEOUT_S))
+        # Between steps ranks may wait longer for each other than for the first meeting.
+        distributed_c10d._get_default_store().set_timeout(timeout)
+        distributed_c10d._set_pg_timeout(nccl_timeout if device.type == "cuda" else timeout)
     # DeepSpeed makes groups of its own and passes them no timeout: they take torch's default, half an hour.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = nccl_timeout  # type: ignore[attr-defined]
@@ -102,14 +102,23 @@ def start(config: RunConfig, launch: Launch) -> World:
 
 
 def choose_device(config: RunConfig, launch: Launch) -> torch.device:
-    """The device of this process: the configuration's, or the GPU where there is one."""
+    """The device of this process: the configuration's, or the GPU where there is one.
+
+    Raises:
+        RuntimeError: Slurm gave GPUs that torch does not see, or fewer than there are ranks on this host.
+    """
     wanted = config.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
+        if wanted == "cpu" and int(os.environ.get("SLURM_GPUS_ON_NODE", 0)):
+            raise RuntimeError(
+                f"Slurm gave this job GPUs on {socket.gethostname()}, and torch sees none there: look at `nvidia-smi` "
+                "and at torch's build on that node, leave it out (--exclude), or start with device=cpu"
+            )
     if wanted == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    device = torch.device("cuda", launch.local_rank)
+    device = torch.device("cuda", _gpu_number(launch.local_rank, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
 
@@ -119,6 +128,25 @@ def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
     if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
         return torch.bfloat16
     return torch.float32
+
+
+def _join(device: torch.device, launch: Launch, patience_s: float) -> None:
+    """Meets the other ranks. Raises RuntimeError, with the meeting place, when they do not come."""
+    import deepspeed
+
+    try:
+        with muted_stdout():
+            deepspeed.init_distributed(
+                dist_backend="nccl" if device.type == "cuda" else "gloo",
+                timeout=timedelta(seconds=patience_s),
+                verbose=False,
+            )
+    except (dist.DistError, RuntimeError) as error:
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RuntimeError(
+            f"{launch.size} ranks did not meet at {place} within {patience_s:.0f} s: start as many, and let every node "
+            f"reach that address (MASTER_ADDR; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network) ({error})"
+        ) from error
 
 
 def leave() -> None:
@@ -203,12 +231,49 @@ def age_s(path: Path) -> float | None:
         return None
 
 
+def _gpu_number(local_rank: int, num_gpus: int) -> int:
+    """Which of the GPUs that this process sees is its own: the local rank's, or the only one (Slurm can bind tasks)."""
+    if num_gpus == 1:  # should two ranks mean the same one, the pre-flight tells
+        return 0
+    if local_rank >= num_gpus:
+        raise RuntimeError(  # on this rank alone: it must be heard
+            f"{socket.gethostname()} shows {num_gpus} GPUs to local rank {local_rank}, and each rank wants one of its "
+            "own; start as many ranks a node as it has GPUs"
+        )
+    return local_rank
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _slurm_head() -> str | None:
-    """The first host of the job: Slurm gives it directly to tasks started by srun."""
-    return os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
+def slurm_head(env: Mapping[str, str]) -> str | None:
+    """The host of rank 0 of a Slurm step, for all its tasks; None outside of one.
+
+    It is the first of the step's nodes. Where their names resolve to nothing (containers, networks without DNS) it is
+    the address that srun was started at, which is that node's when a batch script has started it.
+    """
+    nodes = env.get("SLURM_STEP_NODELIST")
+    if not nodes:
+        return None
+    head = first_host(nodes)
+    try:
+        socket.getaddrinfo(head, None)
+    except OSError:
+        return env.get("SLURM_LAUNCH_NODE_IPADDR", head)
+    return head
+
+
+def first_host(nodes: str) -> str:
+    """The first of Slurm's list of nodes: `gpu[007-009,12],x1` begins with gpu007 (containers have no scontrol)."""
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
+
+
+def slurm_port(env: Mapping[str, str]) -> int:
+    """A port that two jobs on one node, or two steps of a job, do not share; below those that Linux gives away.
+
+    Every task of an array has a job id of its own.
+    """
+    return 15000 + (int(env.get("SLURM_JOB_ID", 0)) + 1009 * int(env.get("SLURM_STEP_ID", 0))) % 15000

@@ -373,11 +373,11 @@ def _plan_of_kinds(parts: Parts, of_ranks: list[list[str]]) -> Any:
 
 def _step(parts: Parts, plan: Any) -> Any:
     """One step of the trainer over the rows of `plan`."""
-    from train.loader import _Rows
+    from train.loader import Rows
     from train.optim import set_rates
     from train.trainer import Trainer
 
-    encode = _Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
+    encode = Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
     stream = (encode[row] for row in plan.rows)
     log: Any = None
     trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)

@@ -1,0 +1,87 @@
+"""What ranks do in the tests of the pre-flight: rank 1 is made to differ, and each says what it heard.
+
+Cases for `tests.ranks`; what is proved stands in `test_preflight.py`.
+"""
+
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from train.config import RunConfig
+
+FAULTS = ("none", "versions", "configuration", "run folder", "data", "network")
+
+
+def verdict(config: RunConfig, fault: str, elsewhere: Path) -> str:
+    """The pre-flight's sentence on this rank, empty if it passes.
+
+    Args:
+        fault: in what rank 1 differs.
+        elsewhere: a folder in which rank 1 stands for "run folder" and "data", so that relative paths lead elsewhere.
+    """
+    from dataclasses import replace
+
+    from train import preflight
+    from train.world import read_launch, start
+
+    world, home = start(config, read_launch()), Path.cwd()
+    try:
+        with ExitStack() as changed:
+            changed.enter_context(patch.object(preflight, "_TOKEN_PATIENCE_S", 0.5))
+            if world.rank == 1:
+                if fault == "versions":
+                    changed.enter_context(patch.object(preflight, "version", lambda name: f"0.{len(name)}"))
+                if fault == "configuration":
+                    config = replace(config, seed=config.seed + 1)
+                if fault in ("run folder", "data"):
+                    os.chdir(elsewhere)
+                if fault == "network":
+                    changed.enter_context(patch("torch.distributed.all_reduce", _wrong_sum))
+            (config.run_dir / "log").mkdir(parents=True, exist_ok=True)
+            preflight.check(config, world)
+    except preflight.PreflightError as error:
+        return str(error)
+    finally:
+        os.chdir(home)
+    return ""
+
+
+def _wrong_sum(numbers: Any, *args: Any, **options: Any) -> None:
+    import torch.distributed as dist
+
+    dist.distributed_c10d.all_reduce(numbers, *args, **options)
+    numbers[-1] += 1
+
+
+def rehearsed(config: RunConfig) -> tuple[list[int], str]:
+    """Positions of the row that the one step of `preflight=only` took, and the line of the table about it."""
+    import contextlib
+    import io
+
+    from tests.train.cases import built
+    from train.preflight import fullest_row, rehearse
+
+    with built(config) as parts, contextlib.redirect_stderr(io.StringIO()) as said:
+        rehearse(config, parts.world, parts.engine, parts.mixture, parts.table, parts.processor)
+        return fullest_row(parts.table, config.packing).tolist(), said.getvalue()
+
+
+def _hang(config: RunConfig) -> dict[str, str]:
+    time.sleep(3600)
+    return {}
+
+
+def at_the_start(config: RunConfig, fault: str) -> int:
+    """A whole run, in which rank 1 does not come to the first meeting, or does not come back from its files."""
+    from train import preflight
+    from train.__main__ import execute
+
+    preflight.PATIENCE_S = 2.0
+    if os.environ["RANK"] == "1":
+        if fault == "absent":
+            return 0
+        preflight._read_stores = _hang
+    return execute(config)
