@@ -32,7 +32,7 @@ def main() -> int:
     # The deepspeed launcher adds this; the environment says the same, and Hydra would refuse it.
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
     try:
-        config = _compose()
+        config = compose()
     except ConfigError as error:
         return _refuse(str(error), rank)
     if config is None:
@@ -40,20 +40,24 @@ def main() -> int:
     return execute(config)
 
 
-def _compose() -> RunConfig | None:
-    """The checked configuration, or None when Hydra only printed something."""
+def compose() -> RunConfig | None:
+    """The checked configuration of the command line, or None when Hydra only printed something.
+
+    Raises:
+        ConfigError: with one sentence.
+    """
     found: list[DictConfig] = []
     recipes: list[str] = []
 
     @hydra.main(config_path=str(CONFIG_DIR), config_name="train", version_base="1.3")
-    def compose(composed: DictConfig) -> None:
+    def take(composed: DictConfig) -> None:
         found.append(composed)
         recipes.append(_recipe_used(HydraConfig.get()))
 
     said = io.StringIO()
     try:
         with redirect_stderr(said):
-            compose()
+            take()
     except SystemExit as error:
         if error.code:
             raise ConfigError(explain(said.getvalue())) from None
@@ -106,7 +110,7 @@ def execute(config: RunConfig) -> int:
         watch.leave_at_once(EXIT_AT_ONCE, reason)
     except Exception as error:
         watch.give_up(error)
-    if launch.is_main:
+    if launch.is_main and config.preflight != "only":
         watch.exit_file.write(code, reason, step=watch.progress.now[0].step)
     watch.progress.remove()
     leave()

@@ -1,0 +1,132 @@
+#!/usr/bin/env bash
+# A real Slurm of two nodes on this machine, for trying and testing: slurmctld, two slurmd, munged, in one folder.
+#
+#   ./scripts/lab_slurm.sh start DIR     then: export SLURM_CONF=DIR/slurm.conf, and sbatch, srun, squeue as ever
+#   ./scripts/lab_slurm.sh status DIR
+#   ./scripts/lab_slurm.sh stop DIR      ends every job and daemon; what was logged stays in DIR
+#
+# LAB_GPUS=2 makes each node believe that it has two GPUs, which shows how tasks are bound to them, and no more.
+# Debian, Ubuntu: apt-get install slurm-wlm munge. Nothing outside of DIR is touched. Partitions: `main`, and `urgent`,
+# whose jobs pre-empt main's (requeued, after 60 s to save). Nodes lab1 and lab2 are this machine, so a job sees one
+# host name on both, and time limits, signals, requeueing and exit codes are Slurm's own.
+set -euo pipefail
+
+stop_here() { printf 'lab: %s\n' "$*" >&2; exit 2; }
+
+find_programs() {
+    PATH=$PATH:/usr/sbin:/sbin
+    local program
+    for program in slurmctld slurmd munged srun sbatch scontrol; do
+        command -v "$program" >/dev/null || stop_here "there is no $program; Debian, Ubuntu: apt-get install slurm-wlm munge"
+    done
+}
+
+is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
+
+# Three ports in a row that nobody listens on, another place for another folder.
+find_ports() {
+    local try
+    port=$((10000 + $(cksum <<<"$lab" | cut -d' ' -f1) % 4000))
+    for ((try = 0; try < 100; try++)); do
+        is_free "$port" && is_free $((port + 1)) && is_free $((port + 2)) && return
+        port=$((port + 3))
+    done
+    stop_here "no three free ports in a row below $port"
+}
+
+write_config() {
+    local host user gres=
+    host=$(hostname -s)
+    user=$(id -un)
+    if [[ ${LAB_GPUS:-0} == 2 ]]; then # of devices there are only files wanted
+        printf 'NodeName=lab[1-2] Name=gpu File=%s\n' /dev/null /dev/zero >"$lab/gres.conf"
+        gres=Gres=gpu:2
+    fi
+    cat >"$lab/slurm.conf" <<CONF
+ClusterName=lab
+SlurmctldHost=$host(127.0.0.1)
+SlurmctldPort=$port
+SlurmUser=$user
+SlurmdUser=$user
+AuthType=auth/munge
+AuthInfo=socket=$lab/munge/socket
+CredType=cred/munge
+StateSaveLocation=$lab/state
+SlurmctldPidFile=$lab/slurmctld.pid
+SlurmctldLogFile=$lab/log/slurmctld.log
+SlurmdPidFile=$lab/slurmd_%n.pid
+SlurmdLogFile=$lab/log/%n.log
+SlurmdSpoolDir=$lab/spool_%n
+# Without cgroups, and whatever this machine has: the nodes have what stands below.
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+SlurmdParameters=config_overrides
+GresTypes=gpu
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MpiDefault=none
+ReturnToService=2
+KillWait=30
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SchedulerParameters=bf_interval=1,sched_interval=1
+NodeName=lab[1-2] NodeHostname=$host NodeAddr=127.0.0.1 Port=[$((port + 1))-$((port + 2))] CPUs=4 RealMemory=8000 $gres
+PartitionName=main Nodes=lab[1-2] Default=YES PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=lab[1-2] PriorityTier=2 PreemptMode=OFF
+CONF
+}
+
+start() {
+    [[ ! -e $lab/slurm.conf ]] || stop_here "$lab has a lab already; stop it, and remove the folder"
+    mkdir -p "$lab"/{munge,state,log,spool_lab1,spool_lab2}
+    chmod 700 "$lab/munge"
+    (umask 077 && head -c 128 /dev/urandom >"$lab/munge/key")
+    find_ports
+    write_config
+    munged --force --key-file="$lab/munge/key" --socket="$lab/munge/socket" --pid-file="$lab/munge/pid" \
+        --log-file="$lab/munge/log" --seed-file="$lab/munge/seed"
+    export SLURM_CONF=$lab/slurm.conf
+    slurmctld -f "$SLURM_CONF"
+    slurmd -N lab1 -f "$SLURM_CONF"
+    slurmd -N lab2 -f "$SLURM_CONF"
+    local waited
+    for ((waited = 0; waited < 300; waited++)); do
+        if [[ $(sinfo --noheader --partition=main --states=idle --format=%D 2>/dev/null) == 2 ]]; then
+            echo "export SLURM_CONF=$SLURM_CONF"
+            return
+        fi
+        sleep 0.1
+    done
+    stop_here "its nodes are not ready after 30 s; see $lab/log"
+}
+
+stop() {
+    export SLURM_CONF=$lab/slurm.conf
+    timeout 10 scancel --state=PENDING --user="$(id -un)" || true
+    timeout 10 scancel --full --signal=KILL --user="$(id -un)" || true
+    sleep 1
+    local file
+    for file in "$lab"/slurmd_lab*.pid "$lab/slurmctld.pid" "$lab/munge/pid"; do
+        [[ -s $file ]] && kill "$(<"$file")" 2>/dev/null
+        rm -f "$file"
+    done
+    rm -f "$SLURM_CONF"
+}
+
+status() {
+    export SLURM_CONF=$lab/slurm.conf
+    sinfo
+    squeue
+}
+
+case ${1:-} in
+    start | stop | status)
+        [[ $# == 2 ]] || stop_here "$1 wants the folder of the lab"
+        find_programs
+        lab=$(realpath -m "$2")
+        [[ $1 == start || -e $lab/slurm.conf ]] || stop_here "there is no lab in $lab"
+        "$1"
+        ;;
+    *) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; [[ ${1:-} == -h || ${1:-} == --help ]] || exit 2 ;;
+esac
