@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -72,14 +73,15 @@ class Program:
             *overrides,
         ]
 
-    def start(self, launcher: str, *overrides: str) -> "subprocess.Popen[str]":
-        """Starts it in a process group of its own."""
+    def start(self, launcher: str, *overrides: str, agent: Sequence[str] = ()) -> "subprocess.Popen[str]":
+        """Starts it in a process group of its own; `agent` stands in place of the launcher's usual command."""
         hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "DS_ACCELERATOR")
         kept = {key: value for key, value in os.environ.items() if key not in hidden}
         if launcher == "deepspeed":
             kept["DS_ACCELERATOR"] = "cpu"
+        command = self.command(launcher, *overrides)
         return subprocess.Popen(
-            self.command(launcher, *overrides),
+            [*agent, *command[len(LAUNCHERS[launcher]) :]] if agent else command,
             cwd=ROOT,
             env={**kept, "OMP_NUM_THREADS": "1", "PATH": f"{_BIN}{os.pathsep}{kept.get('PATH', '')}"},
             stdout=subprocess.PIPE,
