@@ -11,7 +11,6 @@ Leaves: the comparison and the table to `findings.py`, meeting the ranks to `wor
 
 import hashlib
 import logging
-import platform
 import secrets
 import socket
 import sys
@@ -20,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from importlib.metadata import version
 from pathlib import Path
 
 import deepspeed
@@ -36,13 +34,13 @@ from train.config import ConfigError, PackingConfig, RunConfig, to_yaml
 from train.findings import Check, Findings, Gpu, compare, format_table
 from train.lengths import LengthTable
 from train.loader import Rows
+from train.versions import versions
 from train.world import World, barrier
 
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 120.0
 """How long the others wait for a rank that looks at what it has."""
-_PACKAGES = ("torch", "deepspeed", "transformers")
 _OURS = ("llava_next", "data_recipes", "train")
 _TOKEN_PATIENCE_S = 10.0  # a network file system may show a new file to other nodes a little later
 _NUMBERS = 2**22  # of the collective: 16 MiB
@@ -89,9 +87,9 @@ def look(config: RunConfig, world: World, token: str) -> Findings:
     attempt("run folder", lambda: _meet_in(config.run_dir / "log", token, world))
     attempt("data", lambda: stores.update(_read_stores(config)))
     gpu = _gpu(world.device) if world.device.type == "cuda" else None
-    versions = {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}, "code": code_hash()}
+    found = versions() | {"code": code_hash()}  # of the files: a commit's name says nothing of what was changed since
     host = socket.gethostname()
-    return Findings(world.rank, host, versions, to_yaml(config), gpu, stores, troubles=tuple(troubles))
+    return Findings(world.rank, host, found, to_yaml(config), gpu, stores, troubles=tuple(troubles))
 
 
 def code_hash() -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_recipes.program import contents, make_place
+from tests.data_recipes.prepare.program import contents, make_place
 from tests.tiny import tiny_mixture, tiny_model
 from tests.train.cases import tiny_run
 from tests.train.launch import ROOT, Program, finish
