@@ -25,6 +25,7 @@ def verdict(config: RunConfig, fault: str, elsewhere: Path) -> str:
     from dataclasses import replace
 
     from train import preflight
+    from train.versions import versions
     from train.world import read_launch, start
 
     world, home = start(config, read_launch()), Path.cwd()
@@ -33,9 +34,8 @@ def verdict(config: RunConfig, fault: str, elsewhere: Path) -> str:
             changed.enter_context(patch.object(preflight, "_TOKEN_PATIENCE_S", 0.5))
             if world.rank == 1:
                 if fault == "versions":
-                    changed.enter_context(
-                        patch.object(preflight, "versions", lambda found=preflight.versions(): found | {"torch": "0.5"})
-                    )
+                    other = versions() | {"torch": "0.5"}
+                    changed.enter_context(patch.object(preflight, "versions", lambda: other))
                 if fault == "configuration":
                     config = replace(config, seed=config.seed + 1)
                 if fault in ("run folder", "data"):
