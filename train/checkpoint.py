@@ -167,7 +167,7 @@ class Saver:
         every = self._save.keep_every
         for old in complete(self._folder)[: -self._save.keep]:
             if not every or _step(old) % every:
-                shutil.rmtree(old)
+                _remove(old)
 
     def _failed(self, partial: Path, error: Exception) -> SaveError:
         last = newest(self._folder)
@@ -248,9 +248,13 @@ def refuse_code(place: Path) -> None:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed saves have left behind."""
-    for partial in folder.glob("step_*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    """Removes what killed saves, removals and conversions have left behind."""
+    for pattern in ("step_*.partial", "step_*.removed", "step_*.universal*"):
+        for left in folder.glob(pattern):
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def _give_name(partial: Path, place: Path, num_ranks: int) -> None:
@@ -260,19 +264,22 @@ def _give_name(partial: Path, place: Path, num_ranks: int) -> None:
         OSError: a rank has not, or the disk fails.
         ValueError: a file is there that no rank has summed up, or the other way round.
     """
-    sums: dict[str, Any] = {}
+    if not (partial / _SUMS).is_file():
+        sums: dict[str, Any] = {}
+        for rank in range(num_ranks):
+            sums |= json.loads(_rank_sums(partial, rank).read_text())
+        unsummed = {path.relative_to(partial).as_posix() for path in _files(partial)} ^ set(sums)
+        if unsummed:
+            raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
+        unfinished = partial / f"{_SUMS}.partial"
+        _write_synced(unfinished, json.dumps(sums, indent=1, sort_keys=True) + "\n")
+        unfinished.rename(partial / _SUMS)
     for rank in range(num_ranks):
-        sums |= json.loads(_rank_sums(partial, rank).read_text())
-    unsummed = {path.relative_to(partial).as_posix() for path in _files(partial)} ^ set(sums)
-    if unsummed:
-        raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
-    _write_synced(partial / _SUMS, json.dumps(sums, indent=1, sort_keys=True) + "\n")
-    for rank in range(num_ranks):
-        _rank_sums(partial, rank).unlink()
+        _rank_sums(partial, rank).unlink(missing_ok=True)
     for folder in (partial / ENGINE, partial):
         _sync_folder(folder)
     if place.exists():  # from before the run went back to an earlier one
-        shutil.rmtree(place)
+        _remove(place)
     partial.rename(place)
     _sync_folder(place.parent)
 
@@ -306,6 +313,13 @@ def _damage(place: Path, world: World) -> str:
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
+
+
+def _remove(place: Path) -> None:
+    """Takes its name away first: a kill in between leaves nothing that looks like a checkpoint."""
+    unnamed = place.with_name(f"{place.name}.removed")
+    place.rename(unnamed)
+    shutil.rmtree(unnamed)
 
 
 def _step(place: Path) -> int:

@@ -156,6 +156,25 @@ def test_unfinished_ones_do_not_count_as_kept(tmp_path: Path) -> None:
     assert [place.is_dir() for place in (first, tmp_path / "step_000004")] == [True, True]
 
 
+def test_interrupted_removal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while an old one is being removed, whichever file was first, leaves no half of it to be taken for a
+    checkpoint, or to lie there for ever; nor does one while files are being converted."""
+
+    def killed(place: Path) -> None:
+        (place / "sums.json").unlink()
+        raise KeyboardInterrupt
+
+    saved(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            saved(tmp_path, 2, SaveConfig(keep=1))
+    (tmp_path / "step_000002.universal").mkdir()
+    (tmp_path / "step_000002.universal.alive").touch()
+    assert checkpoint.find_sound(tmp_path, ALONE) == tmp_path / "step_000002"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+
+
 def test_order_is_by_step(tmp_path: Path) -> None:
     """The newest is the one with most steps, also beyond a million."""
     for step in (999_999, 1_000_000, 20):
