@@ -1,12 +1,14 @@
 """Where a run's numbers go: metrics.jsonl always, the terminal, wandb by option.
 
-One line a step. Resuming removes the lines of steps that will be run again, so no step stands twice.
+One line a step. Resuming removes the lines of steps that will be run again, so no step stands twice; wandb, which
+forgets nothing, is not sent them again.
 """
 
 import json
 import logging
 import math
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -59,7 +61,7 @@ class RunLog:
         if not is_main:
             return
         path = config.run_dir / "metrics.jsonl"
-        _drop_from(path, first_step)
+        first_new = _drop_from(path, first_step)
         self._file = path.open("a")
         self._num_steps = num_steps
         self._seconds: list[float] = []
@@ -75,6 +77,10 @@ class RunLog:
             disable=not sys.stderr.isatty(),
         )
         self._wandb = _start_wandb(config)
+        if self._wandb is not None:
+            self._first_new = _first_new_to_wandb(config.run_dir, first_new)
+            if self._first_new > first_step:
+                self.say(f"wandb has steps {first_step} to {self._first_new - 1} already; they are not sent again")
 
     def say(self, text: str) -> None:
         """A sentence for the person in front of the terminal."""
@@ -95,7 +101,7 @@ class RunLog:
         if step % self._every == 0 or step + 1 == self._num_steps:
             self._bar.write(f"step {step + 1:>5}/{self._num_steps}  {line}  eta {_clock(eta_s)}", file=sys.stderr)
         self._bar.update(1)
-        if self._wandb is not None:
+        if self._wandb is not None and step >= self._first_new:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
@@ -118,18 +124,31 @@ def _rounded(value: float) -> float | None:
     return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
-def _drop_from(path: Path, first_step: int) -> None:
+def _drop_from(path: Path, first_step: int) -> int:
+    """Drops the lines of steps that will run again; returns the first step that never stood there."""
     if not path.exists():
-        return
-    kept = [line for line in path.read_text().splitlines() if _is_before(line, first_step)]
-    path.write_text("".join(line + "\n" for line in kept))
+        return first_step
+    lines = {line: _step_of(line) for line in path.read_text().splitlines()}
+    partial = path.with_name(path.name + ".partial")  # a kill, or a full disk, leaves the file as it is
+    partial.write_text("".join(f"{line}\n" for line, step in lines.items() if 0 <= step < first_step))
+    partial.replace(path)
+    return max([first_step, *(step + 1 for step in lines.values())])
 
 
-def _is_before(line: str, first_step: int) -> bool:
+def _first_new_to_wandb(run_dir: Path, first_new: int) -> int:
+    """The first step that wandb was never sent. Kept in a file: lines of a run that was killed twice are long gone."""
+    path = run_dir / "wandb" / "sent.json"
+    with suppress(OSError, ValueError):
+        first_new = max(first_new, int(json.loads(path.read_text())))
+    path.write_text(json.dumps(first_new) + "\n")
+    return first_new
+
+
+def _step_of(line: str) -> int:
     try:
-        return int(json.loads(line)["step"]) < first_step
-    except (ValueError, KeyError):
-        return False  # a line cut off by a kill
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1  # a line cut off by a kill
 
 
 def _start_wandb(config: RunConfig) -> Any:

@@ -1,8 +1,10 @@
 """Owns the proofs about a run's numbers: every step once in metrics.jsonl, whatever was cut off or run again."""
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,16 +73,63 @@ def test_numbers_are_strict_json(run_config: RunConfig) -> None:
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
+def test_a_kill_while_lines_are_dropped_loses_none(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shorter file takes the place of the longer one when it is whole."""
+    logged(run_config, 0, 6)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            logged(run_config, 4, 8)
+    assert [line["step"] for line in lines(run_config)] == [0, 1, 2, 3, 4, 5]
+    logged(run_config, 4, 8)
+    assert [line["step"] for line in lines(run_config)] == list(range(8))
+    assert [path.name for path in run_config.run_dir.iterdir()] == ["metrics.jsonl"]
+
+
 @pytest.mark.full
-def test_wandb_needs_no_account(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Offline, a run is written into the run's folder, without an account or a network; a resumed one as well."""
+def test_wandb_goes_on(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Offline, a run is written into the run's folder, without an account or a network. A resumed one is the same run
+    to wandb, and a step that runs again is not sent to it again."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     config = replace(run_config, log=LogConfig(wandb="offline"))
-    for first, last in ((0, 3), (3, 5)):
+    for first, last in ((0, 4), (2, 3), (3, 6)):  # stopped after step 2, and killed after 3; then after 3
         logged(config, first, last)
-    runs = list((run_config.run_dir / "wandb").glob("offline-run-*"))
-    assert runs
-    assert [path for run in runs for path in run.glob("*.wandb")]
-    assert [line["step"] for line in lines(config)] == [0, 1, 2, 3, 4]
+    files = sorted((run_config.run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
+    assert {path.name for path in files} == {"run-tiny-finetune.wandb"}
+    assert len(files) == 3
+    assert [step for path in files for step in wandb_steps(path)] == [0, 1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines(config)] == [0, 1, 2, 3, 4, 5]
+
+
+def wandb_steps(path: Path) -> list[int]:
+    """The steps in a file of wandb's, which a process of its own may still be writing."""
+    deadline = time.monotonic() + 60
+    while not (found := wandb_records(path)) or not found[-1].HasField("exit"):
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.2)
+    return [record.history.step.num for record in found if record.HasField("history")]
+
+
+def wandb_records(path: Path) -> list[Any]:
+    """Protobufs in LevelDB's log format: blocks of 32 KiB, records in pieces."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, piece, records = path.read_bytes(), 7, b"", []
+    while place + 7 <= len(content):
+        left = 32_768 - place % 32_768
+        if left < 7:
+            place += left
+            continue
+        length, kind = int.from_bytes(content[place + 4 : place + 6], "little"), content[place + 6]
+        piece += content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 4):  # whole, or its last piece
+            records.append(Record.FromString(piece))
+            piece = b""
+    return records
