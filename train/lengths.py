@@ -29,7 +29,7 @@ from data_recipes.raw.picture_pool import follow_parent
 from llava_next.config import ModelError
 from llava_next.processor import Processor, SampleRejected
 from train.config import ConfigError, PackingConfig
-from train.world import age_s, wait_for
+from train.world import beat_of, wait_for
 
 ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
 """One kept sample: its number in the mixture, its lengths, and its source's number."""
@@ -93,7 +93,7 @@ def open_table(
         if is_writer:
             _write(mixture, processor, place, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
         else:
-            wait_for(lambda: _is_complete(place), lambda: age_s(_beat(place)), what=f"length table {place}")
+            wait_for(lambda: _is_complete(place), lambda: beat_of(_beat(place)), what=f"length table {place}")
     about = json.loads((place / "table.json").read_text())
     rows = np.load(place / "rows.npy", mmap_mode="r")
     if not len(rows):
@@ -157,9 +157,10 @@ def _write(
     num_workers: int,
     show_progress: bool,
 ) -> None:
-    _remove_leftovers(place.parent)
     partial = place.with_name(f"{place.name}.{socket.gethostname()}.{os.getpid()}.partial")
     partial.mkdir(parents=True, exist_ok=True)
+    os.utime(partial)
+    _remove_leftovers(partial)
     beat = _beat(place)
     beat.touch()
     rejects, cut = Counter[str](), 0
@@ -202,12 +203,16 @@ def _save_rows(partial: Path) -> None:
     raw.unlink()
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Removes what killed writers left: their process is gone from this host, or silent for ten minutes on another."""
-    for partial in folder.glob("*.partial"):
+def _remove_leftovers(own: Path) -> None:
+    """Removes what killed writers left: their process is gone from this host, or silent for ten minutes on another.
+
+    Times are the file system's, so that clocks of hosts may differ: `own` has just been touched.
+    """
+    now = beat_of(own) or 0
+    for partial in own.parent.glob("*.partial"):
         host, _, pid = partial.stem.partition(".")[2].rpartition(".")
         is_gone = host == socket.gethostname() and not Path("/proc", pid).exists()
-        if is_gone or (age_s(partial) or 0.0) > _DEAD_AFTER_S:
+        if is_gone or now - (beat_of(partial) or now) > _DEAD_AFTER_S * 1e9:
             shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data_recipes.local_copy import LocalCopy, copy_stores, num_bytes_to_move
 from data_recipes.sample import DataError
 from train.config import RunConfig
-from train.world import Launch, age_s, wait_for
+from train.world import Launch, beat_of, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def local_stores(config: RunConfig, launch: Launch) -> dict[str, Path]:
     else:
         wait_for(
             lambda: all(copy.is_there for copy in copies.values()),
-            lambda: age_s(_beat(root)),
+            lambda: beat_of(_beat(root)),
             what=f"copies of the stores in {root}",
         )
     return {name: copy.place for name, copy in copies.items()}

@@ -37,8 +37,8 @@ _LINE = 320  # bytes of each of the two lines, which are padded so that they can
 class Place:
     """Where a rank stands. Times are seconds since the epoch; `step` counts from 0 and is -1 before the first.
 
-    `waits`, `at` and `seen` are what its watch last found: whether the rank is inside a collective, where in the code
-    its main thread is, and when that was.
+    `waits`, `at`, `seen` and `held_s` are what its watch last found: whether the rank is inside a collective, where in
+    the code its main thread is, when that was, and how long it had stood there by a clock that does not jump.
     """
 
     rank: int
@@ -50,12 +50,19 @@ class Place:
     waits: bool = False
     at: str = ""
     seen: float = 0.0
+    held_s: float | None = None
 
     @property
     def order(self) -> tuple[int, int, int]:
         """Grows as the rank goes on."""
         micro_step = self.micro_step if self.phase in OF_A_ROW else 2**31
         return self.step, micro_step, list(PHASES).index(self.phase)
+
+    @property
+    def age_s(self) -> float:
+        """For how long it has stood there, as far as can be known: a clock that jumped since it was seen shows."""
+        now = time.time()
+        return max(0.0, now - self.since if self.held_s is None else self.held_s + now - self.seen)
 
     @property
     def words(self) -> str:
@@ -103,7 +110,9 @@ class Progress:
 
     def note(self, place: Place, *, waits: bool, at: str) -> None:
         """What the watch found while the rank stood there; brought to the disk, for readers on other hosts."""
-        found = {"since": place.since, "waits": waits, "at": at[-120:], "seen": round(time.time(), 3)}
+        now, entered_s = self._now
+        held_s = round(time.monotonic() - entered_s, 3) if now == place else None
+        found = {"since": place.since, "waits": waits, "at": at[-120:], "seen": round(time.time(), 3), "held_s": held_s}
         self._write(_LINE, json.dumps(found))
         if self._file is not None:
             with suppress(OSError):

@@ -26,7 +26,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from train.config import ConfigError
-from train.world import World, age_s, wait_for
+from train.world import World, beat_of, wait_for
 
 FP32 = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,7 +101,7 @@ def parameter_states(
             _convert(engine_folder, scratch, alive)
             done.touch()
         else:
-            wait_for(done.exists, lambda: age_s(alive), what=f"conversion of {engine_folder.parent}")
+            wait_for(done.exists, lambda: beat_of(alive), what=f"conversion of {engine_folder.parent}")
         yield ParameterStates(scratch)
     finally:
         if world.is_main:

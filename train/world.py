@@ -201,32 +201,33 @@ def barrier(world: World) -> None:
 
 
 def wait_for(
-    is_there: Callable[[], bool], heartbeat_age_s: Callable[[], float | None], *, what: str, patience_s: float = 120.0
+    is_there: Callable[[], bool], heartbeat: Callable[[], object], *, what: str, patience_s: float = 120.0
 ) -> None:
     """Waits while another process makes a file, as long as that process shows signs of life.
 
     Args:
         is_there: tells whether the file is there.
-        heartbeat_age_s: seconds since the maker's last sign of life, or None if there never was one.
+        heartbeat: what changes with each sign of life (see `beat_of`). No clock is asked but this process's own,
+            which never jumps.
         what: for the error.
 
     Raises:
         TimeoutError: no sign of life for `patience_s`.
     """
-    started = time.monotonic()
+    last, heard_s = heartbeat(), time.monotonic()
     while not is_there():
-        age, waited = heartbeat_age_s(), time.monotonic() - started
-        # A sign of life from before the wait may be a killed maker's: it says nothing about the one that starts now.
-        silent = waited if age is None else min(age, waited)
-        if silent > patience_s:
+        beat, now_s = heartbeat(), time.monotonic()
+        if beat != last:
+            last, heard_s = beat, now_s
+        if now_s - heard_s > patience_s:
             raise TimeoutError(f"{what}: the process that makes it gave no sign of life for {patience_s:.0f} s")
         time.sleep(0.2)
 
 
-def age_s(path: Path) -> float | None:
-    """Seconds since `path` was last touched, a heartbeat's age; None where there is no such file."""
+def beat_of(path: Path) -> int | None:
+    """When `path` was last touched, on its file system's clock; None where there is no such file."""
     try:
-        return time.time() - path.stat().st_mtime
+        return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
 

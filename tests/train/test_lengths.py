@@ -1,5 +1,6 @@
 """Owns the proofs about the length table: it counts what is trained on, is made once, and is complete or absent."""
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,7 +29,7 @@ from tests.tiny import tiny_model, tiny_samples, tiny_store
 from train import lengths
 from train.config import ConfigError, RunConfig
 from train.lengths import LengthTable, data_fingerprint, open_table
-from train.world import age_s, wait_for
+from train.world import beat_of, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -275,9 +276,9 @@ def test_waiting_ends() -> None:
 
 
 def test_waiting_goes_on_while_the_writer_lives() -> None:
-    """Signs of life keep a waiting process patient for longer than its patience."""
-    started = time.monotonic()
-    wait_for(lambda: time.monotonic() - started > 1.0, lambda: 0.1, what="it", patience_s=0.3)
+    """Signs of life keep a waiting process patient for longer than its patience, whatever the clock says of them."""
+    started, beats = time.monotonic(), itertools.cycle((0, 10**18, 5))  # as of 1970, of 2001, of 1970 again
+    wait_for(lambda: time.monotonic() - started > 1.0, lambda: next(beats), what="it", patience_s=0.3)
 
 
 def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
@@ -286,4 +287,7 @@ def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
     beat.touch()
     os.utime(beat, (0, 0))
     started = time.monotonic()
-    wait_for(lambda: time.monotonic() - started > 0.5, lambda: age_s(beat), what="it", patience_s=2.0)
+    wait_for(lambda: time.monotonic() - started > 0.5, lambda: beat_of(beat), what="it", patience_s=2.0)
+    beat.touch()  # nor does one that stands still, however new it is
+    with pytest.raises(TimeoutError):
+        wait_for(lambda: False, lambda: beat_of(beat), what="it", patience_s=0.3)

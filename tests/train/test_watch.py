@@ -82,6 +82,18 @@ AT_FORWARD = place(0, 7, 5, "forward")
 AT_AGREE = place(0, 7, 0, "agree")
 
 
+def test_a_clock_that_jumps_makes_no_rank_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a rank has stood somewhere is told by a clock that does not jump, once its watch has seen it."""
+    progress, clock = Progress(tmp_path), time.time
+    progress.enter("forward", 3)
+    for days in (30, -30):
+        monkeypatch.setattr(time, "time", lambda days=days: clock() + 86_400 * days)
+        progress.note(progress.now[0], waits=False, at="")
+        assert read_places(tmp_path, 1)[0].age_s < 60
+    monkeypatch.setattr(time, "time", clock)
+    assert replace(place(0, 3, 0, "forward"), since=clock() + 500).age_s == 0
+
+
 @pytest.mark.parametrize(
     ("places", "expected"),
     {
