@@ -6,10 +6,12 @@ alone, and exit code 2.
 
 import io
 import os
+import signal
 import sys
 from contextlib import redirect_stderr
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,17 +19,24 @@ from omegaconf import DictConfig
 
 from train.config import CONFIG_DIR, ConfigError, RunConfig, check, explain
 
+if TYPE_CHECKING:
+    from train.watch import Watch
+
 EXIT_USAGE = 2
 """A mistake in the configuration or the data it names: running it again cannot help."""
 EXIT_INTERRUPTED = 75
-"""Saved and left because it was asked to (EX_TEMPFAIL): run the same command again to go on."""
+"""Left because it was asked to (EX_TEMPFAIL), saved if there was a step: run the same command again to go on."""
 
 EXIT_AT_ONCE = 130
-"""Left without saving: asked to stop a second time, or before anything could be saved (as shells count Ctrl-C)."""
+"""Left without saving: asked to stop a second time, or by Ctrl-C before the first step (as shells count it)."""
+
+_ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def main() -> int:
     """Parses, checks, runs; returns the exit code."""
+    for number in _ASKS_TO_STOP:
+        signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     # The deepspeed launcher adds this; the environment says the same, and Hydra would refuse it.
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
@@ -96,6 +105,7 @@ def execute(config: RunConfig) -> int:
 
     launch = read_launch()
     watch = Watch(config.run_dir, launch, config.timeout_s)
+    _leave_when_asked(watch)
     code, reason = 0, "finished"
     try:
         run(config, launch, watch)
@@ -115,6 +125,23 @@ def execute(config: RunConfig) -> int:
     watch.progress.remove()
     leave()
     return code
+
+
+def _leave_when_asked(watch: "Watch") -> None:
+    """A scheduler's signal outside of the steps, where there is nothing to save, ends this rank, and so the run.
+
+    Between the first step and the last, the trainer has its own way.
+    """
+    rank_pid = os.getpid()
+
+    def leave(number: int, *_: object) -> None:
+        if os.getpid() != rank_pid:  # a process that helps at the start and has inherited this
+            os._exit(128 + number)
+        reason = f"asked to stop ({watch.progress.now[0].words}), where there is nothing to save; "
+        watch.leave_at_once(EXIT_INTERRUPTED, reason + "run the same command again to go on")
+
+    for number in _ASKS_TO_STOP:
+        signal.signal(number, leave)
 
 
 def _refuse(sentence: str, rank: int) -> int:

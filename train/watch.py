@@ -5,6 +5,7 @@ late (`progress.py` knows where everybody stands), dumps its stacks into its log
 Of all the ranks that end, the first is heard: its sentence goes to the terminal and into `exit.json`.
 """
 
+import errno
 import faulthandler
 import json
 import logging
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 _TIMED = ("data", "forward", "backward", "agree", "update")  # a save may be long; its collectives have their timeouts
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MOST_NAMED = 12  # samples in a sentence; exit.json has all of them
 
 
@@ -193,11 +195,11 @@ def _end(code: int) -> NoReturn:
 
 
 def _about_late(behind: Sequence[Place]) -> str:
-    first, now = behind[0], time.time()
-    text = f"rank {first.rank} ({first.host}) has been in {first.words} for {now - first.since:.0f} s"
+    first = behind[0]
+    text = f"rank {first.rank} ({first.host}) has been in {first.words} for {first.age_s:.0f} s"
     if first.at:
         text += f", at {first.at}"
-    if now - max(first.seen, first.since) > 15:
+    if time.time() - max(first.seen, first.since) > 15:
         text += ", and its process gives no sign of life"
     if len(behind) > 1:
         text += "; so has rank " + ", ".join(f"{place.rank} ({place.host})" for place in behind[1:])
@@ -224,7 +226,10 @@ def _cause(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if "Original Traceback" in str(error):
         return lines[-1]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    cause = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    if isinstance(error, OSError) and error.errno in _OF_THE_DISK:
+        cause += " (make room, or choose a root=... that can be written, and run the same command again)"
+    return cause
 
 
 def _listed(samples: Sequence[str] | None) -> str:
