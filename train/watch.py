@@ -7,6 +7,7 @@ Of all the ranks that end, the first is heard: its sentence goes to the terminal
 
 import errno
 import faulthandler
+import fcntl
 import json
 import logging
 import multiprocessing
@@ -16,8 +17,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,15 +57,33 @@ class ExitFile:
 
     def write(self, code: int, reason: str, **about: Any) -> bool:
         """Writes it unless another rank of this run has; says whether this rank's word stands."""
-        if self._stamp() not in (None, self._earlier_runs):
-            return False
         partial = self._path.with_name(f"exit.{os.getpid()}.partial")
-        try:
-            partial.write_text(json.dumps({"code": code, "reason": reason, **about}) + "\n")
-            partial.replace(self._path)
-        except OSError as error:
-            print(f"exit.json was not written: {error}", file=sys.stderr)
-        return True
+        with self._locked():
+            if self._stamp() not in (None, self._earlier_runs):
+                return False
+            try:
+                partial.write_text(json.dumps({"code": code, "reason": reason, **about}) + "\n")
+                partial.replace(self._path)
+            except OSError as error:
+                print(f"exit.json was not written: {error}", file=sys.stderr)
+            return True
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One rank after the other, on file systems that have locks; a lock ends with its process.
+
+        Not for long: a signal may have come to this very process while it was writing.
+        """
+        with ExitStack() as at_end:
+            with suppress(OSError):
+                folder = os.open(self._path.parent, os.O_RDONLY)
+                at_end.callback(os.close, folder)
+                for _ in range(20):
+                    with suppress(BlockingIOError):
+                        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        break
+                    time.sleep(0.1)
+            yield
 
     def _stamp(self) -> tuple[int, int] | None:
         try:
