@@ -32,6 +32,10 @@ _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCH_FR_BUFFER_SIZE": "5000",  # torch's flight recorder: `cases.recorded_collectives` reads it
 }
+_PRELOADED = [
+    *("train.run", "train.__main__", "deepspeed", "tests.train.cases", "tests.train.disasters"),
+    "deepspeed.runtime.zero.muon.original_muon",  # every engine asks for it, and it asks for torch's whole compiler
+]
 GRACE_S = 10.0
 """How long the other ranks may go on after one has failed: they mostly wait for it."""
 
@@ -163,6 +167,9 @@ def run_to_the_end(
         RankError: one that should have ended did not; the message holds where it stood.
     """
     context, port = _server(), _free_port()
+    first = context.Process(target=int)  # the server's own imports are not the case's time
+    first.start()
+    first.join(START_TIMEOUT_S)
     logs = [Path(tempfile.mkdtemp(prefix="rank_", dir=folder)) / "output" for _ in range(size)]
     seats = [_Seat(rank, size, port, str(log)) for rank, log in enumerate(logs)]
     processes = [context.Process(target=_run_alone, args=(seat, case, args)) for seat in seats]
@@ -191,7 +198,7 @@ def run_to_the_end(
 def _server() -> Any:
     """The context whose processes are forks of one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train.run", "deepspeed", "tests.train.cases"])
+    context.set_forkserver_preload(_PRELOADED)
     # The server keeps the environment of its start: libraries are to make no threads before the fork.
     kept = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)

@@ -1,0 +1,110 @@
+"""Moments at which a test strikes a running process: a phase of a step, a sample, an act on its checkpoints, a time.
+
+Each function patches the process that it is called in, which runs the program afterwards. Who strikes, and why, is
+`disasters.py`'s.
+"""
+
+import itertools
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+ACTS = (
+    *("mkdir", "half", "open config.yaml", "open run_state.json", "open sums_rank_.json", "sync", "open sums.json"),
+    *("rename", "remove", "rmdir"),
+)
+"""What a rank does to its checkpoints while it saves, as `watch_acts` says it, about in this order."""
+OF_EVERY_RANK = ("half", "sync", "open sums_rank_.json")
+
+
+def at_phase(phase: str, number: int, strike: Callable[[], None]) -> None:
+    """Calls `strike` when this rank enters a phase that it has entered `number` times before."""
+    from train.progress import Progress
+
+    enter, calls = Progress.enter, itertools.count()
+
+    def watched(self: Progress, entered: str, step: int, micro_step: int = 0) -> None:
+        enter(self, entered, step, micro_step)
+        if entered == phase and next(calls) == number:
+            strike()
+
+    Progress.enter = watched  # type: ignore[method-assign]
+
+
+def at_sample(number: int, strike: Callable[[], None]) -> None:
+    """Calls `strike` in the process that reads, before it reads its sample of this number."""
+    from data_recipes.mixture import Mixture
+
+    sample, calls = Mixture.sample, itertools.count()
+
+    def watched(self: Mixture, index: int) -> Any:
+        if next(calls) == number:
+            strike()
+        return sample(self, index)
+
+    Mixture.sample = watched  # type: ignore[method-assign]
+
+
+def at_act(folder: Path, act: str, number: int, strike: Callable[[], None]) -> None:
+    """Calls `strike` before the act of this name and number, see `watch_acts`."""
+    counts: Counter[str] = Counter()
+
+    def see(seen: str) -> None:
+        counts[seen] += 1
+        if (seen, counts[seen]) == (act, number):
+            strike()
+
+    watch_acts(folder, see)
+
+
+def watch_acts(folder: Path, see: Callable[[str], None]) -> None:
+    """Calls `see` with every act (of `ACTS`) of this process on what lies below `folder`, before it is done.
+
+    `half`: a file of DeepSpeed's is half written. Numbers in names are left out.
+    """
+    import torch
+
+    inside, sync, save = str(folder), os.fsync, torch.save
+
+    def is_inside(path: object, descriptor: object = -1) -> bool:
+        if isinstance(descriptor, int) and descriptor >= 0:
+            with suppress(OSError):
+                return str(Path(f"/proc/self/fd/{descriptor}").readlink()).startswith(inside)
+        return isinstance(path, str | os.PathLike) and os.fspath(path).startswith(inside)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[1], str) and "w" in args[1] and is_inside(args[0]):
+            see("open " + "".join(letter for letter in Path(args[0]).name if not letter.isdigit()))
+        elif event == "os.rename" and is_inside(args[0]):
+            see("rename")
+        elif event in ("os.remove", "os.rmdir", "os.mkdir") and is_inside(args[0], args[-1]):
+            see(event.removeprefix("os."))
+
+    def watched_sync(descriptor: int) -> None:
+        if is_inside(None, descriptor):
+            see("sync")
+        sync(descriptor)
+
+    def watched_save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        save(content, path, *args, **kwargs)
+        if is_inside(path):
+            whole = Path(path).read_bytes()
+            os.truncate(path, len(whole) // 2)
+            see("half")
+            Path(path).write_bytes(whole)
+
+    sys.addaudithook(hook)
+    os.fsync = watched_sync
+    torch.save = watched_save
+
+
+def later(seconds: float, strike: Callable[[], object]) -> None:
+    """Calls `strike` from a thread when these seconds have passed."""
+    timer = threading.Timer(seconds, strike)
+    timer.daemon = True
+    timer.start()
