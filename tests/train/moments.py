@@ -33,7 +33,7 @@ def at_phase(phase: str, number: int, strike: Callable[[], None]) -> None:
         if entered == phase and next(calls) == number:
             strike()
 
-    Progress.enter = watched  # type: ignore[method-assign]
+    Progress.enter = watched  # type: ignore[assignment, method-assign]
 
 
 def at_sample(number: int, strike: Callable[[], None]) -> None:
@@ -99,8 +99,8 @@ def watch_acts(folder: Path, see: Callable[[str], None]) -> None:
             Path(path).write_bytes(whole)
 
     sys.addaudithook(hook)
-    os.fsync = watched_sync
-    torch.save = watched_save
+    os.fsync = watched_sync  # type: ignore[assignment]
+    torch.save = watched_save  # type: ignore[assignment]
 
 
 def later(seconds: float, strike: Callable[[], object]) -> None:
