@@ -4,6 +4,7 @@ Each of these can be had without the ones after it: the length table needs a pro
 needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`'s.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from llava_next.config import (
+    PARTS,
     AttentionKernel,
     ImageMode,
     ModelConfig,
@@ -165,7 +167,13 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
 
 
 def build_model(
-    backbone: Backbone, *, dtype: torch.dtype, seed: int, num_sources: int = 1, attention: AttentionKernel = "auto"
+    backbone: Backbone,
+    *,
+    dtype: torch.dtype,
+    seed: int,
+    num_sources: int = 1,
+    attention: AttentionKernel = "auto",
+    parts: Collection[str] = PARTS,
 ) -> LlavaNext:
     """The model with the first weights of its parts; random ones depend on the seed alone, not on the rank.
 
@@ -174,6 +182,8 @@ def build_model(
         seed: of the weights that are not read from a file.
         num_sources: length of the per-source loss sums.
         attention: the kernel inside packed samples.
+        parts: which have weights; the others are on the meta device, names and shapes alone. A random part's weights
+            depend on those drawn before it: ask for all of them then.
 
     Raises:
         ModelError: missing weights, or weights that do not fit the config.
@@ -182,24 +192,27 @@ def build_model(
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        language = _language_model(backbone, dtype)
-        tower = _vision_tower(backbone, dtype)
-        if not hasattr(language.base_model, "embed_tokens"):
+        hf = skeleton(backbone)
+        if not hasattr(hf.model.language_model, "embed_tokens"):
             raise ModelError(
                 f"model.language_model: {backbone.hf_config.text_config.model_type} keeps its embedding under another "
                 "name than embed_tokens, which LLaVA-NeXT needs; choose a Llama-like model"
             )
-        hf = skeleton(backbone)
-        hf.model.language_model = language.base_model
-        hf.lm_head = language.get_output_embeddings()
-        hf.model.vision_tower = tower
+        if "language_model" in parts:
+            language = _language_model(backbone, dtype)
+            hf.model.language_model = language.base_model
+            hf.lm_head = language.get_output_embeddings()
+        if "vision_tower" in parts:
+            hf.model.vision_tower = _vision_tower(backbone, dtype)
         torch.manual_seed(seed)  # again, so that the connector does not depend on what the other parts have drawn
-        hf.model.multi_modal_projector.to_empty(device="cpu")
-        for module in hf.model.multi_modal_projector.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()  # torch's own initialisation, as the authors' projector has
-        width = backbone.hf_config.text_config.hidden_size
-        hf.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
+        if "projector" in parts:
+            hf.model.multi_modal_projector.to_empty(device="cpu")
+            for module in hf.model.multi_modal_projector.modules():
+                if isinstance(module, nn.Linear):
+                    module.reset_parameters()  # torch's own initialisation, as the authors' projector has
+        if "image_newline" in parts:
+            width = backbone.hf_config.text_config.hidden_size
+            hf.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
         hf.to(dtype)
         if backbone.hf_config.tie_word_embeddings:
             hf.lm_head.weight = hf.get_input_embeddings().weight

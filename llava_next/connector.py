@@ -7,9 +7,7 @@ The authors' file names nothing: its tensors' names tell the kind, their shapes 
 
 import hashlib
 import json
-import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from llava_next.config import ModelError, ProjectorKind
 from llava_next.disk import Gather, check_names, check_shape, complete_or_absent, copy_tensor, whole
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import AUTHORS_PROJECTORS, authors_name
+from llava_next.tensors import read_plain_tensors
 
 CONTRACT = "contract.json"
 MM_PROJECTOR = "mm_projector.bin"
@@ -103,7 +102,7 @@ def load_mm_projector(model: LlavaNext, backbone: Backbone, path: Path) -> str:
     Raises:
         ModelError: no plain tensors, another kind of projector, or another shape: the tensor, both shapes, the way out.
     """
-    by_full_name = _read_plain_tensors(path)
+    by_full_name = read_plain_tensors(path, f"the authors' own {MM_PROJECTOR}")
     full_names = {_AUTHORS_PREFIX.sub("", name): name for name in by_full_name}
     kind = _kind(set(full_names), path)
     if len(full_names) != len(by_full_name):
@@ -158,28 +157,6 @@ def _kind(names: set[str], path: Path) -> ProjectorKind:
     known = "; ".join(f"{kind} has {', '.join(sorted(expected))}" for kind, expected in AUTHORS_PROJECTORS.items())
     shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
     raise ModelError(f"stage.init_from={path} is no connector of a known kind: its tensors are {shown}; {known}")
-
-
-def _read_plain_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of `torch.save`, read without running what a pickle may ask for."""
-    try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a damaged or hostile file may raise
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
-            what = f"asks Python for {asked[1]}, which no file of weights needs: nothing in it was run"
-        elif isinstance(error, pickle.UnpicklingError):
-            what = "is no pickle of plain tensors: nothing in it was run"
-        else:
-            what = f"is damaged, or no file of torch.save ({type(error).__name__} {str(error).strip()[:80]!r})"
-        raise ModelError(f"stage.init_from={path} {what}; give the authors' own {MM_PROJECTOR}") from None
-    if not isinstance(found, dict) or not all(_is_plain(value) for value in found.values()):
-        raise ModelError(f"stage.init_from={path} holds no dictionary of tensors; give the authors' {MM_PROJECTOR}")
-    return {str(name): tensor for name, tensor in found.items()}
-
-
-def _is_plain(value: object) -> bool:
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 
 
 def _dtype(tensor: torch.Tensor) -> str:

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,6 +15,13 @@ from llava_next.config import ModelError
 
 Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
 """Makes parameters whole while inside it, where they are partitioned; every rank calls it in the same order."""
+
+
+class Shaped(Protocol):
+    """A tensor, or what stands for one that is not read yet."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
 
 
 def whole(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
@@ -40,21 +48,29 @@ def complete_or_absent(target: Path | None) -> Iterator[Path | None]:
     partial.rename(target)
 
 
-def check_names(ours: Mapping[str, object], theirs: set[str], source: Path) -> None:
+def check_names(ours: Mapping[str, Shaped], theirs: set[str], source: Path) -> None:
     """Raises ModelError unless both have the same tensors."""
     missing, extra = sorted(set(ours) - theirs), sorted(theirs - set(ours))
     if missing:
-        raise ModelError(f"{source} lacks {len(missing)} tensor(s) that this model has, the first is {missing[0]}")
-    if extra:
-        raise ModelError(f"{source} has {len(extra)} tensor(s) that this model lacks, the first is {extra[0]}")
-
-
-def check_shape(parameter: nn.Parameter, tensor: torch.Tensor, name: str, source: Path) -> None:
-    """Raises ModelError, with both shapes, unless the tensor fits the parameter."""
-    if parameter.shape != tensor.shape:
+        shape = list(ours[missing[0]].shape)
         raise ModelError(
-            f"{source}: {name} has shape {list(tensor.shape)}, this model needs {list(parameter.shape)}; choose the "
-            "language model and vision tower it was made with"
+            f"{source} lacks {len(missing)} tensor(s) that this model has, the first is {missing[0]} of shape {shape}; "
+            f"{_CHOOSE}"
+        )
+    if extra:
+        raise ModelError(
+            f"{source} has {len(extra)} tensor(s) that this model lacks, the first is {extra[0]}; {_CHOOSE}"
+        )
+
+
+_CHOOSE = "choose the language model and vision tower it was made with"
+
+
+def check_shape(parameter: nn.Parameter, tensor: Shaped, name: str, source: Path) -> None:
+    """Raises ModelError, with both shapes, unless the tensor fits the parameter."""
+    if tuple(parameter.shape) != tuple(tensor.shape):
+        raise ModelError(
+            f"{source}: {name} has shape {list(tensor.shape)}, this model needs {list(parameter.shape)}; {_CHOOSE}"
         )
 
 

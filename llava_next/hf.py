@@ -1,22 +1,21 @@
-"""Directories of whole models in the Hugging Face layout: written for transformers and vLLM, loaded, read back.
+"""Directories of whole models in the Hugging Face layout: written for transformers and vLLM, read back.
 
-Writing streams tensor by tensor; where parameters are partitioned every rank walks the same list and the caller's
-`gather` makes them whole. Everything is safetensors. What stands between the stages is `connector.py`'s.
+Writing streams tensor by tensor, from a live model or from files; where parameters are partitioned every rank walks the
+same list and the caller's `gather` makes them whole. Everything is safetensors. What stands between the stages is
+`connector.py`'s, the authors' layout `original.py`'s, and weights for a model that is there already `load.py`'s.
 
 A model that saw AnyRes tiles is written as a LLaVA-NeXT. One that saw single views is written as a LLaVA (1.5), whose
 stock processor makes the same view: as a LLaVA-NeXT it would be served tiles that it never saw.
 """
 
 import copy
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from tokenizers import processors
 from torch import nn
 from transformers import (
@@ -36,16 +35,15 @@ from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import PROJECTOR_ACTS, Backbone, read_tokenizer, refuse_made_up
 from llava_next.chat_template import chat_template
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
-from llava_next.connector import CONTRACT, MM_PROJECTOR, load_connector, load_mm_projector
 from llava_next.conversation import Template
-from llava_next.disk import Gather, check_names, complete_or_absent, copy_tensor, whole
+from llava_next.disk import Gather, complete_or_absent, whole
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import published_name
 from llava_next.processor import Processor
+from llava_next.tensors import LazyTensor, given, write_shards
 
-SHARD_BYTES = 4 * 10**9
-
-_SECOND_LAYER = ("multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias")
+NEWLINE = "image_newline"
+SECOND_LAYER = ("multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias")
 """What the published layout has and a linear projector has not: written as the identity."""
 
 _KEYS_OF_BOTH = (
@@ -72,92 +70,47 @@ def write_hf(
         target: the directory, or None on ranks that only help to gather.
         gather: makes parameters whole while inside it.
     """
+    keep = target is not None
+    tensors = published_tensors(model, backbone, processor.config.image_mode, gather, keep=keep)
     with complete_or_absent(target) as folder:
-        _write_shards(_published_tensors(model, backbone, processor.config.image_mode), folder, gather)
-        if folder is None:
-            return
-        config = _stock_config(backbone, processor.config.image_mode)
-        config.dtype = model.hf.model.image_newline.dtype
-        config.save_pretrained(folder)
-        GenerationConfig(
-            bos_token_id=backbone.tokenizer.bos_token_id,
-            eos_token_id=_stop_ids(backbone, processor.template),
-            pad_token_id=backbone.tokenizer.pad_token_id,
-        ).save_pretrained(folder)
-        _stock_processor(backbone, processor).save_pretrained(folder)
+        write_hf_folder(tensors, backbone, processor, folder)
 
 
-def load_weights(model: LlavaNext, backbone: Backbone, source: Path) -> str:
-    """Loads a connector (ours, or the authors' `mm_projector.bin`, as a file or in its folder), or a whole model in the
-    Hugging Face layout, into a freshly built model.
+def write_hf_folder(
+    tensors: Sequence[LazyTensor],
+    backbone: Backbone,
+    processor: Processor,
+    folder: Path | None,
+    shard_bytes: int | None = None,
+) -> None:
+    """Fills a folder with a model's directory: weights, then all that says what they are.
 
-    Returns:
-        A sentence on what was loaded.
-
-    Raises:
-        ModelError: nothing that can be loaded lies there, or it does not fit: the tensor, both shapes, the way out.
+    Args:
+        tensors: as `as_stock` gives them, all of one dtype.
+        folder: is there; None on ranks that only help to gather.
+        shard_bytes: see `write_shards`.
     """
-    if source.is_file():
-        return load_mm_projector(model, backbone, source)
-    try:
-        if (source / CONTRACT).is_file():
-            return load_connector(model, backbone, source)
-        if (source / MM_PROJECTOR).is_file():
-            _refuse_whole_model_beside(source)
-            return load_mm_projector(model, backbone, source / MM_PROJECTOR)
-        if (source / "config.json").is_file():
-            return _load_hf(model, backbone, source)
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
-        raise ModelError(
-            f"stage.init_from={source} cannot be read, a file in it is damaged or missing: {error}"
-        ) from error
-    raise ModelError(
-        f"stage.init_from={source} holds neither a connector ({CONTRACT} or {MM_PROJECTOR}) nor a model (config.json); "
-        "run stage=align first, or start from fresh parts with stage.init_from=null"
+    write_shards(tensors, folder, shard_bytes)
+    if folder is None:
+        return
+    config = stock_config(backbone, processor.config.image_mode)
+    config.dtype = tensors[0].dtype
+    config.save_pretrained(folder)
+    generation_config(backbone, processor.template).save_pretrained(folder)
+    stock_processor(backbone, processor).save_pretrained(folder)
+
+
+def generation_config(backbone: Backbone, template: Template) -> GenerationConfig:
+    """Where a generation stops and what it is padded with; greedy, as nothing else was learned."""
+    return GenerationConfig(
+        bos_token_id=backbone.tokenizer.bos_token_id,
+        eos_token_id=_stop_ids(backbone, template),
+        pad_token_id=backbone.tokenizer.pad_token_id,
     )
 
 
-def _refuse_whole_model_beside(source: Path) -> None:
-    beside = [*source.glob("model*.safetensors"), *source.glob("pytorch_model*.bin")]
-    if beside:
-        raise ModelError(
-            f"stage.init_from={source} holds a connector ({MM_PROJECTOR}) and a whole model ({beside[0].name}); name "
-            "the file to start from the connector alone, or take it away to start from the model"
-        )
-
-
-def _load_hf(model: LlavaNext, backbone: Backbone, source: Path) -> str:
-    config = json.loads((source / "config.json").read_text())
-    kind, ours = _projector_kind(config, source), backbone.config.projector
-    if kind != ours:
-        raise ModelError(
-            f"the model in {source} has a projector of kind {kind}, this one's is {ours}; choose model.projector={kind}"
-        )
-    tower_type = backbone.hf_config.vision_config.model_type
-    found = {published_name(name, tower_type): parameter for name, parameter in live_parameters(model)}
-    said = f"model from {source}"
-    if config["model_type"] == LlavaConfig.model_type:
-        del found["image_newline"]
-        said += " (a LLaVA has no image_newline, which starts fresh)"
-    second_layer = _SECOND_LAYER if kind == "linear" else ()
-    files = sorted(source.glob("*.safetensors"))
-    names: set[str] = set()
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            names |= set(file.keys())
-    check_names(found | dict.fromkeys(second_layer), names, source)
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensor = file.get_tensor(name)
-                if name in second_layer:
-                    _check_identity(tensor, name, source)
-                else:
-                    copy_tensor(found[name], tensor, name, source)
-    return said
-
-
-def _projector_kind(config: dict[str, Any], source: Path) -> ProjectorKind:
+def projector_kind(config: dict[str, Any], source: Path) -> ProjectorKind:
+    """The kind of projector that a Hugging Face config describes; ModelError where it is none of ours."""
     act = config.get("projector_hidden_act", "gelu")
     for kind, its_act in PROJECTOR_ACTS.items():
         if act == its_act:
@@ -168,7 +121,7 @@ def _projector_kind(config: dict[str, Any], source: Path) -> ProjectorKind:
     )
 
 
-def _check_identity(tensor: torch.Tensor, name: str, source: Path) -> None:
+def check_identity(tensor: torch.Tensor, name: str, source: Path) -> None:
     """Raises ModelError unless the second layer of a linear projector does nothing."""
     nothing = torch.eye(len(tensor), dtype=tensor.dtype) if tensor.ndim == 2 else torch.zeros_like(tensor)
     if not torch.equal(tensor, nothing):
@@ -178,18 +131,48 @@ def _check_identity(tensor: torch.Tensor, name: str, source: Path) -> None:
         )
 
 
-def _published_tensors(model: LlavaNext, backbone: Backbone, image_mode: ImageMode) -> list[tuple[str, nn.Parameter]]:
+def published_tensors(
+    model: LlavaNext, backbone: Backbone, image_mode: ImageMode, gather: Gather = whole, *, keep: bool = True
+) -> list[LazyTensor]:
+    """The tensors of a live model as its directory has them, by their published names.
+
+    Args:
+        gather: makes parameters whole while inside it.
+        keep: whether this rank wants what it has helped to gather.
+    """
     tower_type = backbone.hf_config.vision_config.model_type
-    named = [(published_name(name, tower_type), parameter) for name, parameter in live_parameters(model)]
+    named = [
+        live_tensor(published_name(name, tower_type), parameter, gather, keep=keep)
+        for name, parameter in live_parameters(model)
+    ]
+    return as_stock(named, backbone, image_mode)
+
+
+def as_stock(tensors: Iterable[LazyTensor], backbone: Backbone, image_mode: ImageMode) -> list[LazyTensor]:
+    """What the stock model of the image mode has: a linear projector's second layer is added, a newline that is never
+    used left out."""
+    named = list(tensors)
     if backbone.config.projector == "linear":
-        newline = model.hf.model.image_newline
+        dtype = next(tensor.dtype for tensor in named if tensor.name == NEWLINE)
         width = backbone.hf_config.text_config.hidden_size
-        identity = (torch.eye(width, dtype=newline.dtype), torch.zeros(width, dtype=newline.dtype))
-        named += zip(_SECOND_LAYER, map(nn.Parameter, identity), strict=True)
-    return [(name, tensor) for name, tensor in named if image_mode == "anyres" or name != "image_newline"]
+        identity = (torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype))
+        named += [given(name, tensor) for name, tensor in zip(SECOND_LAYER, identity, strict=True)]
+    return [tensor for tensor in named if image_mode == "anyres" or tensor.name != NEWLINE]
 
 
-def _stock_config(backbone: Backbone, image_mode: ImageMode) -> LlavaNextConfig | LlavaConfig:
+def live_tensor(name: str, parameter: nn.Parameter, gather: Gather = whole, *, keep: bool = True) -> LazyTensor:
+    """A parameter that may be partitioned (ZeRO-3), to be read by every rank at once."""
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+    def read() -> torch.Tensor | None:
+        with gather([parameter]):
+            return parameter.detach().cpu().clone() if keep else None
+
+    return LazyTensor(name, shape, parameter.dtype, read)
+
+
+def stock_config(backbone: Backbone, image_mode: ImageMode) -> LlavaNextConfig | LlavaConfig:
+    """The config of the stock model that sees what the image mode showed."""
     config = backbone.hf_config
     if image_mode == "anyres":
         config.architectures = ["LlavaNextForConditionalGeneration"]
@@ -204,41 +187,6 @@ def _stock_config(backbone: Backbone, image_mode: ImageMode) -> LlavaNextConfig 
     return single
 
 
-def _write_shards(named: list[tuple[str, nn.Parameter]], folder: Path | None, gather: Gather) -> None:
-    shards = list(_shards(named))
-    weight_map, total = {}, 0
-    for number, shard in enumerate(shards, start=1):
-        file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for name, parameter in shard:
-            with gather([parameter]):
-                if folder is not None:
-                    tensors[name] = parameter.detach().cpu().clone().contiguous()
-            weight_map[name] = file_name
-            total += _num_bytes(parameter)
-        if folder is not None:
-            save_file(tensors, folder / file_name, metadata={"format": "pt"})
-    if folder is not None and len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-
-
-def _shards(named: list[tuple[str, nn.Parameter]]) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    shard: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in named:
-        if shard and size + _num_bytes(parameter) > SHARD_BYTES:
-            yield shard
-            shard, size = [], 0
-        shard.append((name, parameter))
-        size += _num_bytes(parameter)
-    yield shard
-
-
-def _num_bytes(parameter: nn.Parameter) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
-
-
 def _stop_ids(backbone: Backbone, template: Template) -> int | list[int] | None:
     eos = backbone.tokenizer.eos_token_id
     if not template.end:
@@ -247,7 +195,8 @@ def _stop_ids(backbone: Backbone, template: Template) -> int | list[int] | None:
     return end if eos is None or end == eos else [end, eos]
 
 
-def _stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProcessor | LlavaProcessor:
+def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProcessor | LlavaProcessor:
+    """The stock processor that cuts the same views and renders the same prompt."""
     tower, image_mode = backbone.config.vision_tower, processor.config.image_mode
     pixels: dict[str, Any] = {
         "size": {"shortest_edge": backbone.tile},
@@ -257,7 +206,7 @@ def _stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProce
     }
     strategy = backbone.hf_config.vision_feature_select_strategy
     words: dict[str, Any] = {
-        "tokenizer": _serving_tokenizer(backbone, processor.template),
+        "tokenizer": serving_tokenizer(backbone, processor.template),
         "patch_size": backbone.hf_config.vision_config.patch_size,
         "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": 1 if strategy == "default" else 0,
@@ -269,7 +218,7 @@ def _stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProce
     return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **words)
 
 
-def _serving_tokenizer(backbone: Backbone, template: Template) -> Any:
+def serving_tokenizer(backbone: Backbone, template: Template) -> Any:
     """The tokenizer, made to add no token of its own where the template opens without one."""
     if template.bos:
         return backbone.tokenizer
@@ -304,10 +253,10 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
             raise ModelError(f"{source}: {error}") from error
     else:
         raise ModelError(f"{source} is a {type(stock).__name__}, no LLaVA and no LLaVA-NeXT")
-    kind = _projector_kind(hf.config.to_dict(), source)
+    kind = projector_kind(hf.config.to_dict(), source)
     if kind == "linear":
-        for tensor, name in zip(hf.model.multi_modal_projector.linear_2.parameters(), _SECOND_LAYER, strict=True):
-            _check_identity(tensor.detach(), name, source)
+        for tensor, name in zip(hf.model.multi_modal_projector.linear_2.parameters(), SECOND_LAYER, strict=True):
+            check_identity(tensor.detach(), name, source)
         hf.model.multi_modal_projector = hf.model.multi_modal_projector.linear_1
     tower = replace(config.vision_tower, feature_layer=hf.config.vision_feature_layer)
     config = replace(config, grids=grids, vision_tower=tower, projector=kind)

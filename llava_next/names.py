@@ -1,8 +1,12 @@
 """Tensor names: the live model's, the published Hugging Face layout's, the authors'.
 
-Only this file, `hf.py` and `connector.py` know how tensors are called on disk. The published names are those of the
-released checkpoints, which transformers, vLLM and TGI all read; what transformers 5 itself writes is not.
+Only this file, `hf.py`, `original.py` and `connector.py` know how tensors are called on disk. The published names are
+those of the released Hugging Face checkpoints, which transformers, vLLM and TGI all read; what transformers 5 itself
+writes is not, and is read by `as_published`. The authors' names are those of their own releases, which their code and
+SGLang read.
 """
+
+import re
 
 from llava_next.config import ProjectorKind
 
@@ -46,3 +50,52 @@ def authors_name(connector: str) -> str:
         if connector.startswith(ours):
             return authors + connector.removeprefix(ours)
     return connector
+
+
+_ORIGINAL: dict[ProjectorKind, tuple[tuple[str, str], ...]] = {
+    "mlp2x_gelu": (
+        ("multi_modal_projector.linear_1.", "model.mm_projector.0."),
+        ("multi_modal_projector.linear_2.", "model.mm_projector.2."),
+    ),
+    "linear": (("multi_modal_projector.linear_1.", "model.mm_projector."),),
+}
+_ORIGINAL_OF_ALL = (
+    ("vision_tower.", "model.vision_tower.vision_tower."),
+    ("image_newline", "model.image_newline"),
+    ("language_model.lm_head.", "lm_head."),
+    ("language_model.model.", "model."),
+)
+"""Published prefixes and the authors'; from their side the longest comes first, since all begin with `model.`"""
+
+
+def original_name(published: str, kind: ProjectorKind) -> str:
+    """The authors' name of a tensor with a published one."""
+    for prefix, original in (*_ORIGINAL[kind], *_ORIGINAL_OF_ALL):
+        if published.startswith(prefix):
+            return original + published.removeprefix(prefix)
+    raise KeyError(published)
+
+
+def from_original(name: str, kind: ProjectorKind) -> str:
+    """The published name of a tensor with the authors' one; what is none of theirs stays as it is."""
+    for prefix, original in (*_ORIGINAL[kind], *_ORIGINAL_OF_ALL):
+        if name.startswith(original):
+            return prefix + name.removeprefix(original)
+    return name
+
+
+_INSIDE = re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$|language_model\.)")
+_DECODER = re.compile(r"^language_model\.(?=embed_tokens\.|layers\.|norm\.)")
+
+
+def as_published(name: str, tower_type: str) -> str:
+    """The published name of a tensor in a Hugging Face directory of any version: transformers 5 leaves out
+    `vision_model.`, its module tree says `model.language_model.` and `lm_head.`"""
+    name = _INSIDE.sub("", name)
+    name = _DECODER.sub("language_model.model.", name)
+    if name.startswith("lm_head."):
+        return "language_model." + name
+    prefix = "vision_tower.vision_model."
+    if tower_type in _TOWERS_WITH_PREFIX and name.startswith("vision_tower.") and not name.startswith(prefix):
+        return prefix + name.removeprefix("vision_tower.")
+    return name

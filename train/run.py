@@ -16,7 +16,8 @@ from data_recipes.mixture import Mixture
 from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.connector import write_connector
 from llava_next.costs import step_costs
-from llava_next.hf import load_weights, write_hf
+from llava_next.hf import write_hf
+from llava_next.load import load_weights
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from llava_next.processor import Processor
 from train import checkpoint, ops, preflight, resume

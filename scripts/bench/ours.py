@@ -15,7 +15,7 @@ from profiling import TowerClock, marked_input, seconds_by_kind
 from torch.profiler import ProfilerActivity, profile
 
 from llava_next.build import build_model, read_backbone
-from llava_next.hf import load_weights
+from llava_next.load import load_weights
 from llava_next.model import set_recompute, set_trained_parts
 from train import ops
 from train.config import RunConfig

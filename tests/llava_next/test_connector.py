@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from llava_next.build import Backbone, build_model
 from llava_next.config import ModelError, ProjectorKind
 from llava_next.connector import write_connector
-from llava_next.hf import load_weights, write_hf
+from llava_next.hf import write_hf
+from llava_next.load import load_weights
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.tiny import HostilePickle

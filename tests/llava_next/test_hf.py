@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from data_recipes.sample import Message
-from llava_next import hf
+from llava_next import tensors
 from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import ModelError
 from llava_next.connector import write_connector
-from llava_next.hf import load_weights, read_hf, write_hf
+from llava_next.hf import read_hf, write_hf
+from llava_next.load import load_weights
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.processor import Processor
 from tests.llava_next.conftest import MakeBackbone
@@ -144,7 +145,7 @@ def test_shards_are_indexed_and_read_back(
     make_backbone: MakeBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Larger than one file: several, an index of every tensor, and stock transformers reads them."""
-    monkeypatch.setattr(hf, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(tensors, "SHARD_BYTES", 40_000)
     backbone = make_backbone()
     model = _write(backbone, tmp_path / "export", seed=1)
     files = sorted((tmp_path / "export").glob("*.safetensors"))

@@ -16,7 +16,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForCon
 from data_recipes.sample import Message
 from llava_next.build import Backbone, build_model
 from llava_next.config import ImageMode, ProjectorKind
-from llava_next.hf import load_weights, read_hf, write_hf
+from llava_next.hf import read_hf, write_hf
+from llava_next.load import load_weights
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.processor import Example, Processor
 from tests.llava_next.conftest import MakeBackbone

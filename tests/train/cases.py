@@ -118,7 +118,7 @@ def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
     """The parts of a run on this rank, and the engine's end. `goes_on`: from its newest sound checkpoint, if any."""
     from data_recipes.mixture import Mixture
     from llava_next.build import build_model, read_backbone
-    from llava_next.hf import load_weights
+    from llava_next.load import load_weights
     from llava_next.model import set_trained_parts
     from train.checkpoint import find_sound
     from train.engine import start_engine

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from llava_next.batch import collate
 from llava_next.build import build_model
 from llava_next.config import ModelError
-from llava_next.hf import load_weights
+from llava_next.load import load_weights
 from llava_next.model import LlavaNext, set_trained_parts
 from llava_next.processor import SampleRejected
 from train.inspect.subject import RunStep, Subject, encoded
