@@ -27,6 +27,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaProcessor,
+    PreTrainedModel,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
@@ -35,7 +36,7 @@ from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import PROJECTOR_ACTS, Backbone, read_tokenizer, refuse_made_up
 from llava_next.chat_template import chat_template
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
-from llava_next.conversation import Template
+from llava_next.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.disk import Gather, complete_or_absent, whole
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import published_name
@@ -243,25 +244,51 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source} is no model that transformers reads: {error}") from error
     refuse_made_up(found, str(source))
+    model = wrapped(stock, config, source)
+    tower = replace(config.vision_tower, feature_layer=model.hf.config.vision_feature_layer)
+    grids = config.grids
+    if isinstance(stock, LlavaNextForConditionalGeneration):
+        grids = grids_of_pinpoints(stock.config.image_grid_pinpoints, stock.config.vision_config.image_size)
+    kind = projector_kind(model.hf.config.to_dict(), source)
+    config = replace(config, grids=grids, vision_tower=tower, projector=kind)
+    tokenizer = read_tokenizer(str(source))
+    token = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
+    if token != model.hf.config.image_token_index:
+        raise ModelError(
+            f"{source}: its tokenizer has no {IMAGE_PLACEHOLDER} where its config.json says (image_token_index="
+            f"{model.hf.config.image_token_index}, the tokenizer gives it {token}); give it the tokenizer that it was "
+            "published with"
+        )
+    return Backbone(config, model.hf.config, tokenizer), model
+
+
+def wrapped(stock: PreTrainedModel, config: ModelConfig, source: Path) -> LlavaNext:
+    """A stock model for packed rows; the stock model itself does not run any more.
+
+    Args:
+        stock: a LLaVA-NeXT, or a LLaVA.
+        config: gives the tower's image mean and standard deviation, and the grids of a LLaVA.
+        source: for messages.
+
+    Raises:
+        ModelError: another model; grids that are no multiples of its tile; a projector that is none of ours.
+    """
     if isinstance(stock, LlavaForConditionalGeneration):
-        hf, grids = _with_newline(stock, config.grids), config.grids
+        hf = _with_newline(stock, config.grids)
     elif isinstance(stock, LlavaNextForConditionalGeneration):
         hf = stock
         try:
-            grids = grids_of_pinpoints(hf.config.image_grid_pinpoints, hf.config.vision_config.image_size)
+            grids_of_pinpoints(hf.config.image_grid_pinpoints, hf.config.vision_config.image_size)
         except ModelError as error:
             raise ModelError(f"{source}: {error}") from error
     else:
         raise ModelError(f"{source} is a {type(stock).__name__}, no LLaVA and no LLaVA-NeXT")
-    kind = projector_kind(hf.config.to_dict(), source)
-    if kind == "linear":
+    if projector_kind(hf.config.to_dict(), source) == "linear":
         for tensor, name in zip(hf.model.multi_modal_projector.linear_2.parameters(), SECOND_LAYER, strict=True):
             check_identity(tensor.detach(), name, source)
         hf.model.multi_modal_projector = hf.model.multi_modal_projector.linear_1
-    tower = replace(config.vision_tower, feature_layer=hf.config.vision_feature_layer)
-    config = replace(config, grids=grids, vision_tower=tower, projector=kind)
-    backbone = Backbone(config, hf.config, read_tokenizer(str(source)))
-    return backbone, LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std)
+    tower = config.vision_tower
+    return LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std)
 
 
 def _with_newline(stock: LlavaForConditionalGeneration, grids: tuple[Grid, ...]) -> LlavaNextForConditionalGeneration:

@@ -108,6 +108,12 @@ class LlavaNext(nn.Module):
         best = torch.cat([(part @ head_weight.T).argmax(-1) for part in states.split(512)])
         return TokenScores(losses, best == batch.target_ids)
 
+    @torch.no_grad()
+    def target_logits(self, batch: Batch) -> torch.Tensor:
+        """Logits at the row's supervised tokens, [L, V]: for comparisons, since they are large."""
+        states, head_weight = self._target_states(batch)
+        return states @ head_weight.T
+
     def tile_features(self, tiles: torch.Tensor) -> torch.Tensor:
         """Projected features of uint8 tiles [N, S, S, 3]: [N, patches, D], patches row by row."""
         model = self.hf.model

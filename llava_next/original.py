@@ -4,18 +4,22 @@ The language model's keys stand at the top of the config, the rest is `mm_*`; pi
 Hugging Face's are (height, width). Names are `names.py`'s; weights from such a directory `load.py`'s.
 """
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedTokenizerFast
 
-from llava_next.build import VOCABULARY_MULTIPLE
+from llava_next.build import VOCABULARY_MULTIPLE, Backbone
+from llava_next.chat_template import chat_template
 from llava_next.config import ImageMode, ModelError, ProjectorKind
+from llava_next.hf import generation_config, serving_tokenizer
 from llava_next.names import original_name
+from llava_next.processor import Processor
 from llava_next.tensors import LazyTensor, write_shards
 
 ARCHITECTURES = {
@@ -53,7 +57,27 @@ class OriginalModel:
     vision_tower: str
     image_mean: Sequence[float]
     image_std: Sequence[float]
-    rates: Mapping[str, float]
+    rates: Mapping[str, float] = field(default_factory=dict)
+
+
+def of_backbone(
+    backbone: Backbone, processor: Processor, vision_tower: str | None = None, rates: Mapping[str, float] | None = None
+) -> OriginalModel:
+    """What a run's model is written from; `vision_tower` None names the directory that the run has it from."""
+    tower = backbone.config.vision_tower
+    tokenizer = copy.deepcopy(serving_tokenizer(backbone, processor.template))
+    tokenizer.chat_template = chat_template(processor.template)
+    return OriginalModel(
+        backbone.hf_config.to_dict(),
+        backbone.config.projector,
+        processor.config.image_mode,
+        tokenizer,
+        generation_config(backbone, processor.template),
+        vision_tower or str(Path(tower.path).absolute()),
+        tower.image_mean,
+        tower.image_std,
+        rates or {},
+    )
 
 
 def is_original(config: Mapping[str, Any]) -> bool:

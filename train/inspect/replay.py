@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from tqdm import tqdm
 
 from llava_next.batch import collate
@@ -20,7 +19,6 @@ from llava_next.load import load_weights
 from llava_next.model import LlavaNext, set_trained_parts
 from llava_next.processor import SampleRejected
 from train.inspect.subject import RunStep, Subject, encoded
-from train.quiet import muted_stdout
 from train.world import Launch, choose_device, choose_dtype
 
 
@@ -172,7 +170,9 @@ def _age(weights: Weights, run: RunStep | None) -> str:
 
 def _load_checkpoint(model: LlavaNext, place: Path) -> str:
     try:
-        state = _trained_weights(place)
+        from train.weights import trained_weights
+
+        state = {name: tensor.value() for name, tensor in trained_weights(place).items()}
     except (OSError, RuntimeError, KeyError, ValueError) as error:
         raise ModelError(f"the weights in {place} cannot be read by one process: {error}") from error
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -184,21 +184,6 @@ def _load_checkpoint(model: LlavaNext, place: Path) -> str:
         )
     model.load_state_dict(state, strict=False)
     return f"checkpoint {place}"
-
-
-def _trained_weights(place: Path) -> dict[str, torch.Tensor]:
-    """The trained parameters in a checkpoint, by their live names, on the host.
-
-    Below ZeRO-3 they are in one file; there DeepSpeed puts them together from its pieces, in fp32, and unpickles them.
-    """
-    from train import checkpoint
-
-    checkpoint.refuse_code(place)
-    if checkpoint.read_state(place).layout["zero_stage"] < 3:
-        file = place / checkpoint.ENGINE / "mp_rank_00_model_states.pt"
-        return dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True)["module"])
-    with muted_stdout():
-        return dict(get_fp32_state_dict_from_zero_checkpoint(str(place), tag=checkpoint.ENGINE))
 
 
 def table(found: Replay) -> str:

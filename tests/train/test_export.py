@@ -1,0 +1,153 @@
+"""An export from files is what the run itself would have written, from any ZeRO stage; it says what it has checked."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaNextForConditionalGeneration
+
+from tests.ranks import Ranks
+from tests.train import cases
+from train.checkpoint import config_path
+from train.config import RunConfig, SaveConfig, to_yaml
+from train.export.__main__ import main
+from train.weights import trained_weights
+
+Start = Callable[[int], Ranks]
+ABOUT = {
+    "data_fingerprint": "d" * 64,
+    "mixture_fingerprint": "m" * 64,
+    "mixture": [
+        {"source": "tiny_pictures", "used": 30, "licence": "CC BY | 4.0"},
+        {"source": "tiny_chats", "used": 10},
+    ],
+    "num_samples": 40,
+    "num_supervised": 1234,
+    "num_tiles": 99,
+}
+
+
+def _trained(start_ranks: Start, config: RunConfig, num_ranks: int, zero_stage: int) -> tuple[RunConfig, Path]:
+    """A run that has written its result and a checkpoint of the same step; returns it and the checkpoint."""
+    config = replace(config, engine=cases.zero(zero_stage), save=SaveConfig(every=2, keep=2))
+    start_ranks(num_ranks).run(cases.train_and_write, config)
+    place = config.run_dir / "checkpoints" / "step_000004"
+    assert place.is_dir()
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    (config.run_dir / "data.json").write_text(json.dumps(ABOUT))
+    return config, place
+
+
+@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+def test_an_export_from_a_checkpoint_is_the_runs_own(
+    start_ranks: Start,
+    run_config: RunConfig,
+    capsys: pytest.CaptureFixture[str],
+    num_ranks: int,
+    zero_stage: int,
+) -> None:
+    """Every file of the run's result, byte for byte, the weights included; a card, and what was verified, besides."""
+    config, place = _trained(start_ranks, run_config, num_ranks, zero_stage)
+    assert main([str(place)]) == 0, capsys.readouterr().err
+    out, result = config.run_dir / "exports" / "step_000004_hf", config.run_dir / "export"
+    said = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {path.name for path in result.iterdir()} | {
+        "README.md",
+        "data.json",
+    }
+    for path in result.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert "tensors are equal, byte for byte" in said
+    (difference,) = re.findall(r"largest difference (\S+) of their norm", said)
+    assert float(difference) <= 1e-5
+    card = (out / "README.md").read_text()
+    for fact in (f"{num_ranks} rank(s), ZeRO {zero_stage}", "m" * 64, "CC BY \\| 4.0", "not stated", "vLLM: yes"):
+        assert fact in card
+    assert "learning rate of vision_tower | 0.0001" in card
+
+
+def test_masters_are_cut_out_of_the_ranks_stretches(start_ranks: Start, run_config: RunConfig) -> None:
+    """At ZeRO 1 and 2 the optimizer's copies, spread over two ranks and three groups, are the weights, where these are
+    fp32 too."""
+    for zero_stage in (1, 2):
+        config = replace(run_config, name=f"zero{zero_stage}")
+        _, place = _trained(start_ranks, config, 2, zero_stage)
+        weights, masters = trained_weights(place), trained_weights(place, masters=True)
+        assert set(weights) == set(masters)
+        for name, tensor in weights.items():
+            assert masters[name].shape == tensor.shape
+            assert torch.equal(masters[name].value(), tensor.value()), name
+
+
+def test_frozen_parts_come_from_where_the_run_had_them(
+    start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of a trained connector holds that alone; the rest starts from an export, and is compared with what
+    the run has summed up."""
+    first, place = _trained(start_ranks, run_config, 1, 0)
+    config = cases.with_stage(
+        run_config, name="again", learning_rates={"projector": 1.0e-3}, init_from=str(first.run_dir / "export")
+    )
+    config, place = _trained(start_ranks, config, 1, 0)
+    assert main([str(place), "--dtype", "bf16"]) == 0, capsys.readouterr().err
+    ours = load_file(config.run_dir / "exports" / "step_000004_hf" / "model.safetensors")
+    theirs = load_file(config.run_dir / "export" / "model.safetensors")
+    before = load_file(first.run_dir / "export" / "model.safetensors")
+    assert {name: tensor.bfloat16() for name, tensor in theirs.items()}.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor.bfloat16()), name
+        assert torch.equal(tensor, before[name]) != name.startswith(("multi_modal_projector", "image_newline")), name
+    capsys.readouterr()
+
+    other = (config_path(place)).read_text().replace(str(first.run_dir / "export"), "null").replace("'null'", "null")
+    (config_path(place)).write_text(other)
+    assert main([str(place)]) == 2
+    assert re.search(r"frozen parameters of language_model, vision_tower are not those", capsys.readouterr().err)
+
+
+def test_a_run_is_its_result_and_a_directory_is_itself(
+    start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a finished run, in another type and small shards; then that directory without its run."""
+    config, _ = _trained(start_ranks, run_config, 1, 0)
+    out = config.run_dir.parent / "bf16"
+    assert main([str(config.run_dir), "--dtype", "bf16", "--out", str(out), "--shard-gb", "0.00003"]) == 0
+    assert len(list(out.glob("*.safetensors"))) > 3
+    assert "logits are ours" in capsys.readouterr().out
+    theirs = load_file(config.run_dir / "export" / "model.safetensors")
+    stock = LlavaNextForConditionalGeneration.from_pretrained(out)
+    assert stock.dtype == torch.bfloat16
+    assert torch.equal(stock.model.image_newline, theirs["image_newline"].bfloat16())
+    again = out.with_name("again")
+    assert main([str(out), "--out", str(again)]) == 0
+    assert "logits NOT compared: no run is known" in capsys.readouterr().out
+    assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+    assert main([str(out), "--format", "original", "--out", str(again.with_name("original"))]) == 2
+    assert "--vision-tower" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_told(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No run, a run without weights, an output that would replace something else: each with the way out."""
+    run_dir = run_config.run_dir
+    run_dir.mkdir(parents=True)
+    for source, rule in (
+        (tmp_path / "nothing", "is no run's folder"),
+        (run_dir, "neither an export/ nor a checkpoint"),
+    ):
+        if source == run_dir:
+            (run_dir / "config.yaml").write_text(to_yaml(run_config))
+        assert main([str(source)]) == 2
+        assert rule in capsys.readouterr().err
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+    assert main([str(tmp_path / "llm")]) == 2
+    assert "no Hugging Face llava or llava_next directory (model_type llama" in capsys.readouterr().err

@@ -1,0 +1,297 @@
+"""What is exported: a run, a checkpoint of one, or a Hugging Face directory, as tensors and all that describes them.
+
+Nothing is held but what no file holds as it is needed: the frozen parts of a run, in its own type.
+"""
+
+import json
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+
+from llava_next.anyres import grids_of_pinpoints
+from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.config import PARTS, ImageMode, ModelError
+from llava_next.conversation import IMAGE_PLACEHOLDER
+from llava_next.hf import (
+    SECOND_LAYER,
+    as_stock,
+    live_tensor,
+    projector_kind,
+    write_hf_folder,
+)
+from llava_next.load import load_weights
+from llava_next.model import LlavaNext, live_parameters, set_trained_parts
+from llava_next.names import as_published, published_name
+from llava_next.original import OriginalModel, is_original, of_backbone
+from llava_next.processor import Processor
+from llava_next.tensors import LazyTensor, read_folder, write_shards
+from train import checkpoint, resume
+from train.config import ConfigError, RunConfig, load_yaml
+from train.loader import stage_processor
+from train.weights import trained_weights
+from train.world import World
+
+_DESCRIBES = (".json", ".jinja", ".model", ".txt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to export.
+
+    Attributes:
+        words: what it is, for people.
+        place: of its weights.
+        tensors: in published names, as its stock model has them, in one type.
+        stock: `to_dict()` of the stock model's config.
+        config: of the run it comes from, if it comes from one.
+        backbone, processor: of that run; None for a directory that no run is known of.
+        about: the run's data.json.
+        versions: that it was trained with.
+    """
+
+    words: str
+    place: Path
+    tensors: list[LazyTensor]
+    stock: dict[str, Any]
+    config: RunConfig | None
+    backbone: Backbone | None
+    processor: Processor | None
+    about: dict[str, Any] | None
+    versions: dict[str, str]
+
+    @property
+    def image_mode(self) -> ImageMode:
+        """What its pictures are shown as."""
+        if self.config is not None:
+            return self.config.stage.image_mode
+        if self.stock["model_type"] == "llava_next":
+            return "anyres"
+        return "pad" if getattr(AutoImageProcessor.from_pretrained(self.place), "do_pad", False) else "square"
+
+    def write_hf(self, folder: Path, shard_bytes: int) -> None:
+        """Fills the folder with the Hugging Face layout; what describes a directory is taken over as it is."""
+        if not (self.place / "config.json").is_file():
+            assert self.backbone is not None
+            assert self.processor is not None
+            write_hf_folder(self.tensors, self.backbone, self.processor, folder, shard_bytes)
+            return
+        write_shards(self.tensors, folder, shard_bytes)
+        for path in sorted(self.place.iterdir()):
+            if path.suffix in _DESCRIBES and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, folder / path.name)
+        described = json.loads((folder / "config.json").read_text())
+        described["dtype"] = str(self.tensors[0].dtype).removeprefix("torch.")
+        described.pop("torch_dtype", None)
+        (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+
+    def single_layer_tensors(self) -> list[LazyTensor]:
+        """The tensors without the identity that stands for a linear projector's second layer."""
+        linear = projector_kind(self.stock, self.place) == "linear"
+        return [tensor for tensor in self.tensors if not (linear and tensor.name in SECOND_LAYER)]
+
+    def copy_about(self, folder: Path) -> None:
+        """The fingerprints of what it has learned from go where it goes."""
+        if self.about is not None:
+            (folder / "data.json").write_text(json.dumps(self.about, indent=1) + "\n")
+
+    def original(self, vision_tower: str | None) -> OriginalModel:
+        """What its directory in the authors' layout is written from.
+
+        Args:
+            vision_tower: see `OriginalModel`; None takes the run's own.
+        """
+        if self.config is not None and self.backbone is not None and self.processor is not None:
+            return of_backbone(self.backbone, self.processor, vision_tower, self.config.stage.rates)
+        if vision_tower is None:
+            raise ConfigError(
+                f"{self.place} does not say which vision tower it was made with, and the authors' layout names it; "
+                "give its directory or its name on the hub with --vision-tower (openai/clip-vit-large-patch14-336)"
+            )
+        pixels = AutoImageProcessor.from_pretrained(self.place)
+        return OriginalModel(
+            self.stock,
+            projector_kind(self.stock, self.place),
+            self.image_mode,
+            AutoTokenizer.from_pretrained(self.place),
+            GenerationConfig.from_pretrained(self.place),
+            vision_tower,
+            pixels.image_mean,
+            pixels.image_std,
+        )
+
+
+def open_source(path: Path, dtype: torch.dtype | None) -> Source:
+    """The model that a path names, its tensors in this type (None: in their own).
+
+    Raises:
+        ConfigError: it is none of the three, or holds no weights.
+        ModelError: its frozen parts are not there, or not those that it was trained with; a damaged file.
+    """
+    try:
+        if (path / "run_state.json").is_file():
+            return _of_checkpoint(path, dtype)
+        if (path / "config.json").is_file():
+            return _of_folder(path, dtype, _run_around(path))
+        if not (path / "config.yaml").is_file():
+            raise ConfigError(
+                f"{path} is no run's folder (config.yaml), no checkpoint (run_state.json) and no Hugging Face "
+                "directory (config.json)"
+            )
+        if (path / "export" / "config.json").is_file():
+            return _of_folder(path / "export", dtype, load_yaml(path / "config.yaml"))
+        newest = checkpoint.newest(path / "checkpoints")
+        if newest is None:
+            raise ConfigError(
+                f"{path} holds neither an export/ nor a checkpoint; a connector/ is used with stage.init_from={path}/"
+                "connector, and a whole model around it is a checkpoint's (save.every=N)"
+            )
+        return _of_checkpoint(newest, dtype)
+    except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read, a file in it is damaged or missing: {error}") from error
+
+
+def _run_around(folder: Path) -> RunConfig | None:
+    path = folder.parent / "config.yaml"
+    return load_yaml(path) if folder.name == "export" and path.is_file() else None
+
+
+def _of_checkpoint(place: Path, dtype: torch.dtype | None) -> Source:
+    config = load_yaml(checkpoint.config_path(place))
+    state = checkpoint.read_state(place)
+    own = getattr(torch, state.dtype)
+    backbone = read_backbone(config.model)
+    processor = stage_processor(backbone, config.stage)
+    model = _frozen_parts(config, backbone, state, place)
+    wanted = dtype or own
+    trained = trained_weights(place, masters=wanted == torch.float32 != own)
+    _check_names(model, trained, place)
+    tower_type = backbone.hf_config.vision_config.model_type
+    tensors = [
+        replace(trained[name], name=published_name(name, tower_type))
+        if name in trained
+        else live_tensor(published_name(name, tower_type), parameter)
+        for name, parameter in live_parameters(model)
+    ]
+    tensors = as_stock([tensor.cast(wanted) for tensor in tensors], backbone, config.stage.image_mode)
+    run_dir = place.parent.parent
+    layout = f"{state.layout['num_ranks']} rank(s), ZeRO {state.layout['zero_stage']}, {state.dtype}"
+    return Source(
+        f"checkpoint {place} (step {state.step}; {layout})",
+        place,
+        tensors,
+        _stock_dict(backbone, config.stage.image_mode),
+        config,
+        backbone,
+        processor,
+        _about(run_dir),
+        state.versions,
+    )
+
+
+def _stock_dict(backbone: Backbone, image_mode: ImageMode) -> dict[str, Any]:
+    described: dict[str, Any] = backbone.hf_config.to_dict()
+    return described | ({} if image_mode == "anyres" else {"model_type": "llava"})
+
+
+def _frozen_parts(config: RunConfig, backbone: Backbone, state: checkpoint.RunState, place: Path) -> LlavaNext:
+    """The run's model, as far as a checkpoint does not hold it: trained parts are names and shapes.
+
+    The tower is always needed, since its layers above the feature layer are never trained. Frozen parts are compared
+    with what the run has summed up.
+    """
+    rates = config.stage.rates
+    parts = {"vision_tower"} | (set(PARTS) - set(rates))
+    if parts & {"image_newline", "projector"}:
+        parts |= {"image_newline", "projector"}
+    if "random" in {config.model.vision_tower.weights} | (
+        {config.model.language_model.weights} if "language_model" in parts else set()
+    ):
+        parts = set(PARTS)  # random weights are drawn one part after another
+    dtype = getattr(torch, state.dtype)
+    model = build_model(backbone, dtype=dtype, seed=config.seed, parts=parts)
+    if config.stage.init_from is not None:
+        load_weights(model, backbone, Path(config.stage.init_from))
+    set_trained_parts(model, rates)
+    sums = resume.frozen_sums(model, World(0, 0, 1, torch.device("cpu"), dtype, None))
+    different = sorted(part for part in {*sums, *state.frozen} if sums.get(part) != state.frozen.get(part))
+    if different:
+        raise ModelError(
+            f"{place}: the frozen parameters of {', '.join(different)} are not those that it was trained with "
+            "(sha256); restore stage.init_from and the model's folders, as its config.yaml names them"
+        )
+    return model
+
+
+def _check_names(model: LlavaNext, trained: dict[str, LazyTensor], place: Path) -> None:
+    if model.hf.lm_head.weight is model.hf.get_input_embeddings().weight:
+        trained.pop("hf.lm_head.weight", None)  # the embedding by its second name
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    different = sorted(expected ^ set(trained))
+    if different:
+        raise ModelError(
+            f"{place} is of another model than config.yaml beside it describes: {len(different)} tensors are not in "
+            f"both, among them {different[0]}"
+        )
+
+
+def _of_folder(folder: Path, dtype: torch.dtype | None, config: RunConfig | None) -> Source:
+    described = json.loads((folder / "config.json").read_text())
+    if is_original(described) or described.get("model_type") not in ("llava", "llava_next"):
+        raise ConfigError(
+            f"{folder} is no Hugging Face llava or llava_next directory (model_type {described.get('model_type')}, "
+            f"{described.get('architectures')}); start a run from it with stage.init_from={folder}"
+        )
+    stock = AutoConfig.from_pretrained(folder)
+    check_folder(folder, stock)
+    tower_type = stock.vision_config.model_type
+    tensors = [
+        tensor.renamed(as_published(name, tower_type)).cast(dtype or tensor.dtype)
+        for name, tensor in read_folder(folder).items()
+    ]
+    backbone = processor = None
+    if config is not None:
+        with suppress(ModelError):  # the model's own folders may be gone: the directory has all that it needs
+            backbone = read_backbone(replace(config.model, projector=projector_kind(described, folder)))
+            processor = stage_processor(backbone, config.stage)
+    return Source(
+        str(folder),
+        folder,
+        tensors,
+        stock.to_dict(),
+        config,
+        backbone,
+        processor,
+        _about(folder) or _about(folder.parent),
+        {},
+    )
+
+
+def check_folder(folder: Path, stock: Any) -> None:
+    """Raises ModelError where a Hugging Face directory contradicts itself: its grids and its tower's tile, its
+    tokenizer and its image token."""
+    if hasattr(stock, "image_grid_pinpoints"):
+        try:
+            grids_of_pinpoints(stock.image_grid_pinpoints, stock.vision_config.image_size)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from error
+    vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
+    found = vocabulary.get(IMAGE_PLACEHOLDER)
+    if found != stock.image_token_index:
+        has = (
+            f"has {IMAGE_PLACEHOLDER} as token {found}" if found is not None else f"lacks the token {IMAGE_PLACEHOLDER}"
+        )
+        raise ModelError(
+            f"{folder}: its tokenizer {has}, and its config.json says image_token_index={stock.image_token_index}; "
+            "give it the tokenizer that it was published with"
+        )
+
+
+def _about(folder: Path) -> dict[str, Any] | None:
+    path = folder / "data.json"
+    return json.loads(path.read_text()) if path.is_file() else None

@@ -1,0 +1,138 @@
+"""Whether an export is what was exported: every tensor, and what stock transformers makes of pictures with it.
+
+Tensors are compared one by one. For the logits the model is loaded once, in fp32 whatever its files hold, first as
+stock transformers runs it, then packed as training does: so much memory is needed, and where there is less it is said.
+"""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from data_recipes.sample import Message
+from llava_next.batch import collate
+from llava_next.config import ModelError
+from llava_next.hf import wrapped
+from llava_next.model import LlavaNext
+from llava_next.processor import Processor
+from llava_next.tensors import LazyTensor, read_folder
+from train.export.source import Source
+
+TOLERANCE = 1e-4
+"""‖a - b‖ / ‖b‖ of logits in fp32: two orders of the same sums, over dozens of layers."""
+_SHAPES = ((1.5, 2.0), (0.6, 2.4), (2.4, 0.7), (0.5, 0.5))
+"""(height, width) of the pictures, in tiles: among them several grids and sizes that are cut off unevenly."""
+_GIB = 2**30
+
+
+def verify_tensors(folder: Path, tensors: Sequence[LazyTensor]) -> str:
+    """Compares what lies in the folder with what was to be written, byte for byte; returns a sentence.
+
+    Raises:
+        ModelError: a tensor is missing, left over or different.
+    """
+    found = read_folder(folder)
+    different = sorted({tensor.name for tensor in tensors} ^ set(found))
+    if different:
+        raise ModelError(f"{folder}: {different[0]} is not in both, the export and its source ({len(different)} such)")
+    for tensor in tensors:
+        written, wanted = found[tensor.name].value(), tensor.value()
+        if written.dtype != wanted.dtype or written.shape != wanted.shape or not _same_bytes(written, wanted):
+            raise ModelError(f"{folder}: {tensor.name} is not what its source has; the disk or the memory is at fault")
+    return f"{len(tensors)} tensors are equal, byte for byte, to those of the source"
+
+
+def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+def verify_logits(folder: Path, source: Source) -> str:
+    """Loads a Hugging Face export with stock transformers, and compares its prompt, its pixels' logits and ours.
+
+    Raises:
+        ModelError: a tensor that transformers would make up or leave out; another prompt; other logits.
+    """
+    needed = 1.1 * sum(4 * int(np.prod(tensor.shape)) for tensor in source.tensors)
+    free = _available_bytes()
+    if needed > free:
+        return f"logits NOT compared: loading it in fp32 takes {needed / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free"
+    stock, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    problems = {key: value for key, value in found.items() if value}
+    if problems:
+        raise ModelError(f"{folder}: stock transformers does not load it whole: {problems}")
+    if source.config is None or source.processor is None or source.backbone is None:
+        return "stock transformers loads it whole; logits NOT compared: no run is known that says how it is prompted"
+    processor = source.backbone.processor(
+        template=source.config.stage.template,
+        image_mode=source.config.stage.image_mode,
+        max_length=source.backbone.max_positions,
+    )
+    asked = [_Asked(processor, folder, shape) for shape in _SHAPES]
+    with torch.no_grad():
+        theirs = [question.stock_logits(stock.eval()) for question in asked]
+    model = wrapped(stock, source.config.model, folder)  # it cuts the tower: stock runs no more
+    worst = 0.0
+    for question, logits in zip(asked, theirs, strict=True):
+        ours = question.our_logits(model)
+        worst = max(worst, float((ours - logits).norm() / logits.norm()))
+    if not worst <= TOLERANCE:
+        raise ModelError(f"{folder}: logits of stock transformers and ours differ by {worst:.1e} of their norm")
+    sizes = ", ".join(f"{height}x{width}" for height, width in (question.size_hw for question in asked))
+    return (
+        f"stock transformers loads it whole, renders our prompt, and its logits are ours (largest difference "
+        f"{worst:.1e} of their norm, fp32, pictures of {sizes})"
+    )
+
+
+class _Asked:
+    """One picture and a question about it, for both sides."""
+
+    def __init__(self, processor: Processor, folder: Path, shape: tuple[float, float]) -> None:
+        tile = processor.config.tile
+        self.size_hw = (max(1, int(shape[0] * tile)), max(1, int(shape[1] * tile)))
+        noise = np.random.default_rng(0).integers(0, 256, (*self.size_hw, 3), dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(noise).save(stream, "PNG")
+        self._picture = stream.getvalue()
+        question = Message("user", "<image>\nWhat is shown?")
+        messages = [question, Message("assistant", "Noise, in three colours.")]
+        self._config = processor.config
+        self.example = processor.encode(messages, [self.size_hw], [self._picture])
+        prompt, _ = processor.prompt([question], [self.size_hw])
+        self._stock = AutoProcessor.from_pretrained(folder)
+        rendered = self._rendered()
+        self._pixels = self._stock(images=Image.open(io.BytesIO(self._picture)), text=rendered, return_tensors="pt")
+        if self._pixels["input_ids"][0].tolist() != prompt.tolist():
+            raise ModelError(f"{folder}: its processor renders another prompt than training did: {rendered!r}")
+
+    def _rendered(self) -> str:
+        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}
+        return str(self._stock.apply_chat_template([turn], add_generation_prompt=True))
+
+    def stock_logits(self, stock: Any) -> torch.Tensor:
+        """At the supervised positions, [L, V]."""
+        ids = torch.from_numpy(self.example.layout.ids.astype(np.int64))[None]
+        pixels = {key: value for key, value in self._pixels.items() if key in ("pixel_values", "image_sizes")}
+        logits = stock(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits
+        assert isinstance(logits, torch.Tensor)
+        return logits[0, self._batch().target_positions]
+
+    def our_logits(self, model: LlavaNext) -> torch.Tensor:
+        """The same of the packed model."""
+        return model.target_logits(self._batch())
+
+    def _batch(self) -> Any:
+        config = self._config
+        return collate([self.example], tile=config.tile, patches_per_tile=config.patches_per_side**2)
+
+
+def _available_bytes() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 0
