@@ -100,6 +100,11 @@ def _load_model(model: LlavaNext, backbone: Backbone, source: Path) -> str:
     check_names(ours, set(theirs), source)
     for name, parameter in ours.items():  # all shapes before the first weight
         check_shape(parameter, theirs[name], name, source)
+        if not theirs[name].dtype.is_floating_point:
+            dtype = str(theirs[name].dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{source}: {name} is of type {dtype}, no weight's; give a directory that is not quantised"
+            )
     for name, parameter in ours.items():
         if not parameter.is_meta:
             copy_tensor(parameter, theirs[name].value(), name, source)
