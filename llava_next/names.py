@@ -36,8 +36,24 @@ def published_name(live: str, tower_type: str) -> str:
         ("hf.model.", ""),
     ):
         if live.startswith(prefix):
-            return published + live.removeprefix(prefix)
+            return _own_tower_name(published + live.removeprefix(prefix), tower_type)
     raise KeyError(live)
+
+
+_DINOV2 = (
+    (".attention.q_proj.", ".attention.attention.query."),
+    (".attention.k_proj.", ".attention.attention.key."),
+    (".attention.v_proj.", ".attention.attention.value."),
+    (".attention.o_proj.", ".attention.output.dense."),
+)
+"""Today's module tree, and the names that DINOv2 was published under, which every version of transformers reads."""
+
+
+def _own_tower_name(name: str, tower_type: str) -> str:
+    if tower_type == "dinov2" and name.startswith("vision_tower."):
+        for today, published in _DINOV2:
+            name = name.replace(today, published)
+    return name
 
 
 def authors_name(connector: str) -> str:
@@ -98,4 +114,4 @@ def as_published(name: str, tower_type: str) -> str:
     prefix = "vision_tower.vision_model."
     if tower_type in _TOWERS_WITH_PREFIX and name.startswith("vision_tower.") and not name.startswith(prefix):
         return prefix + name.removeprefix("vision_tower.")
-    return name
+    return _own_tower_name(name, tower_type)
