@@ -132,6 +132,14 @@ def _check_config(config: dict[str, Any], kind: ProjectorKind, backbone: Backbon
             f"the model in {source} was trained on the tower's layer {layer}, model.vision_tower.feature_layer is "
             f"{mine}; choose model.vision_tower.feature_layer={layer}"
         )
+    strategy = backbone.hf_config.vision_feature_select_strategy
+    if config.get("vision_feature_select_strategy", strategy) != strategy or (
+        config.get("mm_vision_select_feature") == "cls_patch" and strategy == "default"
+    ):
+        raise ModelError(
+            f"the model in {source} takes another choice of its tower's tokens than the patches that this one takes "
+            f"({strategy}): class tokens as image tokens are not implemented"
+        )
     pinpoints = config.get("image_grid_pinpoints")
     if isinstance(pinpoints, list) and pinpoints:
         tile = config.get("vision_config", {}).get("image_size", backbone.tile)

@@ -123,6 +123,7 @@ def test_what_contradicts_the_run_is_told(make_backbone: MakeBackbone, tmp_path:
     for changes, message in (
         ({"image_token_index": 7}, rf"its image token at 7, this tokenizer at {token}.*language_model.tokenizer="),
         ({"vision_feature_layer": -1}, r"layer -1, .*feature_layer is -2; choose model.vision_tower.feature_layer=-1"),
+        ({"vision_feature_select_strategy": "full"}, r"another choice of its tower's tokens .*\(default\)"),
         ({"image_grid_pinpoints": [[28, 60]]}, r"image_grid_pinpoints holds \[28, 60\].*28 pixels"),
         ({"model_type": "qwen2_vl"}, r"model_type qwen2_vl .* is no LLaVA"),
     ):

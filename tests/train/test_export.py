@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
+from llava_next.build import build_model, read_backbone
+from llava_next.hf import write_hf
 from tests.ranks import Ranks
+from tests.tiny import HostilePickle
 from tests.train import cases
-from train.checkpoint import config_path
+from train.checkpoint import RunState, config_path
 from train.config import RunConfig, SaveConfig, to_yaml
 from train.export.__main__ import main
 from train.weights import trained_weights
@@ -43,7 +46,10 @@ def _trained(start_ranks: Start, config: RunConfig, num_ranks: int, zero_stage: 
     return config, place
 
 
-@pytest.mark.parametrize(("num_ranks", "zero_stage"), [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize(
+    ("num_ranks", "zero_stage"),
+    [pytest.param(1, 0, marks=pytest.mark.full), pytest.param(2, 2, marks=pytest.mark.full), (2, 3)],
+)
 def test_an_export_from_a_checkpoint_is_the_runs_own(
     start_ranks: Start,
     run_config: RunConfig,
@@ -71,6 +77,7 @@ def test_an_export_from_a_checkpoint_is_the_runs_own(
     assert "learning rate of vision_tower | 0.0001" in card
 
 
+@pytest.mark.full
 def test_masters_are_cut_out_of_the_ranks_stretches(start_ranks: Start, run_config: RunConfig) -> None:
     """At ZeRO 1 and 2 the optimizer's copies, spread over two ranks and three groups, are the weights, where these are
     fp32 too."""
@@ -84,6 +91,7 @@ def test_masters_are_cut_out_of_the_ranks_stretches(start_ranks: Start, run_conf
             assert torch.equal(masters[name].value(), tensor.value()), name
 
 
+@pytest.mark.full
 def test_frozen_parts_come_from_where_the_run_had_them(
     start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +131,17 @@ def test_a_run_is_its_result_and_a_directory_is_itself(
     stock = LlavaNextForConditionalGeneration.from_pretrained(out)
     assert stock.dtype == torch.bfloat16
     assert torch.equal(stock.model.image_newline, theirs["image_newline"].bfloat16())
+    original = out.with_name("original")
+    assert main([str(config.run_dir), "--format", "original", "--out", str(original)]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "byte for byte" in told
+    assert "logits NOT compared: that takes the authors' code" in told
+    config_json = json.loads((original / "config.json").read_text())
+    assert config_json["mm_vision_tower"] == config.model.vision_tower.path
+    assert config_json["mm_projector_lr"] == config.stage.rates["projector"]
+    assert config_json["image_grid_pinpoints"][0] == [28, 56]
+    found = load_file(original / "model.safetensors")
+    assert torch.equal(found["model.mm_projector.2.bias"], theirs["multi_modal_projector.linear_2.bias"])
     again = out.with_name("again")
     assert main([str(out), "--out", str(again)]) == 0
     assert "logits NOT compared: no run is known" in capsys.readouterr().out
@@ -151,3 +170,35 @@ def test_what_cannot_be_exported_is_told(
     )
     assert main([str(tmp_path / "llm")]) == 2
     assert "no Hugging Face llava or llava_next directory (model_type llama" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything in it is unpickled: the file and what it asks for are named."""
+    place = run_config.run_dir / "checkpoints" / "step_000002"
+    (place / "engine").mkdir(parents=True)
+    (place / "config.yaml").write_text(to_yaml(run_config))
+    state = RunState(2, "d", {"num_ranks": 1, "zero_stage": 0}, "float32", [], 2, {}, {})
+    (place / "run_state.json").write_text(json.dumps(asdict(state)))
+    torch.save({"module": HostilePickle(tmp_path / "ran")}, place / "engine" / "mp_rank_00_model_states.pt")
+    assert main([str(place)]) == 2
+    assert re.search(r"mp_rank_00_model_states.pt names \w+.system, which no checkpoint needs", capsys.readouterr().err)
+    assert not (tmp_path / "ran").exists()
+    assert not (run_config.run_dir / "exports").exists()
+
+
+def test_an_output_that_is_something_else_is_left_alone(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with other files, and the source itself, are never replaced."""
+    source = tmp_path / "model"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    backbone = read_backbone(run_config.model)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, source)
+    for out, rule in ((tmp_path / "mine", "no model's directory"), (source, "is, or holds, what is exported")):
+        assert main([str(source), "--out", str(out)]) == 2
+        assert rule in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.tex").is_file()

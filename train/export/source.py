@@ -4,6 +4,7 @@ Nothing is held but what no file holds as it is needed: the frozen parts of a ru
 """
 
 import json
+import pickle
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -152,7 +153,9 @@ def open_source(path: Path, dtype: torch.dtype | None) -> Source:
                 "connector, and a whole model around it is a checkpoint's (save.every=N)"
             )
         return _of_checkpoint(newest, dtype)
-    except (SafetensorError, OSError, RuntimeError, KeyError, json.JSONDecodeError) as error:
+    except checkpoint.SaveFormatError:
+        raise
+    except (SafetensorError, OSError, RuntimeError, KeyError, pickle.UnpicklingError, json.JSONDecodeError) as error:
         raise ModelError(f"{path} cannot be read, a file in it is damaged or missing: {error}") from error
 
 
@@ -162,6 +165,7 @@ def _run_around(folder: Path) -> RunConfig | None:
 
 
 def _of_checkpoint(place: Path, dtype: torch.dtype | None) -> Source:
+    checkpoint.refuse_code(place)
     config = load_yaml(checkpoint.config_path(place))
     state = checkpoint.read_state(place)
     own = getattr(torch, state.dtype)
