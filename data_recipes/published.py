@@ -66,6 +66,9 @@ SOURCES: tuple[PublishedSource, ...] = (
 )
 """Their counts add up to 779,278, the sum of the published folders."""
 
+CAPTIONS: tuple[PublishedSource, ...] = (PublishedSource("lcs_558k", 558_128, _WEB, 0.2, 1.0, 0.01, 14),)
+"""Stage 1's captioned pictures; BLIP's captions have about ten words (assumed as the rest)."""
+
 MAX_TEXT_TOKENS = 2048
 """Text-only conversations were cut to this."""
 SYSTEM_TOKENS = 40
@@ -82,16 +85,16 @@ class Shapes:
     supervised: npt.NDArray[np.int64]
 
 
-def draw_shapes(num_samples: int, seed: int = 0) -> Shapes:
+def draw_shapes(num_samples: int, seed: int = 0, sources: tuple[PublishedSource, ...] = SOURCES) -> Shapes:
     """Samples of the mixture by size and length; the same numbers for the same arguments."""
     # Not the seed alone: `order.py` seeds its permutations with it, and would visit these samples source by source.
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([779_278, seed])))
-    counts = np.array([source.count for source in SOURCES], dtype=np.float64)
-    sources = random.choice(len(SOURCES), num_samples, p=counts / counts.sum()).astype(np.int16)
+    counts = np.array([source.count for source in sources], dtype=np.float64)
+    drawn = random.choice(len(sources), num_samples, p=counts / counts.sum()).astype(np.int16)
     sizes = np.zeros((num_samples, 2), dtype=np.int64)
     text, supervised = np.zeros(num_samples, dtype=np.int64), np.zeros(num_samples, dtype=np.int64)
-    for number, source in enumerate(SOURCES):
-        rows = np.flatnonzero(sources == number)
+    for number, source in enumerate(sources):
+        rows = np.flatnonzero(drawn == number)
         rounds = random.geometric(1 / source.mean_rounds, len(rows))
         answers = np.maximum(2, np.rint(random.gamma(rounds, source.answer_tokens))).astype(np.int64)
         questions = np.maximum(3, np.rint(random.gamma(rounds, source.question_tokens))).astype(np.int64)
@@ -104,4 +107,4 @@ def draw_shapes(num_samples: int, seed: int = 0) -> Shapes:
             ]
             scale = np.exp(random.normal(0.0, source.spread, (len(rows), 2)))
             sizes[rows] = np.maximum(1, np.rint(chosen * scale)).astype(np.int64)
-    return Shapes(sources, sizes, text, supervised)
+    return Shapes(drawn, sizes, text, supervised)

@@ -6,7 +6,6 @@ needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,58 +17,22 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlavaNextConfig,
     LlavaNextForConditionalGeneration,
-    PretrainedConfig,
     PreTrainedTokenizerFast,
 )
 
-from llava_next.config import (
-    PARTS,
-    AttentionKernel,
-    ImageMode,
-    ModelConfig,
-    ModelError,
-    ProcessorConfig,
-    ProjectorKind,
-    check_grids,
-)
+from llava_next.architecture import Architecture, check_directory, join_configs, read_config
+from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
 
-VOCABULARY_MULTIPLE = 64
-"""The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
-
-PROJECTOR_ACTS: dict[ProjectorKind, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
-"""`projector_hidden_act` of transformers' config, which always has two linear layers around it: a linear projector is
-written as its layer, the identity for an activation, and the identity for a second layer (see `hf.py`). vLLM knows no
-activation of that name, so such an export is for transformers."""
-
-_TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
-
 
 @dataclass(frozen=True)
-class Backbone:
+class Backbone(Architecture):
     """The parts of a model before any weight is read: configs and tokenizer, in agreement with one another."""
 
-    config: ModelConfig
-    hf_config: LlavaNextConfig
     tokenizer: PreTrainedTokenizerFast
-
-    @property
-    def tile(self) -> int:
-        """Side of a tile in pixels."""
-        return int(self.hf_config.vision_config.image_size)
-
-    @property
-    def patches_per_side(self) -> int:
-        return self.tile // int(self.hf_config.vision_config.patch_size)
-
-    @property
-    def max_positions(self) -> int:
-        """The longest sequence that the language model was made for, in tokens."""
-        return int(self.hf_config.text_config.max_position_embeddings)
 
     @property
     def _mean_colour(self) -> tuple[int, int, int]:
@@ -115,33 +78,16 @@ def read_backbone(config: ModelConfig) -> Backbone:
     """
     check_grids(config.grids)
     language, tower = config.language_model, config.vision_tower
-    text = _read_config(language.path, language.overrides, "model.language_model")
-    vision = _read_config(tower.path, tower.overrides, "model.vision_tower")
-    vision = getattr(vision, "vision_config", vision)  # a CLIP or SigLIP directory describes both of its towers
-    if tower.tile is not None:
-        # A tower may leave a strip of its own size unseen (SigLIP's 27 patches of 14 in 384 pixels), not of another.
-        if tower.tile % vision.patch_size and tower.tile != vision.image_size:
-            raise ModelError(
-                f"model.vision_tower.tile={tower.tile} is not a multiple of the tower's patch of {vision.patch_size} "
-                f"pixels; use one, or null for the tower's own size of {vision.image_size}"
-            )
-        vision.image_size = tower.tile
+    text = read_config(language.path, language.overrides, "model.language_model")
+    vision = read_config(tower.path, tower.overrides, "model.vision_tower")
     tokenizer = read_tokenizer(language.tokenizer_path)
-    vocabulary = max(len(tokenizer), int(text.vocab_size))
-    text.vocab_size = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    patches = vision.image_size // vision.patch_size
-    hf_config = LlavaNextConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
-        vision_feature_layer=tower.feature_layer,
-        vision_feature_select_strategy="full" if vision.model_type in _TOWERS_WITHOUT_CLASS_TOKEN else "default",
-        # transformers reads pinpoints as (height, width): the authors' order of grids, in pixels.
-        image_grid_pinpoints=[[r * vision.image_size, c * vision.image_size] for r, c in config.grids],
-        image_seq_length=patches * patches,
-        projector_hidden_act=PROJECTOR_ACTS[config.projector],
-        tie_word_embeddings=bool(text.tie_word_embeddings),
-        pad_token_id=tokenizer.pad_token_id,
+    hf_config = join_configs(
+        config,
+        text,
+        vision,
+        num_tokens=len(tokenizer),
+        image_token=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        pad_token=tokenizer.pad_token_id,
     )
     return Backbone(config, hf_config, tokenizer)
 
@@ -152,7 +98,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     Raises:
         ModelError: nothing that transformers reads as a tokenizer lies there.
     """
-    _check_directory(path, "model.language_model.tokenizer")
+    check_directory(path, "model.language_model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -227,7 +173,7 @@ def build_model(
     )
 
 
-def skeleton(backbone: Backbone) -> LlavaNextForConditionalGeneration:
+def skeleton(backbone: Architecture) -> LlavaNextForConditionalGeneration:
     """The stock model without weights (on the meta device), with the projector of `model.projector`."""
     with torch.device("meta"):
         hf = LlavaNextForConditionalGeneration(backbone.hf_config)
@@ -236,24 +182,6 @@ def skeleton(backbone: Backbone) -> LlavaNextForConditionalGeneration:
                 backbone.hf_config.vision_config.hidden_size, backbone.hf_config.text_config.hidden_size
             )
     return hf
-
-
-def _read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedConfig:
-    _check_directory(path, key + ".path")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{key}.path: no config.json could be read in {path}: {error}") from error
-    for name, value in overrides.items():
-        if not hasattr(config, name):
-            raise ModelError(f"{key}.overrides: {config.model_type} has no key {name!r}")
-        setattr(config, name, value)
-    return config
-
-
-def _check_directory(path: str, key: str) -> None:
-    if not Path(path).is_dir():
-        raise ModelError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
 
 
 def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:

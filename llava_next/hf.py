@@ -33,7 +33,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_next.anyres import grids_of_pinpoints
-from llava_next.build import PROJECTOR_ACTS, Backbone, read_tokenizer, refuse_made_up
+from llava_next.architecture import PROJECTOR_ACTS
+from llava_next.build import Backbone, read_tokenizer, refuse_made_up
 from llava_next.chat_template import chat_template
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
 from llava_next.conversation import IMAGE_PLACEHOLDER, Template

@@ -183,12 +183,20 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None, *, folder
     Raises:
         ConfigError: with one sentence.
     """
+    return check(composed_from(overrides, config_dir), folders=folders)
+
+
+def composed_from(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    """What `load` checks, as Hydra composes it.
+
+    Raises:
+        ConfigError: with one sentence.
+    """
     GlobalHydra.instance().clear()
     searchpath = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     try:
         with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-            composed = compose("train", overrides=[*overrides, *searchpath])
-        return check(composed, folders=folders)
+            return compose("train", overrides=[*overrides, *searchpath])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(explain(str(error))) from error
 

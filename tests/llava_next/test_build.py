@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, PhiConfig
 
-from llava_next.build import VOCABULARY_MULTIPLE, build_model, read_backbone, read_tokenizer, skeleton
+from llava_next.architecture import VOCABULARY_MULTIPLE
+from llava_next.build import build_model, read_backbone, read_tokenizer, skeleton
 from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext, live_parameters

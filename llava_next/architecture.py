@@ -1,0 +1,121 @@
+"""The shapes of a model: its parts' Hugging Face configs, read and brought into agreement with one another.
+
+Owns what follows from them (tile, vocabulary, pinpoints). A model can be built from it on the meta device; tokenizer,
+processor and weights are `build.py`'s.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, LlavaNextConfig, PretrainedConfig
+
+from llava_next.config import ModelConfig, ModelError, ProjectorKind
+
+VOCABULARY_MULTIPLE = 64
+"""The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
+
+PROJECTOR_ACTS: dict[ProjectorKind, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
+"""`projector_hidden_act` of transformers' config, which always has two linear layers around it: a linear projector is
+written as its layer, the identity for an activation, and the identity for a second layer (see `hf.py`). vLLM knows no
+activation of that name, so such an export is for transformers."""
+
+_TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shapes of a model: its configs, in agreement with one another. Enough to build it without weights."""
+
+    config: ModelConfig
+    hf_config: LlavaNextConfig
+
+    @property
+    def tile(self) -> int:
+        """Side of a tile in pixels."""
+        return int(self.hf_config.vision_config.image_size)
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile // int(self.hf_config.vision_config.patch_size)
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the language model was made for, in tokens."""
+        return int(self.hf_config.text_config.max_position_embeddings)
+
+
+def join_configs(
+    config: ModelConfig,
+    text: PretrainedConfig,
+    vision: PretrainedConfig,
+    *,
+    num_tokens: int,
+    image_token: int,
+    pad_token: int | None,
+) -> LlavaNextConfig:
+    """One config of both parts, with what follows from them: tile, vocabulary, pinpoints.
+
+    Args:
+        text, vision: the parts' own configs; the tile and the vocabulary are written into them.
+        num_tokens: of the tokenizer, the image token among them.
+        image_token, pad_token: their numbers.
+
+    Raises:
+        ModelError: a tile of another size than the tower's own that its patch does not divide.
+    """
+    tower = config.vision_tower
+    vision = getattr(vision, "vision_config", vision)  # a CLIP or SigLIP directory describes both of its towers
+    if tower.tile is not None:
+        # A tower may leave a strip of its own size unseen (SigLIP's 27 patches of 14 in 384 pixels), not of another.
+        if tower.tile % vision.patch_size and tower.tile != vision.image_size:
+            raise ModelError(
+                f"model.vision_tower.tile={tower.tile} is not a multiple of the tower's patch of {vision.patch_size} "
+                f"pixels; use one, or null for the tower's own size of {vision.image_size}"
+            )
+        vision.image_size = tower.tile
+    vocabulary = max(num_tokens, int(text.vocab_size))
+    text.vocab_size = -(-vocabulary // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    patches = vision.image_size // vision.patch_size
+    return LlavaNextConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=image_token,
+        vision_feature_layer=tower.feature_layer,
+        vision_feature_select_strategy="full" if vision.model_type in _TOWERS_WITHOUT_CLASS_TOKEN else "default",
+        # transformers reads pinpoints as (height, width): the authors' order of grids, in pixels.
+        image_grid_pinpoints=[[r * vision.image_size, c * vision.image_size] for r, c in config.grids],
+        image_seq_length=patches * patches,
+        projector_hidden_act=PROJECTOR_ACTS[config.projector],
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+        pad_token_id=pad_token,
+    )
+
+
+def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedConfig:
+    """The config of a Hugging Face directory, with keys replaced; `key` names it in messages.
+
+    Raises:
+        ModelError: no config lies there, or it has no such key.
+    """
+    check_directory(path, key + ".path")
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{key}.path: no config.json could be read in {path}: {error}") from error
+    replace_keys(config, overrides, key)
+    return config
+
+
+def replace_keys(config: PretrainedConfig, overrides: dict[str, Any], key: str) -> None:
+    """Writes the overrides of a part into its config. Raises ModelError where it has no such key."""
+    for name, value in overrides.items():
+        if not hasattr(config, name):
+            raise ModelError(f"{key}.overrides: {config.model_type} has no key {name!r}")
+        setattr(config, name, value)
+
+
+def check_directory(path: str, key: str) -> None:
+    """Raises ModelError where there is no such folder; `key` names it."""
+    if not Path(path).is_dir():
+        raise ModelError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
