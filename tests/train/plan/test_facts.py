@@ -1,0 +1,91 @@
+"""Owns the proofs about shapes known without a download: their parameters are the published ones; disk comes first."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoConfig
+
+from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
+from tests.tiny import tiny_model
+from train.config import CONFIG_DIR, RunConfig, load
+from train.plan.facts import language_shape, model_facts, read_architecture
+from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS
+
+# Published parameter counts, whole models without the image token; the tower's is the card's 303.5M.
+PUBLISHED = {
+    "vicuna_7b": 6_738_415_616,
+    "vicuna_13b": 13_015_864_320,
+    "mistral_7b": 7_241_732_096,
+    "hermes_yi_34b": 34_388_917_248,
+    "llama3_8b": 8_030_261_248,
+    "qwen1_5_0_5b": 463_987_712,
+    "qwen1_5_7b": 7_721_324_544,
+    "qwen1_5_14b": 14_167_290_880,
+    "qwen1_5_32b": 32_512_218_112,
+    "qwen1_5_72b": 72_287_920_128,
+    "qwen1_5_110b": 111_209_914_368,
+    "qwen2_7b": 7_615_616_512,
+    "smollm2_135m": 134_515_008,
+}
+CLIP_L_336 = 303_507_456
+
+
+def choices(group: str) -> set[str]:
+    """Names of the YAML files of a group."""
+    return {path.stem for path in (CONFIG_DIR / "model" / group).glob("*.yaml")}
+
+
+def test_every_backbone_of_the_configs_is_known() -> None:
+    """A backbone that is added without its shape would have to be downloaded to be planned."""
+    assert set(LANGUAGE_MODELS) == choices("language_model")
+    assert set(VISION_TOWERS) == choices("vision_tower")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shapes_have_the_published_parameters(name: str) -> None:
+    """Counted from the widths: embedding and head, attention with Qwen's biases, gated MLP, norms."""
+    config = AutoConfig.for_model(**LANGUAGE_MODELS[name])
+    shape = language_shape(config)
+    tables = 1 if config.tie_word_embeddings else 2
+    block = 2 * shape.width * (shape.query + shape.key) + 3 * shape.width * shape.mlp + 2 * shape.width
+    if config.model_type == "qwen2":
+        block += shape.query + 2 * shape.key
+    assert tables * shape.vocabulary * shape.width + shape.layers * block + shape.width == PUBLISHED[name]
+
+
+@pytest.mark.full
+def test_a_model_on_the_meta_device_has_them_too() -> None:
+    """The 7B without a folder: the card's counts, rows for the image token apart, and every part trained."""
+    config = load(["mixture=lcs_558k", "name=test"], folders=False)
+    assert not Path(config.model.language_model.path).exists()
+    facts = model_facts(read_architecture(config.model), config)
+    assert facts.parameters["language_model"] == PUBLISHED["vicuna_7b"] + 2 * 64 * 4096
+    assert facts.parameters["projector"] == 20_979_712
+    post_norm = 2 * 1024
+    assert facts.parameters["vision_tower"] + facts.upper_tower == CLIP_L_336
+    assert facts.trained["vision_tower"] == facts.parameters["vision_tower"] - post_norm
+    assert facts.largest_group < facts.num_trained < facts.num_parameters + 1
+
+
+def test_a_folder_on_disk_is_read_instead(tiny_parts: RunConfig) -> None:
+    """Frozen parts are frozen here as in a run; the tower's upper layer is apart."""
+    architecture = read_architecture(tiny_parts.model)
+    assert hasattr(architecture, "tokenizer")
+    stage = SimpleNamespace(rates={"projector": 1e-3})
+    facts = model_facts(architecture, SimpleNamespace(stage=stage, model=tiny_parts.model))  # type: ignore[arg-type]
+    assert facts.language.width == 32
+    assert facts.vision.layers == 2
+    assert facts.upper_tower > 0
+    assert {part for part, count in facts.trained.items() if count} == {"projector"}
+    assert facts.num_trained == 24 * 32 + 32 + 32 * 32 + 32
+
+
+def test_half_on_disk_is_enough(tmp_path: Path) -> None:
+    """A language model of one's own with its config.json alone, behind a known tower; unknown without a folder."""
+    own = tiny_model(tmp_path).language_model
+    known = VisionTowerConfig("dinov2_small_70", "nowhere", tile=70)
+    architecture = read_architecture(ModelConfig(own, known))
+    assert (architecture.tile, architecture.patches_per_side) == (70, 5)
+    with pytest.raises(ModelError, match=r"model\.language_model\.path: there is no folder nowhere.*config\.json"):
+        read_architecture(ModelConfig(LanguageModelConfig("mine", "nowhere", "chatml"), known))

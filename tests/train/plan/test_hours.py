@@ -1,0 +1,141 @@
+"""Owns the proofs about the time formulas: FLOPs against torch's own counter, collectives and kinds by hand."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, LlamaConfig
+
+from llava_next.build import build_model, read_backbone
+from llava_next.config import ModelConfig, VisionTowerConfig
+from llava_next.costs import step_costs
+from llava_next.model import set_trained_parts
+from tests.llava_next.models import mixed, row
+from tests.tiny import tiny_model
+from tests.train.plan.test_memory import FACTS, setting
+from train.config import CONFIG_DIR, ConfigError
+from train.plan.hardware import Hardware, check_hardware
+from train.plan.hours import LINK_SHARE, communication, computing, ring, step_time
+from train.plan.rows import StepRows
+
+ALL = ("vision_tower", "projector", "image_newline", "language_model")
+
+
+def hardware(name: str = "a100_80g") -> Hardware:
+    """A file of configs/hardware."""
+    return check_hardware(yaml.safe_load((CONFIG_DIR / "hardware" / f"{name}.yaml").read_text()))
+
+
+@pytest.mark.parametrize("path", sorted((CONFIG_DIR / "hardware").glob("*.yaml")), ids=lambda path: path.stem)
+def test_hardware_files_are_valid(path: Path) -> None:
+    """All keys are there, and a file is found by the name it has inside."""
+    assert hardware(path.stem).name == path.stem
+
+
+def test_bad_hardware_is_refused() -> None:
+    """With the key, the rule and the value."""
+    good = yaml.safe_load((CONFIG_DIR / "hardware" / "cpu.yaml").read_text())
+    for changes, words in (
+        ({"link_gb_s": 0}, r"hardware\.link_gb_s must be above 0 and finite, got 0"),
+        ({"vision_share": 1.5}, r"hardware\.vision_share is a share of the dense rate"),
+        ({"gpus_per_node": "many"}, r"hardware\.gpus_per_node: .*'many'"),
+        ({"colour": "red"}, r"hardware\.colour"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            check_hardware({**good, **changes})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    """A tiny model whose tower does a fifth of the work, with patches enough that its class token is little."""
+    folder = tmp_path_factory.mktemp("flops")
+    tower = CLIPVisionConfig(
+        hidden_size=96, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, image_size=56, patch_size=7
+    )
+    tower.save_pretrained(folder / "tower")
+    sizes = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352, "num_hidden_layers": 4}
+    language = tiny_model(folder, **sizes).language_model
+    return ModelConfig(language, VisionTowerConfig("flops_clip", str(folder / "tower"), weights="random"))
+
+
+@pytest.mark.parametrize("parts", [ALL, ("projector", "language_model"), ("projector",)])
+def test_flops_are_those_that_torch_counts(model: ModelConfig, parts: tuple[str, ...]) -> None:
+    """Forward and backward, with eager attention and the loss in one piece: within 2 %.
+
+    Eager attention computes every pair of the row, the causal half and the other samples' besides: so does the
+    expectation. What the formula leaves out is the patch embedding and the class token.
+    """
+    backbone = read_backbone(model)
+    built = build_model(backbone, dtype=torch.float32, seed=0, num_sources=8)
+    set_trained_parts(built, parts)
+    built.hf.model.language_model.set_attn_implementation("eager")
+    built.hf.model.vision_tower.set_attn_implementation("eager")
+    batch = row(backbone, [sample.example for sample in mixed(backbone)])
+    with FlopCounterMode(display=False) as counter:
+        built(batch)[0].backward()
+    text = backbone.hf_config.text_config
+    costs = step_costs(
+        backbone.hf_config.vision_config,
+        text,
+        projector="mlp2x_gelu",
+        num_vision_layers=5,
+        trains_tower="vision_tower" in parts,
+        trains_language_model="language_model" in parts,
+    )
+    tokens, tiles = batch.input_ids.numel(), len(batch.tiles)
+    head = 2 * text.hidden_size * text.vocab_size * len(batch.target_ids) * (3 if "language_model" in parts else 2)
+    planned = costs.of(tokens, tiles, 2 * tokens**2) + head
+    assert tiles * costs.tile > planned / 20  # the tower counts
+    assert planned == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_ring_by_hand() -> None:
+    """Seven eighths of the bytes over NVLink in a node; over the node's ports and two slow hops between two nodes."""
+    node = replace(hardware(), link_gb_s=300, network_gb_s=100, link_latency_us=2, network_latency_us=6)
+    assert ring(240e9, node, 1) == pytest.approx(7 / 8 * 240 / (300 * LINK_SHARE) + 7 * 2e-6)
+    assert ring(240e9, node, 2) == pytest.approx(15 / 16 * 240 / (100 * LINK_SHARE) + 13 * 2e-6 + 2 * 6e-6)
+    assert ring(240e9, replace(node, gpus_per_node=1), 1) == 0
+
+
+def test_stage_3_sends_more_and_stage_2_every_micro_step() -> None:
+    """Once a step below stage 2, once a micro-step above; three gathers instead of two with recompute."""
+    node = replace(hardware(), link_latency_us=0)
+
+    def seconds(zero: int, micro_steps: float, recompute: tuple[str, ...] = ()) -> float:
+        asked = replace(setting(zero, overlap_comm=0), recompute=recompute)
+        return communication(FACTS, asked, node, micro_steps, 1.0, half=True)
+
+    trained, every, share = 6700, 7000, 7 / 8 / (300e9 * LINK_SHARE)
+    assert seconds(1, 4) == pytest.approx(share * (2 * 4 * trained + 2 * trained))
+    assert seconds(2, 4) == pytest.approx(share * (4 * 2 * 4 * trained + 2 * trained))
+    assert seconds(3, 4) == pytest.approx(share * 4 * (4 * trained + 2 * 2 * every))
+    assert seconds(3, 4, ("language_model",)) == pytest.approx(share * 4 * (4 * trained + 3 * 2 * every))
+
+
+def test_a_step_takes_as_long_as_its_slowest_ranks() -> None:
+    """Two micro-steps on two ranks: the kinds' means and what the slower ranks take more add up to that."""
+    costs = step_costs(
+        CLIPVisionConfig(image_size=28, patch_size=14),
+        LlamaConfig(),
+        projector="mlp2x_gelu",
+        num_vision_layers=2,
+        trains_tower=True,
+        trains_language_model=True,
+    )
+    facts = replace(FACTS, costs=costs)
+    sums = np.array([[[100, 100**2, 2, 10], [300, 300**2, 0, 10]], [[50, 50**2, 1, 5], [50, 50**2, 1, 5]]], dtype=float)
+    step = StepRows(sums, np.ones((2, 2), dtype=np.int64))
+    node = replace(hardware(), gpus_per_node=2)
+    seconds, useful = computing(facts, (), step, node, half=True)
+    slowest = sum(seconds.values()).max(axis=1).sum()  # type: ignore[union-attr]
+    time = step_time(facts, setting(2), [step], node, half=True, workers=2, save_every=0)
+    spent = sum(time.kinds[kind] for kind in ("vision", "language", "attention", "head", "recompute", "balance"))
+    assert spent == pytest.approx(float(slowest))
+    assert time.balance < 1
+    head = 6 * 4096 * 32_064 * 30
+    assert useful == pytest.approx(costs.of(500, 4, 100**2 + 300**2 + 2 * 50**2) + head)
+    assert time.mfu == pytest.approx(useful / (time.total * 2 * 312e12))

@@ -1,0 +1,214 @@
+"""Bytes of a rank by kind, from a model's facts, a setting and the largest row. Pure arithmetic.
+
+Owns the formulas. They follow what this code keeps, read in torch's, transformers' and DeepSpeed's sources (0.19), and
+tests hold them to what autograd saves and to what processes really use. P is the number of parameters, T the trained
+ones, R the ranks, s the bytes of a weight (2 in bf16, 4 in fp32); a row has t tokens and n tiles.
+"""
+
+from dataclasses import dataclass
+
+from llava_next.loss import CHUNK_LOGITS
+from train.plan.facts import LanguageShape, ModelFacts, VisionShape
+from train.plan.setting import Setting
+
+FRAGMENTATION = 0.05
+"""Of what comes and goes, the share that torch's allocator loses between blocks. Assumed; none on a CPU."""
+
+LOGIT_BYTES = 12
+"""Of a logit, at the most, in fp32: its log-probability, and two gradients of that size (loss.py, cross entropy)."""
+
+_MAIN_DTYPE_BYTES = 4  # of the optimizer's copy and of gradients, whatever the weights are (train/engine.py)
+
+
+@dataclass(frozen=True)
+class Row:
+    """The largest row of a run: tokens, tiles, and tokens that are supervised."""
+
+    tokens: int
+    tiles: int
+    supervised: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a rank at the moment when most is held, by kind; and of its share of the host.
+
+    Attributes:
+        kinds: adds up to `total`.
+        peak: which moment that is: start, backward or step.
+        host: bytes on the host for each rank (offload, and the model while it is built).
+    """
+
+    kinds: dict[str, float]
+    peak: str
+    host: float
+
+    @property
+    def total(self) -> float:
+        return sum(self.kinds.values())
+
+
+def memory_of(facts: ModelFacts, setting: Setting, row: Row, *, num_ranks: int, half: bool, on_gpu: bool) -> Memory:
+    """The three moments of a run that can be the fullest, and the fullest of them.
+
+    start: the whole model is on the device before ZeRO-3 divides it (train/engine.py moves it there).
+    backward: weights, states, gradients, all of a row's activations.
+    step: no activations; gradients flattened for AdamW, one group at a time.
+    """
+    s = 2 if half else 4
+    held = states(facts, setting, num_ranks=num_ranks, half=half)
+    moving = buffers(facts, setting, half=half, num_ranks=num_ranks)
+    flat = step_bytes(facts, setting, num_ranks)
+    row_kinds = activations(facts, setting.recompute, row, half=half, on_gpu=on_gpu)
+    aside = {} if on_gpu else {"weights": held["weights"] + _MAIN_DTYPE_BYTES * facts.upper_tower}
+    margin = FRAGMENTATION if on_gpu else 0.0
+    backward = {**held, **aside, **row_kinds, "buffers": moving}
+    backward["fragmentation"] = margin * (sum(row_kinds.values()) + moving)
+    step = {**held, **aside, "buffers": flat}
+    step["fragmentation"] = margin * flat
+    moments = {"backward": backward, "step": step}
+    if on_gpu and setting.zero_stage == 3:
+        moments["start"] = {"weights": float(s * facts.num_parameters)}
+    peak = max(moments, key=lambda name: sum(moments[name].values()))
+    return Memory(
+        {kind: float(value) for kind, value in moments[peak].items()}, peak, host_bytes(facts, setting, s, num_ranks)
+    )
+
+
+def states(facts: ModelFacts, setting: Setting, *, num_ranks: int, half: bool) -> dict[str, float]:
+    """What lies on the device all the time (ZeRO, Rajbhandari et al. 2020, with fp32 gradients).
+
+    Weights s P, at stage 3 / R. Gradients 4 T, from stage 2 on / R (stage 1 accumulates all of them: this engine
+    reduces at the step). Optimizer: AdamW's moments 8 T, from stage 1 on / R, and with it a copy of the weights 4 T / R
+    (DeepSpeed keeps one beside fp32 weights, too). Offloaded states lie on the host.
+    """
+    s, stage, trained = 2 if half else 4, setting.zero_stage, facts.num_trained
+    share = 1 / num_ranks
+    weights = s * facts.num_parameters * (share if stage == 3 else 1.0)
+    gradients = _MAIN_DTYPE_BYTES * trained * (share if stage >= 2 else 1.0)
+    optimizer = 8.0 * trained if stage == 0 else 12.0 * trained * share
+    if setting.offloads_parameters:
+        weights = 0.0
+    if setting.offloads_optimizer:
+        optimizer = 0.0
+        gradients = 0.0 if stage >= 2 else gradients
+    return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
+
+
+def buffers(facts: ModelFacts, setting: Setting, *, half: bool, num_ranks: int) -> float:
+    """What moving gradients and weights needs during the backward pass.
+
+    A bucket of gradients, at most T, in weights' type and once more in fp32 for the wire; two of them where reducing
+    overlaps. Stage 2 keeps the shard's fresh gradients, s T / R, beside the accumulated ones until a pass ends. Stage 3
+    holds whole parameters: as many as it may keep alive, or at least two blocks.
+    """
+    s, stage = 2 if half else 4, setting.zero_stage
+    if stage < 2:
+        return 0.0  # gradients are the accumulator itself, and travel at the step
+    bucket = min(setting.reduce_bucket, facts.num_trained)
+    moving = float(bucket * (s + (_MAIN_DTYPE_BYTES if half else 0)) * (2 if setting.overlaps else 1))
+    moving += s * facts.num_trained / num_ranks if stage == 2 else 0.0
+    if stage == 3:
+        alive = min(facts.num_parameters, max(setting.live_parameters, 2 * facts.largest_block))
+        moving += s * alive * (1 - 1 / num_ranks)
+    return moving
+
+
+def step_bytes(facts: ModelFacts, setting: Setting, num_ranks: int) -> float:
+    """What AdamW's step needs besides: the largest group's gradients flattened, 4 bytes each.
+
+    At stage 0 gradients are flattened for the all-reduce, at most a bucket of DeepSpeed's default size at a time. At
+    stage 3 a group is cut into pieces of at most sub_group_size elements before it is divided.
+    """
+    if setting.offloads_optimizer:
+        return 0.0
+    group = float(facts.largest_group)
+    if setting.zero_stage == 0:
+        return _MAIN_DTYPE_BYTES * min(group, 500_000_000)
+    if setting.zero_stage == 3:
+        group = min(group, float(setting.zero.get("sub_group_size", 1_000_000_000)))
+    return _MAIN_DTYPE_BYTES * group / num_ranks
+
+
+def host_bytes(facts: ModelFacts, setting: Setting, weight_bytes: int, num_ranks: int) -> float:
+    """Of each rank on its host: the model while every rank builds it whole, or what is offloaded (the more of both).
+
+    Offloaded: AdamW's 12 T / R and the gradients' 4 T / R; at stage 3 the weights, s P / R.
+    """
+    offloaded = 16.0 * facts.num_trained / num_ranks if setting.offloads_optimizer else 0.0
+    if setting.offloads_parameters:
+        offloaded += weight_bytes * facts.num_parameters / num_ranks
+    built = float(weight_bytes * (facts.num_parameters + facts.upper_tower))
+    return max(built, offloaded)
+
+
+def activations(
+    facts: ModelFacts, recompute: tuple[str, ...], row: Row, *, half: bool, on_gpu: bool
+) -> dict[str, float]:
+    """What a row needs by the end of its forward pass and in the backward: by part, logits and work apart."""
+    trains = {part: count > 0 for part, count in facts.trained.items()}
+    s = 2 if half else 4
+    language, vision = facts.language, facts.vision
+    block = language_block_bytes(language, trained=trains["language_model"], half=half, copies_output=not on_gpu)
+    redo = "language_model" in recompute
+    kept = s * language.width if redo else block
+    # The last norm keeps what one of a block's does.
+    norm = language.width * (4 + (2 * s if trains["language_model"] else 0))
+    language_bytes = row.tokens * (language.layers * kept + norm)
+    working = row.tokens * (block if redo else 0.0) + row.tokens * language_work_bytes(language, half=half)
+
+    tile_tokens = row.tiles * (vision.patches + vision.prefix)
+    vision_block = vision_block_bytes(vision, half=half)
+    if not trains["vision_tower"]:
+        vision_bytes = 0.0
+    elif "vision_tower" in recompute:
+        vision_bytes = tile_tokens * s * vision.width * vision.layers
+        working = max(working, tile_tokens * vision_block)
+    else:
+        vision_bytes = tile_tokens * vision_block * vision.layers
+    pixels = row.tiles * vision.tile**2 * 3 * (1 + (s if trains["vision_tower"] else 0))
+    # The projector keeps its input, and what goes into and comes out of GELU.
+    projector = row.tiles * vision.patches * s * (vision.width + 2 * language.width) if trains["projector"] else 0.0
+    logits = LOGIT_BYTES * min(row.supervised * language.vocabulary, CHUNK_LOGITS)
+    return {
+        "activations: vision": float(vision_bytes + pixels),
+        "activations: projector": float(projector),
+        "activations: language": float(language_bytes),
+        # The head is done before the first block's backward begins.
+        "logits and work": float(max(logits, working)),
+    }
+
+
+def language_block_bytes(shape: LanguageShape, *, trained: bool, half: bool, copies_output: bool) -> float:
+    """What autograd saves of a token in one block of a Llama-like decoder.
+
+    Each of two RMS norms keeps its input in fp32 (4 D); trained, also what its weight is multiplied with (s D) and its
+    output, which the projections read (s D). Attention keeps queries, keys, values, its output (s) and a log-sum of
+    each head (4). The MLP keeps what enters SiLU, what leaves it, and the other factor (3 s I); trained, the product
+    (s I). `copies_output`: attention sample by sample (CPU) joins its outputs in a copy, which a trained output
+    projection keeps.
+    """
+    s = 2 if half else 4
+    norms = 2 * (4 * shape.width + (2 * s * shape.width if trained else 0))
+    attention = s * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
+    if copies_output and trained:
+        attention += s * shape.query
+    return float(norms + attention + s * shape.mlp * (4 if trained else 3))
+
+
+def language_work_bytes(shape: LanguageShape, *, half: bool) -> float:
+    """What the backward pass of a block needs for a token besides: gradients of the MLP's three inner tensors and of
+    the stream, twice, and in bf16 a norm's in fp32."""
+    s = 2 if half else 4
+    return float(s * (3 * shape.mlp + 2 * shape.width) + (8 * shape.width if half else 0))
+
+
+def vision_block_bytes(shape: VisionShape, *, half: bool) -> float:
+    """What autograd saves of a tile's token in one trained block of a tower.
+
+    Two layer norms keep input and output (4 W), attention queries, keys, values and output (4 W), the MLP what enters
+    and leaves its activation (2 M), quick GELU its sigmoid besides (M), DINOv2's layer scales what they scale (2 W).
+    """
+    s = 2 if half else 4
+    widths = 8 + (2 if shape.kind.startswith("dinov2") else 0)
+    return float(s * (widths * shape.width + (3 if shape.quick_gelu else 2) * shape.mlp))
