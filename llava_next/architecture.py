@@ -44,6 +44,15 @@ class Architecture:
         """The longest sequence that the language model was made for, in tokens."""
         return int(self.hf_config.text_config.max_position_embeddings)
 
+    def check_length(self, max_length: int) -> None:
+        """Raises ModelError where samples may be longer than the language model's positions."""
+        if max_length > self.max_positions:
+            raise ModelError(
+                f"stage.max_length={max_length} is longer than the {self.max_positions} positions of "
+                f"{self.config.language_model.name}; lower it, or raise max_position_embeddings in "
+                "model.language_model.overrides"
+            )
+
 
 def join_configs(
     config: ModelConfig,

@@ -48,12 +48,7 @@ class Backbone(Architecture):
         Raises:
             ModelError: unknown template, or a maximum length beyond the model's positions.
         """
-        if max_length > self.max_positions:
-            raise ModelError(
-                f"stage.max_length={max_length} is longer than the {self.max_positions} positions of "
-                f"{self.config.language_model.name}; lower it, or raise max_position_embeddings in "
-                "model.language_model.overrides"
-            )
+        self.check_length(max_length)
         return Processor(
             self.tokenizer,
             ProcessorConfig(

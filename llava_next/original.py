@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedTokenizerFast
 
-from llava_next.build import VOCABULARY_MULTIPLE, Backbone
+from llava_next.architecture import VOCABULARY_MULTIPLE
+from llava_next.build import Backbone
 from llava_next.chat_template import chat_template
 from llava_next.config import ImageMode, ModelError, ProjectorKind
 from llava_next.hf import generation_config, serving_tokenizer

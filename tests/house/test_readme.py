@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from train.config import load
+from train.plan.__main__ import planned_stages
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -93,6 +94,8 @@ def test_command_names_what_exists(command: str) -> None:
     assert module_exists(name), f"python -m {name}: no such module"
     if name == "train":
         load([word for word in arguments if not word.startswith("-") and "=" in word], folders=False)
+    if name == "train.plan":
+        assert planned_stages(arguments)
 
 
 def test_readme_shows_the_two_first_commands() -> None:

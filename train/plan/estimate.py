@@ -67,8 +67,10 @@ class StagePlanner:
 
     @property
     def num_steps(self) -> int:
+        """Of the stage, or of max_steps where that ends it."""
         stage = self.config.stage
-        return num_steps(self.population.num_samples, stage.batch_size, stage.epochs)
+        whole = num_steps(self.population.num_samples, stage.batch_size, stage.epochs)
+        return min(whole, self.config.max_steps or whole)
 
     def steps(self, packing: PackingConfig, num_ranks: int) -> list[StepRows]:
         """Some steps, dealt for these budgets and ranks."""

@@ -22,6 +22,7 @@ def plan_stage(
         ModelError, DataError, ConfigError, PackingError: as the run would.
     """
     architecture = read_architecture(config.model)
+    architecture.check_length(config.stage.max_length)
     population = population_of(config, architecture, num_samples=num_samples, config_dir=config_dir)
     planner = StagePlanner(config, model_facts(architecture, config), population, hardware)
     setting = setting_of(config, nodes)

@@ -1,0 +1,196 @@
+"""The planner against the truth: memory and step time, predicted and measured.
+
+    python scripts/bench/plan.py [--quick]
+    python scripts/bench/plan.py --device cuda --hardware h100_80g
+
+Runs the project's own trainer on drawn samples, as the step bench does, each setting in a process of its own, and plans
+the same settings from the same length table. On a CPU memory is the process's high-water mark above its level before
+the model, for a model of more than 1 GB of state; on a GPU the allocator's, without the planner's margin for
+fragmentation. Fails where memory is further off than 15 % (on a GPU 10 %). Step times are planned with the hardware
+file's shares and, on a CPU, the rate of a large product measured in the same process; they are printed, and on a GPU
+held to 10 % with --strict-time.
+
+Owns the settings and the comparison. Materials and trainer are the step bench's.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import yaml
+from gpu import layers_that_fit
+from job import Job, Outcome
+from materials import SHAPES, Shape, open_data, prepared, run_config
+from results import RESULTS, machine_facts, save, table
+from runs import BenchError, Competitor, vicuna_tokenizer
+
+from llava_next.build import read_backbone
+from train.config import CONFIG_DIR
+from train.loader import stage_processor
+from train.plan.facts import model_facts
+from train.plan.hardware import Hardware, check_hardware
+from train.plan.hours import step_time
+from train.plan.memory import memory_of
+from train.plan.population import Population
+from train.plan.rows import draw_steps, largest_seen
+from train.plan.setting import setting_of
+
+GOALS = {"cpu": 0.15, "cuda": 0.10}
+SHAPE = Shape(640, 6, 10, 1728, 192, 6, 3, window=(1000, 2000))
+"""73 million parameters: 1.5 to 1.8 GB of state in fp32; short samples, since two cores run it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A setting to plan and to run."""
+
+    name: str
+    engine: int
+    recompute: bool = False
+    max_tokens: int = 2000
+
+
+CPU_CASES = (
+    Case("zero2", 2),
+    Case("zero2, recompute", 2, recompute=True),
+    Case("zero0", 0),
+    Case("zero1", 1),
+    Case("zero3", 3),
+    Case("zero2, two samples a row", 2, max_tokens=4000),
+)
+GPU_CASES = (
+    Case("zero2", 2, max_tokens=8192),
+    Case("zero2, recompute", 2, recompute=True, max_tokens=8192),
+    Case("zero3", 3, max_tokens=8192),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The program; 0 if memory is predicted as well as it should be."""
+    options = _options(arguments)
+    on_gpu = options.device == "cuda"
+    cases = GPU_CASES if on_gpu else CPU_CASES[:2] if options.quick else CPU_CASES
+    hardware = read_hardware(options.hardware or ("h100_80g" if on_gpu else "cpu"))
+    found: dict[str, dict[str, Any]] = {}
+    try:
+        for case in cases:
+            found[case.name] = _measure(case, options, hardware)
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    print(results_table(found), flush=True)
+    goal = GOALS[options.device]
+    worst = max(abs(values["memory_ratio"] - 1) for values in found.values())
+    worst_time = max(abs(values["time_ratio"] - 1) for values in found.values())
+    print(f"memory is at most {worst:.1%} off (goal {goal:.0%}), step times {worst_time:.1%}")
+    command = ["python", "scripts/bench/plan.py", *(arguments if arguments is not None else sys.argv[1:])]
+    facts = machine_facts(device=torch.cuda.get_device_name() if on_gpu else "CPU")
+    name = "plan_gpu" if on_gpu else "plan"
+    save(name, command, facts, {"goal": goal, "worst": worst, "worst_time": worst_time, "cases": found}, options.out)
+    return 0 if worst <= goal and (not options.strict_time or worst_time <= goal) else 1
+
+
+def read_hardware(name: str) -> Hardware:
+    """One GPU, or one process, of a hardware file."""
+    values = yaml.safe_load((CONFIG_DIR / "hardware" / f"{name}.yaml").read_text(encoding="utf-8"))
+    return replace(check_hardware(values), gpus_per_node=1)
+
+
+def _measure(case: Case, options: argparse.Namespace, hardware: Hardware) -> dict[str, Any]:
+    on_gpu = options.device == "cuda"
+    job = Job(
+        folder="",
+        result="",
+        batch=0,
+        samples_per_step=16 if on_gpu else 2,
+        num_steps=4 if on_gpu else 2,
+        trains_tower=True,
+        threads=options.threads,
+        max_tokens=case.max_tokens,
+        device=options.device,
+        workers=4 if on_gpu else 0,
+        engine=case.engine,
+        recompute=case.recompute,
+    )
+    shape = SHAPE
+    if on_gpu:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        # What the rule of thumb gives without recompute, and a little less: the planner is tested, not the card.
+        shape = replace(SHAPES["large"], layers=max(1, layers_that_fit(memory, case.max_tokens, SHAPES["large"]) - 1))
+    if options.tiny:
+        shape, job = SHAPES["tiny"], replace(job, max_tokens=400)
+    with prepared(shape, options.tokenizer or vicuna_tokenizer(), job) as given:
+        outcome = Competitor(case.name, "ours").run(given)
+        return compare(given, outcome, hardware, case)
+
+
+def compare(job: Job, outcome: Outcome, hardware: Hardware, case: Case) -> dict[str, Any]:
+    """The job planned, beside what it measured."""
+    config = run_config(Path(job.folder), job)
+    backbone = read_backbone(config.model)
+    _, lengths = open_data(config, stage_processor(backbone, config.stage))
+    population = Population.counted(lengths, "the bench's own")
+    facts, setting = model_facts(backbone, config), setting_of(config, 1)
+    steps = draw_steps(
+        population, config.packing, facts.costs, num_ranks=1, batch_size=job.samples_per_step, seed=config.seed,
+        count=job.num_steps,
+    )  # fmt: skip
+    half = job.device == "cuda"
+    planned = memory_of(facts, setting, largest_seen(steps), num_ranks=1, half=half, on_gpu=half)
+    gib = (planned.total - planned.kinds.get("fragmentation", 0.0)) / 2**30
+    if job.device == "cpu":
+        hardware = replace(hardware, fp32_tflops=outcome.gemm_tflops)
+    time = step_time(facts, setting, steps, hardware, half=half, workers=job.workers, save_every=0)
+    seconds = median(outcome.seconds[1:])
+    state = sum(planned.kinds[kind] for kind in ("weights", "gradients", "optimizer"))
+    print(f"  {case.name}: {gib:.2f} GiB planned, {outcome.peak_gib:.2f} measured", flush=True)
+    return {
+        "parameters": facts.num_parameters,
+        "state_gib": state / 2**30,
+        "planned_gib": gib,
+        "measured_gib": outcome.peak_gib,
+        "memory_ratio": gib / outcome.peak_gib,
+        "peak_in": planned.peak,
+        "kinds_gib": {kind: value / 2**30 for kind, value in planned.kinds.items()},
+        "planned_s": time.total,
+        "measured_s": seconds,
+        "time_ratio": time.total / seconds,
+        "gemm_tflops": outcome.gemm_tflops,
+    }
+
+
+def results_table(found: dict[str, dict[str, Any]]) -> str:
+    """One line for each setting."""
+    columns = (
+        ("state_gib", "state GiB", ".2f"),
+        ("planned_gib", "planned GiB", ".2f"),
+        ("measured_gib", "measured GiB", ".2f"),
+        ("memory_ratio", "ratio", ".3f"),
+        ("planned_s", "planned s", ".2f"),
+        ("measured_s", "measured s", ".2f"),
+        ("time_ratio", "ratio", ".2f"),
+    )
+    rows = [[name, *(format(values[key], form) for key, _, form in columns)] for name, values in found.items()]
+    return table(["", *(title for _, title, _ in columns)], rows)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--hardware", help="a file of configs/hardware (default: cpu; with --device cuda h100_80g)")
+    parser.add_argument("--quick", action="store_true", help="the first two settings only")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model, to exercise the program: nothing is proved")
+    parser.add_argument("--strict-time", action="store_true", help="also fail where step times are too far off")
+    parser.add_argument("--threads", type=int, default=2, help="of torch on the host")
+    parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
