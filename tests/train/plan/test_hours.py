@@ -58,7 +58,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
         hidden_size=96, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, image_size=56, patch_size=7
     )
     tower.save_pretrained(folder / "tower")
-    sizes: dict[str, Any] = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352, "num_hidden_layers": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "intermediate_size": 352,
+        "num_hidden_layers": 4,
+    }
     language = tiny_model(folder, **sizes).language_model
     return ModelConfig(language, VisionTowerConfig("flops_clip", str(folder / "tower"), weights="random"))
 

@@ -105,7 +105,12 @@ def saved_bytes(model: LlavaNext, batch: object) -> int:
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[TowerName, ModelConfig]:
     """Tiny models of each kind of tower, wide enough that what the formulas leave out is small."""
     towers: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
-    sizes: dict[str, Any] = {"hidden_size": 64, "num_key_value_heads": 4, "intermediate_size": 160, "num_hidden_layers": 3}
+    sizes: dict[str, Any] = {
+        "hidden_size": 64,
+        "num_key_value_heads": 4,
+        "intermediate_size": 160,
+        "num_hidden_layers": 3,
+    }
     return {name: tiny_model(tmp_path_factory.mktemp(name), name, **sizes) for name in towers}
 
 
