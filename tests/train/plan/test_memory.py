@@ -4,6 +4,7 @@ That whole processes use what is planned is proved by scripts/bench/plan.py (see
 """
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
