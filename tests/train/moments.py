@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 ACTS = (
-    *("mkdir", "half", "open config.yaml", "open run_state.json", "open sums_rank_.json", "sync", "open sums.json"),
+    *(
+        "mkdir",
+        "half",
+        "open config.yaml",
+        "open run_state.json",
+        "open sums_rank_.json",
+        "sync",
+        "open sums.json.partial",
+    ),
     *("rename", "remove", "rmdir"),
 )
 """What a rank does to its checkpoints while it saves, as `watch_acts` says it, about in this order."""
