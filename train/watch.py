@@ -237,7 +237,8 @@ def _stands(thread: int) -> tuple[bool, str]:
 
 def _is_of_a_collective(error: Exception) -> bool:
     """Whether an error only says that other ranks did not come: gloo has no type of its own for it."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    # The second are gloo's words too, for a pair that a timeout of another one has closed.
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "pair closure"))
 
 
 def _cause(error: Exception) -> str:

@@ -17,7 +17,7 @@ from train.config import RunConfig
 from train.lengths import open_table
 from train.loader import stage_processor
 from train.progress import PHASES, Place, Progress, late, read_places
-from train.watch import ExitFile
+from train.watch import ExitFile, _is_of_a_collective
 
 TIMEOUT_S = 10.0
 
@@ -109,6 +109,12 @@ def test_a_clock_that_jumps_makes_no_rank_late(tmp_path: Path, monkeypatch: pyte
 def test_who_is_late(places: list[Place], expected: list[int]) -> None:
     """The rank that is least far, and of those in one phase the one that does not wait for the others."""
     assert [found.rank for found in late(places)] == expected
+
+
+def test_a_lost_rank_is_told_from_a_fault() -> None:
+    """What gloo says when another rank did not come is no fault of the one that hears it."""
+    heard = ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer", "Application timeout caused pair closure")
+    assert [_is_of_a_collective(RuntimeError(words)) for words in (*heard, "shapes differ")] == [True, True, False]
 
 
 def test_phases_are_in_the_order_of_a_step() -> None:
