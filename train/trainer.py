@@ -226,6 +226,7 @@ class Trainer:
         what = f"the loss of {names}" if bad else "the gradient"
         self._num_skipped += 1
         if self.world.is_main:
+            self.config.run_dir.mkdir(parents=True, exist_ok=True)
             with (self.config.run_dir / "non_finite.jsonl").open("a") as file:
                 samples = [f"{text.source}:{text.id}" for text in map(self.mixture.text, self._numbers(plan))]
                 file.write(json.dumps({"step": plan.step, "what": what, "samples": samples}) + "\n")

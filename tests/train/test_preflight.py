@@ -53,7 +53,7 @@ def test_a_rank_that_does_not_come_ends_the_start(
 ) -> None:
     """One rank is never started, or hangs in its file system: the others say so within the patience, and end."""
     config = replace(run_config, timeout_s=5 if fault == "absent" else 60)
-    ended = run_to_the_end(2, preflight_cases.at_the_start, config, fault, folder=tmp_path, missing=[1], timeout_s=60)
+    ended = run_to_the_end(2, preflight_cases.at_the_start, config, fault, folder=tmp_path, missing=[1], timeout_s=240)
     assert ended[0].exit_code == 1
     assert words in ended[0].output
     assert words in json.loads((config.run_dir / "exit.json").read_text())["reason"]
