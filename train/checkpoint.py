@@ -87,6 +87,7 @@ class Saver:
         self._folder, self._world, self._save = folder, world, save
         self._partial: Path | None = None
         self._sealing: threading.Thread | None = None
+        self._removing: threading.Thread | None = None
         self._error: Exception | None = None
         self._began_s = 0.0
 
@@ -143,17 +144,18 @@ class Saver:
         return place
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written, if there is one, and for every rank.
+        """Waits for the checkpoint that is being written, if there is one, for every rank, and for old ones to be gone.
 
         Raises:
             SaveError: as `finish` does.
         """
-        if self._sealing is None:
-            return
-        self._sealing.join()
-        barrier(self._world)
-        self.finish()
-        barrier(self._world)
+        if self._sealing is not None:
+            self._sealing.join()
+            barrier(self._world)
+            self.finish()
+            barrier(self._world)
+        if self._removing is not None:
+            self._removing.join()
 
     def _seal(self, partial: Path) -> None:
         try:
@@ -164,10 +166,12 @@ class Saver:
             self._error = error
 
     def _remove_old(self) -> None:
+        """Takes the names of old ones away, and lets their files go beside the next steps: they may be a hundred GB."""
         every = self._save.keep_every
-        for old in complete(self._folder)[: -self._save.keep]:
-            if not every or _step(old) % every:
-                _remove(old)
+        old = [place for place in complete(self._folder)[: -self._save.keep] if not every or _step(place) % every]
+        unnamed = [_unname(place) for place in old]
+        self._removing = threading.Thread(target=_remove_all, args=(unnamed,), daemon=True, name="remove")
+        self._removing.start()
 
     def _failed(self, partial: Path, error: Exception) -> SaveError:
         last = newest(self._folder)
@@ -279,7 +283,7 @@ def _give_name(partial: Path, place: Path, num_ranks: int) -> None:
     for folder in (partial / ENGINE, partial):
         _sync_folder(folder)
     if place.exists():  # from before the run went back to an earlier one
-        _remove(place)
+        shutil.rmtree(_unname(place))
     partial.rename(place)
     _sync_folder(place.parent)
 
@@ -315,11 +319,16 @@ def _damage(place: Path, world: World) -> str:
     return ""
 
 
-def _remove(place: Path) -> None:
-    """Takes its name away first: a kill in between leaves nothing that looks like a checkpoint."""
+def _unname(place: Path) -> Path:
+    """The first act of a removal: a kill in its middle then leaves nothing that looks like a checkpoint."""
     unnamed = place.with_name(f"{place.name}.removed")
     place.rename(unnamed)
-    shutil.rmtree(unnamed)
+    return unnamed
+
+
+def _remove_all(folders: list[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)  # what is left goes at the next save
 
 
 def _step(place: Path) -> int:

@@ -36,11 +36,8 @@ class StepGuard:
         self._refuse = self._left_out = False
         self._norm = float("nan")
         self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
-        optimizer = engine.basic_optimizer
-        self._hooks = (
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        )
+        engine.basic_optimizer.register_step_pre_hook(self._before)
+        engine.basic_optimizer.register_step_post_hook(self._after)
 
     def step(self, *, refuse: bool) -> Update:
         """The engine's step; `refuse` lets it do everything but change weights and moments."""

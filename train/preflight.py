@@ -35,7 +35,7 @@ from train.findings import Check, Findings, Gpu, compare, format_table
 from train.lengths import LengthTable
 from train.loader import Rows
 from train.versions import versions
-from train.world import World, barrier
+from train.world import World, barrier, is_out_of_memory, share
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def check(config: RunConfig, world: World) -> None:
     own = look(config, world, token)
     _wait_for_all(world)
     _token_file(config.run_dir / "log", token, world.rank).unlink(missing_ok=True)
-    checks = compare(_gathered(replace(own, clock=time.time()), world))
+    checks = compare(share(world, replace(own, clock=time.time())))
     if not any(one.problem for one in checks):
         checks.append(_try_network(world))
     _tell(checks, config, world)
@@ -140,7 +140,9 @@ def rehearse(
         loss = LossSums(*engine(dataset[positions].to(world.device))).total / int(rows["supervised"].sum())
         engine.backward(loss)
         engine.step()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         raise RuntimeError(
             f"the fullest row of this data ({row}) does not fit into {world.device} of {socket.gethostname()}: "
             "lower packing.max_tokens or packing.max_tiles, name parts in recompute=[...], or choose engine=zero3"
@@ -231,14 +233,6 @@ def _wait_for_all(world: World) -> None:
         ) from error
 
 
-def _gathered(findings: Findings, world: World) -> list[Findings]:
-    if world.size == 1:
-        return [findings]
-    found: list[Findings | None] = [None] * world.size
-    dist.all_gather_object(found, findings, group=world.host_group)
-    return [one for one in found if one is not None]
-
-
 def _try_network(world: World) -> Check:
     """A sum over all ranks, on the devices that the run computes on; its time is the second one's."""
     if world.size == 1:
@@ -259,10 +253,8 @@ def _try_network(world: World) -> Check:
             wrong.extend(value for value in (least, most) if value != world.size * (world.size + 1) / 2)
 
     _within_patience(add_up)
-    results: list[list[float]] = [[] for _ in range(world.size)]
-    dist.all_gather_object(results, wrong, group=world.host_group)
     found = f"{4 * _NUMBERS / 2**20:.0f} MiB added up over {world.size} ranks in {1000 * took[-1]:.0f} ms"
-    for rank, values in enumerate(results):
+    for rank, values in enumerate(share(world, wrong)):
         if values:
             right = world.size * (world.size + 1) / 2
             return Check(

@@ -28,19 +28,12 @@ from train.versions import versions
 from train.world import World, barrier, share
 
 FREE = (
-    *("root", "name", "recipe", "log", "save", "data", "packing", "engine", "device", "precision", "attention"),
-    *(
-        "recompute",
-        "deterministic",
-        "timeout_s",
-        "time_limit_min",
-        "max_steps",
-        "skip_non_finite",
-        "preflight",
-        "resume_allow",
-    ),
+    # How it is computed, and how much of it.
+    *("engine", "packing", "device", "precision", "attention", "recompute", "deterministic", "max_steps"),
+    # What happens around it.
+    *("recipe", "log", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight", "resume_allow"),
     # Where things lie; what they are is in the fingerprint and in the frozen parts' sums.
-    *("mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),
+    *("root", "name", "mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),
     "model.vision_tower.path",
 )
 """Keys that may differ from the checkpoint's, those below them included: nothing that is learned depends on them."""
@@ -99,6 +92,16 @@ def frozen_sums(model: LlavaNext, world: World) -> dict[str, str]:
     return {part: total.hexdigest() for part, total in parts.items()}
 
 
+def check_frozen(place: Path, state: RunState, frozen: dict[str, str]) -> None:
+    """Raises ConfigError, with their names, if frozen parts (`frozen_sums` of a model) are others than were saved."""
+    parts = sorted(part for part in {*frozen, *state.frozen} if frozen.get(part) != state.frozen.get(part))
+    if parts:
+        raise ConfigError(
+            f"{place}: the frozen parameters of {', '.join(parts)} are not those that it was trained with (sha256); "
+            "restore stage.init_from and the model's folders, or start afresh with another name=..."
+        )
+
+
 @dataclass(frozen=True)
 class Resumption:
     """A checkpoint that this run goes on from. `states` is None where DeepSpeed's own files fit as they are."""
@@ -137,29 +140,19 @@ class Resumption:
             ConfigError: frozen parts are others than they were.
             ResumeError: the engine is not where the checkpoint was.
         """
-        self._check_frozen(frozen)
+        check_frozen(self.place, self.state, frozen)
         fresh = [_about_group(group) for group in engine.optimizer.param_groups]
         if self.states is None:
             folder, _ = engine.load_checkpoint(str(self.place), tag=checkpoint.ENGINE, load_module_strict=False)
             if folder is None:
                 raise ResumeError(f"DeepSpeed found nothing to load in {self.place}")
         else:
-            _make_states(engine, blank, world)
+            _make_states(engine, blank)
             set_states(engine, self.states, world)
             for state in engine.basic_optimizer.state.values():  # one counter each: a shared one would run ahead
                 state["step"] = torch.full_like(state["step"], float(self.state.updates))
         self._check_groups(engine, fresh, config)
         return self.state.step
-
-    def _check_frozen(self, frozen: dict[str, str]) -> None:
-        if frozen != self.state.frozen:
-            parts = sorted(
-                part for part in {*frozen, *self.state.frozen} if frozen.get(part) != self.state.frozen.get(part)
-            )
-            raise ConfigError(
-                f"{self.place}: the frozen parameters of {', '.join(parts)} are not those that it was trained with "
-                "(sha256); restore stage.init_from and the model's folders, or start afresh with another name=..."
-            )
 
     def _check_groups(self, engine: deepspeed.DeepSpeedEngine, fresh: list[dict[str, Any]], config: RunConfig) -> None:
         live = engine.optimizer.param_groups
@@ -215,23 +208,17 @@ def refuse_another_run(place: Path, state: RunState, data_fingerprint: str, conf
     """Raises ConfigError, with every difference, if the checkpoint is not this run's."""
     saved = OmegaConf.to_container(OmegaConf.load(checkpoint.config_path(place)))
     now = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
-    before, after = _flat(saved), _flat(now)
+    before = _flat(saved) | {"data_fingerprint": state.data_fingerprint, "dtype": state.dtype}
+    after = _flat(now) | {"data_fingerprint": data_fingerprint, "dtype": _word(world.dtype)}
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    told = [_told(key, before.get(key), after.get(key)) for key in changed if not _is_below(key, FREE)]
-    keys = [key for key in changed if not _is_below(key, FREE)]
-    for key, was, is_now in (
-        ("data_fingerprint", state.data_fingerprint, data_fingerprint),
-        ("dtype", state.dtype, _word(world.dtype)),
-    ):
-        if was != is_now:
-            keys.append(key)
-            told.append(_told(key, was, is_now))
-    if "data_fingerprint" in keys:
-        told += [_told(key, before.get(key), after.get(key)) for key in changed if _is_below(key, ("mixture",))]
-    refused = [key for key in keys if not _is_below(key, config.resume_allow)]
+    told = [key for key in changed if not _is_below(key, FREE)]
+    refused = [key for key in told if not _is_below(key, config.resume_allow)]
     if refused:
+        if "data_fingerprint" in told:  # what of the mixture makes it another one
+            told += [key for key in changed if _is_below(key, ("mixture",))]
+        differences = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in told)
         raise ConfigError(
-            f"{place} is of a run with other settings: {'; '.join(told)}. Restore them, allow it with "
+            f"{place} is of a run with other settings: {differences}. Restore them, allow it with "
             f"'resume_allow=[{','.join(refused)}]', or start afresh with another name=... (or without {place.parent})"
         )
 
@@ -242,7 +229,7 @@ def _named_groups(model: LlavaNext, config: RunConfig) -> Iterator[list[str]]:
         yield [names[id(parameter)] for parameter in group["params"]]
 
 
-def _make_states(engine: deepspeed.DeepSpeedEngine, blank: Batch, world: World) -> None:
+def _make_states(engine: deepspeed.DeepSpeedEngine, blank: Batch) -> None:
     """Lets the optimizer make its states: an update with rates and gradients of zero, which changes nothing."""
     set_rates(engine.optimizer.param_groups, 0.0)
     total, *_ = engine(blank)
@@ -275,10 +262,6 @@ def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
 
 def _is_below(key: str, keys: Iterable[str]) -> bool:
     return any(key == other or key.startswith(other + ".") for other in keys)
-
-
-def _told(key: str, was: object, is_now: object) -> str:
-    return f"{key} was {was}, is {is_now}"
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -27,8 +27,8 @@ from train.guard import StepGuard
 from train.loader import Planner, StepPlan
 from train.log import RunLog
 from train.optim import schedule_factor, set_rates
-from train.progress import Progress
-from train.world import Agreement, World, agree
+from train.progress import Progress, sample_names
+from train.world import Agreement, World, agree, is_out_of_memory
 
 _MOST_NAMED = 16
 
@@ -226,9 +226,8 @@ class Trainer:
         what = f"the loss of {names}" if bad else "the gradient"
         self._num_skipped += 1
         if self.world.is_main:
-            self.config.run_dir.mkdir(parents=True, exist_ok=True)
+            samples = sample_names(self.planner, self.mixture, self.progress.now[0])
             with (self.config.run_dir / "non_finite.jsonl").open("a") as file:
-                samples = [f"{text.source}:{text.id}" for text in map(self.mixture.text, self._numbers(plan))]
                 file.write(json.dumps({"step": plan.step, "what": what, "samples": samples}) + "\n")
         allowed = self.config.skip_non_finite
         told = f"step {plan.step}: {what} is not finite; the step was not applied"
@@ -238,9 +237,6 @@ class Trainer:
                 f"samples. {self._samples(plan, bad or None)}"
             )
         self.log.say(f"{told} ({self._num_skipped} of at most {allowed}; its samples are in non_finite.jsonl)")
-
-    def _numbers(self, plan: StepPlan) -> list[int]:
-        return [int(number) for number in self.planner.table.rows["sample"][plan.samples]]
 
     def _about_row(self, plan: StepPlan, number: int, error: Exception) -> str:
         """Which row did not fit, and what to change; none of it changes what is learned."""
@@ -295,11 +291,6 @@ class Trainer:
             "perf/max_memory_gib": max_memory_gib(self.world),
         }
         return values
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says so: its CPU allocator has no type of its own for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def max_memory_gib(world: World) -> float:

@@ -12,22 +12,40 @@ from typing import Any
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_optim_files
 
+from llava_next.config import ModelError
+from llava_next.model import LlavaNext
 from llava_next.tensors import LazyTensor, given
 from train import checkpoint
 from train.quiet import muted_stdout
 
 
-def trained_weights(place: Path, *, masters: bool = False) -> dict[str, LazyTensor]:
+def trained_weights(model: LlavaNext, place: Path, *, masters: bool = False) -> dict[str, LazyTensor]:
     """The trained parameters by their live names, on the host.
 
     Args:
+        model: whose trained parameters they are to be; it is left as it is.
         place: the checkpoint.
         masters: the optimizer's fp32 copies instead of the weights themselves, which may be bf16. ZeRO 3 has no others.
 
     Raises:
         SaveFormatError: a file would run code when it is unpickled.
+        ModelError: they are another model's.
         OSError, RuntimeError, KeyError, ValueError: a file is damaged or missing.
     """
+    found = _read(place, masters)
+    if model.hf.lm_head.weight is model.hf.get_input_embeddings().weight:
+        found.pop("hf.lm_head.weight", None)  # the embedding by its second name
+    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    different = sorted(expected ^ set(found))
+    if different:
+        raise ModelError(
+            f"{place} is of another model than config.yaml beside it describes: {len(different)} tensors are not in "
+            f"both, among them {different[0]}"
+        )
+    return found
+
+
+def _read(place: Path, masters: bool) -> dict[str, LazyTensor]:
     checkpoint.refuse_code(place)
     stage, folder = checkpoint.read_state(place).layout["zero_stage"], place / checkpoint.ENGINE
     if stage == 3:

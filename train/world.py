@@ -194,6 +194,11 @@ def share(world: World, value: _Value) -> list[_Value]:
     return values
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says so: its CPU allocator has no type of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def barrier(world: World) -> None:
     """Waits for every rank."""
     if world.size > 1:

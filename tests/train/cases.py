@@ -373,6 +373,7 @@ def _plan_of_kinds(parts: Parts, of_ranks: list[list[str]]) -> Any:
 
 def _step(parts: Parts, plan: Any) -> Any:
     """One step of the trainer over the rows of `plan`."""
+    parts.config.run_dir.mkdir(parents=True, exist_ok=True)  # as the run does
     from train.loader import Rows
     from train.optim import set_rates
     from train.trainer import Trainer

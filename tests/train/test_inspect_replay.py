@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import Ranks
+from tests.tiny import tiny_model
 from tests.train import cases
 from train.config import RunConfig, SaveConfig, to_yaml
 from train.inspect.__main__ import main
@@ -48,6 +49,22 @@ def test_a_step_is_replayed(
         losses = [float(loss) for loss in re.findall(r"<b>loss ([\d.]+)</b>", page)]
         assert losses == sorted(losses, reverse=True)
         assert len(losses) == len(places)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, pytest.param(3, marks=pytest.mark.full)])
+def test_a_head_that_is_the_embedding_is_replayed(
+    start_ranks: Start, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero_stage: int
+) -> None:
+    """A checkpoint may name the shared tensor twice, once, or not as its own: the replayed loss is the logged one."""
+    model = tiny_model(tmp_path / "models", tied=True)
+    config = replace(run_config, model=model, engine=cases.zero(zero_stage), save=SaveConfig(every=2, keep=2))
+    records = start_ranks(1).run(cases.train, config, 3)
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    assert main([str(config.run_dir), "--step", "2", "--loss"]) == 0
+    said = capsys.readouterr().out
+    assert "weights exactly as before step 2: checkpoint" in said
+    replayed, _ = map(float, re.findall(r"([\d.]+) (?:replayed|logged)", said))
+    assert replayed == pytest.approx(records[0].losses[2], abs=1e-5)
 
 
 def test_the_last_step_is_the_default_one(run_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,8 +173,7 @@ def _of_checkpoint(place: Path, dtype: torch.dtype | None) -> Source:
     processor = stage_processor(backbone, config.stage)
     model = _frozen_parts(config, backbone, state, place)
     wanted = dtype or own
-    trained = trained_weights(place, masters=wanted == torch.float32 != own)
-    _check_names(model, trained, place)
+    trained = trained_weights(model, place, masters=wanted == torch.float32 != own)
     tower_type = backbone.hf_config.vision_config.model_type
     tensors = [
         replace(trained[name], name=published_name(name, tower_type))
@@ -223,25 +222,8 @@ def _frozen_parts(config: RunConfig, backbone: Backbone, state: checkpoint.RunSt
         load_weights(model, backbone, Path(config.stage.init_from))
     set_trained_parts(model, rates)
     sums = resume.frozen_sums(model, World(0, 0, 1, torch.device("cpu"), dtype, None))
-    different = sorted(part for part in {*sums, *state.frozen} if sums.get(part) != state.frozen.get(part))
-    if different:
-        raise ModelError(
-            f"{place}: the frozen parameters of {', '.join(different)} are not those that it was trained with "
-            "(sha256); restore stage.init_from and the model's folders, as its config.yaml names them"
-        )
+    resume.check_frozen(place, state, sums)
     return model
-
-
-def _check_names(model: LlavaNext, trained: dict[str, LazyTensor], place: Path) -> None:
-    if model.hf.lm_head.weight is model.hf.get_input_embeddings().weight:
-        trained.pop("hf.lm_head.weight", None)  # the embedding by its second name
-    expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    different = sorted(expected ^ set(trained))
-    if different:
-        raise ModelError(
-            f"{place} is of another model than config.yaml beside it describes: {len(different)} tensors are not in "
-            f"both, among them {different[0]}"
-        )
 
 
 def _of_folder(folder: Path, dtype: torch.dtype | None, config: RunConfig | None) -> Source:
