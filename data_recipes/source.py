@@ -22,6 +22,9 @@ from data_recipes.sample import DataError, Reject, Sample
 
 NOT_STATED = "not stated"
 
+METRICS = ("exact_match", "vqa_accuracy", "relaxed_accuracy", "anls", "options", "edit_similarity", "grounding_iou")
+"""What `metric` may name besides `none`; `train/evaluate/metrics.py` computes them."""
+
 Reader = Callable[..., Iterator[Sample | Reject]]
 
 
@@ -37,6 +40,8 @@ class SourceInfo:
         publisher, fetch, size, licence: shown where they are needed, and kept in the manifest; `size` is what has
             to be fetched, in words.
         citation: a BibTeX entry: `key`, `type` (article, inproceedings, misc) and its fields.
+        metric: how answers are judged in an evaluation, one of `METRICS`; `none` where only the loss says anything
+            (captions, descriptions, chats).
         expected_count: samples that the published set gives; None where that is not a fixed number.
         max_reject_share: `prepare` fails above this share of rejected records, between 0 and 1.
     """
@@ -50,6 +55,7 @@ class SourceInfo:
     size: str = ""
     licence: str = ""
     citation: dict[str, str] = field(default_factory=dict)
+    metric: str = "exact_match"
     expected_count: int | None = None
     max_reject_share: float = 0.02
 
@@ -174,6 +180,10 @@ def read_source(configs: Path, name: str) -> SourceInfo:
             raise DataError(f"{place}: `{key}` is {value!r}, and must be {names}.")
     values["citation"] = _citation(place, values.get("citation", {}))
     info = SourceInfo(name=name, **values)
+    if info.metric not in (*METRICS, "none"):
+        near = difflib.get_close_matches(info.metric, METRICS, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise DataError(f"{place}: `metric` is {info.metric!r}; known: {', '.join(METRICS)}, none.{hint}")
     if not 0 <= info.max_reject_share <= 1:
         raise DataError(f"{place}: `max_reject_share` is {info.max_reject_share}, and must lie between 0 and 1.")
     return info

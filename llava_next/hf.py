@@ -221,12 +221,14 @@ def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProces
 
 
 def serving_tokenizer(backbone: Backbone, template: Template) -> Any:
-    """The tokenizer, made to add no token of its own where the template opens without one."""
-    if template.bos:
-        return backbone.tokenizer
+    """The tokenizer, made to add no token of its own where the template opens without one, and to call the template's
+    end its end of sequence, as published checkpoints do: some programs (lmms-eval) stop at that token alone."""
     tokenizer = copy.deepcopy(backbone.tokenizer)
-    nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-    tokenizer.backend_tokenizer.post_processor = nothing
+    if template.end:
+        tokenizer.eos_token = template.end
+    if not template.bos:
+        nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
+        tokenizer.backend_tokenizer.post_processor = nothing
     return tokenizer
 
 

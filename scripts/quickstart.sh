@@ -142,7 +142,7 @@ step "Waiting for DeepSpeed's op" await_ops
 step_once "$OUT/align/connector" "Stage 1: the connector learns" train_stage align
 step_once "$OUT/finetune/export" "Stage 2: every part learns" train_stage finetune
 step_once "$OUT/evaluation.json" "Questions about pictures that it never saw" \
-    env OMP_NUM_THREADS="$(nproc)" python -m train.evaluate "$OUT/finetune" --limit 400 --out "$OUT/evaluation.json"
+    env OMP_NUM_THREADS="$(nproc)" python -m train.evaluate "$OUT/finetune" --limit 400 --num 200 --generate 2 --out "$OUT/evaluation.json"
 step "Summary" python scripts/quickstart/summary.py --out "$OUT"
 
 printf '\nquickstart: done in %s. Everything lies in %s; start with %s/summary.json.\n' "$(clock)" "$OUT" "$OUT"

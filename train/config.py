@@ -125,6 +125,18 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """How often the held-out loss of each source is computed on the live model (in steps; 0: never).
+
+    It changes nothing that is learned. What is held out stands in the mixture (`holdout`).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    every: int = 0
+
+
+@dataclass(frozen=True)
 class LogConfig:
     """Where a run's numbers go besides metrics.jsonl."""
 
@@ -151,6 +163,7 @@ class RunConfig:
     packing: PackingConfig
     data: DataConfig
     save: SaveConfig = field(default_factory=SaveConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -270,6 +283,7 @@ def _check_values(config: RunConfig) -> None:
         ("save.every", config.save.every, 0),
         ("save.keep", config.save.keep, 1),
         ("save.keep_every", config.save.keep_every, 0),
+        ("evaluate.every", config.evaluate.every, 0),
         ("skip_non_finite", config.skip_non_finite, 0),
         ("log.every", config.log.every, 1),
         ("timeout_s", config.timeout_s, 1),
@@ -311,6 +325,11 @@ def _check_values(config: RunConfig) -> None:
         raise ConfigError(
             f"packing.max_tiles={packing.max_tiles} is smaller than the {most_tiles} tiles of one picture in the "
             f"largest of model.grids; raise it to at least {most_tiles}"
+        )
+    if config.evaluate.every and not any(share.holdout for share in config.mixture.sources.values()):
+        raise ConfigError(
+            f"evaluate.every={config.evaluate.every}, but mixture {config.mixture.name} holds nothing out; give a "
+            "source `holdout: N`, or set evaluate.every=0"
         )
     _check_engine(config.engine)
 

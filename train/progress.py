@@ -24,6 +24,7 @@ PHASES = {
     "backward": "backward",
     "agree": "adding up losses",
     "update": "the optimizer's step",
+    "evaluate": "the held-out loss",
     "save": "saving",
     "end": "writing the result",
 }
@@ -160,7 +161,7 @@ def late(places: Sequence[Place]) -> list[Place]:
 
 def sample_names(planner: Planner, mixture: Mixture, place: Place) -> list[str]:
     """The samples that a rank has in hand where it stands, as `source:id`; the whole step's where ranks meet."""
-    if place.step < 0:
+    if place.step < 0 or place.phase == "evaluate":
         return []
     plan = replace(planner, rank=place.rank).plan(place.step)
     positions = plan.rows[place.micro_step] if place.phase in OF_A_ROW else plan.samples

@@ -31,7 +31,8 @@ FREE = (
     # How it is computed, and how much of it.
     *("engine", "packing", "device", "precision", "attention", "recompute", "deterministic", "max_steps"),
     # What happens around it.
-    *("recipe", "log", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight", "resume_allow"),
+    *("recipe", "log", "evaluate", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight"),
+    "resume_allow",
     # Where things lie; what they are is in the fingerprint and in the frozen parts' sums.
     *("root", "name", "mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),
     "model.vision_tower.path",

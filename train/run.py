@@ -23,6 +23,7 @@ from llava_next.processor import Processor
 from train import checkpoint, ops, preflight, resume
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
+from train.heldout import HeldOut, hold_out, of_mixture
 from train.lengths import LengthTable, check_budgets, open_table
 from train.loader import Planner, batches, blank_row, stage_processor
 from train.local import local_stores
@@ -101,6 +102,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     frozen=frozen,
                     num_skipped=num_skipped,
                     deadline_s=deadline_s,
+                    held_out=held_out(mixture, processor, planner) if config.evaluate.every else None,
                 )
                 trainer.run(first_step, last_step)
             watch.progress.enter("end", last_step - 1)
@@ -146,6 +148,20 @@ def make_planner(config: RunConfig, world: World, backbone: Backbone, model: Lla
     )
     return Planner(
         table, config.stage, config.packing, costs, config.seed, world.rank, world.size, num_sources=model.num_sources
+    )
+
+
+def held_out(mixture: Mixture, processor: Processor, planner: Planner) -> HeldOut:
+    """The mixture's held-out samples, dealt to the ranks as the planner deals those of a step."""
+    return hold_out(
+        of_mixture(mixture),
+        mixture.source_names,
+        processor,
+        planner.packing,
+        planner.costs,
+        per_sample=planner.stage.loss_weighting == "sample",
+        rank=planner.rank,
+        num_ranks=planner.num_ranks,
     )
 
 

@@ -24,6 +24,7 @@ from train import resume
 from train.checkpoint import Saver
 from train.config import RunConfig, to_yaml
 from train.guard import StepGuard
+from train.heldout import HeldOut
 from train.loader import Planner, StepPlan
 from train.log import RunLog
 from train.optim import schedule_factor, set_rates
@@ -71,6 +72,7 @@ class Trainer:
         frozen: sums of the frozen parameters, for the checkpoints.
         num_skipped: steps that were left out before this start.
         deadline_s: on the monotonic clock: when it has passed, the run saves and leaves.
+        held_out: what `evaluate.every` computes the loss of.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Trainer:
         frozen: dict[str, str] | None = None,
         num_skipped: int = 0,
         deadline_s: float = float("inf"),
+        held_out: HeldOut | None = None,
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
         self.planner, self.batches, self.log = planner, batches, log
@@ -97,6 +100,7 @@ class Trainer:
         self.saver = Saver(config.run_dir / "checkpoints", world, config.save)
         self._frozen, self._num_skipped, self._deadline_s = frozen or {}, num_skipped, deadline_s
         self._save_s = 0.0
+        self.held_out = held_out
 
     def run(self, first_step: int, last_step: int) -> None:
         """Trains steps `first_step` to `last_step` - 1.
@@ -114,8 +118,9 @@ class Trainer:
                 rates = set_rates(self.engine.optimizer.param_groups, factor)
                 plan = self.planner.plan(step)
                 outcome = self.train_step(plan)
-                self.log.step(step, self._metrics(plan, outcome, rates))
                 done = step + 1
+                evaluated = {} if outcome.agreement.stop else self._evaluate(done, last_step)
+                self.log.step(step, self._metrics(plan, outcome, rates) | evaluated)
                 if outcome.agreement.sealed:
                     self.saver.finish()
                 if outcome.agreement.stop or self._save_is_due(done, last_step):
@@ -200,6 +205,18 @@ class Trainer:
         self.progress.enter("backward", plan.step, number)
         self.engine.backward(loss.total * (self.world.size / plan.divisor))
         return loss
+
+    def _evaluate(self, done: int, last_step: int) -> dict[str, float]:
+        """The held-out losses after `done` steps, where they are due; nothing that is learned depends on them."""
+        every = self.config.evaluate.every
+        if self.held_out is None or every < 1 or (done % every and done != last_step):
+            return {}
+        found = self.held_out.metrics(
+            self.engine, self.world, lambda row: self.progress.enter("evaluate", done - 1, row)
+        )
+        losses = ", ".join(f"{key.split('/')[1]} {found[key]:.4f}" for key in found if key.startswith("eval/"))
+        self.log.say(f"held-out loss after step {done}: {losses}")
+        return found
 
     def _save_is_due(self, done: int, last_step: int) -> bool:
         every = self.config.save.every

@@ -12,7 +12,7 @@ from data_recipes.mixture import Mixture, read_mixture
 from data_recipes.prepare.__main__ import main
 from data_recipes.raw.components import TABLES
 from data_recipes.sample import DataError, Reject, Sample, check
-from data_recipes.source import SourceInfo, read_source
+from data_recipes.source import SourceInfo, describe, read_source
 from tests.data_recipes.merged_records import MERGED
 from tests.data_recipes.raw_folders import put, write_messages, write_source
 
@@ -195,3 +195,14 @@ def test_a_citation_is_strings(tmp_path: Path) -> None:
     put(tmp_path / "source" / "m.yaml", "reader: r\nroot: m\ncitation: {key: a, type: misc, title: T, year: 2024}")
     assert read_source(tmp_path, "m").citation["year"] == "2024"
     assert SourceInfo("m", "r", "m").citation == {}
+
+
+def test_a_source_names_how_its_answers_are_judged(tmp_path: Path) -> None:
+    """The published metric of each kind ships; an unknown one is refused with the known ones, and goes into a store's
+    manifest otherwise."""
+    kinds = {"docvqa": "anls", "chartqa": "relaxed_accuracy", "ai2d": "options", "synthdog_en": "edit_similarity"}
+    assert {name: shipped(name).metric for name in kinds} == kinds
+    assert describe(shipped("docvqa"))["metric"] == "anls"
+    put(tmp_path / "source" / "mine.yaml", "reader: llava_json\nroot: mine\nmetric: anl\n")
+    with pytest.raises(DataError, match=r"`metric` is 'anl'; known: exact_match, .*, none\. Did you mean anls\?"):
+        read_source(tmp_path, "mine")

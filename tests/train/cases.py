@@ -187,6 +187,7 @@ def train_parts(
     from train.loader import StepPlan, batches
     from train.log import RunLog
     from train.optim import part_table
+    from train.run import held_out
     from train.trainer import StepOutcome, Trainer
 
     config, world, planner = parts.config, parts.world, parts.planner
@@ -236,6 +237,7 @@ def train_parts(
             parts.mixture,
             frozen=parts.frozen,
             num_skipped=parts.num_skipped,
+            held_out=held_out(parts.mixture, parts.processor, planner) if config.evaluate.every else None,
         ).run(first_step, last_step)
     finally:
         log.close()
@@ -303,6 +305,24 @@ def first_loss(config: RunConfig) -> tuple[float, float]:
         weighs = [1.0] * len(tokens) if config.stage.loss_weighting == "sample" else tokens
         expected = float(np.average(means, weights=weighs))
         return train_parts(parts, 0, 1).losses[0], expected
+
+
+def held_out_loss(config: RunConfig) -> float:
+    """One step, and the mean loss of the held-out samples of `tiny_pictures` after it, each run alone."""
+    from llava_next.batch import collate
+
+    with built(config) as parts:
+        train_parts(parts, 0, 1)
+        means, tokens = [], []
+        for number in parts.mixture.heldout("tiny_pictures"):
+            sample = parts.mixture.heldout_sample("tiny_pictures", number)
+            example = parts.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+            batch = collate([example], tile=parts.backbone.tile, patches_per_tile=parts.backbone.patches_per_side**2)
+            losses = parts.model.score(batch).losses
+            means.append(float(losses.mean()))
+            tokens.append(len(losses))
+        weighs = [1.0] * len(tokens) if config.stage.loss_weighting == "sample" else tokens
+        return float(np.average(means, weights=weighs))
 
 
 @dataclass

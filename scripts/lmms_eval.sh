@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Runs lmms-eval on a model that train wrote, or on any LLaVA-NeXT in the Hugging Face layout.
+#
+#   ./scripts/lmms_eval.sh EXPORT --tasks mme,pope,... [ARGUMENT...]     the benchmarks of these names; data from the hub
+#   ./scripts/lmms_eval.sh EXPORT --store STORE [ARGUMENT...]            a prepared source: no hub, no account
+#
+# ARGUMENT... go to lmms-eval as they are (--limit 8, --output_path DIR). It lives in an environment of its own, made at
+# the first start (about 2.5 GB), since it wants other versions than training. `--store` asks the first question of every
+# sample with pictures and judges by exact match: scripts/lmms_eval/tasks.
+#
+# LLAVA_NEXT_CACHE   where the environment is kept (default: ~/.cache/llava_next)
+# LMMS_EVAL_PYTHON   Python 3.11 or 3.12 for the environment (default: the first of python3.11 python3.12 python3)
+# TORCH_CPU_INDEX    where CPU wheels of torch come from, where there is no GPU and pip would take a CUDA build
+set -euo pipefail
+cd "$(dirname "$0")/.."
+ROOT=$PWD
+
+# filelock 4 has lost a module that lmms-eval imports; its llava_hf imports decord, which it does not ask for.
+PINS=(lmms-eval==0.7.3 transformers==5.23.0 torchvision==0.28.0 decord==0.6.0 filelock==3.32.7)
+TORCH=torch==2.13.0
+TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
+
+say() { printf '%s\n' "$*"; }
+stop() { printf 'lmms_eval: %s\n' "$*" >&2; exit 2; }
+usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; }
+
+# ------------------------------------------------------------------------------------------------------- arguments
+
+[[ ${1:-} == -h || ${1:-} == --help ]] && { usage; exit 0; }
+[[ $# -ge 3 ]] || stop "wants EXPORT and --tasks NAMES or --store STORE; --help tells more"
+[[ -f $1/config.json ]] || stop "$1 is no directory of a model: it holds no config.json"
+export_dir=$(cd "$1" && pwd)
+case $2 in
+    --tasks) tasks=$3 store= ;;
+    --store)
+        [[ -f $3/manifest.json ]] || stop "$3 is no prepared source: it holds no manifest.json"
+        tasks=llava_next_store store=$(cd "$3" && pwd)
+        ;;
+    *) stop "unknown argument '$2' behind EXPORT; known: --tasks, --store" ;;
+esac
+shift 3
+
+# ------------------------------------------------------------------------------------------------- the environment
+
+has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; }
+ENV=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}/lmms_eval_env
+pip() { "$ENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
+
+# Whether pip left to itself would take a CUDA build, gigabytes that nothing here uses.
+takes_cuda() {
+    pip install --quiet --dry-run --ignore-installed --no-deps --report "$ENV/torch.json" "$TORCH" >&2
+    grep -qE '"(nvidia|cuda|triton)' "$ENV/torch.json"
+}
+
+find_python() {
+    for found in ${LMMS_EVAL_PYTHON:-python3.11 python3.12 python3}; do
+        "$found" -c 'import sys, venv; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && return
+    done
+    stop "no Python 3.11 or 3.12 with its venv module; name one with LMMS_EVAL_PYTHON=/path/to/python3.11"
+}
+
+stamp=$(printf '%s\n' "${PINS[@]}" "$TORCH")
+if [[ $(cat "$ENV/.ready" 2>/dev/null) != "$stamp" ]]; then
+    find_python
+    started=$SECONDS
+    say "lmms_eval: sets up $ENV ($("$found" --version)); this takes minutes"
+    rm -rf "$ENV"
+    "$found" -m venv "$ENV"
+    index=()
+    if ! has_gpu && takes_cuda; then index=(--index-url "$TORCH_CPU_INDEX"); fi
+    pip install --quiet "${index[@]}" "$TORCH"
+    pip install --quiet "$TORCH" "${PINS[@]}"
+    if ! "$ENV/bin/python" -c 'import torchvision' 2>/dev/null; then
+        # A CUDA build of torchvision beside a CPU build of torch: it looks for two operators that only it could bring.
+        cat >"$("$ENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'PY'
+import torch
+
+library = torch.library.Library("torchvision", "DEF")
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+PY
+    fi
+    printf '%s\n' "$stamp" >"$ENV/.ready"
+    say "lmms_eval: the environment is ready, $((SECONDS - started)) s"
+fi
+
+# ------------------------------------------------------------------------------------------------------------ run
+
+# transformers 5 refuses the empty device map that lmms-eval gives where none is named; half precision crawls on a CPU.
+if has_gpu; then device=cuda dtype=auto; else device=cpu dtype=float32; fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+out=$ROOT/outputs/lmms_eval
+for ((i = 1; i < $#; i++)); do
+    if [[ ${!i} == --output_path ]]; then
+        next=$((i + 1))
+        out=$(realpath -m "${!next}")
+        set -- "${@:1:i-1}" "${@:i+2}"
+        break
+    fi
+done
+if [[ -n $store ]]; then
+    ln -s "$store" "$work/store" # where the task looks, from the folder that it runs in
+    export HF_HUB_OFFLINE=1
+fi
+mkdir -p "$out"
+touch "$work/started"
+(cd "$work" && "$ENV/bin/python" -W ignore -m lmms_eval --model llava_hf \
+    --model_args "pretrained=$export_dir,dtype=$dtype,device_map=$device" --device "$device" --batch_size 1 \
+    --tasks "$tasks" --include_path "$ROOT/scripts/lmms_eval/tasks" --output_path "$out" --log_samples "$@")
+# It exits 0 after an error too: only figures say that it went well.
+results=$(find "$out" -name '*_results.json' -newer "$work/started" | sort | tail -n 1)
+[[ -n $results ]] || { printf 'lmms_eval: it wrote no figures; what went wrong stands above\n' >&2; exit 1; }
+say "lmms_eval: figures in $results, answers beside it"

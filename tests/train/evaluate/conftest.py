@@ -1,0 +1,11 @@
+"""Owns the model that the tests of train/evaluate/ share."""
+
+import pytest
+
+from tests.train.evaluate.learned import Learned, learn
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
+    """An export that knows three of four answers."""
+    return learn(tmp_path_factory.mktemp("learned"))

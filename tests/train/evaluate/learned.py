@@ -1,0 +1,59 @@
+"""A tiny model that has learned the answers of three of four pictures by heart, as an export."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from data_recipes.sample import Message
+from data_recipes.store import StoredSample
+from llava_next.batch import collate
+from llava_next.build import build_model, read_backbone
+from llava_next.config import ModelConfig
+from llava_next.hf import write_hf
+from llava_next.model import LossSums
+from llava_next.processor import Processor
+from tests.tiny import encoded_picture, tiny_model
+
+SIZE_HW = (40, 40)
+ANSWERS = ("red", "blue", "a cat", "no")
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The export, and what it was made from."""
+
+    export: Path
+    config: ModelConfig
+    processor: Processor
+    samples: list[StoredSample]
+
+
+def sample(number: int) -> StoredSample:
+    """A picture with one question, whose answer is the number's."""
+    messages = (Message("user", "<image>\nWhat is it?"), Message("assistant", ANSWERS[number]))
+    picture = encoded_picture(number, SIZE_HW)
+    return StoredSample(str(number), "shapes", messages, (SIZE_HW,), (picture,), (str(number),))
+
+
+def learn(folder: Path) -> Learned:
+    """Trains it; a few seconds."""
+    torch.set_num_threads(1)
+    config = tiny_model(folder, tower="clip")
+    backbone = read_backbone(config)
+    model = build_model(backbone, dtype=torch.float32, seed=0)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    samples = [sample(number) for number in range(len(ANSWERS))]
+    examples = [processor.encode(s.messages, s.sizes_hw, s.pictures) for s in samples[:3]]
+    batch = collate(examples, tile=backbone.tile, patches_per_tile=backbone.patches_per_side**2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    for _ in range(400):
+        loss = LossSums(*model(batch)).total
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if loss.item() < 0.3:
+            break
+    assert loss.item() < 0.3
+    write_hf(model, backbone, processor, folder / "export")
+    return Learned(folder / "export", config, processor, samples)

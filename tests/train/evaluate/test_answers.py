@@ -1,0 +1,58 @@
+"""Free answers do not depend on their batch; a foreign prompt is refused; what was cut off is told."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from llava_next.config import ModelError
+from tests.tiny import SIZES_HW, encoded_picture
+from tests.train.evaluate.learned import Learned
+from train.evaluate.answers import Answer, StockModel
+from train.evaluate.pictures import Question
+
+
+def _answers(learned: Learned, batch_size: int, max_new_tokens: int = 12, export: Path | None = None) -> list[Answer]:
+    """Questions of unlike lengths about pictures of unlike shapes, so that batches are padded and tiles differ."""
+    samples, questions = list(learned.samples), []
+    for number, size_hw in enumerate(SIZES_HW):
+        picture = encoded_picture(50 + number, size_hw)
+        samples.append(replace(samples[0], id=f"shape {number}", sizes_hw=(size_hw,), pictures=(picture,)))
+    for number, sample in enumerate(samples):
+        text = "What is it?" if number < 4 else "What is it, " + "and what " * (number % 4) + "else?"
+        questions.append(Question(sample.source, number, text, sample.messages[1].text))
+    stock = StockModel(
+        export or learned.export,
+        learned.processor,
+        torch.device("cpu"),
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    return stock.answers(samples, questions, "exact_match")
+
+
+def test_answers_do_not_depend_on_their_batch(learned: Learned) -> None:
+    """Padded on the left and together, or alone: the same texts, in the order of the questions."""
+    alone, together = _answers(learned, 1), _answers(learned, 5)
+    assert together == alone
+    assert [answer.id for answer in alone[:4]] == ["0", "1", "2", "3"]
+    assert [answer.score for answer in alone[:4]] == [1.0, 1.0, 1.0, 0.0]
+    assert len({answer.answer for answer in alone}) > 2
+
+
+def test_an_answer_that_is_cut_off_is_told(learned: Learned) -> None:
+    """One token is enough for no answer and its end."""
+    assert all(answer.is_cut for answer in _answers(learned, 4, max_new_tokens=1))
+    assert not any(answer.is_cut for answer in _answers(learned, 4)[:3])
+
+
+def test_another_prompt_is_refused(learned: Learned, tmp_path: Path) -> None:
+    """A chat template that says one word more than the training did."""
+    export = tmp_path / "export"
+    shutil.copytree(learned.export, export)
+    file = export / "chat_template.jinja"
+    file.write_text(file.read_text() + "{{ 'Well, ' }}")
+    with pytest.raises(ModelError, match="renders another prompt than training did"):
+        _answers(learned, 4, export=export)

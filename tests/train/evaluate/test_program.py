@@ -1,0 +1,124 @@
+"""The program: a run and a directory of a model alike, figures, answers and tables; what it refuses."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_recipes.sample import Sample
+from data_recipes.source import SourceInfo
+from data_recipes.writing.writer import write_store
+from llava_next.batch import collate
+from llava_next.build import build_model, read_backbone
+from llava_next.config import ImageMode
+from llava_next.hf import write_hf
+from llava_next.model import LossSums
+from tests.tiny import tiny_mixture, tiny_model, tiny_samples, tiny_store
+from tests.train.cases import tiny_run, with_stage
+from tests.train.evaluate.learned import ANSWERS, Learned
+from train.config import to_yaml
+from train.evaluate.__main__ import main
+
+
+def _result(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    answers = out.with_suffix(".answers.jsonl").read_text().splitlines()
+    return json.loads(out.read_text()), [json.loads(line) for line in answers]
+
+
+@pytest.mark.parametrize("mode", ["anyres", "pad"])
+def test_a_run_is_evaluated_from_its_folder(
+    tmp_path: Path, mode: ImageMode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From config.yaml, export and stores alone come a loss, a score and accuracies for every source, and accuracies of
+    all together; also where the model saw single views, and the stock processor has to make the same prompt of them.
+    The loss is the model's own over the held-out samples one by one."""
+    model_config = tiny_model(tmp_path / "models")
+    mixture_config, store_root = tiny_mixture(tmp_path / "data", 16, holdout=6)
+    config = with_stage(tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs"), image_mode=mode)
+    config = replace(config, packing=replace(config.packing, max_tokens=512))
+    backbone = read_backbone(model_config)
+    model = build_model(backbone, dtype=torch.float32, seed=0)
+    processor = backbone.processor(template=None, image_mode=mode, max_length=config.stage.max_length)
+    run_dir = tmp_path / "run"
+    write_hf(model, backbone, processor, run_dir / "export")
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    assert main([str(run_dir), "--limit", "8", "--per-picture", "2", "--generate", "3", "--max-new-tokens", "4"]) == 0
+    result, answers = _result(run_dir / "evaluation.json")
+    (row,) = result["by_source"].values()
+    assert result["all"]["num_questions"] == row["num_questions"] > 0
+    assert (row["metric"], row["num_answers"], len(answers), len(result["generated"])) == ("exact_match", 3, 3, 2)
+    assert "all" in capsys.readouterr().out
+
+    from data_recipes.mixture import Mixture
+
+    mixture = Mixture.open(mixture_config, store_root)
+    total = tokens = 0.0
+    for number in mixture.heldout("tiny_pictures"):
+        held_out = mixture.heldout_sample("tiny_pictures", number)
+        example = processor.encode(held_out.messages, held_out.sizes_hw, held_out.pictures)
+        batch = collate([example], tile=backbone.tile, patches_per_tile=backbone.patches_per_side**2)
+        loss = LossSums(*model(batch))
+        total, tokens = total + loss.by_source.item(), tokens + loss.tokens_by_source.item()
+    assert (row["num_samples"], row["num_tokens"]) == (6, tokens)
+    assert row["loss"] == pytest.approx(total / tokens, rel=1e-6)
+
+
+def test_a_directory_is_evaluated_on_stores(
+    learned: Learned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a run, template, geometry and normalisation come from the directory; scores are the right answers' share,
+    the stores' metrics are used unless others are named, and text alone has a loss."""
+    samples = [Sample(sample.id, sample.messages, sample.pictures, f"shapes:{sample.id}") for sample in learned.samples]
+    write_store(tmp_path / "shapes", SourceInfo("shapes", "messages_jsonl", "shapes", metric="anls"), samples)
+    tiny_store(tmp_path, "chats", tiny_samples(3, pictures=False))
+    out = tmp_path / "figures.json"
+    command = [str(learned.export), "--store", str(tmp_path / "shapes"), "--store", str(tmp_path / "chats")]
+    assert main([*command, "--out", str(out)]) == 0
+    result, answers = _result(out)
+    shapes, chats = result["by_source"]["shapes"], result["by_source"]["chats"]
+    assert (shapes["metric"], shapes["score"], shapes["right_picture"]) == ("anls", 0.75, 0.75)
+    assert [answer["truth"] for answer in answers] == list(ANSWERS)
+    assert chats["loss"] > 1.0
+    assert chats["score"] is None
+    assert "shapes" in capsys.readouterr().out
+    assert main([*command, "--out", str(out), "--metric", "shapes=none"]) == 0
+    assert _result(out)[0]["by_source"]["shapes"]["score"] is None
+
+
+def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:
+    """The same seed asks the same questions in the same order; another asks others."""
+    tiny_store(tmp_path, "tiny", tiny_samples(30))
+    asked: list[list[dict[str, Any]]] = []
+    for seed in (0, 0, 1):
+        out = tmp_path / f"{len(asked)}.json"
+        command = [str(learned.export), "--store", str(tmp_path / "tiny"), "--num", "4", "--seed", str(seed)]
+        assert main([*command, "--max-new-tokens", "2", "--out", str(out)]) == 0
+        asked.append(_result(out)[1])
+    assert asked[0] == asked[1]
+    assert {answer["id"] for answer in asked[0]} != {answer["id"] for answer in asked[2]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{folder}"], "is no run folder"),
+        (["{export}"], "name what it is asked about, --store STORE"),
+        (["{export}", "--store", "{folder}/nothing"], "no complete store at"),
+        (
+            ["{export}", "--store", "{folder}/tiny", "--metric", "tiny=bleu"],
+            "there is no such metric; known: exact_match",
+        ),
+        (["{export}", "--store", "{folder}/tiny", "--metric", "tony=anls"], "no such source; there are tiny"),
+    ],
+)
+def test_mistakes_are_told(
+    learned: Learned, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    """In a sentence with the way out, exit code 2."""
+    tiny_store(tmp_path, "tiny", tiny_samples(3, pictures=False))
+    named = [argument.format(folder=tmp_path, export=learned.export) for argument in arguments]
+    assert main(named) == 2
+    assert words in capsys.readouterr().err
