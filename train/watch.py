@@ -30,7 +30,8 @@ from train.world import Launch
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
-_TIMED = ("data", "forward", "backward", "agree", "update", "evaluate")  # a save may be long; its collectives have their timeouts
+# A save may be long; its collectives have their timeouts.
+_TIMED = ("data", "forward", "backward", "agree", "update", "evaluate")
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MOST_NAMED = 12  # samples in a sentence; exit.json has all of them
 
