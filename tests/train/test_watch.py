@@ -120,7 +120,8 @@ def test_a_lost_rank_is_told_from_a_fault() -> None:
 def test_phases_are_in_the_order_of_a_step() -> None:
     """A rank's place grows from one phase to the next, and from row to row."""
     row = [(number, phase) for number in range(3) for phase in ("data", "forward", "backward")]
-    steps = [place(0, step, *at) for step in (0, 1) for at in (*row, (0, "agree"), (0, "update"), (0, "save"))]
+    whole = [(0, phase) for phase in ("agree", "update", "evaluate", "save")]
+    steps = [place(0, step, *at) for step in (0, 1) for at in (*row, *whole)]
     orders = [each.order for each in [place(0, -1, 0, "start"), *steps, place(0, 1, 0, "end")]]
     assert orders == sorted(set(orders))
     assert {each.phase for each in steps} | {"start", "end"} == set(PHASES)
