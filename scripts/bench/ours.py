@@ -100,7 +100,8 @@ def _step(trainer: Trainer, step: int, outcome: Outcome) -> None:
 
 def _head_flops(trainer: Trainer, plan: StepPlan) -> float:
     """The head's forward and backward at supervised positions, which `costs.py` leaves out."""
-    vocabulary, width = trainer.engine.module.hf.lm_head.weight.shape
+    weight = trainer.engine.module.hf.lm_head.weight
+    vocabulary, width = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves it empty
     return 3.0 * 2 * plan.num_supervised * vocabulary * width
 
 

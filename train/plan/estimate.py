@@ -118,7 +118,12 @@ class StagePlanner:
         if self.half and setting.zero_stage == 0:
             reasons.append("engine=zero0 keeps no fp32 weights beside bf16 ones; the run refuses it")
         if memory.total > hardware.usable_bytes:
-            moment = {"start": "at the start", "backward": "in the backward pass", "step": "in the optimizer's step"}
+            moment = {
+                "start": "at the start",
+                "backward": "in the backward pass",
+                "reduce": "at the end of the backward pass",
+                "step": "in the optimizer's step",
+            }
             reasons.append(
                 f"{memory.total / 2**30:.1f} GiB a rank {moment[memory.peak]}, {hardware.usable_bytes / 2**30:.1f} "
                 "are to be had"

@@ -12,7 +12,8 @@ from train.plan.facts import LanguageShape, ModelFacts, VisionShape
 from train.plan.setting import Setting
 
 FRAGMENTATION = 0.05
-"""Of what comes and goes, the share that torch's allocator loses between blocks. Assumed; none on a CPU."""
+"""Of what comes and goes on a GPU, the share that torch's allocator loses between blocks. Assumed. A CPU's malloc gives
+nothing back: a row's activations are still the process's when AdamW steps (seen with scripts/bench/plan.py)."""
 
 LOGIT_BYTES = 12
 """Of a logit, at the most, in fp32: its log-probability, and two gradients of that size (loss.py, cross entropy)."""
@@ -48,31 +49,47 @@ class Memory:
         return sum(self.kinds.values())
 
 
-def memory_of(facts: ModelFacts, setting: Setting, row: Row, *, num_ranks: int, half: bool, on_gpu: bool) -> Memory:
-    """The three moments of a run that can be the fullest, and the fullest of them.
+def memory_of(
+    facts: ModelFacts, setting: Setting, row: Row, *, num_ranks: int, half: bool, on_gpu: bool, margin: bool = True
+) -> Memory:
+    """The moments of a run that can be the fullest, and the fullest of them.
 
     start: the whole model is on the device before ZeRO-3 divides it (train/engine.py moves it there).
-    backward: weights, states, gradients, all of a row's activations.
+    backward: weights, states, gradients, all of a row's activations, empty buckets (which a CPU has not touched yet).
+    reduce: the end of a backward pass: no activations, a pass's fresh gradients beside the accumulated ones.
     step: no activations; gradients flattened for AdamW, one group at a time.
+
+    `margin`: with what the allocator does not give back, which no formula knows.
     """
     s = 2 if half else 4
     held = states(facts, setting, num_ranks=num_ranks, half=half)
-    moving = buffers(facts, setting, half=half, num_ranks=num_ranks)
-    flat = step_bytes(facts, setting, num_ranks)
+    if not on_gpu:
+        held["weights"] += _MAIN_DTYPE_BYTES * facts.upper_tower
     row_kinds = activations(facts, setting.recompute, row, half=half, on_gpu=on_gpu)
-    aside = {} if on_gpu else {"weights": held["weights"] + _MAIN_DTYPE_BYTES * facts.upper_tower}
-    margin = FRAGMENTATION if on_gpu else 0.0
-    backward = {**held, **aside, **row_kinds, "buffers": moving}
-    backward["fragmentation"] = margin * (sum(row_kinds.values()) + moving)
-    step = {**held, **aside, "buffers": flat}
-    step["fragmentation"] = margin * flat
-    moments = {"backward": backward, "step": step}
+    bucket, gathered = bucket_bytes(facts, setting, half=half), gathered_bytes(facts, setting, num_ranks, half=half)
+    fresh = float(s * facts.num_trained / num_ranks) if setting.zero_stage == 2 else 0.0
+    moments = {
+        "backward": {**held, **row_kinds, "buffers": gathered + (bucket if on_gpu else 0.0)},
+        "reduce": {**held, "buffers": gathered + bucket + fresh},
+        "step": {**held, "buffers": step_bytes(facts, setting, num_ranks)},
+    }
     if on_gpu and setting.zero_stage == 3:
         moments["start"] = {"weights": float(s * facts.num_parameters)}
+    if margin:
+        _add_margin(moments, held, sum(row_kinds.values()), on_gpu=on_gpu)
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory(
         {kind: float(value) for kind, value in moments[peak].items()}, peak, host_bytes(facts, setting, s, num_ranks)
     )
+
+
+def _add_margin(moments: dict[str, dict[str, float]], held: dict[str, float], row: float, *, on_gpu: bool) -> None:
+    """Writes `fragmentation` into the moments; `row` are the bytes of a row's activations."""
+    if not on_gpu:
+        moments["step"]["fragmentation"] = row
+        return
+    for kinds in moments.values():
+        kinds["fragmentation"] = FRAGMENTATION * sum(value for kind, value in kinds.items() if kind not in held)
 
 
 def states(facts: ModelFacts, setting: Setting, *, num_ranks: int, half: bool) -> dict[str, float]:
@@ -95,23 +112,21 @@ def states(facts: ModelFacts, setting: Setting, *, num_ranks: int, half: bool) -
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
 
 
-def buffers(facts: ModelFacts, setting: Setting, *, half: bool, num_ranks: int) -> float:
-    """What moving gradients and weights needs during the backward pass.
-
-    A bucket of gradients, at most T, in weights' type and once more in fp32 for the wire; two of them where reducing
-    overlaps. Stage 2 keeps the shard's fresh gradients, s T / R, beside the accumulated ones until a pass ends. Stage 3
-    holds whole parameters: as many as it may keep alive, or at least two blocks.
-    """
-    s, stage = 2 if half else 4, setting.zero_stage
-    if stage < 2:
-        return 0.0  # gradients are the accumulator itself, and travel at the step
+def bucket_bytes(facts: ModelFacts, setting: Setting, *, half: bool) -> float:
+    """Buckets of gradients on their way: at most T, in weights' type and once more in fp32 for the wire; two of them
+    where reducing overlaps. Below stage 2 the gradients that were accumulated travel themselves, at the step."""
+    if setting.zero_stage < 2:
+        return 0.0
     bucket = min(setting.reduce_bucket, facts.num_trained)
-    moving = float(bucket * (s + (_MAIN_DTYPE_BYTES if half else 0)) * (2 if setting.overlaps else 1))
-    moving += s * facts.num_trained / num_ranks if stage == 2 else 0.0
-    if stage == 3:
-        alive = min(facts.num_parameters, max(setting.live_parameters, 2 * facts.largest_block))
-        moving += s * alive * (1 - 1 / num_ranks)
-    return moving
+    return float(bucket * (2 + _MAIN_DTYPE_BYTES if half else 4) * (2 if setting.overlaps else 1))
+
+
+def gathered_bytes(facts: ModelFacts, setting: Setting, num_ranks: int, *, half: bool) -> float:
+    """What of stage 3's whole parameters is other ranks': as many as it may keep alive, two blocks at least."""
+    if setting.zero_stage < 3:
+        return 0.0
+    alive = min(facts.num_parameters, max(setting.live_parameters, 2 * facts.largest_block))
+    return (2 if half else 4) * alive * (1 - 1 / num_ranks)
 
 
 def step_bytes(facts: ModelFacts, setting: Setting, num_ranks: int) -> float:
@@ -170,6 +185,8 @@ def activations(
     # The projector keeps its input, and what goes into and comes out of GELU.
     projector = row.tiles * vision.patches * s * (vision.width + 2 * language.width) if trains["projector"] else 0.0
     logits = LOGIT_BYTES * min(row.supervised * language.vocabulary, CHUNK_LOGITS)
+    if trains["language_model"]:
+        logits += s * language.vocabulary * language.width  # the head's gradient, while all else is still there
     return {
         "activations: vision": float(vision_bytes + pixels),
         "activations: projector": float(projector),

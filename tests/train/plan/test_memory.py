@@ -3,6 +3,7 @@
 That whole processes use what is planned is proved by scripts/bench/plan.py (see test_plan_bench.py).
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,15 +74,9 @@ def test_offload_moves_states_to_the_host() -> None:
 
 def test_zero3_starts_with_the_whole_model() -> None:
     """On many ranks that is the fullest moment, and no sharding lowers it."""
-    small = Row(tokens=0, tiles=0, supervised=0)
-    found = memory_of(
-        FACTS,
-        setting(3, stage3_max_live_parameters=9, reduce_bucket_size=1),
-        small,
-        num_ranks=1000,
-        half=True,
-        on_gpu=True,
-    )
+    facts = replace(FACTS, language=replace(LANGUAGE, width=1, vocabulary=1))
+    small, asked = Row(tokens=0, tiles=0, supervised=0), setting(3, stage3_max_live_parameters=9, reduce_bucket_size=1)
+    found = memory_of(facts, asked, small, num_ranks=1000, half=True, on_gpu=True)
     assert (found.peak, found.total) == ("start", 14_000)
 
 
