@@ -170,6 +170,8 @@ class Saver:
         every = self._save.keep_every
         old = [place for place in complete(self._folder)[: -self._save.keep] if not every or _step(place) % every]
         unnamed = [_unname(place) for place in old]
+        if self._removing is not None:
+            self._removing.join()
         self._removing = threading.Thread(target=_remove_all, args=(unnamed,), daemon=True, name="remove")
         self._removing.start()
 

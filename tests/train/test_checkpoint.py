@@ -160,15 +160,15 @@ def test_interrupted_removal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     """A kill while an old one is being removed, whichever file was first, leaves no half of it to be taken for a
     checkpoint, or to lie there for ever; nor does one while files are being converted."""
 
-    def killed(place: Path) -> None:
-        (place / "sums.json").unlink()
-        raise KeyboardInterrupt
+    def killed_in_its_middle(folders: list[Path]) -> None:
+        for folder in folders:
+            (folder / "sums.json").unlink()
 
     saved(tmp_path, 1)
     with monkeypatch.context() as patch:
-        patch.setattr("train.checkpoint.shutil.rmtree", killed)
-        with pytest.raises(KeyboardInterrupt):
-            saved(tmp_path, 2, SaveConfig(keep=1))
+        patch.setattr("train.checkpoint._remove_all", killed_in_its_middle)
+        saved(tmp_path, 2, SaveConfig(keep=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001.removed", "step_000002"]
     (tmp_path / "step_000002.universal").mkdir()
     (tmp_path / "step_000002.universal.alive").touch()
     assert checkpoint.find_sound(tmp_path, ALONE) == tmp_path / "step_000002"
