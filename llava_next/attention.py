@@ -53,6 +53,7 @@ def segment_attention(
     return run(query, key, value, segments, scaling), None
 
 
+@torch.compiler.disable  # it would be compiled anew for every list of lengths
 def _per_segment(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
 ) -> torch.Tensor:

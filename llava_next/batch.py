@@ -6,7 +6,7 @@ segments (one per example) and positions restart at each.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 
 import numpy as np
 import torch
@@ -17,14 +17,17 @@ from llava_next.processor import IGNORE, Example
 
 @dataclass(frozen=True)
 class Segments:
-    """Bounds of a row's samples: `bounds` int32 [num_samples + 1], from 0 to T; `lengths` the same on the host."""
+    """Bounds of a row's samples: `bounds` int32 [num_samples + 1], from 0 to T; on the host `lengths`, and the longest.
+
+    `max_length` is a value of its own: code that asks `lengths` for it is compiled anew for every list of them.
+    """
 
     bounds: torch.Tensor
     lengths: tuple[int, ...]
+    max_length: int = field(init=False)
 
-    @property
-    def max_length(self) -> int:
-        return max(self.lengths)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "max_length", max(self.lengths))
 
 
 @dataclass(frozen=True)

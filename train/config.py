@@ -169,6 +169,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionKernel = "auto"
     recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
+    compile: tuple[Literal["vision_tower", "language_model"], ...] = ()
+    liger: bool = False
     deterministic: bool = False
     timeout_s: int = 1800
     preflight: Literal["auto", "only", "off"] = "auto"

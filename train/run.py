@@ -17,6 +17,7 @@ from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.connector import write_connector
 from llava_next.costs import step_costs
 from llava_next.hf import write_hf
+from llava_next.kernels import compile_blocks, use_liger
 from llava_next.load import load_weights
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from llava_next.processor import Processor
@@ -175,7 +176,15 @@ def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: 
         origin = "starts with the " + load_weights(model, backbone, Path(config.stage.init_from))
     set_trained_parts(model, config.stage.rates)
     set_recompute(model, config.recompute)
+    set_kernels(model, config)
     return model, origin
+
+
+def set_kernels(model: LlavaNext, config: RunConfig) -> None:
+    """The kernels that the configuration asks for, in the order in which one goes around another."""
+    if config.liger:
+        use_liger(model)
+    compile_blocks(model, config.compile, deterministic=config.deterministic)
 
 
 def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:

@@ -1,6 +1,6 @@
 """The step bench on one GPU: CLIP ViT-L/14-336 and a language model that fills the card, in bf16, against stock.
 
-    python scripts/bench/gpu.py [--profile]
+    python scripts/bench/gpu.py [--profile] [--variants compiled plain liger deterministic]
     python scripts/bench/gpu.py --device cpu --tiny      the whole program without a GPU, for what it is worth
 
 Layers of a 7B as many as the card's memory holds, random weights, rows of packing.max_tokens; stock
@@ -25,7 +25,15 @@ from profiling import profile_table
 from results import RESULTS, machine_facts, save, table
 from runs import BenchError, Competitor, check_same_work, run_all, samples_per_s, vicuna_tokenizer
 
-OURS = Competitor("ours", "ours")
+VARIANTS: Mapping[str, Mapping[str, object]] = {
+    "plain": {},
+    "compiled": {"compile": True},
+    "liger": {"liger": True},
+    "both": {"compile": True, "liger": True},
+    "deterministic": {"compile": True, "deterministic": True},
+    "recompute": {"compile": True, "recompute": True},
+}
+"""What a run may change about its kernels without learning anything else: changes to the Job."""
 
 DENSE_BF16_TFLOPS = (
     ("H100 PCIe", 756.0),
@@ -88,7 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         workers=options.workers,
         engine=options.engine,
         recompute=options.recompute,
-        deterministic=options.deterministic,
     )
     shape = SHAPES["tiny" if options.tiny else "large"]
     if not options.tiny:
@@ -96,47 +103,59 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fitting = layers_that_fit(memory, options.max_tokens, shape, recompute=options.recompute)
         shape = replace(shape, layers=options.layers or fitting)
     try:
-        outcomes, profile, shape = _measure(options, job, shape)
+        outcomes, profiled, shape = _measure(options, job, shape)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     results = summary(outcomes, options.samples, rate)
     print("\n" + results_table(results))
-    if profile:
-        print("\n" + profile_table(profile))
+    if profiled.profile:
+        print("\n" + profile_table(profiled.profile))
     facts = machine_facts(device=device_name, dense_bf16_tflops=rate, cuda=torch.version.cuda)
     command = ["python", "scripts/bench/gpu.py", *(arguments if arguments is not None else sys.argv[1:])]
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "tokenizer")}
-    content = {**settings, "model": asdict(shape), "competitors": results, "profile_s": profile}
+    content = {**settings, "model": asdict(shape), "competitors": results, "profile_s": profiled.profile}
+    content["longest_operations_s"] = profiled.longest_operations
     path = save("gpu", command, facts, content, options.out)
     print(f"\nwrote {path}")
     return 0
 
 
-def _measure(options: argparse.Namespace, job: Job, shape: Shape) -> tuple[dict[str, Outcome], dict[str, float], Shape]:
+def _measure(options: argparse.Namespace, job: Job, shape: Shape) -> tuple[dict[str, Outcome], Outcome, Shape]:
     """Ours, with a layer less as often as the card asks for it; then stock at the first batch that fits."""
     while True:
         print(f"{shape.layers} layers, rows of {job.max_tokens} tokens; making the model and the samples", flush=True)
         with prepared(shape, options.tokenizer or vicuna_tokenizer(), job) as given:
+            first, *others = [Competitor(f"ours, {name}", "ours", changes=VARIANTS[name]) for name in options.variants]
             try:
-                outcomes = run_all([OURS], given)
+                outcomes = run_all([first], given)
             except BenchError as error:
                 if not _is_out_of_memory(error) or shape.layers == 1:
                     raise
                 shape = replace(shape, layers=shape.layers - 1)
                 continue
+            for variant in others:
+                outcomes |= _if_it_fits(variant, given)
             for batch in options.batches:
-                stock = Competitor(f"stock, batch {batch}", "stock", batch=batch)
-                try:
-                    outcomes |= run_all([stock], given)
+                found = _if_it_fits(Competitor(f"stock, batch {batch}", "stock", batch=batch), given)
+                outcomes |= found
+                if found:
                     break
-                except BenchError as error:
-                    if not _is_out_of_memory(error):
-                        raise
-                    print(f"  {stock.name} does not fit", flush=True)
             check_same_work(outcomes, SAME_LOSS_BF16)
-            profile = OURS.run(replace(given, num_steps=2, profile=True)).profile if options.profile else {}
-            return outcomes, profile, shape
+            profiled = Outcome()
+            if options.profile:
+                profiled = first.run(replace(given, num_steps=min(3, options.steps), profile=True))
+            return outcomes, profiled, shape
+
+
+def _if_it_fits(competitor: Competitor, job: Job) -> dict[str, Outcome]:
+    try:
+        return run_all([competitor], job)
+    except BenchError as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"  {competitor.name} does not fit", flush=True)
+        return {}
 
 
 def _is_out_of_memory(error: BenchError) -> bool:
@@ -145,8 +164,9 @@ def _is_out_of_memory(error: BenchError) -> bool:
 
 def summary(outcomes: Mapping[str, Outcome], samples_per_step: int, rate: float | None) -> dict[str, dict[str, object]]:
     """Plain values of each competitor. MFU of tower and language model apart where the tower was watched."""
-    flops, tower_flops = median(outcomes["ours"].flops[1:]), median(outcomes["ours"].tower_flops[1:])
-    num_tokens = sum(outcomes["ours"].num_tokens[1:])
+    ours = next(iter(outcomes.values()))  # counted from its plans; stock does the same samples
+    flops, tower_flops = median(ours.flops[1:]), median(ours.tower_flops[1:])
+    num_tokens = sum(ours.num_tokens[1:])
     values = {}
     for name, outcome in outcomes.items():
         seconds = median(outcome.seconds[1:])
@@ -199,7 +219,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="also where the device's time goes in a step of ours")
     parser.add_argument("--layers", type=int, help="of the language model (default: what the card's memory holds)")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a packed row (default 8192)")
-    parser.add_argument("--deterministic", action="store_true", help="ours with deterministic=true, to see its cost")
+    parser.add_argument(
+        "--variants", nargs="+", choices=VARIANTS, default=["compiled", "plain"], help="of ours; the first is profiled"
+    )
     parser.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass, on both sides")
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of ours (default 2)")
     parser.add_argument("--samples", type=int, default=64, help="of a step (default 64)")

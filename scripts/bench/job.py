@@ -33,6 +33,8 @@ class Job:
         engine: the ZeRO stage, as in configs/engine (ours only).
         profile: the last step runs under torch's profiler, and is not timed (ours only).
         recompute: run every block again in the backward pass.
+        compile: torch.compile the blocks (ours only).
+        liger: liger-kernel's fused kernels in the language model (ours only).
         deterministic: on a GPU, kernels that give the same bits every time (ours only).
         half_weights: on a GPU, keep no fp32 copy of the weights (stock only).
     """
@@ -50,6 +52,8 @@ class Job:
     engine: int = 0
     profile: bool = False
     recompute: bool = False
+    compile: bool = False
+    liger: bool = False
     deterministic: bool = False
     half_weights: bool = False
 
@@ -77,6 +81,7 @@ class Outcome:
         flops, tower_flops: useful FLOPs of each step, and which of them are the tower's and the projector's.
         num_tokens: of each step, padding not counted.
         profile: seconds of one step by kind of operation.
+        longest_operations: seconds of the longest of them, by name.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -90,6 +95,7 @@ class Outcome:
     tower_flops: list[float] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     profile: dict[str, float] = field(default_factory=dict)
+    longest_operations: dict[str, float] = field(default_factory=dict)
     device_name: str = ""
 
     def write(self, path: str) -> None:

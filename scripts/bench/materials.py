@@ -142,6 +142,8 @@ def run_config(folder: Path, job: Job) -> RunConfig:
         save=SaveConfig(every=0),
         device="cuda" if job.device == "cuda" else "cpu",
         recompute=("vision_tower", "language_model") if job.recompute else (),
+        compile=("vision_tower", "language_model") if job.compile else (),
+        liger=job.liger,
         deterministic=job.deterministic,
     )
 
@@ -192,8 +194,9 @@ def _write_configs(folder: Path, shape: Shape, tokenizer: Path) -> ModelConfig:
 
 
 def _write_model(folder: Path, backbone: Backbone, processor: Processor, seed: int, half: bool) -> None:
-    model = build_model(backbone, dtype=torch.bfloat16 if half else torch.float32, seed=seed)
-    write_hf(model, backbone, processor, folder / "model")
+    with torch.device("cuda" if half and torch.cuda.is_available() else "cpu"):  # billions of random numbers
+        model = build_model(backbone, dtype=torch.bfloat16 if half else torch.float32, seed=seed)
+    write_hf(model.cpu(), backbone, processor, folder / "model")
 
 
 def _write_raw(folder: Path, samples: list[Sample]) -> None:

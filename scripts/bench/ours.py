@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 from job import Job, MemoryMark, Outcome, StepClock, gemm_tflops, use_threads
 from materials import open_data, run_config
-from profiling import TowerClock, marked_input, seconds_by_kind
+from profiling import TowerClock, longest_operations, marked_input, seconds_by_kind
 from torch.profiler import ProfilerActivity, profile
+from transformers.initialization import no_init_weights
 
 from llava_next.build import build_model, read_backbone
 from llava_next.load import load_weights
@@ -24,7 +25,7 @@ from train.loader import StepPlan, batches, stage_processor
 from train.log import RunLog
 from train.optim import set_rates
 from train.quiet import quiet_libraries
-from train.run import make_planner
+from train.run import make_planner, set_kernels
 from train.trainer import Trainer
 from train.world import World, leave, read_launch, start
 
@@ -50,7 +51,7 @@ def main(job: Job) -> None:
             outcome.tower_seconds.append(tower.take_seconds())
         outcome.peak_gib = memory.peak_gib()
         if job.profile:
-            outcome.profile = _profile(trainer, job.num_steps - 1, job.device)
+            _profile(trainer, job.num_steps - 1, job.device, outcome)
         outcome.gemm_tflops = max(outcome.gemm_tflops, gemm_tflops(job.device))
         outcome.write(job.result)
     finally:
@@ -62,10 +63,12 @@ def _trainer(config: RunConfig, job: Job, world: World) -> tuple[Trainer, TowerC
     backbone = read_backbone(config.model)
     processor = stage_processor(backbone, config.stage)
     mixture, table = open_data(config, processor)
-    model = build_model(backbone, dtype=world.dtype, seed=1, attention=config.attention)
+    with no_init_weights():  # random ones would be replaced at once
+        model = build_model(backbone, dtype=world.dtype, seed=1, attention=config.attention)
     load_weights(model, backbone, Path(str(config.stage.init_from)))
     set_trained_parts(model, config.stage.rates)
     set_recompute(model, config.recompute)
+    set_kernels(model, config)
     planner = make_planner(config, world, backbone, model, table)
     engine = start_engine(model, config, world)
     stream = batches(
@@ -105,13 +108,14 @@ def _head_flops(trainer: Trainer, plan: StepPlan) -> float:
     return 3.0 * 2 * plan.num_supervised * vocabulary * width
 
 
-def _profile(trainer: Trainer, step: int, device: str) -> dict[str, float]:
+def _profile(trainer: Trainer, step: int, device: str, outcome: Outcome) -> None:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
-    clock, outcome = StepClock(device), Outcome()
+    clock, profiled = StepClock(device), Outcome()
     with profile(activities=activities, acc_events=True) as profiler:
-        _step(trainer, step, outcome)
-        clock.lap(outcome)
-    return seconds_by_kind(profiler, outcome.seconds[0], device)
+        _step(trainer, step, profiled)
+        clock.lap(profiled)
+    outcome.profile = seconds_by_kind(profiler, profiled.seconds[0], device)
+    outcome.longest_operations = longest_operations(profiler, device)
 
 
 if __name__ == "__main__":

@@ -36,27 +36,51 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
 """The first kind one of whose words is in an operation's name has it. RMS norms are written as single operations, whose
 products count as elementwise."""
 
+KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("attention", ("flash", "fmha", "attention")),
+    ("matrix products", ("gemm", "nvjet", "cutlass", "xmma", "splitk", "cublas")),
+    ("fused by torch.compile or liger", ("triton", "_liger", "_rms_norm", "_swiglu", "_rope")),
+    ("loss", ("softmax", "nll_loss")),
+    ("optimizer and clipping", ("adam", "multi_tensor")),
+    ("collectives", ("nccl",)),
+    ("norms and sums", ("layer_norm", "layernorm", "reduce")),
+    ("copies, gathers", ("memcpy", "memset", "copy", "catarray", "index", "fill", "embedding", "scatter", "gather")),
+    ("elementwise", ("elementwise",)),
+)
+"""The same of a GPU's kernels, by their own names."""
+
 OTHER = "other (Python, allocation, dispatch)"
+IDLE = "other, and the device idle"
 
 
 def seconds_by_kind(profiler: Any, wall_s: float, device: str) -> dict[str, float]:
-    """Seconds of each kind, the largest first; what no operation accounts for is OTHER.
+    """Seconds of each kind, the largest first; what no operation accounts for comes last.
 
     Args:
         profiler: torch's, after its `with` block.
         wall_s: the time that the block took.
-        device: "cuda" takes the device's own times, in which what the host does meanwhile is not seen.
+        device: "cuda" takes the kernels' times, in which what the host does meanwhile is not seen.
     """
-    sums = dict.fromkeys([name for name, _ in KINDS], 0.0)
-    for event in profiler.key_averages():
-        if event.device_type.name != "CPU":
-            continue  # a kernel: its time stands at the operation that launched it, too
-        micros = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
-        kind = next((name for name, words in KINDS if any(word in event.key for word in words)), None)
+    kinds, rest = (KERNELS, IDLE) if device == "cuda" else (KINDS, OTHER)
+    sums = dict.fromkeys([name for name, _ in kinds], 0.0)
+    for key, seconds in _operations(profiler, device):
+        name = key.lower() if device == "cuda" else key
+        kind = next((kind for kind, words in kinds if any(word in name for word in words)), None)
         if kind is not None:
-            sums[kind] += micros / 1e6
-    sums[OTHER] = wall_s - sum(sums.values())
+            sums[kind] += seconds
+    sums[rest] = wall_s - sum(sums.values())
     return dict(sorted(sums.items(), key=lambda item: -item[1]))
+
+
+def longest_operations(profiler: Any, device: str, count: int = 30) -> dict[str, float]:
+    """Seconds of the operations (on a GPU of the kernels) that took longest in all."""
+    return dict(sorted(_operations(profiler, device), key=lambda item: -item[1])[:count])
+
+
+def _operations(profiler: Any, device: str) -> Iterator[tuple[str, float]]:
+    for event in profiler.key_averages():
+        if event.device_type.name == ("CUDA" if device == "cuda" else "CPU"):
+            yield event.key, (event.self_device_time_total if device == "cuda" else event.self_cpu_time_total) / 1e6
 
 
 def profile_table(profile: Mapping[str, float]) -> str:

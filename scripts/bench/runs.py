@@ -10,8 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from job import Job, Outcome
 
@@ -31,12 +32,13 @@ class BenchError(RuntimeError):
 
 @dataclass(frozen=True)
 class Competitor:
-    """One line of the table: a program, and how it differs from the others' jobs."""
+    """One line of the table: a program, and how it differs from the others' jobs (`changes` to the Job's fields)."""
 
     name: str
     program: str
     batch: int = 0
     trains_tower: bool = True
+    changes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def lacks(self) -> str | None:
@@ -56,7 +58,7 @@ class Competitor:
         place = Path(job.folder)
         result = place / "outcome.json"
         result.unlink(missing_ok=True)
-        own = replace(job, result=str(result), batch=self.batch, trains_tower=self.trains_tower)
+        own = replace(job, result=str(result), batch=self.batch, trains_tower=self.trains_tower, **self.changes)
         own.write(place / "job.json")
         python = str(ORACLE_PYTHON) if self.program == "authors" else sys.executable
         inherited = "" if self.program == "authors" else os.environ.get("PYTHONPATH", "")

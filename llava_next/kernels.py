@@ -1,0 +1,66 @@
+"""Faster kernels for the blocks of a stack: torch.compile, and liger-kernel's fused ones.
+
+Owns how blocks are run, never what they compute: beyond rounding nothing learned depends on it. Both are off unless
+the configuration names them. Attention inside a row is attention.py's.
+"""
+
+import importlib.util
+from collections.abc import Collection
+
+from llava_next.config import ModelError
+from llava_next.model import LlavaNext
+
+
+def compile_blocks(model: LlavaNext, parts: Collection[str], *, deterministic: bool = False) -> None:
+    """Lets torch.compile translate the blocks of these parts, one by one: norms, activations and residuals are fused.
+
+    The first steps wait for the compiler, once for fixed and once for changing lengths; rows of any length then run
+    the same code. Call it after `use_liger` and `set_recompute`, and before there is an engine.
+
+    Args:
+        deterministic: choose no kernel by timing it, so that every start runs the same ones.
+
+    Raises:
+        ModelError: a part that is no stack of blocks.
+    """
+    if not parts:
+        return
+    import torch._dynamo.config
+    import torch._inductor.config
+
+    # A cache that is full falls back to running uncompiled, in silence, unless told otherwise.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._inductor.config.deterministic = deterministic
+    blocks = {"vision_tower": model.tower_layers_name, "language_model": "hf.model.language_model.layers"}
+    for part in parts:
+        if part not in blocks:
+            raise ModelError(f"compile: {part!r} is no stack of blocks; choose among {', '.join(blocks)}")
+        for block in model.get_submodule(blocks[part]).children():
+            # The block's own forward, so that what hooks and recompute do around it stays outside.
+            block.forward = torch.compile(block.forward)
+
+
+def use_liger(model: LlavaNext) -> None:
+    """Runs the language model's norms, rotary embedding and gated MLP through liger-kernel. Needs a GPU.
+
+    The rotary embedding of the architecture is replaced for the whole process: that is how the package does it.
+
+    Raises:
+        ModelError: the package is not installed, or does not know the architecture.
+    """
+    if importlib.util.find_spec("liger_kernel") is None or importlib.util.find_spec("triton") is None:
+        raise ModelError(
+            "liger=true: the package liger-kernel (with triton) is not installed here; `pip install liger-kernel`, or "
+            "choose liger=false"
+        )
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,
+    )
+
+    language_model = model.hf.model.language_model
+    model_type = language_model.config.model_type
+    if model_type not in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        raise ModelError(f"liger=true: liger-kernel has no kernels for {model_type}; choose liger=false")
+    # The loss is ours (loss.py), at supervised positions only.
+    _apply_liger_kernel_to_instance(model=language_model, fused_linear_cross_entropy=False, cross_entropy=False)
