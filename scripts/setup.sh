@@ -175,6 +175,10 @@ install_torch() {
 # deepspeed reads the installed torch while it is built, and the other source packages want only setuptools.
 install_project() { pip_install --no-build-isolation -e ".${extras:+[$extras]}"; }
 
+# Python keeps a module's bytecode at its first import, unless the environment forbids it. Then every start of every rank
+# would compile torch and transformers anew, for some 20 s. A file of a package that is no Python is no failure.
+write_bytecode() { "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" || true; }
+
 if is_ready; then
     exit 0
 fi
@@ -211,6 +215,7 @@ esac
 step "pip, setuptools, wheel, ninja" pip_install --upgrade pip setuptools wheel ninja
 step "torch ($note)" install_torch
 step "this project and what it needs${extras:+ [$extras]}" install_project
+[[ -z ${PYTHONDONTWRITEBYTECODE:-} ]] || step "bytecode (PYTHONDONTWRITEBYTECODE is set)" write_bytecode
 printf 'inputs=%s\ntorch=%s\nextras=%s\n' "$(inputs_hash)" "$torch_build" "$extras" >"$READY.partial"
 mv "$READY.partial" "$READY"
 rm -f "$BUSY"

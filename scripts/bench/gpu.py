@@ -103,32 +103,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         fitting = layers_that_fit(memory, options.max_tokens, shape, recompute=options.recompute)
         shape = replace(shape, layers=options.layers or fitting)
     try:
-        outcomes, profiled, shape = _measure(options, job, shape)
+        outcomes, shape = _measure(options, job, shape)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
     results = summary(outcomes, options.samples, rate)
     print("\n" + results_table(results))
-    if profiled.profile:
-        print("\n" + profile_table(profiled.profile))
+    profile = next(iter(outcomes.values())).profile
+    if profile:
+        print("\n" + profile_table(profile))
     facts = machine_facts(device=device_name, dense_bf16_tflops=rate, cuda=torch.version.cuda)
     command = ["python", "scripts/bench/gpu.py", *(arguments if arguments is not None else sys.argv[1:])]
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "tokenizer")}
-    content = {**settings, "model": asdict(shape), "competitors": results, "profile_s": profiled.profile}
-    content["longest_operations_s"] = profiled.longest_operations
+    content = {**settings, "model": asdict(shape), "competitors": results}
     path = save("gpu", command, facts, content, options.out)
     print(f"\nwrote {path}")
     return 0
 
 
-def _measure(options: argparse.Namespace, job: Job, shape: Shape) -> tuple[dict[str, Outcome], Outcome, Shape]:
+def _measure(options: argparse.Namespace, job: Job, shape: Shape) -> tuple[dict[str, Outcome], Shape]:
     """Ours, with a layer less as often as the card asks for it; then stock at the first batch that fits."""
     while True:
         print(f"{shape.layers} layers, rows of {job.max_tokens} tokens; making the model and the samples", flush=True)
         with prepared(shape, options.tokenizer or vicuna_tokenizer(), job) as given:
             first, *others = [Competitor(f"ours, {name}", "ours", changes=VARIANTS[name]) for name in options.variants]
             try:
-                outcomes = run_all([first], given)
+                outcomes = run_all([first], replace(given, profile=options.profile))
             except BenchError as error:
                 if not _is_out_of_memory(error) or shape.layers == 1:
                     raise
@@ -142,10 +142,7 @@ def _measure(options: argparse.Namespace, job: Job, shape: Shape) -> tuple[dict[
                 if found:
                     break
             check_same_work(outcomes, SAME_LOSS_BF16)
-            profiled = Outcome()
-            if options.profile:
-                profiled = first.run(replace(given, num_steps=min(3, options.steps), profile=True))
-            return outcomes, profiled, shape
+            return outcomes, shape
 
 
 def _if_it_fits(competitor: Competitor, job: Job) -> dict[str, Outcome]:
@@ -216,12 +213,12 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n", maxsplit=1)[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on tiny tiles, to exercise the program")
-    parser.add_argument("--profile", action="store_true", help="also where the device's time goes in a step of ours")
+    parser.add_argument(
+        "--profile", action="store_true", help="the first variant's last step under the profiler, untimed"
+    )
     parser.add_argument("--layers", type=int, help="of the language model (default: what the card's memory holds)")
     parser.add_argument("--max-tokens", type=int, default=8192, help="of a packed row (default 8192)")
-    parser.add_argument(
-        "--variants", nargs="+", choices=VARIANTS, default=["compiled", "plain"], help="of ours; the first is profiled"
-    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["compiled", "plain"], help="of ours")
     parser.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass, on both sides")
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of ours (default 2)")
     parser.add_argument("--samples", type=int, default=64, help="of a step (default 64)")
@@ -233,8 +230,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
-    if options.steps < 2 or any(options.samples % batch for batch in options.batches):
-        parser.error("--steps must be at least 2, and --samples a multiple of every batch")
+    if options.steps < 2 + options.profile or any(options.samples % batch for batch in options.batches):
+        parser.error("--steps must be at least 2 (3 with --profile), and --samples a multiple of every batch")
     return options
 
 

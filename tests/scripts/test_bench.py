@@ -90,7 +90,7 @@ def test_a_competitor_that_fails_ends_the_bench(load: Load, tmp_path: Path) -> N
 def test_gpu_bench_without_a_gpu(load: Load, tokenizer: Path, tmp_path: Path) -> None:
     """The whole program on a tiny model: losses held together, MFU of a rate that is given."""
     pytest.importorskip("accelerate")
-    arguments = ["--device", "cpu", "--tiny", "--samples", "4", "--steps", "2", "--batches", "2", "--workers", "0"]
+    arguments = ["--device", "cpu", "--tiny", "--samples", "4", "--steps", "3", "--batches", "2", "--workers", "0"]
     arguments += ["--threads", "1", "--max-tokens", "400", "--peak-tflops", "1", "--variants", "plain", "--profile"]
     assert load("gpu").main([*arguments, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]) == 0
     competitors = json.loads((tmp_path / "gpu.json").read_text())["results"]["competitors"]
@@ -103,7 +103,7 @@ def test_gpu_bench_without_a_gpu(load: Load, tokenizer: Path, tmp_path: Path) ->
 @pytest.mark.full
 def test_gpu_bench_on_a_gpu(load: Load, tokenizer: Path, tmp_path: Path) -> None:
     """The same with a device: bf16, varlen attention, reading processes."""
-    arguments = ["--tiny", "--samples", "4", "--steps", "2", "--batches", "2", "--workers", "1", "--max-tokens", "400"]
+    arguments = ["--tiny", "--samples", "4", "--steps", "3", "--batches", "2", "--workers", "1", "--max-tokens", "400"]
     arguments += ["--peak-tflops", "100", "--profile", "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
     assert load("gpu").main(arguments) == 0
 
