@@ -7,17 +7,20 @@ ignored.
 """
 
 import importlib
+import inspect
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
 
 from llava_next.batch import Segments
 from llava_next.config import AttentionKernel, ModelError
 
+_KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _FLASH_MODULES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
@@ -74,8 +77,8 @@ def _per_segment(
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
 ) -> torch.Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
+    # torch 2.11 and 2.12 have no such argument: there the kernel sees grouped heads from the shapes.
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _KNOWS_GROUPS else {}
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -86,7 +89,7 @@ def _varlen(
         segments.max_length,
         scale=scaling,
         window_size=(-1, 0),  # causal
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(output, torch.Tensor)
     return output[None]
