@@ -78,7 +78,7 @@ def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
 ) -> torch.Tensor:
     # torch 2.11 and 2.12 have no such argument: there the kernel sees grouped heads from the shapes.
-    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _KNOWS_GROUPS else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _KNOWS_GROUPS else {}
     output = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),

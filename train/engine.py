@@ -23,11 +23,17 @@ from train.world import World
 def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
     """DeepSpeed's configuration of this run, under DeepSpeed's own names.
 
-    Gradients are accumulated and reduced in fp32 whatever the weights are. One row is one micro-batch, and every
-    `step()` is the boundary, because steps differ in their number of micro-steps.
+    Gradients are accumulated and summed over ranks in fp32 whatever the weights are. One row is one micro-batch, and
+    every `step()` is the boundary, because steps differ in their number of micro-steps.
     """
+    engine, communication = dict(config.engine), "fp32"
+    if world.size == 1 and zero_stage(config) in (1, 2):
+        # One rank has nobody to talk to: no second stream, for which DeepSpeed stops the device at every bucket; no
+        # slices, which are copied to and fro; no message in another precision, for which they are copied once more.
+        engine["zero_optimization"] = {**engine["zero_optimization"], "overlap_comm": False, "reduce_scatter": False}
+        communication = "bf16" if world.dtype == torch.bfloat16 else "fp32"
     return {
-        **config.engine,
+        **engine,
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
@@ -35,7 +41,7 @@ def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
         "gradient_clipping": 0.0 if zero_stage(config) == 0 else config.stage.clip_norm or 0.0,
         "bf16": {"enabled": world.dtype == torch.bfloat16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        "communication_data_type": "fp32",
+        "communication_data_type": communication,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,

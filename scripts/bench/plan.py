@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 import yaml
-from gpu import layers_that_fit
 from job import Job, Outcome
 from materials import SHAPES, Shape, open_data, prepared, run_config
 from results import RESULTS, machine_facts, save, table
@@ -53,7 +52,7 @@ class Case:
     name: str
     engine: int
     recompute: bool = False
-    max_tokens: int = 2000
+    compile: bool = False
 
 
 CPU_CASES = (
@@ -64,9 +63,10 @@ CPU_CASES = (
     Case("zero3", 3),
 )
 GPU_CASES = (
-    Case("zero2", 2, max_tokens=8192),
-    Case("zero2, recompute", 2, recompute=True, max_tokens=8192),
-    Case("zero3", 3, max_tokens=8192),
+    Case("zero2", 2),
+    Case("zero2, recompute", 2, recompute=True),
+    Case("zero3", 3),
+    Case("zero2, compiled", 2, compile=True),
 )
 
 
@@ -77,10 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = GPU_CASES if on_gpu else CPU_CASES[:2] if options.quick else CPU_CASES
     hardware = read_hardware(options.hardware or ("h100_80g" if on_gpu else "cpu"))
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "262144")  # for the processes that run the cases
+    job, shape = _job_and_shape(options)
     found: dict[str, dict[str, Any]] = {}
     try:
-        for case in cases:
-            found[case.name] = _measure(case, options, hardware)
+        with prepared(shape, options.tokenizer or vicuna_tokenizer(), job) as given:
+            for case in cases:
+                found[case.name] = _measure(case, given, hardware)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
@@ -102,7 +104,8 @@ def read_hardware(name: str) -> Hardware:
     return replace(check_hardware(values), gpus_per_node=1)
 
 
-def _measure(case: Case, options: argparse.Namespace, hardware: Hardware) -> dict[str, Any]:
+def _job_and_shape(options: argparse.Namespace) -> tuple[Job, Shape]:
+    """What the cases share: the model and the samples."""
     on_gpu = options.device == "cuda"
     job = Job(
         folder="",
@@ -112,22 +115,18 @@ def _measure(case: Case, options: argparse.Namespace, hardware: Hardware) -> dic
         num_steps=4 if on_gpu else 2,
         trains_tower=True,
         threads=options.threads,
-        max_tokens=case.max_tokens,
+        max_tokens=8192 if on_gpu else 2000,
         device=options.device,
-        workers=4 if on_gpu else 0,
-        engine=case.engine,
-        recompute=case.recompute,
+        workers=8 if on_gpu else 0,
     )
-    shape = SHAPE
-    if on_gpu:
-        memory = torch.cuda.get_device_properties(0).total_memory
-        # What the rule of thumb gives without recompute, and a little less: the planner is tested, not the card.
-        shape = replace(SHAPES["large"], layers=max(1, layers_that_fit(memory, case.max_tokens, SHAPES["large"]) - 1))
     if options.tiny:
-        shape, job = SHAPES["tiny"], replace(job, max_tokens=400)
-    with prepared(shape, options.tokenizer or vicuna_tokenizer(), job) as given:
-        outcome = Competitor(case.name, "ours").run(given)
-        return compare(given, outcome, hardware, case)
+        return replace(job, max_tokens=400), SHAPES["tiny"]
+    return job, replace(SHAPES["large"], layers=options.layers) if on_gpu else SHAPE
+
+
+def _measure(case: Case, given: Job, hardware: Hardware) -> dict[str, Any]:
+    job = replace(given, engine=case.engine, recompute=case.recompute, compile=case.compile)
+    return compare(job, Competitor(case.name, "ours").run(job), hardware, case)
 
 
 def compare(job: Job, outcome: Outcome, hardware: Hardware, case: Case) -> dict[str, Any]:
@@ -163,6 +162,10 @@ def compare(job: Job, outcome: Outcome, hardware: Hardware, case: Case) -> dict[
         "measured_s": seconds,
         "time_ratio": time.total / seconds,
         "gemm_tflops": outcome.gemm_tflops,
+        "tower_s": median(outcome.tower_seconds[1:]),
+        "tower_tflop": median(outcome.tower_flops[1:]) / 1e12,
+        "tflop": median(outcome.flops[1:]) / 1e12,
+        "planned_kinds_s": time.kinds,
     }
 
 
@@ -188,6 +191,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the first two settings only")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to exercise the program: nothing is proved")
     parser.add_argument("--strict-time", action="store_true", help="also fail where step times are too far off")
+    parser.add_argument("--layers", type=int, default=5, help="of the language model on a GPU (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="of torch on the host")
     parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
