@@ -13,7 +13,7 @@ Owns the card's numbers and the table. What is compared, and how, is the step be
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
@@ -102,31 +102,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         memory = torch.cuda.get_device_properties(0).total_memory if on_gpu else 80e9
         fitting = layers_that_fit(memory, options.max_tokens, shape, recompute=options.recompute)
         shape = replace(shape, layers=options.layers or fitting)
+    facts = machine_facts(device=device_name, dense_bf16_tflops=rate, cuda=torch.version.cuda)
+    command = ["python", "scripts/bench/gpu.py", *(arguments if arguments is not None else sys.argv[1:])]
+    settings = {key: value for key, value in vars(options).items() if key not in ("out", "tokenizer")}
     try:
-        outcomes, shape = _measure(options, job, shape)
+        for outcomes, fitted in _measured(options, job, shape):  # kept after each: a lent GPU may be gone
+            results = summary(outcomes, options.samples, rate)
+            content = {**settings, "model": asdict(fitted), "competitors": results}
+            path = save("gpu", command, facts, content, options.out)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    results = summary(outcomes, options.samples, rate)
     print("\n" + results_table(results))
     profile = next(iter(outcomes.values())).profile
     if profile:
         print("\n" + profile_table(profile))
-    facts = machine_facts(device=device_name, dense_bf16_tflops=rate, cuda=torch.version.cuda)
-    command = ["python", "scripts/bench/gpu.py", *(arguments if arguments is not None else sys.argv[1:])]
-    settings = {key: value for key, value in vars(options).items() if key not in ("out", "tokenizer")}
-    content = {**settings, "model": asdict(shape), "competitors": results}
-    path = save("gpu", command, facts, content, options.out)
     print(f"\nwrote {path}")
     return 0
 
 
-def _measure(options: argparse.Namespace, job: Job, shape: Shape) -> tuple[dict[str, Outcome], Shape]:
-    """Ours, with a layer less as often as the card asks for it; then stock at the first batch that fits."""
+def _measured(options: argparse.Namespace, job: Job, shape: Shape) -> Iterator[tuple[dict[str, Outcome], Shape]]:
+    """What has been measured so far, after each competitor: ours, with a layer less as often as the card asks for it;
+    stock at the first batch that fits; our other variants."""
+    first, *others = [Competitor(f"ours, {name}", "ours", changes=VARIANTS[name]) for name in options.variants]
     while True:
         print(f"{shape.layers} layers, rows of {job.max_tokens} tokens; making the model and the samples", flush=True)
         with prepared(shape, options.tokenizer or vicuna_tokenizer(), job) as given:
-            first, *others = [Competitor(f"ours, {name}", "ours", changes=VARIANTS[name]) for name in options.variants]
             try:
                 outcomes = run_all([first], replace(given, profile=options.profile))
             except BenchError as error:
@@ -134,15 +135,19 @@ def _measure(options: argparse.Namespace, job: Job, shape: Shape) -> tuple[dict[
                     raise
                 shape = replace(shape, layers=shape.layers - 1)
                 continue
-            for variant in others:
-                outcomes |= _if_it_fits(variant, given)
+            yield outcomes, shape
             for batch in options.batches:
                 found = _if_it_fits(Competitor(f"stock, batch {batch}", "stock", batch=batch), given)
                 outcomes |= found
                 if found:
                     break
             check_same_work(outcomes, SAME_LOSS_BF16)
-            return outcomes, shape
+            yield outcomes, shape
+            for variant in others:
+                outcomes |= _if_it_fits(variant, given)
+                check_same_work(outcomes, SAME_LOSS_BF16)
+                yield outcomes, shape
+            return
 
 
 def _if_it_fits(competitor: Competitor, job: Job) -> dict[str, Outcome]:
