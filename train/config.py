@@ -4,13 +4,11 @@ Owns `RunConfig` and every rule that can be checked without torch, data or weigh
 and not a queue slot. Parts whose owner is another package (model, mixture) are that package's dataclasses.
 """
 
-import difflib
 import math
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal
 
 import pydantic
 from hydra import compose, initialize_config_dir
@@ -19,9 +17,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data_recipes.config import MixtureConfig, SourceShare
+from data_recipes.config import MixtureConfig
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, check_grids
 from llava_next.conversation import check_template_name
+from train.sentences import explain_composition, explain_invalid
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _STRICT = {"extra": "forbid"}
@@ -253,7 +252,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     try:
         config = pydantic.TypeAdapter(RunConfig).validate_python(plain)
     except pydantic.ValidationError as error:
-        raise ConfigError(_explain_invalid(error)) from error
+        raise ConfigError(explain_invalid(error, RunConfig)) from error
     _check_values(config)
     if folders:
         _check_folders(config)
@@ -333,6 +332,11 @@ def _check_values(config: RunConfig) -> None:
             f"evaluate.every={config.evaluate.every}, but mixture {config.mixture.name} holds nothing out; give a "
             "source `holdout: N`, or set evaluate.every=0"
         )
+    if config.liger and "language_model" in config.compile:
+        raise ConfigError(
+            "liger=true and compile=[language_model] are two ways to run the same blocks, and torch.compile cannot "
+            "read liger's; choose one (compile is the faster, compile=[vision_tower] goes with liger)"
+        )
     _check_engine(config.engine)
 
 
@@ -394,69 +398,4 @@ def _check_start(start: Path) -> None:
 
 def explain(text: str) -> str:
     """Hydra's and OmegaConf's messages as one sentence with the key and the way out."""
-    unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
-    if unknown and ("not in struct" in text or "Could not override" in text):
-        return _unknown_key(unknown.group(1))
-    choice = re.search(
-        r"Could not find '([^']+)'(?:.*?Available options in '[^']+':\s*(.*?))?(?:Config search|$)",
-        text,
-        re.S,
-    )
-    if choice:
-        group, _, name = choice.group(1).rpartition("/")
-        known = ", ".join((choice.group(2) or "").split())
-        return f"{group}={name}: there is no such choice" + (f"; the choices are {known}" if known else "")
-    missing = re.search(r"Missing mandatory value: (\S+)", text)
-    if missing:
-        return f"{missing.group(1)} has no value; give it on the command line as {missing.group(1)}=VALUE"
-    return " ".join(text.split())
-
-
-def _unknown_key(key: str) -> str:
-    part = key.removeprefix("stage.learning_rates.")
-    if part != key:
-        if part in PARTS:
-            return f"{key} has no value in this stage; a part more is trained with +{key}=RATE"
-        return f"{key}: there is no such part; the parts are {', '.join(PARTS)}"
-    if key in _all_keys(RunConfig):
-        return f"{key} has no value in the YAML; write it there, or give it as +{key}=VALUE"
-    return _no_such_key(key)
-
-
-def _no_such_key(key: str) -> str:
-    source, _, last = key.removeprefix("mixture.sources.").rpartition(".")
-    if key.startswith("mixture.sources.") and source:
-        known = [item.name for item in fields(SourceShare)]
-        if last in known:
-            return f"{key}: the mixture has no source {source}; mend the name, or add one with +{key}=VALUE"
-        close = difflib.get_close_matches(last, known, n=1)
-        near = f"; did you mean mixture.sources.{source}.{close[0]}?" if close else ""
-        return f"{key}: there is no such key; a source of a mixture has {', '.join(known)}{near}"
-    return f"{key}: there is no such key{_suggest(key)}; `python -m train --cfg job` prints all keys"
-
-
-def _suggest(key: str) -> str:
-    close = difflib.get_close_matches(key, list(_all_keys(RunConfig)), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def _all_keys(cls: type, prefix: str = "") -> list[str]:
-    keys = []
-    hints = get_type_hints(cls)
-    for item in fields(cls):
-        keys.append(prefix + item.name)
-        for candidate in (hints[item.name], *get_args(hints[item.name])):
-            if isinstance(candidate, type) and is_dataclass(candidate):
-                keys += _all_keys(candidate, f"{prefix}{item.name}.")
-    return keys
-
-
-def _explain_invalid(error: pydantic.ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int",))
-    if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-        return _no_such_key(key)
-    if first["type"] in ("missing", "missing_argument"):
-        return f"{key} has no value; give it in the YAML, or as +{key}=VALUE"
-    rule = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {rule.replace('input should', 'the value should')}, got {first['input']!r}"
+    return explain_composition(text, RunConfig)

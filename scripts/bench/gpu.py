@@ -29,7 +29,6 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "plain": {},
     "compiled": {"compile": True},
     "liger": {"liger": True},
-    "both": {"compile": True, "liger": True},
     "deterministic": {"compile": True, "deterministic": True},
     "recompute": {"compile": True, "recompute": True},
 }
@@ -71,6 +70,12 @@ def peak_tflops(device_name: str) -> float | None:
     return next((rate for name, rate in DENSE_BF16_TFLOPS if name in device_name), None)
 
 
+def result_name(device_name: str) -> str:
+    """Of the JSON file: gpu_h100, or gpu where the device is in no table."""
+    card = next((name for name, _ in DENSE_BF16_TFLOPS if name in device_name), None)
+    return f"gpu_{card.lower().replace(' ', '_')}" if card else "gpu"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; 0 if there is a result, 1 if there is none."""
     options = _options(arguments)
@@ -109,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for outcomes, fitted in _measured(options, job, shape):  # kept after each: a lent GPU may be gone
             results = summary(outcomes, options.samples, rate)
             content = {**settings, "model": asdict(fitted), "competitors": results}
-            path = save("gpu", command, facts, content, options.out)
+            path = save(result_name(device_name), command, facts, content, options.out)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1

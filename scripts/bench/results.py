@@ -48,9 +48,14 @@ def memory_mib(key: str, pid: int | str = "self") -> float:
 def save(
     name: str, command: Sequence[str], machine: Mapping[str, Any], results: Mapping[str, Any], folder: Path = RESULTS
 ) -> Path:
-    """Writes folder/name.json and returns its path. `results` holds plain values only."""
+    """Writes folder/name.json and returns its path. `results` holds plain values only; of the command, where its output
+    went is left out: a path of that machine."""
+    words = list(command)
+    if "--out" in words:
+        at = words.index("--out")
+        del words[at : at + 2]
     when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    content = {"bench": name, "command": " ".join(command), "when": when, "machine": machine, "results": results}
+    content = {"bench": name, "command": " ".join(words), "when": when, "machine": machine, "results": results}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -146,6 +146,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "grid twice": ({"model.grids": [[1, 2], [1, 2]]}, ["model.grids", "twice"]),
     "grid of nothing": ({"model.grids": [[0, 2]]}, ["model.grids", "at least 1", "[0, 2]"]),
     "row tokens": ({"packing.max_tokens": 511}, ["packing.max_tokens=511", "stage.max_length=512", "at least 512"]),
+    "two kernels": (
+        {"liger": True, "compile": ("vision_tower", "language_model")},
+        ["liger=true and compile=[language_model]", "choose one"],
+    ),
     "row tiles": ({"packing.max_tiles": 4}, ["packing.max_tiles=4", "5 tiles", "model.grids", "at least 5"]),
     "workers": ({"data.workers": -1}, ["data.workers", "at least 0", "-1"]),
     "prefetch": ({"data.prefetch": 0}, ["data.prefetch", "at least 1"]),

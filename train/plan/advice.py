@@ -1,7 +1,7 @@
 """What to change: the fastest setting that fits, the nearest one, and how many nodes pay.
 
-Owns the search. It turns only knobs that change nothing that is learned: ZeRO, offload, recompute, the row's budgets,
-the number of nodes.
+Owns the search. It turns only knobs that change nothing that is learned: ZeRO, offload, recompute, compile, the row's
+budgets, the number of nodes.
 """
 
 from collections.abc import Iterator
@@ -59,8 +59,12 @@ def _settings(planner: StagePlanner, setting: Setting) -> Iterator[Setting]:
     for tokens in sorted({length, *(row for row in _ROWS if row >= length)}):
         tiles = max(8, -(-setting.packing.max_tiles * tokens // setting.packing.max_tokens))
         rows.append(setting.with_row(tokens, tiles).packing)
-    for engine, parts, packing in product(engines, dict.fromkeys([setting.recompute, *recompute]), dict.fromkeys(rows)):
-        yield replace(engine, recompute=parts, packing=packing)
+    compiled = [setting.compile]
+    if planner.hardware.device == "cuda":
+        compiled.append(("vision_tower", "language_model"))
+    parts = dict.fromkeys([setting.recompute, *recompute])
+    for engine, again, packing, kernels in product(engines, parts, dict.fromkeys(rows), dict.fromkeys(compiled)):
+        yield replace(engine, recompute=again, packing=packing, compile=kernels)
 
 
 def _fitting(planner: StagePlanner, setting: Setting) -> list[Estimate]:
@@ -113,6 +117,7 @@ def held_back(estimate: Estimate, planner: StagePlanner) -> Iterator[str]:
         "balance": f"{batch} samples do not divide evenly into the rows of {estimate.num_ranks} ranks: fewer nodes",
         "communication": "weights and gradients travel longer than they can hide: larger rows mean fewer micro-steps; "
         "a lower ZeRO stage, fewer nodes or faster links help too",
+        "gradients": "each micro-step adds its gradients to the step's: larger rows mean fewer micro-steps",
         "optimizer": "AdamW waits for memory: no offload, or more ranks to share it",
         "input": f"pictures are cut too slowly: raise data.workers (now {planner.config.data.workers})",
         "save": f"a checkpoint every {planner.config.save.every} steps is written too slowly: raise save.every",

@@ -24,7 +24,7 @@ class Hardware:
         link_latency_us, network_latency_us: of one hop of a ring inside a node, between nodes.
         host_memory_gib, host_memory_gb_s, cores_per_node, disk_gb_s: of a whole node.
         host_link_gb_s: between a GPU and the host's memory.
-        language_share, vision_share, attention_share: of the dense rate, what each reaches.
+        language_share, vision_share, attention_share: of the dense rate, what each reaches, on a GPU compiled.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}

@@ -21,6 +21,8 @@ OVERLAP = 0.7
 """Of a step's computing, the part that communication can hide behind where it overlaps. Assumed."""
 MEMORY_SHARE = 0.8
 """Of the memory's rate, what AdamW's stream reaches. Assumed."""
+PLAIN_SHARE = 0.87
+"""Of the rate of compiled blocks, what plain ones reach on a GPU (results/gpu_h100_kernels.json: 35.5 of 41.0 %)."""
 TILES_PER_CORE_S = 600.0
 """Pictures decoded and cut, in tiles a second and core (scripts/bench/results/input.json: 494 tiles in 0.81 s)."""
 SMALL_ALL_REDUCE = 500_000_000
@@ -76,7 +78,7 @@ def step_time(
     kinds = dict.fromkeys((*COMPUTING, "recompute", "balance"), 0.0)
     useful = tiles = micro_steps = samples = 0.0
     for step in steps:
-        seconds, flops = computing(facts, setting.recompute, step, hardware, half=half)
+        seconds, flops = computing(facts, setting.recompute, step, hardware, half=half, compiled=setting.compile)
         whole = np.stack(list(seconds.values())).sum(axis=0)
         for kind, values in seconds.items():
             kinds[kind] += float(values.mean(axis=1).sum())
@@ -89,6 +91,7 @@ def step_time(
     kinds = {kind: value / count for kind, value in kinds.items()}
     busy = sum(kinds.values())
     kinds["communication"] = communication(facts, setting, hardware, micro_steps / count, busy, half=half)
+    kinds["gradients"] = micro_steps / count * adding_up(facts, setting, hardware, half=half)
     kinds["optimizer"] = optimizer(facts, setting, hardware, half=half)
     own_cores = min(max(workers, 1), max(1.0, hardware.cores_per_node / hardware.gpus_per_node))
     reading = tiles / count / num_ranks / (own_cores * TILES_PER_CORE_S)
@@ -107,7 +110,13 @@ def step_time(
 
 
 def computing(
-    facts: ModelFacts, recompute: Sequence[str], step: StepRows, hardware: Hardware, *, half: bool
+    facts: ModelFacts,
+    recompute: Sequence[str],
+    step: StepRows,
+    hardware: Hardware,
+    *,
+    half: bool,
+    compiled: Sequence[str] = (),
 ) -> tuple[dict[str, Seconds], float]:
     """Seconds [micro-steps, ranks] by kind, and the useful FLOPs of all of them.
 
@@ -124,9 +133,11 @@ def computing(
         "attention": squared / 2 * costs.pair,
         "head": supervised * head,
     }
+    plain = PLAIN_SHARE if hardware.device == "cuda" else 1.0
+    vision_share = hardware.vision_share * (1.0 if "vision_tower" in compiled else plain)
     shares = {
-        "vision": hardware.vision_share,
-        "language": hardware.language_share,
+        "vision": vision_share,
+        "language": hardware.language_share * (1.0 if "language_model" in compiled else plain),
         "attention": hardware.attention_share,
         "head": hardware.language_share,
     }
@@ -136,7 +147,7 @@ def computing(
         again += seconds["language"] / ways + seconds["attention"] / 3
     if "vision_tower" in recompute and facts.trained["vision_tower"]:
         projector = 6.0 * facts.vision.patches * facts.parameters["projector"]
-        again += tiles * (costs.tile - projector) / 3 / (rate * hardware.vision_share)
+        again += tiles * (costs.tile - projector) / 3 / (rate * vision_share)
     return seconds | {"recompute": again}, float(sum(value.sum() for value in flops.values()))
 
 
@@ -183,6 +194,20 @@ def communication(
     exposed = max(0.0, reduced - OVERLAP * busy) if hidden else reduced
     closing = ring(float(s * trained), hardware, nodes) if stage in (1, 2) else 0.0
     return exposed + closing
+
+
+def adding_up(facts: ModelFacts, setting: Setting, hardware: Hardware, *, half: bool) -> float:
+    """Seconds after a micro-step's backward pass until its gradients are in the step's fp32 sum, bound by memory.
+
+    From stage 2 on each is copied into a bucket (2 s), and the rank's share of the buckets read and added to the sum
+    (s + 8); below, all of them are added where they are.
+    """
+    s = 2 if half else 4
+    if setting.zero_stage < 2:
+        moved = float(facts.num_trained * (s + 8))
+    else:
+        moved = facts.num_trained * (2 * s + (s + 8) / (setting.nodes * hardware.gpus_per_node))
+    return moved / (hardware.memory_gb_s * 1e9 * MEMORY_SHARE)
 
 
 def optimizer(facts: ModelFacts, setting: Setting, hardware: Hardware, *, half: bool) -> float:

@@ -65,7 +65,7 @@ def memory_of(
     held = states(facts, setting, num_ranks=num_ranks, half=half)
     if not on_gpu:
         held["weights"] += _MAIN_DTYPE_BYTES * facts.upper_tower
-    row_kinds = activations(facts, setting.recompute, row, half=half, on_gpu=on_gpu)
+    row_kinds = activations(facts, setting.recompute, row, half=half, on_gpu=on_gpu, compiled=setting.compile)
     bucket, gathered = bucket_bytes(facts, setting, half=half), gathered_bytes(facts, setting, num_ranks, half=half)
     fresh = float(s * facts.num_trained / num_ranks) if setting.zero_stage == 2 else 0.0
     moments = {
@@ -158,13 +158,24 @@ def host_bytes(facts: ModelFacts, setting: Setting, weight_bytes: int, num_ranks
 
 
 def activations(
-    facts: ModelFacts, recompute: tuple[str, ...], row: Row, *, half: bool, on_gpu: bool
+    facts: ModelFacts,
+    recompute: tuple[str, ...],
+    row: Row,
+    *,
+    half: bool,
+    on_gpu: bool,
+    compiled: tuple[str, ...] = (),
 ) -> dict[str, float]:
-    """What a row needs by the end of its forward pass and in the backward: by part, logits and work apart."""
+    """What a row needs by the end of its forward pass and in the backward: by part, logits and work apart.
+
+    A compiled tower is taken for a plain one: measured (plan_gpu.json, gpu_h200.json) it keeps hardly less.
+    """
     trains = {part: count > 0 for part, count in facts.trained.items()}
     s = 2 if half else 4
     language, vision = facts.language, facts.vision
     block = language_block_bytes(language, trained=trains["language_model"], half=half, copies_output=not on_gpu)
+    if "language_model" in compiled:
+        block = compiled_block_bytes(language, half=half)
     redo = "language_model" in recompute
     kept = s * language.width if redo else block
     # The last norm keeps what one of a block's does.
@@ -211,6 +222,14 @@ def language_block_bytes(shape: LanguageShape, *, trained: bool, half: bool, cop
     if copies_output and trained:
         attention += s * shape.query
     return float(norms + attention + s * shape.mlp * (4 if trained else 3))
+
+
+def compiled_block_bytes(shape: LanguageShape, *, half: bool) -> float:
+    """The same of a block that torch.compile has translated: what enters both norms, queries, keys, values, attention's
+    output and log-sums, and what enters the MLP's product. What an elementwise kernel can make again it does not keep.
+    """
+    s = 2 if half else 4
+    return float(s * (2 * shape.width + 2 * shape.query + 2 * shape.key + 2 * shape.mlp) + 4 * shape.heads)
 
 
 def language_work_bytes(shape: LanguageShape, *, half: bool) -> float:

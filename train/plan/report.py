@@ -88,6 +88,7 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
         "zero_stage": setting.zero_stage,
         "offload_optimizer": setting.offloads_optimizer,
         "recompute": list(setting.recompute),
+        "compile": list(setting.compile),
         "max_tokens": setting.packing.max_tokens,
         "max_tiles": setting.packing.max_tiles,
         "nodes": setting.nodes,

@@ -25,12 +25,14 @@ class Setting:
         recompute: parts whose blocks run again in the backward pass.
         packing: budgets of a row.
         nodes: how many of them.
+        compile: parts whose blocks torch.compile translates.
     """
 
     engine: dict[str, Any]
     recompute: tuple[str, ...]
     packing: PackingConfig
     nodes: int
+    compile: tuple[str, ...] = ()
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -84,6 +86,8 @@ class Setting:
                 words.append("+engine.zero_optimization.offload_optimizer.device=cpu")
         if self.recompute != before.recompute:
             words.append(f"recompute=[{','.join(self.recompute)}]")
+        if self.compile != before.compile:
+            words.append(f"compile=[{','.join(self.compile)}]")
         if self.packing.max_tokens != before.packing.max_tokens:
             words.append(f"packing.max_tokens={self.packing.max_tokens}")
         if self.packing.max_tiles != before.packing.max_tiles:
@@ -95,7 +99,7 @@ class Setting:
 
 def setting_of(config: RunConfig, nodes: int) -> Setting:
     """The setting that a configuration asks for."""
-    return Setting(config.engine, tuple(config.recompute), config.packing, nodes)
+    return Setting(config.engine, tuple(config.recompute), config.packing, nodes, tuple(config.compile))
 
 
 def _device(zero: dict[str, Any], key: str) -> str:
