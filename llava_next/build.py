@@ -154,7 +154,8 @@ def build_model(
         if "image_newline" in parts:
             width = backbone.hf_config.text_config.hidden_size
             hf.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
-        hf.to(dtype)
+        for parameter in hf.parameters():  # not buffers: rotary frequencies in bf16 would turn late tokens by radians
+            parameter.data = parameter.data.to(dtype)
         if backbone.hf_config.tie_word_embeddings:
             hf.lm_head.weight = hf.get_input_embeddings().weight
     finally:

@@ -106,6 +106,19 @@ def test_every_weight_has_the_asked_type(make_backbone: MakeBackbone, dtype: tor
     assert torch.isfinite(total)
 
 
+def test_rotary_frequencies_stay_in_fp32(make_backbone: MakeBackbone) -> None:
+    """In a bf16 model they are the stock model's: rounded to bf16 they would turn token 4,000 by several radians."""
+    backbone = make_backbone("clip")
+    model = build_model(backbone, dtype=torch.bfloat16, seed=1)
+    stock = AutoModelForCausalLM.from_config(backbone.hf_config.text_config, dtype=torch.bfloat16)
+    states, positions = torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.tensor([[4000]])
+    ours = model.hf.model.language_model.rotary_emb(states, positions)
+    for mine, theirs in zip(ours, stock.base_model.rotary_emb(states, positions), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    for name, buffer in model.named_buffers():
+        assert not buffer.is_floating_point() or buffer.dtype == torch.float32, name
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_pretrained_parts_keep_their_weights(tmp_path: Path, tower: TowerName) -> None:
     """Tower and language model hold the tensors of their files; new rows of the table are the mean of the old."""
