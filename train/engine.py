@@ -14,6 +14,7 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import nn
 
 from llava_next.model import LlavaNext
+from train.build import fill_in, send_buffers
 from train.config import ConfigError, RunConfig
 from train.optim import parameter_groups
 from train.quiet import muted_stdout
@@ -50,7 +51,8 @@ def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed.DeepSpeedEngine:
-    """Moves the model to its device, builds AdamW over the trained parts and wraps both in DeepSpeed.
+    """Gives every rank its share of the model that rank 0 holds (`train/build.py`), builds AdamW over the trained parts
+    and wraps both in DeepSpeed.
 
     Raises:
         ConfigError: ZeRO 0 in bf16.
@@ -61,7 +63,15 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
             "engine=zero1 (the same on one rank), or precision=fp32"
         )
     deepspeed_logger.setLevel("WARNING")
-    model.to(world.device)
+    dictionary = engine_dictionary(config, world)
+    send_buffers(model, world)
+    if zero_stage(config) == 3:
+        _divide(model, dictionary, world)
+    else:
+        seen: dict[int, nn.Parameter] = {}
+        for module in model.modules():
+            fill_in(module, world.device, seen)
+        model.to(world.device)  # DeepSpeed sends rank 0's parameters to the others
     optimizer = torch.optim.AdamW(parameter_groups(model, config.stage), betas=(0.9, 0.999), eps=1e-8, fused=True)
     if zero_stage(config) == 3:
         # Read by LlavaNext.forward outside of the modules that own them, so ZeRO-3 must gather them for it.
@@ -71,7 +81,7 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
         engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=optimizer,
-            config=engine_dictionary(config, world),
+            config=dictionary,
             dist_init_required=False,
         )
     _add_gradients_in_one_pass(engine.optimizer)
@@ -88,6 +98,24 @@ def _add_gradients_in_one_pass(optimizer: Any) -> None:
 
     if hasattr(optimizer, "_add_to_grad_partition_buffer"):
         optimizer._add_to_grad_partition_buffer = add
+
+
+def _divide(model: LlavaNext, dictionary: dict[str, Any], world: World) -> None:
+    """ZeRO-3: each parameter in its turn goes from rank 0 to all devices and is cut there into the ranks' shares. Never
+    is more than one module's whole on a device, nor a second copy of the model on a host."""
+    seen: dict[int, nn.Parameter] = {}
+    divided: Any = None  # a parameter that DeepSpeed has given its own methods
+    for module in model.modules():
+        fill_in(module, torch.device("cpu"), seen)
+        whole = [parameter for parameter in module.parameters(recurse=False) if not hasattr(parameter, "ds_id")]
+        if not whole:
+            continue
+        if divided is None:
+            with muted_stdout():
+                deepspeed.zero.Init(module=nn.ParameterList(whole), config_dict_or_path=dictionary, dtype=world.dtype)
+            divided = whole[0]
+        else:
+            divided.convert_to_zero_parameters(param_list=whole)
 
 
 def zero_stage(config: RunConfig) -> int:

@@ -6,7 +6,9 @@ checkpoint: they come from `init_from`, as at the first start, and are compared 
 """
 
 import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,17 +83,16 @@ def layout(config: RunConfig, world: World) -> dict[str, Any]:
 def frozen_sums(model: LlavaNext, world: World) -> dict[str, str]:
     """sha256 of the frozen parameters of each part that has some. Every rank must call it, before there is an engine.
 
-    Ranks share the work: each parameter is summed up by one of them.
+    Rank 0 has the weights, and sums up several parameters at a time.
     """
-    frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    own = {name: _tensor_sum(name, parameter) for name, parameter in frozen[world.rank :: world.size]}
-    sums: dict[str, str] = {}
-    for found in share(world, own):
-        sums |= found
     parts: dict[str, Any] = {}
-    for name, _ in frozen:
-        parts.setdefault(part_of(name), hashlib.sha256()).update(sums[name].encode())
-    return {part: total.hexdigest() for part, total in parts.items()}
+    if world.is_main:
+        frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
+        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
+            sums = list(pool.map(lambda item: _tensor_sum(*item), frozen))
+        for (name, _), found in zip(frozen, sums, strict=True):
+            parts.setdefault(part_of(name), hashlib.sha256()).update(found.encode())
+    return share(world, {part: total.hexdigest() for part, total in parts.items()})[0]
 
 
 def check_frozen(place: Path, state: RunState, frozen: dict[str, str]) -> None:

@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from data_recipes.mixture import Mixture
-from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.build import Backbone, read_backbone
 from llava_next.connector import write_connector
 from llava_next.costs import step_costs
 from llava_next.hf import write_hf
-from llava_next.kernels import compile_blocks, use_liger
-from llava_next.load import load_weights
-from llava_next.model import LlavaNext, set_recompute, set_trained_parts
+from llava_next.model import LlavaNext
 from llava_next.processor import Processor
 from train import checkpoint, ops, preflight, resume
+from train.build import build
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
 from train.heldout import HeldOut, hold_out, of_mixture
@@ -54,7 +53,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
         if config.preflight != "off":
             preflight.check(config, world)
         backbone, processor, mixture, table = _open_data(config, launch)
-        model, loaded = _build(backbone, config, world, num_sources=len(mixture.source_names))
+        model, loaded = build(backbone, config, world, num_sources=len(mixture.source_names))
         planner = make_planner(config, world, backbone, model, table)
         watch.names = partial(sample_names, planner, mixture)
         if config.preflight == "only":
@@ -164,27 +163,6 @@ def held_out(mixture: Mixture, processor: Processor, planner: Planner) -> HeldOu
         rank=planner.rank,
         num_ranks=planner.num_ranks,
     )
-
-
-def _build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> tuple[LlavaNext, str]:
-    """The model with the weights that the stage starts from, and where they are from."""
-    model = build_model(
-        backbone, dtype=world.dtype, seed=config.seed, num_sources=num_sources, attention=config.attention
-    )
-    origin = "started afresh"
-    if config.stage.init_from is not None:
-        origin = "starts with the " + load_weights(model, backbone, Path(config.stage.init_from))
-    set_trained_parts(model, config.stage.rates)
-    set_recompute(model, config.recompute)
-    set_kernels(model, config)
-    return model, origin
-
-
-def set_kernels(model: LlavaNext, config: RunConfig) -> None:
-    """The kernels that the configuration asks for, in the order in which one goes around another."""
-    if config.liger:
-        use_liger(model)
-    compile_blocks(model, config.compile, deterministic=config.deterministic)
 
 
 def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:

@@ -166,9 +166,10 @@ def _alone() -> dict[str, str]:
 
 @torch.no_grad()
 def copy_weights(model: nn.Module, states: ParameterStates) -> None:
-    """Writes the trained weights into a model that no engine has yet, so that an engine makes its copies of them."""
+    """Writes the trained weights into a model that no engine has yet, so that an engine makes its copies of them. Ranks
+    whose parameters have no memory yet get them from rank 0, as they get all others."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and not parameter.is_meta:
             parameter.copy_(states.tensor(name, FP32).view_as(parameter))
 
 

@@ -19,13 +19,14 @@ from llava_next.build import build_model, read_backbone
 from llava_next.load import load_weights
 from llava_next.model import set_recompute, set_trained_parts
 from train import ops
+from train.build import set_kernels
 from train.config import RunConfig
 from train.engine import start_engine
 from train.loader import StepPlan, batches, stage_processor
 from train.log import RunLog
 from train.optim import set_rates
 from train.quiet import quiet_libraries
-from train.run import make_planner, set_kernels
+from train.run import make_planner
 from train.trainer import Trainer
 from train.world import World, leave, read_launch, start
 

@@ -57,6 +57,9 @@ def test_only_blocks_are_compiled(make_backbone: MakeBackbone) -> None:
 
 def test_liger_that_is_not_there_is_said(make_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package and the way out, instead of a traceback."""
+    model = build_model(make_backbone("clip"), dtype=torch.float32, seed=3)
     monkeypatch.setattr("llava_next.kernels.importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"liger=true: the package liger-kernel .* pip install liger-kernel"):
-        use_liger(build_model(make_backbone("clip"), dtype=torch.float32, seed=3))
+    with pytest.raises(
+        ModelError, match=r"liger=true: the package liger-kernel .* `pip install liger-kernel`, or choose liger=false"
+    ):
+        use_liger(model)

@@ -108,6 +108,7 @@ class Parts:
     planner: Any
     engine: Any
     frozen: dict[str, str]
+    held_before: int
     first_step: int = 0
     num_skipped: int = 0
     origin: str = ""
@@ -117,9 +118,8 @@ class Parts:
 def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
     """The parts of a run on this rank, and the engine's end. `goes_on`: from its newest sound checkpoint, if any."""
     from data_recipes.mixture import Mixture
-    from llava_next.build import build_model, read_backbone
-    from llava_next.load import load_weights
-    from llava_next.model import set_trained_parts
+    from llava_next.build import read_backbone
+    from train.build import build
     from train.checkpoint import find_sound
     from train.engine import start_engine
     from train.lengths import open_table
@@ -142,16 +142,13 @@ def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
         show_progress=False,
     )
     world = start(config, launch)
-    model = build_model(backbone, dtype=world.dtype, seed=config.seed, num_sources=len(mixture.source_names))
-    if stage.init_from is not None:
-        load_weights(model, backbone, Path(stage.init_from))
-    set_trained_parts(model, stage.rates)
+    model, _ = build(backbone, config, world, num_sources=len(mixture.source_names))
     planner = make_planner(config, world, backbone, model, table)
-    frozen = frozen_sums(model, world)
+    frozen, held_before = frozen_sums(model, world), _held(model)
     place = find_sound(config.run_dir / "checkpoints", world) if goes_on else None
     with opened(place, model, table.fingerprint, config, world) as resumption:
         engine = start_engine(model, config, world)
-        parts = Parts(config, world, backbone, processor, mixture, table, model, planner, engine, frozen)
+        parts = Parts(config, world, backbone, processor, mixture, table, model, planner, engine, frozen, held_before)
         if resumption is not None:
             parts.first_step = resumption.load(engine, blank_row(processor), frozen, world, config)
             parts.num_skipped = parts.first_step - resumption.state.updates
@@ -256,6 +253,21 @@ def weights(parts: Parts) -> dict[str, Array]:
             if parts.world.is_main:
                 found[name] = parameter.detach().cpu().numpy().copy()
     return found
+
+
+def held_at_the_start(config: RunConfig) -> tuple[int, int]:
+    """Bytes of weights that this rank's memory holds before there is an engine, and with it."""
+    with built(config) as parts:
+        return parts.held_before, _held(parts.model)
+
+
+def _held(model: Any) -> int:
+    held = {}
+    for parameter in model.parameters():
+        for tensor in (parameter, getattr(parameter, "ds_tensor", None)):
+            if tensor is not None and not tensor.is_meta:
+                held[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return sum(held.values())
 
 
 def first_moment_square(engine: Any) -> float:
@@ -660,24 +672,21 @@ def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
 
 def resume_elsewhere(config: RunConfig, frozen: bool = False) -> Record:
     """Resumes into a model whose trained weights, or frozen ones, were first set to something else."""
+    from unittest.mock import patch
+
     import torch
 
-    from llava_next import build
+    from llava_next.build import build_model
     from llava_next.model import set_trained_parts
-
-    build_model = build.build_model
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         model = build_model(*args, **kwargs)
         with torch.no_grad():
             set_trained_parts(model, config.stage.rates)
             for parameter in model.parameters():
-                if parameter.requires_grad is not frozen:
+                if parameter.requires_grad is not frozen and not parameter.is_meta:
                     parameter.add_(1.0)
         return model
 
-    build.build_model = spoiled
-    try:
+    with patch("train.build.build_model", spoiled):
         return train(config)
-    finally:
-        build.build_model = build_model

@@ -236,6 +236,18 @@ def test_a_linear_connector_and_padded_views_go_through_both_stages(
         np.testing.assert_array_equal(layer.detach().numpy(), record.after[name])
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_rank_builds_the_model_for_all(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+    """Before the engine the other has no weight in its memory; with it each has all, at ZeRO-3 its share alone."""
+    (first, whole), (second, other) = start_ranks(2).run(
+        cases.held_at_the_start, replace(run_config, engine=zero(stage))
+    )
+    assert first > 0 == second
+    share = 0.5 if stage == 3 else 1.0
+    assert whole == pytest.approx(share * first, rel=0.1)  # vectors under ZeRO-3's threshold stay whole
+    assert other == pytest.approx(share * first, rel=0.1)
+
+
 @pytest.mark.parametrize(
     ("size", "stage"),
     [(2, 1), (2, 2), (2, 3), *(pytest.param(*world, marks=pytest.mark.full) for world in ((2, 0), (3, 3), (4, 3)))],

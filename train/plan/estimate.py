@@ -119,7 +119,6 @@ class StagePlanner:
             reasons.append("engine=zero0 keeps no fp32 weights beside bf16 ones; the run refuses it")
         if memory.total > hardware.usable_bytes:
             moment = {
-                "start": "at the start",
                 "backward": "in the backward pass",
                 "reduce": "at the end of the backward pass",
                 "step": "in the optimizer's step",
@@ -128,7 +127,7 @@ class StagePlanner:
                 f"{memory.total / 2**30:.1f} GiB a rank {moment[memory.peak]}, {hardware.usable_bytes / 2**30:.1f} "
                 "are to be had"
             )
-        on_host, has = memory.host * hardware.gpus_per_node / 2**30, hardware.host_memory_gib * 0.9
+        on_host, has = memory.host / 2**30, hardware.host_memory_gib * 0.9
         if hardware.device == "cuda" and on_host > has:
             reasons.append(f"{on_host:.0f} GiB of the host's memory on a node, {has:.0f} of it are to be had")
         return reasons

@@ -36,8 +36,8 @@ class Memory:
 
     Attributes:
         kinds: adds up to `total`.
-        peak: which moment that is: start, backward or step.
-        host: bytes on the host for each rank (offload, and the model while it is built).
+        peak: which moment that is: backward, reduce or step.
+        host: bytes on the host, all ranks of a node together (offload, and the model while it is built).
     """
 
     kinds: dict[str, float]
@@ -54,7 +54,6 @@ def memory_of(
 ) -> Memory:
     """The moments of a run that can be the fullest, and the fullest of them.
 
-    start: the whole model is on the device before ZeRO-3 divides it (train/engine.py moves it there).
     backward: weights, states, gradients, all of a row's activations, empty buckets (which a CPU has not touched yet).
     reduce: the end of a backward pass: no activations, a pass's fresh gradients beside the accumulated ones.
     step: no activations; gradients flattened for AdamW, one group at a time.
@@ -73,13 +72,13 @@ def memory_of(
         "reduce": {**held, "buffers": gathered + bucket + fresh},
         "step": {**held, "buffers": step_bytes(facts, setting, num_ranks)},
     }
-    if on_gpu and setting.zero_stage == 3:
-        moments["start"] = {"weights": float(s * facts.num_parameters)}
     if margin:
         _add_margin(moments, held, sum(row_kinds.values()), on_gpu=on_gpu)
     peak = max(moments, key=lambda name: sum(moments[name].values()))
     return Memory(
-        {kind: float(value) for kind, value in moments[peak].items()}, peak, host_bytes(facts, setting, s, num_ranks)
+        {kind: float(value) for kind, value in moments[peak].items()},
+        peak,
+        host_bytes(facts, setting, s, num_ranks, -(-num_ranks // setting.nodes)),
     )
 
 
@@ -145,16 +144,19 @@ def step_bytes(facts: ModelFacts, setting: Setting, num_ranks: int) -> float:
     return _MAIN_DTYPE_BYTES * group / num_ranks
 
 
-def host_bytes(facts: ModelFacts, setting: Setting, weight_bytes: int, num_ranks: int) -> float:
-    """Of each rank on its host: the model while every rank builds it whole, or what is offloaded (the more of both).
+def host_bytes(
+    facts: ModelFacts, setting: Setting, weight_bytes: int, num_ranks: int, ranks_per_node: int = 1
+) -> float:
+    """Of a node's ranks together on its host: the model, which rank 0 builds there for all, or what is offloaded (the
+    more of both).
 
-    Offloaded: AdamW's 12 T / R and the gradients' 4 T / R; at stage 3 the weights, s P / R.
+    Offloaded, of each rank: AdamW's 12 T / R and the gradients' 4 T / R; at stage 3 the weights, s P / R.
     """
     offloaded = 16.0 * facts.num_trained / num_ranks if setting.offloads_optimizer else 0.0
     if setting.offloads_parameters:
         offloaded += weight_bytes * facts.num_parameters / num_ranks
     built = float(weight_bytes * (facts.num_parameters + facts.upper_tower))
-    return max(built, offloaded)
+    return max(built, offloaded * ranks_per_node)
 
 
 def activations(

@@ -100,7 +100,7 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
         "memory_total_gib": estimate.memory.total / GIB,
         "memory_limit_gib": estimate.limit_bytes / GIB,
         "memory_peak_in": estimate.memory.peak,
-        "host_gib_a_rank": estimate.memory.host / GIB,
+        "host_gib_a_node": estimate.memory.host / GIB,
         "step_s": dict(time.kinds),
         "step_total_s": time.total,
         "micro_steps": time.micro_steps,
