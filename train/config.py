@@ -18,7 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_recipes.config import MixtureConfig
-from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, check_grids
+from llava_next.config import (
+    PARTS,
+    AttentionKernel,
+    ImageMode,
+    LoraConfig,
+    ModelConfig,
+    ModelError,
+    check_grids,
+    check_lora,
+    check_peft,
+)
 from llava_next.conversation import check_template_name
 from train.sentences import explain_composition, explain_invalid
 
@@ -148,7 +158,10 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One stage of one run."""
+    """One stage of one run.
+
+    `lora` names parts whose adapters train, at the part's rate, while their own weights are frozen.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -161,6 +174,7 @@ class RunConfig:
     engine: dict[str, Any]
     packing: PackingConfig
     data: DataConfig
+    lora: dict[str, LoraConfig] | None = None
     save: SaveConfig = field(default_factory=SaveConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -256,6 +270,8 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     _check_values(config)
     if folders:
         _check_folders(config)
+        if config.lora:
+            _check_installed()
     return config
 
 
@@ -337,7 +353,26 @@ def _check_values(config: RunConfig) -> None:
             "liger=true and compile=[language_model] are two ways to run the same blocks, and torch.compile cannot "
             "read liger's; choose one (compile is the faster, compile=[vision_tower] goes with liger)"
         )
+    _check_lora(config.lora or {}, stage)
     _check_engine(config.engine)
+
+
+def _check_lora(lora: dict[str, LoraConfig], stage: StageConfig) -> None:
+    try:
+        check_lora(lora)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    for part in lora:
+        if part not in stage.rates:
+            raise ConfigError(
+                f"lora.{part}: its adapters train at stage.learning_rates.{part}, which has no value; give it one (2.0e-4 "
+                "is usual), or leave the part out of lora"
+            )
+    if lora and stage.result == "connector":
+        raise ConfigError(
+            f"lora names {', '.join(lora)}, and stage.result=connector writes the projector alone: the adapters would "
+            "be lost; choose stage.result=export, or lora=null"
+        )
 
 
 def _check_engine(engine: dict[str, Any]) -> None:
@@ -381,6 +416,13 @@ def _check_folders(config: RunConfig) -> None:
         )
     if config.stage.init_from is not None:
         _check_start(Path(config.stage.init_from))
+
+
+def _check_installed() -> None:
+    try:
+        check_peft()
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_start(start: Path) -> None:

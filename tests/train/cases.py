@@ -300,6 +300,16 @@ def train_and_write(config: RunConfig) -> Record:
         return record
 
 
+def write_untrained(config: RunConfig) -> None:
+    """Writes what the run starts with as its export."""
+    from llava_next.hf import write_hf
+    from train.engine import gathered
+
+    with built(config) as parts:
+        target = config.run_dir / "export" if parts.world.is_main else None
+        write_hf(parts.model, parts.backbone, parts.processor, target, gathered)
+
+
 def first_loss(config: RunConfig) -> tuple[float, float]:
     """The first step's loss as the trainer has it, and from each sample's token losses by plain arithmetic."""
     from llava_next.batch import collate
