@@ -176,4 +176,6 @@ def check_lora(lora: Mapping[str, LoraConfig]) -> None:
 def check_peft() -> None:
     """Raises ModelError unless the package that makes adapters is installed."""
     if importlib.util.find_spec("peft") is None:
-        raise ModelError("lora: the package peft is not installed here; `./scripts/setup.sh --extras lora`, or lora=null")
+        raise ModelError(
+            "lora: the package peft is not installed here; `./scripts/setup.sh --extras lora`, or lora=null"
+        )

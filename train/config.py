@@ -365,8 +365,8 @@ def _check_lora(lora: dict[str, LoraConfig], stage: StageConfig) -> None:
     for part in lora:
         if part not in stage.rates:
             raise ConfigError(
-                f"lora.{part}: its adapters train at stage.learning_rates.{part}, which has no value; give it one (2.0e-4 "
-                "is usual), or leave the part out of lora"
+                f"lora.{part}: its adapters train at stage.learning_rates.{part}, which has no value; give it one "
+                "(2.0e-4 is usual), or leave the part out of lora"
             )
     if lora and stage.result == "connector":
         raise ConfigError(

@@ -92,7 +92,11 @@ def test_adapters_alone_train_and_depend_on_the_seed_alone(make_backbone: MakeBa
 @pytest.mark.parametrize(
     ("part", "chosen", "told"),
     [
-        ("tower", LORA["vision_tower"], r"lora.tower: there is no such part; adapters go into vision_tower or language"),
+        (
+            "tower",
+            LORA["vision_tower"],
+            r"lora.tower: there is no such part; adapters go into vision_tower or language",
+        ),
         ("projector", LORA["vision_tower"], r"lora.projector: this part is small, it trains whole or not at all"),
         ("language_model", LoraConfig(0, 1.0, ("q_proj",)), r"lora.language_model.rank must be at least 1, got 0"),
         ("language_model", LoraConfig(1, 0.0, ("q_proj",)), r"lora.language_model.alpha must be above 0, got 0"),
@@ -120,5 +124,7 @@ def test_a_missing_package_is_one_sentence(make_backbone: MakeBackbone, monkeypa
     """Without peft: what is missing, and both ways out."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     model = build_model(make_backbone(), dtype=torch.float32, seed=0, parts=())
-    with pytest.raises(ModelError, match=r"peft is not installed here; `./scripts/setup.sh --extras lora`, or lora=null"):
+    with pytest.raises(
+        ModelError, match=r"peft is not installed here; `./scripts/setup.sh --extras lora`, or lora=null"
+    ):
         add_adapters(model, LORA, seed=0)

@@ -2,23 +2,23 @@
 run is the uninterrupted one, and what is exported is the live model.
 """
 
-import json
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
 from llava_next.build import read_backbone
 from llava_next.config import LoraConfig
 from llava_next.names import is_adapter
+from tests.ranks import RankError
 from tests.train import cases
 from tests.train.cases import with_stage, zero
 from tests.train.conftest import StartRanks
 from train import checkpoint
-from train.config import ConfigError, RunConfig, SaveConfig, check, to_yaml
+from train.config import ConfigError, RunConfig, SaveConfig, check, composed_from, to_yaml
 from train.export.__main__ import main
 from train.plan.facts import model_facts
 
@@ -60,9 +60,7 @@ def test_adapters_alone_move(start_ranks: StartRanks, run_config: RunConfig, lor
     ("size", "stage"),
     [(2, 3), *(pytest.param(size, stage, marks=full) for size, stage in ((1, 0), (1, 3), (2, 0), (2, 1), (2, 2)))],
 )
-def test_ranks_and_zero_change_nothing(
-    start_ranks: StartRanks, lora_config: RunConfig, size: int, stage: int
-) -> None:
+def test_ranks_and_zero_change_nothing(start_ranks: StartRanks, lora_config: RunConfig, size: int, stage: int) -> None:
     """The losses of one rank at ZeRO 2, and its weights, adapters included."""
     alone = start_ranks(1).run(cases.train, replace(lora_config, name="alone", engine=zero(2)))[0]
     ours = start_ranks(size).run(cases.train, replace(lora_config, engine=zero(stage)))[0]
@@ -108,9 +106,7 @@ def test_other_ranks_and_stages_go_on(
     assert cases.relative_difference(resumed.after, whole.after) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("size", "stage"), [(2, 3), pytest.param(1, 0, marks=full), pytest.param(2, 2, marks=full)]
-)
+@pytest.mark.parametrize(("size", "stage"), [(2, 3), pytest.param(1, 0, marks=full), pytest.param(2, 2, marks=full)])
 def test_an_export_is_merged(
     start_ranks: StartRanks,
     run_config: RunConfig,
@@ -148,37 +144,36 @@ def test_an_export_is_merged(
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("key", "value", "told"),
     [
-        ({"lora": {"language_model": {"rank": 0, "alpha": 1, "targets": ["q_proj"]}}}, r"rank must be at least 1, got 0"),
-        ({"lora": {"projector": {"rank": 1, "alpha": 1, "targets": ["q_proj"]}}}, r"lora.projector: this part is small"),
+        ("lora.language_model.rank", 0, r"lora.language_model.rank must be at least 1, got 0"),
+        ("lora.projector", {"rank": 1, "alpha": 1, "targets": ["linear_1"]}, r"lora.projector: this part is small"),
+        ("lora.language_model.dropout", 0.1, r"dropout: there is no such key; the adapters of a part have rank, alpha"),
         (
-            {"stage": {"learning_rates": {"projector": 1.0e-3}}},
+            "stage.learning_rates",
+            {"projector": 1.0e-3},
             r"lora.vision_tower: its adapters train at stage.learning_rates.vision_tower, which has no value",
         ),
-        ({"stage": {"result": "connector"}}, r"the adapters would be lost; choose stage.result=export, or lora=null"),
-        ({"lora": {"language_model": {"rank": 1, "alpha": 1, "targets": ["q"], "dropout": 0.1}}}, r"no such key"),
+        ("stage.result", "connector", r"the adapters would be lost; choose stage.result=export, or lora=null"),
     ],
 )
-def test_mistakes_are_told(lora_config: RunConfig, changes: dict[str, object], told: str) -> None:
-    """Before torch is needed: the key, the rule and the way out."""
-    from omegaconf import OmegaConf
-
-    written = OmegaConf.create(to_yaml(lora_config))
-    lora = changes.pop("lora", None)
-    composed = OmegaConf.merge(written, OmegaConf.create(json.loads(json.dumps(changes))))
-    for key, values in (changes.get("stage") or {}).items():  # type: ignore[attr-defined]
-        composed["stage"][key] = values
-    if lora is not None:
-        composed["lora"] = lora
+def test_mistakes_are_told(lora_config: RunConfig, key: str, value: object, told: str) -> None:
+    """The key, the rule and the way out."""
+    composed = OmegaConf.create(to_yaml(lora_config))
+    assert isinstance(composed, DictConfig)
+    OmegaConf.update(composed, key, value, merge=False)
     with pytest.raises(ConfigError, match=told):
-        check(composed, folders=False)  # type: ignore[arg-type]
+        check(composed, folders=False)
 
 
-def test_a_run_with_other_adapters_is_refused(start_ranks: StartRanks, lora_config: RunConfig, tmp_path: Path) -> None:
+def test_half_a_part_is_told() -> None:
+    """On the command line, where adapters are null by default: what belongs to them all."""
+    with pytest.raises(ConfigError, match=r"no adapters yet; give it all of rank, alpha, targets, each as \+lora.PART"):
+        composed_from(["name=x", "lora.language_model.rank=8"])
+
+
+def test_a_run_with_other_adapters_is_refused(start_ranks: StartRanks, lora_config: RunConfig) -> None:
     """What adapters are is part of what is learned: a checkpoint of another rank is another run's."""
-    from tests.ranks import RankError
-
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, lora_config, 1)
     other = {**LORA, "language_model": replace(LORA["language_model"], rank=8)}
