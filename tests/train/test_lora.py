@@ -4,14 +4,18 @@ run is the uninterrupted one, and what is exported is the live model.
 
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
+from data_recipes.mixture import Mixture
 from llava_next.build import read_backbone
 from llava_next.config import LoraConfig
+from llava_next.hf import read_hf
 from llava_next.names import is_adapter
 from tests.ranks import RankError
 from tests.train import cases
@@ -20,6 +24,7 @@ from tests.train.conftest import StartRanks
 from train import checkpoint
 from train.config import ConfigError, RunConfig, SaveConfig, check, composed_from, to_yaml
 from train.export.__main__ import main
+from train.loader import stage_processor
 from train.plan.facts import model_facts
 
 pytest.importorskip("peft")
@@ -116,14 +121,15 @@ def test_an_export_is_merged(
     stage: int,
 ) -> None:
     """The run's own result and the export of its last checkpoint, which starts from an export, are the same bytes: the
-    base's names, with the targets and the projector changed; stock transformers has the packed model's logits."""
+    base's names, with the targets and the projector changed. Its losses are the live model's, and in stock transformers
+    its logits are the packed model's (1e-5)."""
     ranks = start_ranks(size)
     base = replace(run_config, name="base")
     ranks.run(cases.write_untrained, base)
     config = with_stage(
         replace(lora_config, engine=zero(stage), save=SaveConfig(every=4)), init_from=str(base.run_dir / "export")
     )
-    ranks.run(cases.train_and_write, config)
+    live = ranks.run(cases.train_write_and_look, config, 8)[0]
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
     place = config.run_dir / "checkpoints" / "step_000004"
     assert main([str(place)]) == 0, capsys.readouterr().err
@@ -133,6 +139,13 @@ def test_an_export_is_merged(
     for path in result.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes(), path.name
     assert "rank 4, alpha 8, in q_proj, v_proj, down_proj" in (out / "README.md").read_text()
+    mixture = Mixture.open(config.mixture, Path(config.data.store_root))
+    backbone, written = read_hf(result, config.model)
+    with torch.no_grad():
+        losses = [
+            float(written(batch)[0]) for batch in cases.alone(mixture, stage_processor(backbone, config.stage), 8)
+        ]
+    assert losses == pytest.approx(live, rel=1e-5)
     before, after = (load_file(folder / "model.safetensors") for folder in (base.run_dir / "export", result))
     assert before.keys() == after.keys()
     targets = re.compile(
