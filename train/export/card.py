@@ -45,7 +45,7 @@ def servers(source: Source, layout: str) -> Iterator[str]:
         elif linear:
             yield "vLLM: no, it knows no linear projector"
         else:
-            yield "vLLM: yes"
+            yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' lets it resize pictures as training did'
         yield "SGLang and the authors' code: no, export with --format original"
         return
     yield "the authors' code (llava): " + ("yes" if tower == "clip_vision_model" else f"no, its tower is a {tower}")
