@@ -179,6 +179,16 @@ def test_mistakes_are_told(lora_config: RunConfig, key: str, value: object, told
         check(composed, folders=False)
 
 
+def test_a_missing_package_is_told_at_once(lora_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start is refused with the configuration; a run's folder is still read where peft is not installed."""
+    composed = OmegaConf.create(to_yaml(lora_config))
+    assert isinstance(composed, DictConfig)
+    monkeypatch.setattr("llava_next.config.importlib.util.find_spec", lambda name: None)
+    assert check(composed, folders=False) == lora_config
+    with pytest.raises(ConfigError, match=r"peft is not installed here; `./scripts/setup.sh --extras lora`"):
+        check(composed)
+
+
 def test_half_a_part_is_told() -> None:
     """On the command line, where adapters are null by default: what belongs to them all."""
     with pytest.raises(ConfigError, match=r"no adapters yet; give it all of rank, alpha, targets, each as \+lora.PART"):

@@ -73,7 +73,7 @@ def test_a_folder_on_disk_is_read_instead(tiny_parts: RunConfig) -> None:
     architecture = read_architecture(tiny_parts.model)
     assert hasattr(architecture, "tokenizer")
     stage = SimpleNamespace(rates={"projector": 1e-3})
-    facts = model_facts(architecture, SimpleNamespace(stage=stage, model=tiny_parts.model))  # type: ignore[arg-type]
+    facts = model_facts(architecture, SimpleNamespace(stage=stage, model=tiny_parts.model, lora=None, seed=0))  # type: ignore[arg-type]
     assert facts.language.width == 32
     assert facts.vision.layers == 2
     assert facts.upper_tower > 0

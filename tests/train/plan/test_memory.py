@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from llava_next.build import build_model, read_backbone
-from llava_next.config import ModelConfig
+from llava_next.config import LoraConfig, ModelConfig
+from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from tests.llava_next.models import mixed, row
 from tests.tiny import TowerName, tiny_model
@@ -130,12 +131,34 @@ def test_activations_are_what_autograd_saves(
     set_recompute(model, recompute)
     batch = row(backbone, [sample.example for sample in mixed(backbone)])
     stage = StageConfig("test", dict.fromkeys(parts, 1e-3), 8, 4096)
-    facts = model_facts(backbone, SimpleNamespace(stage=stage, model=models[tower]))  # type: ignore[arg-type]
+    facts = model_facts(backbone, SimpleNamespace(stage=stage, model=models[tower], lora=None, seed=0))  # type: ignore[arg-type]
     seen = Row(batch.input_ids.numel(), len(batch.tiles), len(batch.target_ids))
     planned = activations(facts, recompute, seen, half=dtype == torch.bfloat16, on_gpu=False)
     kept = sum(value for kind, value in planned.items() if kind.startswith("activations"))
     log_probabilities = 4 * seen.supervised * facts.language.vocabulary
     assert kept + log_probabilities == pytest.approx(saved_bytes(model, batch), rel=0.03)
+
+
+def test_adapters_keep_no_more_than_is_planned(models: dict[TowerName, ModelConfig]) -> None:
+    """A part with adapters is planned as one that trains whole: never less than autograd saves, and at most 1.6 times
+    that (adapters in two layers of a block)."""
+    pytest.importorskip("peft")
+    backbone = read_backbone(models["clip"])
+    batch = row(backbone, [sample.example for sample in mixed(backbone)])
+    seen = Row(batch.input_ids.numel(), len(batch.tiles), len(batch.target_ids))
+    every = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    for targets in (every, every[:1]):
+        lora = {"language_model": LoraConfig(1, 1.0, targets)}
+        model = build_model(backbone, dtype=torch.float32, seed=0, num_sources=8)
+        add_adapters(model, lora, seed=0)
+        set_trained_parts(model, ("projector", "language_model"))
+        stage = StageConfig("test", {"projector": 1e-3, "language_model": 1e-3}, 8, 4096)
+        chosen = SimpleNamespace(stage=stage, model=models["clip"], lora=lora, seed=0)
+        facts = model_facts(backbone, chosen)  # type: ignore[arg-type]
+        planned = activations(facts, (), seen, half=False, on_gpu=False)
+        kept = sum(value for kind, value in planned.items() if kind.startswith("activations"))
+        kept += 4 * seen.supervised * facts.language.vocabulary
+        assert 1.0 < kept / saved_bytes(model, batch) < 1.6
 
 
 def test_recompute_and_smaller_rows_take_less() -> None:
