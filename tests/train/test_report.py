@@ -273,10 +273,10 @@ def test_questions_have_the_pictures_of_their_store(make: Make, tmp_path: Path) 
     found = samples_of(read_runs([first, second]), 4)
     assert sorted(one.source for one in found) == ["gone", "pictures", "pictures", "pictures"]
     assert [one.answers for one in found if one.id == "000003"] == [[(0, "4", 0.0), (1, "perhaps 5", 0.0)]]
-    assert [(one.picture, one.why[:15]) for one in found if one.source == "gone"] == [(None, "its store is no")]
+    assert [(one.picture, one.why[:15]) for one in found if one.source == "gone"] == [(None, "there is no sto")]
     page = page_of(first, second)
     assert len({value for name, value in page.attributes if value.startswith("data:image/jpeg;base64,")}) == 6
-    assert "No picture: its store is not in" in page.text
+    assert "No picture: there is no store in" in page.text
     assert page.text.count("perhaps 5") == 1
 
 

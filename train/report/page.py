@@ -85,8 +85,8 @@ def _samples(runs: Sequence[Run], num: int) -> str:
     found = samples_of(runs, num)
     if not found:
         return ""
-    total = sum(len(run.answers) for run in runs)
-    told = f"{len(found)} of {total:,} answers' questions, evenly spaced; all are in evaluation.answers.jsonl."
+    total = len({(one.get("source"), one.get("id"), one.get("text")) for run in runs for one in run.answers})
+    told = f"{len(found)} of {total:,} questions, evenly spaced; all are in evaluation.answers.jsonl."
     cards = "".join(_card(one, runs) for one in found)
     return f'<h2>Questions and answers</h2>{_told(told)}<div class="shots">{cards}</div>'
 

@@ -103,7 +103,7 @@ class _Pictures:
                 except (DataError, OSError, ValueError) as error:
                     return f"its store cannot be read: {error}"
         where = " or ".join(str(root / source) for root in self._roots) or "the configuration"
-        return f"its store is not in {where} (data.store_root)"
+        return f"there is no store in {where} (data.store_root)"
 
 
 def _small(encoded: bytes) -> bytes:
