@@ -4,6 +4,7 @@ Owns `RunConfig` and every rule that can be checked without torch, data or weigh
 and not a queue slot. Parts whose owner is another package (model, mixture) are that package's dataclasses.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -143,6 +144,7 @@ class LogConfig:
 
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "llava-next"
+    tensorboard: bool = False
     every: int = 1
 
 
@@ -256,6 +258,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     _check_values(config)
     if folders:
         _check_folders(config)
+        _check_packages(config)
     return config
 
 
@@ -381,6 +384,14 @@ def _check_folders(config: RunConfig) -> None:
         )
     if config.stage.init_from is not None:
         _check_start(Path(config.stage.init_from))
+
+
+def _check_packages(config: RunConfig) -> None:
+    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "log.tensorboard=true needs the package tensorboard, which is not installed; ./scripts/setup.sh --extras "
+            "tensorboard, or leave it false: metrics.jsonl has the same numbers"
+        )
 
 
 def _check_start(start: Path) -> None:

@@ -19,6 +19,8 @@ from train.report.folder import read_runs
 from train.report.peak import peak_of
 from train.report.samples import samples_of
 
+pytest.importorskip("matplotlib", reason="it draws the charts: ./scripts/setup.sh --extras report")
+
 CONFIG = {
     "name": "tiny",
     "seed": 0,

@@ -15,6 +15,8 @@ import yaml
 from tests.tiny import tiny_samples, tiny_store
 from train.report.__main__ import main
 
+pytest.importorskip("matplotlib", reason="it draws the charts: ./scripts/setup.sh --extras report")
+
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 # A page beside the report shows it in a frame of a phone's width, and measures what the browser has made of it.
