@@ -149,6 +149,15 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """The first and the last step that rank 0 profiles; none: no step."""
+
+    __pydantic_config__ = _STRICT
+
+    steps: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One stage of one run."""
 
@@ -166,6 +175,7 @@ class RunConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionKernel = "auto"
@@ -295,6 +305,9 @@ def _check_values(config: RunConfig) -> None:
     ):
         if value is not None and value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
+        raise ConfigError(f"profile.steps is [first, last] with 0 <= first <= last, or [], got {list(steps)}")
     if config.time_limit_min is not None and not 0 < config.time_limit_min < math.inf:
         raise ConfigError(f"time_limit_min must be above 0, got {config.time_limit_min}; null sets no limit")
     if not 0 < stage.epochs < math.inf:
