@@ -196,6 +196,15 @@ def test_what_is_no_number_is_no_point(make: Make) -> None:
     assert series(run, "train/loss")[0].tolist() == [0.0, 2.0]
 
 
+def test_neighbours_on_an_axis_have_different_numbers(make: Make) -> None:
+    """Also where all values lie close together, or are very small or large."""
+    for name, base, spread in (("close", 6.3, 0.01), ("small", 2e-7, 1e-7), ("large", 4e6, 3e5)):
+        folder = make(name, [{"step": number, "train/loss": base + spread * number} for number in range(4)])
+        drawing = page_of(folder).html.partition("<svg")[2].partition("</svg>")[0]
+        told = re.findall(r"<text[^>]*text-anchor: end[^>]*>([^<]*)</text>", drawing)
+        assert 4 <= len(told) == len(set(told))
+
+
 def test_several_runs_lie_over_one_another(make: Make) -> None:
     """One run: all sources in one chart. Two, one of them longer: a chart of each source, a line of each run."""
     first, second = make("one"), make("two", [step(number) for number in range(5)])
@@ -230,6 +239,19 @@ def test_resumes_are_marked_and_listed(make: Make) -> None:
     assert _chart(charts_of(read_runs([folder])), "Loss").marks == [(0, 2)]
     assert re.search(r"2t1resumed2cpu, torch 2\.14\.0", page_of(folder).text)
     assert "resumes are not known: b/finetune" in page_of(make("b")).text
+
+
+def test_planned_memory_stands_where_the_plan_lies(make: Make) -> None:
+    """Of the run's own stage, in the table and across the curve; without a plan the page says how to get it."""
+    stages = [
+        {"stage": "align", "asked": {"memory_total_gib": 1.0}},
+        {"stage": "finetune", "asked": {"memory_total_gib": 61.25}},
+    ]
+    lines = [step(0, **{"perf/max_memory_gib": 60.0})]
+    folder = make("a", lines, plan__json={"stages": stages})
+    assert _chart(charts_of(read_runs([folder])), "Memory of rank 0").level == (61.25, "planned: 61.2 GiB")
+    assert "dashed: planned: 61.2 GiB" in page_of(folder).text
+    assert "python -m train.plan ... --out RUN/plan.json" in page_of(make("b", lines)).text
 
 
 @pytest.mark.parametrize(

@@ -173,7 +173,7 @@ def predicted_gib(run: Run) -> float | None:
     """What `python -m train.plan --out RUN/plan.json` has foretold of this stage, in GiB a rank."""
     for stage in run.plan.get("stages") or []:
         if stage.get("stage") == run.stage.get("name"):
-            value = (stage.get("asked") or {}).get("memory_total_gib")
+            value: Any = (stage.get("asked") or {}).get("memory_total_gib")
             return float(value) if is_number(value) else None
     return None
 

@@ -65,7 +65,8 @@ def _remarks(runs: Sequence[Run]) -> str:
 
 
 def _charts(runs: Sequence[Run]) -> list[str]:
-    parts, number = [], 0
+    parts: list[str] = []
+    number = 0
     long = any(len(run.metrics) > MOST_POINTS for run in runs)
     told = "A dotted upright line is a resume. Under the pointer stand the numbers."
     if long:

@@ -35,7 +35,7 @@ STYLE = (
 .shots dd { white-space: pre-wrap; }
 pre { font: .82rem/1.45 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
 table { width: max-content; }
-td { max-width: 24rem; }
+td { max-width: 24rem; overflow-wrap: break-word; }
 .differs td:first-child { color: var(--faint); }
 """
     + _HIDING
