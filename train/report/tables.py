@@ -42,7 +42,7 @@ def overview(runs: Sequence[Run]) -> str:
         )
     notes = []
     if all(predicted_gib(run) is None for run in runs):
-        notes.append("Planned memory: put `python -m train.plan ... --out RUN/plan.json` there, and it stands here.")
+        notes.append("No planned memory; `python -m train.plan ... --out RUN/plan.json` adds it.")
     if any(peak_of(run) is None for run in runs):
         notes.append(
             "No MFU for a run on a CPU, or whose card is not recorded or has no data sheet in configs/hardware."
@@ -156,9 +156,8 @@ def _figures(row: dict[str, object]) -> list[str]:
     difference = share("difference", "{:+.1%}")
     if isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval)):
         difference += f" ({interval[0]:+.1%} to {interval[1]:+.1%})"
-    samples = row.get("num_samples", row.get("num_questions"))
     return [
-        _count(samples),
+        _count(row.get("num_samples")),
         share("loss", "{:.4f}"),
         str(row.get("metric") or _NONE),
         share("score"),
