@@ -5,6 +5,9 @@ a configuration can be read and refused in a fraction of a second, before torch 
 `model.py`'s; encoding samples is `processor.py`'s.
 """
 
+import importlib.util
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -97,6 +100,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Adapters of a part (LoRA, Hu et al. 2021): a frozen weight W of the part's blocks becomes W + B A alpha / rank.
+
+    `targets` are linear layers by the end of their names (q_proj, or mlp.gate_proj).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+
+LORA_PARTS = ("vision_tower", "language_model")
+"""Parts that are stacks of blocks, in which adapters may sit."""
+
+
+@dataclass(frozen=True)
 class ProcessorConfig:
     """All that decides how a sample becomes tokens and tiles, next to the tokenizer itself.
 
@@ -130,3 +151,31 @@ def check_grids(grids: tuple[Grid, ...]) -> None:
             raise ModelError(f"model.grids: rows and columns must be at least 1, got {list(grid)}")
     if len(set(grids)) != len(grids):
         raise ModelError(f"model.grids: a grid stands twice in {[list(g) for g in grids]}")
+
+
+def check_lora(lora: Mapping[str, LoraConfig]) -> None:
+    """Refuses what no adapter can be; whether a model has the targets is found out when it is built.
+
+    Raises:
+        ModelError: with the key, the rule, the value and the way out.
+    """
+    for part, chosen in lora.items():
+        key = f"lora.{part}"
+        if part not in PARTS:
+            raise ModelError(f"{key}: there is no such part; adapters go into {' or '.join(LORA_PARTS)}")
+        if part not in LORA_PARTS:
+            raise ModelError(f"{key}: this part is small, it trains whole or not at all; leave it out of lora")
+        if chosen.rank < 1:
+            raise ModelError(f"{key}.rank must be at least 1, got {chosen.rank}; usual are 8 to 128")
+        if not 0 < chosen.alpha < math.inf:
+            raise ModelError(f"{key}.alpha must be above 0, got {chosen.alpha}; usual are the rank and twice the rank")
+        if not chosen.targets:
+            raise ModelError(f"{key}.targets names no layer: no adapter would be made; try [q_proj, v_proj]")
+
+
+def check_peft() -> None:
+    """Raises ModelError unless the package that makes adapters is installed."""
+    if importlib.util.find_spec("peft") is None:
+        raise ModelError(
+            "lora: the package peft is not installed here; `./scripts/setup.sh --extras lora`, or lora=null"
+        )

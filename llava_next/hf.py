@@ -39,6 +39,7 @@ from llava_next.chat_template import chat_template
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
 from llava_next.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.disk import Gather, complete_or_absent, whole
+from llava_next.lora import merged
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import published_name
 from llava_next.processor import Processor
@@ -142,18 +143,21 @@ def published_tensors(
         gather: makes parameters whole while inside it.
         keep: whether this rank wants what it has helped to gather.
     """
+    live = [live_tensor(name, parameter, gather, keep=keep) for name, parameter in live_parameters(model)]
+    return as_stock(live, model, backbone, image_mode)
+
+
+def as_stock(
+    tensors: Iterable[LazyTensor], model: LlavaNext, backbone: Backbone, image_mode: ImageMode
+) -> list[LazyTensor]:
+    """What the stock model of the image mode has, by its published names: adapters are merged, a linear projector's
+    second layer is added, a newline that is never used left out.
+
+    Args:
+        tensors: of all of `live_parameters(model)`, by their live names.
+    """
     tower_type = backbone.hf_config.vision_config.model_type
-    named = [
-        live_tensor(published_name(name, tower_type), parameter, gather, keep=keep)
-        for name, parameter in live_parameters(model)
-    ]
-    return as_stock(named, backbone, image_mode)
-
-
-def as_stock(tensors: Iterable[LazyTensor], backbone: Backbone, image_mode: ImageMode) -> list[LazyTensor]:
-    """What the stock model of the image mode has: a linear projector's second layer is added, a newline that is never
-    used left out."""
-    named = list(tensors)
+    named = [tensor.renamed(published_name(tensor.name, tower_type)) for tensor in merged(model, tensors)]
     if backbone.config.projector == "linear":
         dtype = next(tensor.dtype for tensor in named if tensor.name == NEWLINE)
         width = backbone.hf_config.text_config.hidden_size

@@ -31,11 +31,10 @@ def compile_blocks(model: LlavaNext, parts: Collection[str], *, deterministic: b
     # A cache that is full falls back to running uncompiled, in silence, unless told otherwise.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._inductor.config.deterministic = deterministic
-    blocks = {"vision_tower": model.tower_layers_name, "language_model": "hf.model.language_model.layers"}
     for part in parts:
-        if part not in blocks:
-            raise ModelError(f"compile: {part!r} is no stack of blocks; choose among {', '.join(blocks)}")
-        for block in model.get_submodule(blocks[part]).children():
+        if part not in model.blocks:
+            raise ModelError(f"compile: {part!r} is no stack of blocks; choose among {', '.join(model.blocks)}")
+        for block in model.get_submodule(model.blocks[part]).children():
             # The block's own forward, so that what hooks and recompute do around it stays outside.
             block.forward = torch.compile(block.forward)
 

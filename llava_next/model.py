@@ -19,6 +19,7 @@ from llava_next.attention import refuse_unsupported, register
 from llava_next.batch import Batch
 from llava_next.config import PARTS, AttentionKernel, ModelError
 from llava_next.loss import token_losses
+from llava_next.names import is_adapter
 
 
 class LossSums(NamedTuple):
@@ -124,6 +125,11 @@ class LlavaNext(nn.Module):
         return model.multi_modal_projector(features[:, self.num_prefix_tokens :])
 
     @property
+    def blocks(self) -> dict[str, str]:
+        """By part the name of its stack of blocks, of the parts that are one."""
+        return {"vision_tower": self.tower_layers_name, "language_model": "hf.model.language_model.layers"}
+
+    @property
     def num_prefix_tokens(self) -> int:
         """Tokens before the patches (the class token), as the select strategy of the published models drops them."""
         return 1 if self.hf.config.vision_feature_select_strategy == "default" else 0
@@ -178,7 +184,8 @@ _PART_PREFIXES = (
 
 
 def set_trained_parts(model: LlavaNext, parts: Collection[str]) -> None:
-    """Lets exactly these parts train; everything else, and what no forward pass reads, is frozen.
+    """Lets exactly these parts train; everything else, and what no forward pass reads, is frozen. Of a part with
+    adapters (`lora.py`) these alone train.
 
     Raises:
         ModelError: an unknown part.
@@ -187,8 +194,10 @@ def set_trained_parts(model: LlavaNext, parts: Collection[str]) -> None:
     if unknown:
         raise ModelError(f"there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
     unread = set(_unread_tower_parameters(model))
+    adapted = {part_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in parts and name not in unread)
+        learns = is_adapter(name) if part_of(name) in adapted else name not in unread
+        parameter.requires_grad_(part_of(name) in parts and learns)
 
 
 def set_recompute(model: LlavaNext, parts: Collection[str]) -> None:

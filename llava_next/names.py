@@ -13,6 +13,16 @@ from llava_next.config import ProjectorKind
 _TOWERS_WITH_PREFIX = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
 """Towers whose published checkpoints say `vision_tower.vision_model.`, which today's module tree leaves out."""
 
+BASE = ".base_layer."
+"""What stands in a live name between a layer with an adapter and its own tensors; published names know of no adapter
+(`lora.py` merges them)."""
+
+
+def is_adapter(live: str) -> bool:
+    """Whether a parameter of `LlavaNext` is an adapter's, by its name."""
+    return ".lora_A." in live or ".lora_B." in live
+
+
 _LINEAR = ("hf.model.multi_modal_projector.weight", "hf.model.multi_modal_projector.bias")
 """A linear projector is one layer: in the published layout the first of two (see `hf.py`)."""
 

@@ -31,7 +31,7 @@ WIDTH = 32
 VISION_LAYERS = 3
 
 SIZES_HW = ((20, 20), (31, 90), (90, 31), (56, 56), (45, 61), (61, 45), (28, 140), (40, 33))
-"""(height, width) of tiny pictures: with 28-pixel tiles they choose every one of the authors' five grids."""
+"""(height, width) of tiny pictures: with 28-pixel tiles they choose all of the authors' five grids but (1, 2)."""
 
 SPECIAL_TOKENS = (
     "<unk>",

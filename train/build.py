@@ -14,6 +14,7 @@ from llava_next.build import Backbone, build_model
 from llava_next.config import PARTS, ModelError
 from llava_next.kernels import compile_blocks, use_liger
 from llava_next.load import load_weights
+from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
 from train.config import RunConfig
 from train.world import World, share
@@ -56,6 +57,7 @@ def _read(backbone: Backbone, config: RunConfig, world: World, *, num_sources: i
     origin = "started afresh"
     if config.stage.init_from is not None and world.is_main:
         origin = "starts with the " + load_weights(model, backbone, Path(config.stage.init_from))
+    add_adapters(model, config.lora, seed=config.seed)
     return model, origin
 
 

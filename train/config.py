@@ -19,7 +19,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data_recipes.config import MixtureConfig
-from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, check_grids
+from llava_next.config import (
+    PARTS,
+    AttentionKernel,
+    ImageMode,
+    LoraConfig,
+    ModelConfig,
+    ModelError,
+    check_grids,
+    check_lora,
+    check_peft,
+)
 from llava_next.conversation import check_template_name
 from train.sentences import explain_composition, explain_invalid
 
@@ -159,7 +169,10 @@ class ProfileConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One stage of one run."""
+    """One stage of one run.
+
+    `lora` names parts whose adapters train, at the part's rate, while their own weights are frozen.
+    """
 
     __pydantic_config__ = _STRICT
 
@@ -172,6 +185,7 @@ class RunConfig:
     engine: dict[str, Any]
     packing: PackingConfig
     data: DataConfig
+    lora: dict[str, LoraConfig] | None = None
     save: SaveConfig = field(default_factory=SaveConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -268,7 +282,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     _check_values(config)
     if folders:
         _check_folders(config)
-        _check_packages(config)
+        _check_installed(config)
     return config
 
 
@@ -353,7 +367,26 @@ def _check_values(config: RunConfig) -> None:
             "liger=true and compile=[language_model] are two ways to run the same blocks, and torch.compile cannot "
             "read liger's; choose one (compile is the faster, compile=[vision_tower] goes with liger)"
         )
+    _check_lora(config.lora or {}, stage)
     _check_engine(config.engine)
+
+
+def _check_lora(lora: dict[str, LoraConfig], stage: StageConfig) -> None:
+    try:
+        check_lora(lora)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    for part in lora:
+        if part not in stage.rates:
+            raise ConfigError(
+                f"lora.{part}: its adapters train at stage.learning_rates.{part}, which has no value; give it one "
+                "(2.0e-4 is usual), or leave the part out of lora"
+            )
+    if lora and stage.result == "connector":
+        raise ConfigError(
+            f"lora names {', '.join(lora)}, and stage.result=connector writes the projector alone: the adapters would "
+            "be lost; choose stage.result=export, or lora=null"
+        )
 
 
 def _check_engine(engine: dict[str, Any]) -> None:
@@ -399,12 +432,17 @@ def _check_folders(config: RunConfig) -> None:
         _check_start(Path(config.stage.init_from))
 
 
-def _check_packages(config: RunConfig) -> None:
+def _check_installed(config: RunConfig) -> None:
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "log.tensorboard=true needs the package tensorboard, which is not installed; ./scripts/setup.sh --extras "
             "tensorboard, or leave it false: metrics.jsonl has the same numbers"
         )
+    if config.lora:
+        try:
+            check_peft()
+        except ModelError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _check_start(start: Path) -> None:

@@ -22,6 +22,7 @@ _COLUMNS = (
     ("lr", "lr", ".1e"),
     ("tok/s", "perf/tokens_per_s", ",.0f"),
     ("smp/s", "perf/samples_per_s", ".1f"),
+    ("MFU", "perf/mfu", ".1%"),
     ("bal", "perf/balance", ".2f"),
     ("GiB", "perf/max_memory_gib", ".1f"),
     ("wait", "perf/data_wait_s", ".2f"),

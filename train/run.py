@@ -148,6 +148,7 @@ def make_planner(config: RunConfig, world: World, backbone: Backbone, model: Lla
         num_vision_layers=model.num_tower_layers,
         trains_tower="vision_tower" in config.stage.rates,
         trains_language_model="language_model" in config.stage.rates,
+        adapted=config.lora or (),
     )
     return Planner(
         table, config.stage, config.packing, costs, config.seed, world.rank, world.size, num_sources=model.num_sources

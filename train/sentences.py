@@ -11,7 +11,7 @@ from typing import get_args, get_type_hints
 import pydantic
 
 from data_recipes.config import SourceShare
-from llava_next.config import PARTS
+from llava_next.config import PARTS, LoraConfig
 
 
 def explain_composition(text: str, config: type) -> str:
@@ -40,12 +40,19 @@ def _unknown_key(key: str, config: type) -> str:
         if part in PARTS:
             return f"{key} has no value in this stage; a part more is trained with +{key}=RATE"
         return f"{key}: there is no such part; the parts are {', '.join(PARTS)}"
+    if key.startswith("lora.") and key.rpartition(".")[2] in _LORA:
+        return f"{key}: that part has no adapters yet; give it all of {', '.join(_LORA)}, each as +lora.PART.KEY=VALUE"
     if key in _all_keys(config):
         return f"{key} has no value in the YAML; write it there, or give it as +{key}=VALUE"
     return _no_such_key(key, config)
 
 
+_LORA = [item.name for item in fields(LoraConfig)]
+
+
 def _no_such_key(key: str, config: type) -> str:
+    if key.startswith("lora."):
+        return f"{key}: there is no such key; the adapters of a part have {', '.join(_LORA)}"
     source, _, last = key.removeprefix("mixture.sources.").rpartition(".")
     if key.startswith("mixture.sources.") and source:
         known = [item.name for item in fields(SourceShare)]

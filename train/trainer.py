@@ -30,6 +30,7 @@ from train.log import RunLog
 from train.optim import schedule_factor, set_rates
 from train.profiling import StepProfiler
 from train.progress import Progress, sample_names
+from train.rates import peak_tflops
 from train.world import Agreement, World, agree, is_out_of_memory
 
 _MOST_NAMED = 16
@@ -103,6 +104,7 @@ class Trainer:
         self._save_s = 0.0
         self.held_out = held_out
         self.profiler = StepProfiler(config, world, log.say)
+        self._peak_tflops = peak_tflops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
 
     def run(self, first_step: int, last_step: int) -> None:
         """Trains steps `first_step` to `last_step` - 1.
@@ -306,11 +308,15 @@ class Trainer:
             "perf/forward_backward_s": outcome.agreement.slowest_s,
             "perf/tokens_per_s": plan.num_tokens / outcome.seconds,
             "perf/samples_per_s": len(plan.samples) / outcome.seconds,
+            "train/input_tokens": float(plan.num_tokens),
+            "train/tiles": float(plan.num_tiles),
             "perf/tflops_per_rank": plan.flops / outcome.seconds / self.world.size / 1e12,
             "perf/balance": plan.balance,
             "perf/micro_steps": float(len(plan.rows)),
             "perf/max_memory_gib": max_memory_gib(self.world),
         }
+        if self._peak_tflops is not None:
+            values["perf/mfu"] = values["perf/tflops_per_rank"] / self._peak_tflops
         return values
 
 

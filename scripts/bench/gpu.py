@@ -25,6 +25,8 @@ from profiling import profile_table
 from results import RESULTS, machine_facts, save, table
 from runs import BenchError, Competitor, check_same_work, run_all, samples_per_s, vicuna_tokenizer
 
+from train.rates import DENSE_BF16_TFLOPS, peak_tflops
+
 VARIANTS: Mapping[str, Mapping[str, object]] = {
     "plain": {},
     "compiled": {"compile": True},
@@ -33,15 +35,6 @@ VARIANTS: Mapping[str, Mapping[str, object]] = {
     "recompute": {"compile": True, "recompute": True},
 }
 """What a run may change about its kernels without learning anything else: changes to the Job."""
-
-DENSE_BF16_TFLOPS = (
-    ("H100 PCIe", 756.0),
-    ("H100 NVL", 835.0),
-    ("H100", 989.0),
-    ("H200", 989.0),
-    ("A100", 312.0),
-)
-"""Data sheets' dense bf16 rates; the first that is in the device's name."""
 
 SAME_LOSS_BF16 = 5.0e-3
 
@@ -63,11 +56,6 @@ def layers_that_fit(memory_bytes: float, max_tokens: int, shape: Shape, *, recom
     rest = PARAMETER_BYTES * (2 * shape.vocabulary * width + tower_parameters + tower * width + width * width)
     rest += int(tiles * patches * shape.tower_layers * (2 if recompute else 44) * tower) + (whole if recompute else 0)
     return max(1, int((USABLE * memory_bytes - rest) // layer))
-
-
-def peak_tflops(device_name: str) -> float | None:
-    """The data sheet's dense bf16 rate; None for a device that the table lacks."""
-    return next((rate for name, rate in DENSE_BF16_TFLOPS if name in device_name), None)
 
 
 def result_name(device_name: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, LlavaConfig
+from transformers import AutoProcessor, AutoTokenizer, LlavaConfig
 
 from llava_next.build import Backbone, build_model
 from llava_next.config import ImageMode, ModelError
@@ -94,7 +94,7 @@ def test_sglang_finds_what_it_reads(make_backbone: MakeBackbone, tmp_path: Path)
     """Fields that SGLang's loader takes (python/sglang/srt/models/llava.py: `load_weights` and the three classes;
     multimodal/processors/llava.py), through the config class that `model_type` gives it: with a vision_config and a
     text_config that it writes the two widths into, its projector's activation, and "clip" or "siglip" in the tower's
-    name."""
+    name. Its processor is what AutoProcessor finds: with the tile that it cuts by, one image token for a picture."""
     _write(make_backbone(), tmp_path / "original")
     written = json.loads((tmp_path / "original" / "config.json").read_text())
     assert written["model_type"] == LlavaConfig.model_type
@@ -114,6 +114,11 @@ def test_sglang_finds_what_it_reads(make_backbone: MakeBackbone, tmp_path: Path)
     for needed in ("model.mm_projector.0.weight", "model.mm_projector.2.bias", "model.image_newline", "lm_head.weight",
                    "model.vision_tower.vision_tower.vision_model.pre_layrnorm.weight"):  # fmt: skip
         assert needed in names
+    processor = AutoProcessor.from_pretrained(tmp_path / "original")
+    assert processor.image_processor.crop_size["height"] == processor.image_processor.size["shortest_edge"] == 28
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+    text = processor.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    assert processor.tokenizer(text)["input_ids"].count(config.image_token_index) == 1
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded bin"])

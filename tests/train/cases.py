@@ -286,18 +286,50 @@ def relative_difference(ours: dict[str, Array], theirs: dict[str, Array]) -> flo
 
 def train_and_write(config: RunConfig) -> Record:
     """Trains a run and writes its result, as `train.run` does at the end."""
+    with built(config) as parts:
+        record = train_parts(parts, 0, parts.planner.num_steps)
+        _write(parts)
+        return record
+
+
+def _write(parts: Parts) -> None:
     from llava_next.connector import write_connector
     from llava_next.hf import write_hf
     from train.engine import gathered
 
+    target = parts.config.run_dir / parts.config.stage.result if parts.world.is_main else None
+    if parts.config.stage.result == "connector":
+        write_connector(parts.model, parts.backbone, target, gathered)
+    else:
+        write_hf(parts.model, parts.backbone, parts.processor, target, gathered)
+
+
+def write_untrained(config: RunConfig) -> None:
+    """Writes what the run starts with as its result."""
     with built(config) as parts:
-        record = train_parts(parts, 0, parts.planner.num_steps)
-        target = config.run_dir / config.stage.result if parts.world.is_main else None
-        if config.stage.result == "connector":
-            write_connector(parts.model, parts.backbone, target, gathered)
-        else:
-            write_hf(parts.model, parts.backbone, parts.processor, target, gathered)
-        return record
+        _write(parts)
+
+
+def train_write_and_look(config: RunConfig, num_samples: int) -> list[float]:
+    """Trains a run, writes its result, and gives the live model's loss sums of some samples, each alone."""
+    import torch
+
+    with built(config) as parts, torch.no_grad():
+        with torch.enable_grad():
+            train_parts(parts, 0, parts.planner.num_steps)
+        _write(parts)
+        return [float(parts.engine(batch)[0]) for batch in alone(parts.mixture, parts.processor, num_samples)]
+
+
+def alone(mixture: Any, processor: Any, num_samples: int) -> Iterator[Any]:
+    """The first samples of a mixture, each a batch."""
+    from llava_next.batch import collate
+
+    for number in range(num_samples):
+        sample = mixture.sample(number)
+        example = processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+        geometry = processor.config
+        yield collate([example], tile=geometry.tile, patches_per_tile=geometry.patches_per_side**2)
 
 
 def first_loss(config: RunConfig) -> tuple[float, float]:

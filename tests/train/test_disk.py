@@ -54,7 +54,7 @@ def assert_goes_on(config: RunConfig, long: RunConfig, folder: Path) -> None:
     for ours, theirs in zip(disasters.metrics(config), disasters.metrics(long), strict=True):
         assert ours["train/loss"] == theirs["train/loss"]
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step_000019"]
-    assert disasters.told(config) == {"code": 0, "reason": "finished"}
+    assert disasters.told(config) == {"code": 0, "reason": "finished", "step": 18}
 
 
 @pytest.mark.full
@@ -146,5 +146,5 @@ def test_reading_process_that_is_killed(long: RunConfig, tmp_path: Path) -> None
     [ended] = run_to_the_end(1, disasters.run_and_kill_a_worker, config, folder=tmp_path, timeout_s=240)
     assert ended.exit_code == 1, ended.output
     said = disasters.told(config)["reason"]
-    assert re.search(r"rank 0 .* failed in step \d+, .*DataLoader worker .*Killed", said), said
+    assert re.search(r"rank 0 .* failed in step \d+, .*DataLoader worker .*(Killed|exited unexpectedly)", said), said
     assert_goes_on(config, long, tmp_path)

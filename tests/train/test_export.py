@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_next.build import build_model, read_backbone
+from llava_next.config import ProjectorKind
 from llava_next.hf import write_hf
 from llava_next.model import set_trained_parts
 from tests.ranks import Ranks
-from tests.tiny import HostilePickle
+from tests.tiny import HostilePickle, TowerName, tiny_model
 from tests.train import cases
 from train.checkpoint import RunState, config_path
 from train.config import RunConfig, SaveConfig, to_yaml
@@ -205,3 +206,53 @@ def test_an_output_that_is_something_else_is_left_alone(
         assert main([str(source), "--out", str(out)]) == 2
         assert rule in capsys.readouterr().err
     assert (tmp_path / "mine" / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize(
+    ("tower", "projector", "vllm", "sglang"),
+    [
+        (
+            "clip",
+            "mlp2x_gelu",
+            "vLLM: yes; --mm-processor-kwargs",
+            "SGLang: yes; it takes the tower's config from `mm_vision_tower`",
+        ),
+        (
+            "siglip",
+            "mlp2x_gelu",
+            "vLLM: yes; --mm-processor-kwargs",
+            "SGLang: yes; it takes the tower's config from `mm_vision_tower`",
+        ),
+        (
+            "dinov2",
+            "mlp2x_gelu",
+            "vLLM: no, its LLaVA knows CLIP, SigLIP and Pixtral towers, and this one is a dinov2",
+            "SGLang: no, it knows CLIP and SigLIP towers, and this one is a dinov2",
+        ),
+        ("clip", "linear", "vLLM: no, it knows no linear projector", "SGLang: no, it knows projectors of two layers"),
+    ],
+)
+def test_an_export_says_which_servers_know_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tower: TowerName,
+    projector: ProjectorKind,
+    vllm: str,
+    sglang: str,
+) -> None:
+    """In what the program prints and in the card: transformers whatever the tower, the servers the towers they know;
+    what the other layout is for."""
+    backbone = read_backbone(replace(tiny_model(tmp_path / "parts", tower), projector=projector))
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    export = tmp_path / "export"
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
+    other = {"hf": "SGLang and the authors' code: no, export with --format original",
+             "original": "transformers and vLLM: no, export with --format hf"}  # fmt: skip
+    for layout, sentences in (("hf", ("transformers: yes", vllm)), ("original", (sglang,))):
+        out = tmp_path / layout
+        command = [str(export), "--format", layout, "--out", str(out), "--vision-tower", f"some/{tower}"]
+        assert main(command) == 0, capsys.readouterr().err
+        said, card = capsys.readouterr().out, (out / "README.md").read_text()
+        for sentence in (*sentences, other[layout]):
+            assert sentence in said
+            assert f"- {sentence}" in card

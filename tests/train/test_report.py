@@ -16,7 +16,6 @@ from train.report.__main__ import main
 from train.report.comparison import UNKNOWN, compare
 from train.report.curves import MOST_POINTS, Chart, charts_of, parts_of_time, series
 from train.report.folder import read_runs
-from train.report.peak import peak_of
 from train.report.samples import samples_of
 
 pytest.importorskip("matplotlib", reason="it draws the charts: ./scripts/setup.sh --extras report")
@@ -254,26 +253,14 @@ def test_planned_memory_stands_where_the_plan_lies(make: Make) -> None:
     assert "python -m train.plan ... --out RUN/plan.json" in page_of(make("b", lines)).text
 
 
-@pytest.mark.parametrize(
-    ("device", "dtype", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
-        ("NVIDIA A100-SXM4-40GB", "bfloat16", 312),
-        ("NVIDIA GeForce RTX 4090", "float32", 82.6),
-        ("NVIDIA H100 PCIe", "bfloat16", None),
-        ("Something else", "bfloat16", None),
-        ("cpu", "float32", None),
-    ],
-)
-def test_mfu_is_of_the_cards_own_data_sheet(make: Make, device: str, dtype: str, tflops: float | None) -> None:
-    """And is left out, with a word, where no sheet is of this card."""
-    folder = make("a", starts__jsonl=[{"step": 0, "device": device, "dtype": dtype}])
-    peak = peak_of(read_runs([folder])[0])
-    assert (None if peak is None else peak.tflops) == tflops
-    if device.startswith("NVIDIA H100 80"):
-        assert "50.0%" in page_of(folder).text
-    elif device == "cpu":
-        assert "No MFU for a run on a CPU" in page_of(folder).text
+def test_mfu_is_shown_where_the_run_logs_it(make: Make) -> None:
+    """And where it does not, on a CPU or an unknown card, the page says why there is none."""
+    page = page_of(make("a", [step(number, **{"perf/mfu": 0.553}) for number in range(3)]))
+    assert "55.3%" in page.text
+    assert "share of the card's dense bf16 rate" in page.text
+    page = page_of(make("b"))
+    assert "No MFU of a run on a CPU" in page.text
+    assert "share of the card's" not in page.text
 
 
 def _chart(charts: dict[str, list[Chart]], title: str) -> Chart:

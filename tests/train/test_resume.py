@@ -53,6 +53,23 @@ def test_resumed_is_uninterrupted(
     assert [line["train/loss"] for line in lines] == pytest.approx(whole.losses, rel=1e-6)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_states_are_resumed(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+    """With the optimizer on the host: the same bits after a stop, and the same losses as without it."""
+    engine = zero(stage)
+    engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    config, ranks = replace(run_config, engine=engine), start_ranks(2)
+    plain = ranks.run(cases.train, replace(run_config, name="plain", engine=zero(stage)))[0]
+    whole = ranks.run(cases.train, replace(config, name="whole"))[0]
+    ranks.run(cases.train_up_to, config, 2)
+    resumed = ranks.run(cases.resume_elsewhere, config)[0]
+    assert resumed.losses == whole.losses[2:]
+    for name, weight in whole.after.items():
+        np.testing.assert_array_equal(resumed.after[name], weight, err_msg=name)
+    assert whole.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

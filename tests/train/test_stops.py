@@ -44,7 +44,7 @@ def test_time_limit(whole: RunConfig, tmp_path: Path) -> None:
         ended = run_to_the_end(2, disasters.run_as_it_is, config, folder=tmp_path, timeout_s=240)
         assert codes(ended) == [75, 75], ended
         reason = f"stopped after step {done} (time_limit_min=0.0001 is over); run the same command again to go on"
-        assert disasters.told(config) == {"code": 75, "reason": reason}
+        assert disasters.told(config) == {"code": 75, "reason": reason, "step": done - 1}
         assert reason in ended[0].output
         assert [line["step"] for line in disasters.metrics(config)] == list(range(done))
     # Over in the last step, there is nothing to go on for.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
 
 from data_recipes.sample import Message
 from data_recipes.store import StoredSample
@@ -33,6 +33,13 @@ class Answer:
     answer: str
     score: float | None
     is_cut: bool
+
+
+def wants_special_tokens(stock: ProcessorMixin, prompt: str) -> bool:
+    """Whether the tokenizer has to add what stands before a text: not where the chat template has written it, as in
+    transformers' own apply_chat_template and in vLLM."""
+    bos = stock.tokenizer.bos_token
+    return not (bos and prompt.startswith(bos))
 
 
 class StockModel:
@@ -85,7 +92,14 @@ class StockModel:
     def _generate(self, samples: Sequence[StoredSample], questions: Sequence[Question]) -> list[tuple[str, bool]]:
         prompts = [self._prompt(question) for question in questions]
         pictures = [decode(samples[question.sample].pictures[0]) for question in questions]
-        inputs = self._stock(images=pictures, text=prompts, return_tensors="pt", padding=True, padding_side="left")
+        inputs = self._stock(
+            images=pictures,
+            text=prompts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
+            add_special_tokens=wants_special_tokens(self._stock, prompts[0]),
+        )
         self._check(samples, questions, inputs["input_ids"], inputs["attention_mask"])
         inputs = inputs.to(self._device, self._model.dtype)
         outputs = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)

@@ -45,7 +45,7 @@ def servers(source: Source, layout: str) -> Iterator[str]:
         elif linear:
             yield "vLLM: no, it knows no linear projector"
         else:
-            yield "vLLM: yes"
+            yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' lets it resize pictures as training did'
         yield "SGLang and the authors' code: no, export with --format original"
         return
     yield "the authors' code (llava): " + ("yes" if tower == "clip_vision_model" else f"no, its tower is a {tower}")
@@ -77,6 +77,9 @@ def _recipe(config: RunConfig) -> Iterator[tuple[str, Any]]:
     yield "started from", stage.init_from or "fresh parts"
     for part, rate in stage.rates.items():
         yield f"learning rate of {part}", f"{rate:g}"
+    for part, lora in (config.lora or {}).items():
+        layers = ", ".join(lora.targets)
+        yield f"adapters of {part} (LoRA, merged)", f"rank {lora.rank}, alpha {lora.alpha:g}, in {layers}"
     for key in ("batch_size", "epochs", "max_length", "template", "image_mode", "schedule", "warmup_ratio"):
         value = getattr(stage, key)
         yield key, config.model.language_model.template if key == "template" and value is None else value

@@ -27,8 +27,9 @@ from llava_next.hf import (
     write_hf_folder,
 )
 from llava_next.load import load_weights
+from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
-from llava_next.names import as_published, published_name
+from llava_next.names import as_published
 from llava_next.original import OriginalModel, is_original, of_backbone
 from llava_next.processor import Processor
 from llava_next.tensors import LazyTensor, read_folder, write_shards
@@ -174,14 +175,12 @@ def _of_checkpoint(place: Path, dtype: torch.dtype | None) -> Source:
     model = _frozen_parts(config, backbone, state, place)
     wanted = dtype or own
     trained = trained_weights(model, place, masters=wanted == torch.float32 != own)
-    tower_type = backbone.hf_config.vision_config.model_type
-    tensors = [
-        replace(trained[name], name=published_name(name, tower_type))
-        if name in trained
-        else live_tensor(published_name(name, tower_type), parameter)
+    wide = torch.promote_types(wanted, own)  # adapters are merged before anything is rounded off
+    live = [
+        (trained[name] if name in trained else live_tensor(name, parameter)).cast(wide)
         for name, parameter in live_parameters(model)
     ]
-    tensors = as_stock([tensor.cast(wanted) for tensor in tensors], backbone, config.stage.image_mode)
+    tensors = [tensor.cast(wanted) for tensor in as_stock(live, model, backbone, config.stage.image_mode)]
     run_dir = place.parent.parent
     layout = f"{state.layout['num_ranks']} rank(s), ZeRO {state.layout['zero_stage']}, {state.dtype}"
     return Source(
@@ -208,8 +207,8 @@ def _frozen_parts(config: RunConfig, backbone: Backbone, state: checkpoint.RunSt
     The tower is always needed, since its layers above the feature layer are never trained. Frozen parts are compared
     with what the run has summed up.
     """
-    rates = config.stage.rates
-    parts = {"vision_tower"} | (set(PARTS) - set(rates))
+    rates, lora = config.stage.rates, config.lora or {}
+    parts = {"vision_tower", *lora} | (set(PARTS) - set(rates))
     if parts & {"image_newline", "projector"}:
         parts |= {"image_newline", "projector"}
     if "random" in {config.model.vision_tower.weights} | (
@@ -220,6 +219,7 @@ def _frozen_parts(config: RunConfig, backbone: Backbone, state: checkpoint.RunSt
     model = build_model(backbone, dtype=dtype, seed=config.seed, parts=parts)
     if config.stage.init_from is not None:
         load_weights(model, backbone, Path(config.stage.init_from))
+    add_adapters(model, lora, seed=config.seed)
     set_trained_parts(model, rates)
     sums = resume.frozen_sums(model, World(0, 0, 1, torch.device("cpu"), dtype, None))
     resume.check_frozen(place, state, sums)

@@ -16,6 +16,7 @@ from llava_next.batch import collate
 from llava_next.build import build_model
 from llava_next.config import ModelError
 from llava_next.load import load_weights
+from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, set_trained_parts
 from llava_next.processor import SampleRejected
 from train.inspect.subject import RunStep, Subject, encoded
@@ -143,6 +144,7 @@ def _load(subject: Subject, run_dir: Path | None) -> tuple[LlavaNext, str]:
         if start is not None:
             origin = load_weights(model, backbone, Path(start))
     if is_checkpoint and weights.place is not None:  # it holds the trained parts alone
+        add_adapters(model, config.lora, seed=config.seed)
         set_trained_parts(model, config.stage.rates)
         origin = _load_checkpoint(model, weights.place)
     name = str(dtype).removeprefix("torch.")

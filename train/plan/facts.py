@@ -13,6 +13,7 @@ from llava_next.architecture import Architecture, join_configs, read_config, rep
 from llava_next.build import read_backbone, skeleton
 from llava_next.config import ModelConfig, ModelError
 from llava_next.costs import StepCosts, step_costs
+from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, num_parameters, part_of, set_trained_parts
 from train.config import RunConfig
 from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS, num_tokens
@@ -79,6 +80,11 @@ class ModelFacts:
     def num_trained(self) -> int:
         return sum(self.trained.values())
 
+    @property
+    def trains_head(self) -> bool:
+        """Whether the language model trains whole, and not its adapters alone."""
+        return self.trained["language_model"] == self.parameters["language_model"]
+
 
 def read_architecture(config: ModelConfig) -> Architecture:
     """Configs from the directories where both are on disk (a Backbone, tokenizer and all), else as they are known.
@@ -123,6 +129,7 @@ def model_facts(architecture: Architecture, config: RunConfig) -> ModelFacts:
     tower = architecture.config.vision_tower
     hf = skeleton(architecture)
     model = LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std, attention="sdpa")
+    add_adapters(model, config.lora, seed=config.seed)
     set_trained_parts(model, config.stage.rates)
     groups: dict[tuple[str, bool], int] = {}
     for name, parameter in model.named_parameters():
@@ -147,6 +154,7 @@ def model_facts(architecture: Architecture, config: RunConfig) -> ModelFacts:
             num_vision_layers=model.num_tower_layers,
             trains_tower="vision_tower" in config.stage.rates,
             trains_language_model="language_model" in config.stage.rates,
+            adapted=config.lora or (),
         ),
     )
 

@@ -125,7 +125,7 @@ def computing(
     """
     costs, rate = facts.costs, hardware.flops_per_s(half=half)
     tokens, squared, tiles, supervised = np.moveaxis(step.sums, 2, 0)
-    ways = 3 if facts.trained["language_model"] else 2
+    ways = 3 if facts.trains_head else 2
     head = 2.0 * facts.language.width * facts.language.vocabulary * ways
     flops = {
         "vision": tiles * costs.tile,

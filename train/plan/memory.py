@@ -170,7 +170,8 @@ def activations(
 ) -> dict[str, float]:
     """What a row needs by the end of its forward pass and in the backward: by part, logits and work apart.
 
-    A compiled tower is taken for a plain one: measured (plan_gpu.json, gpu_h200.json) it keeps hardly less.
+    A compiled tower is taken for a plain one: measured (plan_gpu.json, gpu_h200.json) it keeps hardly less. A part with
+    adapters is taken for one that trains whole: it keeps less where not every layer has one.
     """
     trains = {part: count > 0 for part, count in facts.trained.items()}
     s = 2 if half else 4
@@ -198,7 +199,7 @@ def activations(
     # The projector keeps its input, and what goes into and comes out of GELU.
     projector = row.tiles * vision.patches * s * (vision.width + 2 * language.width) if trains["projector"] else 0.0
     logits = LOGIT_BYTES * min(row.supervised * language.vocabulary, CHUNK_LOGITS)
-    if trains["language_model"]:
+    if facts.trains_head:
         logits += s * language.vocabulary * language.width  # the head's gradient, while all else is still there
     return {
         "activations: vision": float(vision_bytes + pixels),

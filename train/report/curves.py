@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from train.report.folder import Run
-from train.report.peak import peak_of
 
 MOST_POINTS = 150
 """A longer line is drawn as the means of so many equal spans of steps, with a band from their lowest to highest."""
@@ -55,7 +54,7 @@ def charts_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
         _single(runs, "Tokens a second", "all ranks", "perf/tokens_per_s", floor=True),
         _single(runs, "Samples a second", "all ranks", "perf/samples_per_s", floor=True),
         _single(runs, "TFLOP/s a rank", "of the samples, no padding, no recompute", "perf/tflops_per_rank", floor=True),
-        _mfu(runs),
+        _single(runs, "MFU", "share of the card's dense bf16 rate", "perf/mfu", floor=True),
         _single(runs, "Balance of a step", "mean rank ÷ fullest", "perf/balance", floor=True),
     ]
     found = {
@@ -136,16 +135,6 @@ def _weighting(runs: Sequence[Run]) -> str:
     words = {"token": "a supervised token", "sample": "every sample weighs alike"}
     found = {words.get(str(run.stage.get("loss_weighting")), "") for run in runs}
     return found.pop() if len(found) == 1 else ""
-
-
-def _mfu(runs: Sequence[Run]) -> Chart:
-    lines = []
-    for number, run in enumerate(runs):
-        peak = peak_of(run)
-        if peak is not None:
-            steps, values = series(run, "perf/tflops_per_rank")
-            lines.append(_line(run.label, number, number, steps, 100 * values / peak.tflops))
-    return Chart("MFU", "% of the dense rate", [line for line in lines if len(line.steps)], True, _marks(runs))
 
 
 def _times(runs: Sequence[Run]) -> list[Chart]:

@@ -11,7 +11,6 @@ from train.inspect.escaping import shown
 from train.inspect.table import write_table
 from train.report.curves import is_number, parts_of_time, predicted_gib, series
 from train.report.folder import Run
-from train.report.peak import peak_of
 
 _LAST = 10
 _NONE = ""
@@ -33,7 +32,7 @@ def overview(runs: Sequence[Run]) -> str:
                 f"{losses[-_LAST:].mean():.4f}" if len(losses) else _NONE,
                 f"{seconds.sum() / 3600:,.2f}" if len(seconds) else _NONE,
                 _median(run, "perf/tokens_per_s", "{:,.0f}"),
-                _mfu(run),
+                _median(run, "perf/mfu", "{:.1%}"),
                 f"{memory.max():.1f}" if len(memory) else _NONE,
                 _NONE if planned is None else f"{planned:.1f}",
                 str(run.num_ranks or _NONE),
@@ -43,13 +42,8 @@ def overview(runs: Sequence[Run]) -> str:
     notes = []
     if all(predicted_gib(run) is None for run in runs):
         notes.append("No planned memory; `python -m train.plan ... --out RUN/plan.json` adds it.")
-    if any(peak_of(run) is None for run in runs):
-        notes.append(
-            "No MFU for a run on a CPU, or whose card is not recorded or has no data sheet in configs/hardware."
-        )
-    sheets = sorted({f"{peak.tflops:,.0f} TFLOP/s of {peak.sheet}" for run in runs if (peak := peak_of(run))})
-    if sheets:
-        notes.append(f"MFU is of {', '.join(sheets)}, over the samples' own FLOPs.")
+    if not all(_median(run, "perf/mfu", "{}") for run in runs):
+        notes.append("No MFU of a run on a CPU, or on a card whose rate train/rates.py has not.")
     medians = "Tokens/s and MFU are medians of the steps."
     return write_table(head, rows) + f'<p class="faint">{shown(" ".join([medians, *notes]))}</p>'
 
@@ -164,11 +158,6 @@ def _figures(row: dict[str, object]) -> list[str]:
         *(share(key) for key in ("right_picture", "other_picture", "commonest_answer")),
         difference,
     ]
-
-
-def _mfu(run: Run) -> str:
-    peak, (_, values) = peak_of(run), series(run, "perf/tflops_per_rank")
-    return f"{np.median(values) / peak.tflops:.1%}" if peak is not None and len(values) else _NONE
 
 
 def _median(run: Run, key: str, form: str) -> str:

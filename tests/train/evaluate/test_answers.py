@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_next.build import build_model, read_backbone
 from llava_next.config import ModelError
-from tests.tiny import SIZES_HW, encoded_picture
-from tests.train.evaluate.learned import Learned
+from llava_next.hf import write_hf
+from tests.tiny import SIZES_HW, encoded_picture, tiny_model
+from tests.train.evaluate.learned import Learned, sample
 from train.evaluate.answers import Answer, StockModel
 from train.evaluate.pictures import Question
 
@@ -20,9 +22,9 @@ def _answers(learned: Learned, batch_size: int, max_new_tokens: int = 12, export
     for number, size_hw in enumerate(SIZES_HW):
         picture = encoded_picture(50 + number, size_hw)
         samples.append(replace(samples[0], id=f"shape {number}", sizes_hw=(size_hw,), pictures=(picture,)))
-    for number, sample in enumerate(samples):
+    for number, one in enumerate(samples):
         text = "What is it?" if number < 4 else "What is it, " + "and what " * (number % 4) + "else?"
-        questions.append(Question(sample.source, number, text, sample.messages[1].text))
+        questions.append(Question(one.source, number, text, one.messages[1].text))
     stock = StockModel(
         export or learned.export,
         learned.processor,
@@ -56,3 +58,15 @@ def test_another_prompt_is_refused(learned: Learned, tmp_path: Path) -> None:
     file.write_text(file.read_text() + "{{ 'Well, ' }}")
     with pytest.raises(ModelError, match="renders another prompt than training did"):
         _answers(learned, 4, export=export)
+
+
+def test_a_template_that_begins_the_text_itself(tmp_path: Path) -> None:
+    """Vicuna's writes <s>, and so does its tokenizer: together that is another prompt than training's."""
+    config = tiny_model(tmp_path, template="vicuna_v1", kind="metaspace")
+    backbone = read_backbone(config)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
+    stock = StockModel(tmp_path / "export", processor, torch.device("cpu"), batch_size=2, max_new_tokens=1)
+    samples = [sample(number) for number in range(2)]
+    questions = [Question("shapes", number, "What is it?", "red") for number in range(2)]
+    assert len(stock.answers(samples, questions, "exact_match")) == 2

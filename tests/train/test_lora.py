@@ -1,0 +1,194 @@
+"""Owns the proofs about runs with adapters: nothing else of their part moves, ranks and ZeRO change nothing, a resumed
+run is the uninterrupted one, and what is exported is the live model.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file
+
+from data_recipes.mixture import Mixture
+from llava_next.build import read_backbone
+from llava_next.config import LoraConfig
+from llava_next.hf import read_hf
+from llava_next.names import is_adapter
+from tests.ranks import RankError
+from tests.train import cases
+from tests.train.cases import with_stage, zero
+from tests.train.conftest import StartRanks
+from train import checkpoint
+from train.config import ConfigError, RunConfig, SaveConfig, check, composed_from, to_yaml
+from train.export.__main__ import main
+from train.loader import stage_processor
+from train.plan.facts import model_facts
+
+pytest.importorskip("peft")
+
+LORA = {
+    "vision_tower": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),
+    "language_model": LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")),
+}
+full = pytest.mark.full
+
+
+@pytest.fixture
+def lora_config(run_config: RunConfig) -> RunConfig:
+    """The tiny run with adapters in the tower and in the language model, and the whole projector."""
+    return replace(run_config, lora=LORA)
+
+
+def test_adapters_alone_move(start_ranks: StartRanks, run_config: RunConfig, lora_config: RunConfig) -> None:
+    """The first loss is the base's, to the bit. After the run every adapter and the projector have moved, and of all
+    else no bit; the table and the planner count the same."""
+    ranks = start_ranks(1)
+    first = ranks.run(cases.train, replace(run_config, name="base"), 1)[0].losses[0]
+    record = ranks.run(cases.train, lora_config)[0]
+    assert record.losses[0] == first
+    for name, before in record.before.items():
+        moves = is_adapter(name) or record.parts[name] in ("projector", "image_newline")
+        assert np.array_equal(record.after[name], before) != moves, name
+    trained = {row.part: row.num_trained for row in record.table}
+    layers, width, mlp = 2, 32, 48
+    assert trained["language_model"] == layers * 4 * ((width + width) + (width + width // 2) + (mlp + width))
+    facts = model_facts(read_backbone(lora_config.model), lora_config)
+    assert facts.trained == trained
+    assert facts.parameters == {row.part: row.num_parameters for row in record.table}
+    assert not facts.trains_head
+
+
+@pytest.mark.parametrize(
+    ("size", "stage"),
+    [(2, 3), *(pytest.param(size, stage, marks=full) for size, stage in ((1, 0), (1, 3), (2, 0), (2, 1), (2, 2)))],
+)
+def test_ranks_and_zero_change_nothing(start_ranks: StartRanks, lora_config: RunConfig, size: int, stage: int) -> None:
+    """The losses of one rank at ZeRO 2, and its weights, adapters included."""
+    alone = start_ranks(1).run(cases.train, replace(lora_config, name="alone", engine=zero(2)))[0]
+    ours = start_ranks(size).run(cases.train, replace(lora_config, engine=zero(stage)))[0]
+    assert ours.losses == pytest.approx(alone.losses, rel=1e-5)
+    assert cases.relative_difference(ours.after, alone.after) < 1e-5
+    adapters = [{name: run.after[name] for name in run.after if is_adapter(name)} for run in (ours, alone)]
+    assert cases.relative_difference(*adapters) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("size", "stage"),
+    [(2, 2), *(pytest.param(size, stage, marks=full) for size, stage in ((1, 0), (1, 1), (1, 2), (1, 3), (2, 3)))],
+)
+def test_resumed_is_uninterrupted(start_ranks: StartRanks, lora_config: RunConfig, size: int, stage: int) -> None:
+    """Stopped after two steps and started again, the run has the same losses and ends with bit-identical weights; its
+    checkpoint holds no base."""
+    config = replace(lora_config, engine=zero(stage))
+    ranks = start_ranks(size)
+    whole = ranks.run(cases.train, replace(config, name="whole"))[0]
+    ranks.run(cases.train_up_to, config, 2)
+    resumed = ranks.run(cases.train, config)[0]
+    assert resumed.first_step == 2
+    assert resumed.losses == whole.losses[2:]
+    for name, weight in whole.after.items():
+        np.testing.assert_array_equal(resumed.after[name], weight, err_msg=name)
+    place = checkpoint.newest(config.run_dir / "checkpoints")
+    assert place is not None
+    assert set(checkpoint.read_state(place).frozen) == {"vision_tower", "language_model"}
+    assert sum(path.stat().st_size for path in (place / "engine").iterdir()) < 400_000
+
+
+@full
+@pytest.mark.parametrize(("before", "after"), [((2, 3), (1, 2)), ((1, 0), (2, 3)), ((2, 2), (3, 3))])
+def test_other_ranks_and_stages_go_on(
+    start_ranks: StartRanks, lora_config: RunConfig, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """(ranks, ZeRO stage) before and after: the same losses, and the same weights up to rounding."""
+    whole = start_ranks(1).run(cases.train, replace(lora_config, name="whole"))[0]
+    start_ranks(before[0]).run(cases.train_up_to, replace(lora_config, engine=zero(before[1])), 2)
+    resumed = start_ranks(after[0]).run(cases.train, replace(lora_config, engine=zero(after[1])))[0]
+    assert resumed.first_step == 2
+    assert resumed.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert cases.relative_difference(resumed.after, whole.after) < 1e-5
+
+
+@pytest.mark.parametrize(("size", "stage"), [(2, 3), pytest.param(1, 0, marks=full), pytest.param(2, 2, marks=full)])
+def test_an_export_is_merged(
+    start_ranks: StartRanks,
+    run_config: RunConfig,
+    lora_config: RunConfig,
+    capsys: pytest.CaptureFixture[str],
+    size: int,
+    stage: int,
+) -> None:
+    """The run's own result and the export of its last checkpoint, which starts from an export, are the same bytes: the
+    base's names, with the targets and the projector changed. Its losses are the live model's, and in stock transformers
+    its logits are the packed model's (1e-5)."""
+    ranks = start_ranks(size)
+    base = replace(run_config, name="base")
+    ranks.run(cases.write_untrained, base)
+    config = with_stage(
+        replace(lora_config, engine=zero(stage), save=SaveConfig(every=4)), init_from=str(base.run_dir / "export")
+    )
+    live = ranks.run(cases.train_write_and_look, config, 8)[0]
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    place = config.run_dir / "checkpoints" / "step_000004"
+    assert main([str(place)]) == 0, capsys.readouterr().err
+    (difference,) = re.findall(r"largest difference (\S+) of their norm", capsys.readouterr().out)
+    assert float(difference) <= 1e-5
+    out, result = config.run_dir / "exports" / "step_000004_hf", config.run_dir / "export"
+    for path in result.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert "rank 4, alpha 8, in q_proj, v_proj, down_proj" in (out / "README.md").read_text()
+    mixture = Mixture.open(config.mixture, Path(config.data.store_root))
+    backbone, written = read_hf(result, config.model)
+    with torch.no_grad():
+        losses = [
+            float(written(batch)[0]) for batch in cases.alone(mixture, stage_processor(backbone, config.stage), 8)
+        ]
+    assert losses == pytest.approx(live, rel=1e-5)
+    before, after = (load_file(folder / "model.safetensors") for folder in (base.run_dir / "export", result))
+    assert before.keys() == after.keys()
+    targets = re.compile(
+        r"vision_tower\..*layers\.[01]\..*\.(q|v)_proj\.weight|language_model\..*\.(q|v|down)_proj\.weight"
+        r"|multi_modal_projector\..*|image_newline"
+    )
+    changed = {name for name, tensor in after.items() if not tensor.equal(before[name])}
+    assert changed == {name for name in after if targets.fullmatch(name)}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("lora.language_model.rank", 0, r"lora.language_model.rank must be at least 1, got 0"),
+        ("lora.projector", {"rank": 1, "alpha": 1, "targets": ["linear_1"]}, r"lora.projector: this part is small"),
+        ("lora.language_model.dropout", 0.1, r"dropout: there is no such key; the adapters of a part have rank, alpha"),
+        (
+            "stage.learning_rates",
+            {"projector": 1.0e-3},
+            r"lora.vision_tower: its adapters train at stage.learning_rates.vision_tower, which has no value",
+        ),
+        ("stage.result", "connector", r"the adapters would be lost; choose stage.result=export, or lora=null"),
+    ],
+)
+def test_mistakes_are_told(lora_config: RunConfig, key: str, value: object, told: str) -> None:
+    """The key, the rule and the way out."""
+    composed = OmegaConf.create(to_yaml(lora_config))
+    assert isinstance(composed, DictConfig)
+    OmegaConf.update(composed, key, value, merge=False)
+    with pytest.raises(ConfigError, match=told):
+        check(composed, folders=False)
+
+
+def test_half_a_part_is_told() -> None:
+    """On the command line, where adapters are null by default: what belongs to them all."""
+    with pytest.raises(ConfigError, match=r"no adapters yet; give it all of rank, alpha, targets, each as \+lora.PART"):
+        composed_from(["name=x", "lora.language_model.rank=8"])
+
+
+def test_a_run_with_other_adapters_is_refused(start_ranks: StartRanks, lora_config: RunConfig) -> None:
+    """What adapters are is part of what is learned: a checkpoint of another rank is another run's."""
+    ranks = start_ranks(1)
+    ranks.run(cases.train_up_to, lora_config, 1)
+    other = {**LORA, "language_model": replace(LORA["language_model"], rank=8)}
+    with pytest.raises(RankError, match=r"lora.language_model.rank was 4, is 8"):
+        ranks.run(cases.train, replace(lora_config, lora=other))
