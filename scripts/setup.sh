@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up .venv in this checkout, with the versions of constraints.txt. Nothing to do: under a second.
 #
-#   ./scripts/setup.sh [--extras quickstart,dev,bench,lora]
+#   ./scripts/setup.sh [--extras quickstart,dev,bench,lora,report,tensorboard]
 #
 # PYTHON             the interpreter to build .venv with (default: the first of 3.13 3.12 3.11 python3 that fits)
 # LLAVA_NEXT_PYTHON  use this interpreter's environment as it is, and set nothing up (a container, a module)
@@ -25,11 +25,12 @@ while (($#)); do
         --extras) [[ $# -ge 2 ]] || stop "--extras wants a list such as quickstart,dev"; extras=$2; shift 2 ;;
         --extras=*) extras=${1#*=}; shift ;;
         -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-        *) stop "unknown argument '$1'; known: --extras quickstart,dev,bench,lora" ;;
+        *) stop "unknown argument '$1'; known: --extras quickstart,dev,bench,lora,report,tensorboard" ;;
     esac
 done
 for extra in ${extras//,/ }; do
-    [[ $extra =~ ^(quickstart|dev|bench|lora)$ ]] || stop "unknown extra '$extra'; known: quickstart, dev, bench, lora"
+    [[ $extra =~ ^(quickstart|dev|bench|lora|report|tensorboard)$ ]] ||
+        stop "unknown extra '$extra'; known: quickstart, dev, bench, lora, report, tensorboard"
 done
 [[ $TORCH_BUILD =~ ^(auto|cpu|default)$ ]] || stop "TORCH_BUILD is auto, cpu or default, not '$TORCH_BUILD'"
 

@@ -4,6 +4,7 @@ Owns `RunConfig` and every rule that can be checked without torch, data or weigh
 and not a queue slot. Parts whose owner is another package (model, mixture) are that package's dataclasses.
 """
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -153,7 +154,17 @@ class LogConfig:
 
     wandb: Literal["off", "offline", "online"] = "off"
     wandb_project: str = "llava-next"
+    tensorboard: bool = False
     every: int = 1
+
+
+@dataclass(frozen=True)
+class ProfileConfig:
+    """The first and the last step that rank 0 profiles; none: no step."""
+
+    __pydantic_config__ = _STRICT
+
+    steps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,7 @@ class RunConfig:
     save: SaveConfig = field(default_factory=SaveConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionKernel = "auto"
@@ -270,8 +282,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     _check_values(config)
     if folders:
         _check_folders(config)
-        if config.lora:
-            _check_installed()
+        _check_installed(config)
     return config
 
 
@@ -308,6 +319,9 @@ def _check_values(config: RunConfig) -> None:
     ):
         if value is not None and value < least:
             raise ConfigError(f"{key} must be at least {least}, got {value}")
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
+        raise ConfigError(f"profile.steps is [first, last] with 0 <= first <= last, or [], got {list(steps)}")
     if config.time_limit_min is not None and not 0 < config.time_limit_min < math.inf:
         raise ConfigError(f"time_limit_min must be above 0, got {config.time_limit_min}; null sets no limit")
     if not 0 < stage.epochs < math.inf:
@@ -418,11 +432,17 @@ def _check_folders(config: RunConfig) -> None:
         _check_start(Path(config.stage.init_from))
 
 
-def _check_installed() -> None:
-    try:
-        check_peft()
-    except ModelError as error:
-        raise ConfigError(str(error)) from error
+def _check_installed(config: RunConfig) -> None:
+    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "log.tensorboard=true needs the package tensorboard, which is not installed; ./scripts/setup.sh --extras "
+            "tensorboard, or leave it false: metrics.jsonl has the same numbers"
+        )
+    if config.lora:
+        try:
+            check_peft()
+        except ModelError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _check_start(start: Path) -> None:

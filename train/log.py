@@ -1,7 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl always, the terminal, wandb by option.
+"""Where a run's numbers go: metrics.jsonl always, the terminal, wandb and TensorBoard by option.
 
 One line a step. Resuming removes the lines of steps that will be run again, so no step stands twice; wandb, which
-forgets nothing, is not sent them again.
+forgets nothing, is not sent them again; TensorBoard's readers are told from which step on to forget.
 """
 
 import json
@@ -59,6 +59,7 @@ class RunLog:
         self._every = config.log.every
         self._file: TextIO | None = None
         self._wandb: Any = None
+        self._tensorboard: Any = None
         if not is_main:
             return
         path = config.run_dir / "metrics.jsonl"
@@ -77,6 +78,7 @@ class RunLog:
             smoothing=0.1,
             disable=not sys.stderr.isatty(),
         )
+        self._tensorboard = _start_tensorboard(config, first_step)
         self._wandb = _start_wandb(config)
         if self._wandb is not None:
             self._first_new = _first_new_to_wandb(config.run_dir, first_new)
@@ -104,12 +106,17 @@ class RunLog:
         self._bar.update(1)
         if self._wandb is not None and step >= self._first_new:
             self._wandb.log(values, step=step)
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
 
     def close(self) -> None:
         """Flushes and closes everything."""
         if self._file is not None:
             self._file.close()
             self._bar.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -150,6 +157,14 @@ def _step_of(line: str) -> int:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1  # a line cut off by a kill
+
+
+def _start_tensorboard(config: RunConfig, first_step: int) -> Any:
+    if not config.log.tensorboard:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=first_step)
 
 
 def _start_wandb(config: RunConfig) -> Any:

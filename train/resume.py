@@ -35,7 +35,7 @@ FREE = (
     *("deterministic", "max_steps"),
     # What happens around it.
     *("recipe", "log", "evaluate", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight"),
-    "resume_allow",
+    *("profile", "resume_allow"),
     # Where things lie; what they are is in the fingerprint and in the frozen parts' sums.
     *("root", "name", "mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),
     "model.vision_tower.path",

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 import time
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
 from train.progress import sample_names
 from train.trainer import Trainer
+from train.versions import versions
 from train.watch import Watch
 from train.world import Launch, World, barrier, start
 
@@ -74,6 +76,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                 num_skipped = first_step - resumption.state.updates
         if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
             _write_about(config, mixture, table)
+            _note_start(config, world, table, first_step, loaded)
         log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
         try:
             log.say(_opening(config, world, table, num_steps, loaded))
@@ -182,6 +185,23 @@ def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> Non
     }
     (run_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n")
     (run_dir / "quarantine.jsonl").write_bytes(table.quarantine.read_bytes())
+
+
+def _note_start(config: RunConfig, world: World, table: LengthTable, first_step: int, origin: str) -> None:
+    """A line of starts.jsonl: where this start begins, from what, with which versions, on what (rank 0's device)."""
+    is_gpu = world.device.type == "cuda"
+    start = {
+        "step": first_step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "origin": origin,
+        "ranks": world.size,
+        "device": torch.cuda.get_device_name(world.device) if is_gpu else world.device.type,
+        "dtype": str(world.dtype).removeprefix("torch."),
+        "data_fingerprint": table.fingerprint,
+        "versions": versions(),
+    }
+    with (config.run_dir / "starts.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
 
 
 def _opening(

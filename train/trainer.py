@@ -28,6 +28,7 @@ from train.heldout import HeldOut
 from train.loader import Planner, StepPlan
 from train.log import RunLog
 from train.optim import schedule_factor, set_rates
+from train.profiling import StepProfiler
 from train.progress import Progress, sample_names
 from train.rates import peak_tflops
 from train.world import Agreement, World, agree, is_out_of_memory
@@ -102,6 +103,7 @@ class Trainer:
         self._frozen, self._num_skipped, self._deadline_s = frozen or {}, num_skipped, deadline_s
         self._save_s = 0.0
         self.held_out = held_out
+        self.profiler = StepProfiler(config, world, log.say)
         self._peak_tflops = peak_tflops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
 
     def run(self, first_step: int, last_step: int) -> None:
@@ -119,8 +121,10 @@ class Trainer:
                 factor = schedule_factor(step, num_steps, self.config.stage)
                 rates = set_rates(self.engine.optimizer.param_groups, factor)
                 plan = self.planner.plan(step)
+                self.profiler.before(step)
                 outcome = self.train_step(plan)
                 done = step + 1
+                self.profiler.after(step, is_last=outcome.agreement.stop or done == last_step)
                 evaluated = {} if outcome.agreement.stop else self._evaluate(done, last_step)
                 self.log.step(step, self._metrics(plan, outcome, rates) | evaluated)
                 if outcome.agreement.sealed:

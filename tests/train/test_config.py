@@ -146,6 +146,7 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "grid twice": ({"model.grids": [[1, 2], [1, 2]]}, ["model.grids", "twice"]),
     "grid of nothing": ({"model.grids": [[0, 2]]}, ["model.grids", "at least 1", "[0, 2]"]),
     "row tokens": ({"packing.max_tokens": 511}, ["packing.max_tokens=511", "stage.max_length=512", "at least 512"]),
+    "profiled steps": ({"profile.steps": [12, 10]}, ["profile.steps", "first <= last", "[12, 10]"]),
     "two kernels": (
         {"liger": True, "compile": ("vision_tower", "language_model")},
         ["liger=true and compile=[language_model]", "choose one"],

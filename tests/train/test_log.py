@@ -90,6 +90,24 @@ def test_a_kill_while_lines_are_dropped_loses_none(run_config: RunConfig, monkey
     assert [path.name for path in run_config.run_dir.iterdir()] == ["metrics.jsonl"]
 
 
+def test_tensorboard_has_every_step_once(run_config: RunConfig) -> None:
+    """Its readers, given the files of a run that was killed and resumed twice, find each step once and the values of
+    the last time; without the option there is no file."""
+    accumulator = pytest.importorskip(
+        "tensorboard.backend.event_processing.event_accumulator", reason="./scripts/setup.sh --extras tensorboard"
+    )
+    logged(run_config, 0, 2)
+    assert not (run_config.run_dir / "tensorboard").exists()
+    config = replace(run_config, log=LogConfig(tensorboard=True))
+    for first, last in ((0, 6), (4, 5), (3, 8)):
+        logged(config, first, last)
+    found = accumulator.EventAccumulator(str(config.run_dir / "tensorboard")).Reload()
+    assert sorted(found.Tags()["scalars"]) == sorted([*VALUES, "run"])
+    read = {key: [(event.step, event.value) for event in found.Scalars(key)] for key in (*VALUES, "run")}
+    assert read["run"] == [*((step, 0.0) for step in range(3)), *((step, 3.0) for step in range(3, 8))]
+    assert [value for _, value in read["train/loss"]] == pytest.approx([line["train/loss"] for line in lines(config)])
+
+
 @pytest.mark.full
 def test_wandb_goes_on(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Offline, a run is written into the run's folder, without an account or a network. A resumed one is the same run

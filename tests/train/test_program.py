@@ -119,6 +119,13 @@ def test_two_stages_with_one_command_line(program: Program) -> None:
     assert (program.root / "both" / "align" / "connector" / "contract.json").is_file()
     assert (program.root / "both" / "finetune" / "export" / "config.json").is_file()
     assert len(losses(program.metrics("both"))) == len(losses(program.metrics("both", "align"))) == 4
+    first, second = map(json.loads, (program.root / "both" / "finetune" / "starts.jsonl").read_text().splitlines())
+    assert [(start["step"], start["ranks"], start["device"]) for start in (first, second)] == [
+        (0, 1, "cpu"),
+        (4, 1, "cpu"),
+    ]
+    assert second["origin"].startswith("resumed from")
+    assert second["versions"] == first["versions"]
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from train.inspect.replay import Replay, compared
 from train.inspect.spread import LeftOut, Spread
 from train.inspect.style import STYLE
 from train.inspect.subject import RunStep, Subject
+from train.inspect.table import write_table
 
 # Nothing is fetched and nothing runs, whatever a text of the data may hold.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -131,7 +132,7 @@ def _step(run: RunStep, texts: Sequence[StoredText], layouts: _Layouts) -> str:
     lines = [line for line in run.metrics if abs(line["step"] - run.step) <= _AROUND and line.get("train/loss")]
     drawn = curve("logged loss", [line["step"] for line in lines], [line["train/loss"] for line in lines], run.step)
     head = ("source", "samples", "tokens", "supervised", "tiles", "logged loss")
-    return f'<h2>The step</h2><div class="charts">{_table(head, rows)}{drawn}</div>'
+    return f'<h2>The step</h2><div class="charts">{write_table(head, rows)}{drawn}</div>'
 
 
 def _losses(found: Replay, on_page: set[int]) -> str:
@@ -149,7 +150,7 @@ def _losses(found: Replay, on_page: set[int]) -> str:
         f'<div class="note">{"<br>".join(shown(sentence) for sentence in sentences)}</div>'
         f"<details{' open' if len(rows) <= _MOST_OPEN else ''}>"
         f"<summary>{len(rows)} samples, the dearest first; {weigh}</summary>"
-        + _table(("sample", "loss", "tokens", "likeliest", "share of the sum"), rows, escaped=True)
+        + write_table(("sample", "loss", "tokens", "likeliest", "share of the sum"), rows, escaped=True)
         + "</details>"
     )
 
@@ -180,7 +181,7 @@ def _left_out(found: Sequence[LeftOut]) -> str:
             entries = left_out.first[reason]
             rows = [[str(e.get("place") or e.get("source") or ""), str(e["id"]), str(e["detail"])] for e in entries]
             some = f", the first {len(rows)} of them" if len(rows) < number else ""
-            table = _table(("from", "id", "why"), rows)
+            table = write_table(("from", "id", "why"), rows)
             parts.append(f"<details><summary>{shown(reason)}: {number:,}{some}</summary>{table}</details>")
     nothing = "; ".join(left_out.title for left_out in found if not left_out.counts)
     return "".join([*parts, f'<p class="faint">none {shown(nothing)}</p>' if nothing else ""])
@@ -188,16 +189,3 @@ def _left_out(found: Sequence[LeftOut]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, escaped: bool = False) -> str:
-    """A table whose first column is text; the others are set as numbers where all of theirs look so."""
-    numeric = [
-        column > 0 and all(row[column][:1].isdigit() or not row[column] for row in rows) for column in range(len(head))
-    ]
-    kinds = [' class="n"' if is_number else "" for is_number in numeric]
-    lines = ["".join(f"<th{kind}>{name}</th>" for kind, name in zip(kinds, head, strict=True))]
-    for row in rows:
-        cells = row if escaped else [shown(cell) for cell in row]
-        lines.append("".join(f"<td{kind}>{cell}</td>" for kind, cell in zip(kinds, cells, strict=True)))
-    return f'<div class="scroll"><table>{"".join(f"<tr>{line}</tr>" for line in lines)}</table></div>'

@@ -22,6 +22,8 @@ from train.plan.hardware import Hardware
 from train.plan.population import Population, population_of
 from train.plan.rows import draw_steps, largest_row
 from train.plan.setting import setting_of
+from train.report.curves import predicted_gib
+from train.report.folder import Run
 
 QUICKSTART = ["experiment=quickstart", "hardware=cpu", "--samples", "1000"]
 
@@ -36,6 +38,8 @@ def test_both_stages_and_all_files(tmp_path: Path, capsys: pytest.CaptureFixture
     for stage in values["stages"]:
         asked = stage["asked"]
         assert asked["memory_total_gib"] == pytest.approx(sum(asked["memory_gib"].values()))
+        run = Run(tmp_path, "", {"stage": {"name": stage["stage"]}}, "", [], plan=values)
+        assert predicted_gib(run) == asked["memory_total_gib"]  # what a report draws
         assert asked["step_total_s"] == pytest.approx(sum(asked["step_s"].values()))
         assert asked["hours"] == pytest.approx(asked["step_total_s"] * asked["steps"] / 3600)
         assert set(stage["zero"]) == {"zero0", "zero1", "zero2 *", "zero3"}
