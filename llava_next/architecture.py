@@ -11,6 +11,10 @@ from typing import Any
 from transformers import AutoConfig, LlavaNextConfig, PretrainedConfig
 
 from llava_next.config import ModelConfig, ModelError, ProjectorKind
+from llava_next.released import is_original, language_model_values, read_json
+
+LANGUAGE_MODEL, VISION_TOWER = "model.language_model", "model.vision_tower"
+"""The parts whose configs are read, as a configuration names them."""
 
 VOCABULARY_MULTIPLE = 64
 """The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
@@ -102,16 +106,25 @@ def join_configs(
 
 
 def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedConfig:
-    """The config of a Hugging Face directory, with keys replaced; `key` names it in messages.
+    """The config of a part in a Hugging Face directory, with keys replaced; `key` names the part, also in messages.
+
+    The directory may be a part's own, or a whole model's, of which a language model's config is taken out (a tower's:
+    `join_configs`).
 
     Raises:
         ModelError: no config lies there, or it has no such key.
     """
     check_directory(path, key + ".path")
+    own = read_json(Path(path) / "config.json")
     try:
-        config = AutoConfig.from_pretrained(path)
+        if is_original(own):
+            config = AutoConfig.for_model(**language_model_values(own, Path(path)))
+        else:
+            config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}.path: no config.json could be read in {path}: {error}") from error
+    if key == LANGUAGE_MODEL:
+        config = getattr(config, "text_config", config)
     replace_keys(config, overrides, key)
     return config
 

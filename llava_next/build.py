@@ -5,6 +5,7 @@ needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`
 """
 
 from collections.abc import Collection
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,16 @@ from transformers import (
     LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 
-from llava_next.architecture import Architecture, check_directory, join_configs, read_config
+from llava_next.architecture import (
+    LANGUAGE_MODEL,
+    VISION_TOWER,
+    Architecture,
+    check_directory,
+    join_configs,
+    read_config,
+)
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext
@@ -73,8 +82,8 @@ def read_backbone(config: ModelConfig) -> Backbone:
     """
     check_grids(config.grids)
     language, tower = config.language_model, config.vision_tower
-    text = read_config(language.path, language.overrides, "model.language_model")
-    vision = read_config(tower.path, tower.overrides, "model.vision_tower")
+    text = read_config(language.path, language.overrides, LANGUAGE_MODEL)
+    vision = read_config(tower.path, tower.overrides, VISION_TOWER)
     tokenizer = read_tokenizer(language.tokenizer_path)
     hf_config = join_configs(
         config,
@@ -180,10 +189,17 @@ def skeleton(backbone: Architecture) -> LlavaNextForConditionalGeneration:
     return hf
 
 
+def _unless_loaded(weights: str) -> AbstractContextManager[None]:
+    """Inside, parts whose weights `load.py` brings are given none: random ones would take minutes, and be replaced."""
+    found: AbstractContextManager[None] = no_init_weights() if weights == "init_from" else nullcontext()
+    return found
+
+
 def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:
     text, config = backbone.hf_config.text_config, backbone.config.language_model
-    if config.weights == "random":
-        return AutoModelForCausalLM.from_config(text, dtype=dtype)
+    if config.weights != "pretrained":
+        with _unless_loaded(config.weights):
+            return AutoModelForCausalLM.from_config(text, dtype=dtype)
     own_size = AutoConfig.from_pretrained(config.path).vocab_size
     wanted, text.vocab_size = text.vocab_size, own_size
     try:
@@ -227,8 +243,9 @@ def _grow_vocabulary(model: Any, size: int) -> None:
 
 def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
     vision, config = backbone.hf_config.vision_config, backbone.config.vision_tower
-    if config.weights == "random":
-        return AutoModel.from_config(vision, dtype=dtype)
+    if config.weights != "pretrained":
+        with _unless_loaded(config.weights):
+            return AutoModel.from_config(vision, dtype=dtype)
     native = AutoConfig.from_pretrained(config.path)
     native = getattr(native, "vision_config", native)
     try:

@@ -36,6 +36,10 @@ AttentionKernel = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_
 """What computes attention inside packed samples; nothing learned depends on it, beyond rounding."""
 
 
+Weights = Literal["pretrained", "random", "init_from"]
+"""Where a part's first weights come from: its own directory, a seed, or the whole model in stage.init_from, which then
+also says how pictures are cut (`released.py`)."""
+
 _STRICT = {"extra": "forbid"}
 """Read by pydantic where a run's configuration is checked: unknown keys are errors."""
 
@@ -58,7 +62,7 @@ class LanguageModelConfig:
     path: str
     template: str
     tokenizer: str | None = None
-    weights: Literal["pretrained", "random"] = "pretrained"
+    weights: Weights = "pretrained"
     overrides: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -79,7 +83,7 @@ class VisionTowerConfig:
 
     name: str
     path: str
-    weights: Literal["pretrained", "random"] = "pretrained"
+    weights: Weights = "pretrained"
     overrides: dict[str, Any] = field(default_factory=dict)
     tile: int | None = None
     feature_layer: int = -2

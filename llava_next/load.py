@@ -22,7 +22,8 @@ from llava_next.disk import check_names, check_shape, copy_tensor
 from llava_next.hf import NEWLINE, SECOND_LAYER, check_identity, projector_kind
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import as_published, from_original, published_name
-from llava_next.original import is_original, original_kind
+from llava_next.original import original_kind
+from llava_next.released import is_original
 from llava_next.tensors import LazyTensor, read_folder
 
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
@@ -173,10 +174,10 @@ def _leave_tower(
     if any(name.startswith("vision_tower.") for name in theirs):
         return []
     tower = backbone.config.vision_tower
-    if tower.weights == "random":
+    if tower.weights != "pretrained":
         named = json.loads((source / "config.json").read_text()).get("mm_vision_tower")
         raise ModelError(
-            f"{source} holds no vision tower, and model.vision_tower.weights=random would make one up; choose the "
+            f"{source} holds no vision tower, and model.vision_tower.weights={tower.weights} brings none; choose the "
             f"pretrained tower that it was trained with ({named})"
         )
     for name in [name for name in ours if name.startswith("vision_tower.")]:

@@ -21,14 +21,8 @@ from llava_next.config import ImageMode, ModelError, ProjectorKind
 from llava_next.hf import generation_config, serving_tokenizer
 from llava_next.names import original_name
 from llava_next.processor import Processor
+from llava_next.released import ARCHITECTURES
 from llava_next.tensors import LazyTensor, write_shards
-
-ARCHITECTURES = {
-    "llama": "LlavaLlamaForCausalLM",
-    "mistral": "LlavaMistralForCausalLM",
-    "qwen2": "LlavaQwenForCausalLM",
-}
-"""By the language model's type: what the authors' code and SGLang have a class for."""
 
 _KINDS: tuple[ProjectorKind, ...] = ("mlp2x_gelu", "linear")
 _OF_HF = ("architectures", "model_type", "dtype", "torch_dtype", "rope_parameters", "transformers_version")
@@ -79,12 +73,6 @@ def of_backbone(
         tower.image_std,
         rates or {},
     )
-
-
-def is_original(config: Mapping[str, Any]) -> bool:
-    """Whether a config.json is of the authors' layout; their model_type may be `llava` too."""
-    architectures = config.get("architectures") or []
-    return "mm_vision_tower" in config or any(name in ARCHITECTURES.values() for name in architectures)
 
 
 def original_kind(config: Mapping[str, Any], source: Path) -> ProjectorKind:

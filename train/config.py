@@ -7,7 +7,7 @@ and not a queue slot. Parts whose owner is another package (model, mixture) are 
 import importlib.util
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,7 @@ from llava_next.config import (
     check_peft,
 )
 from llava_next.conversation import check_template_name
+from llava_next.released import adopted
 from train.sentences import explain_composition, explain_invalid
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
@@ -275,15 +276,42 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
         mixture.setdefault("seed", 0)
         if isinstance(mixture.get("sources"), dict):
             mixture["sources"] = {name: share or {} for name, share in mixture["sources"].items()}
+    _check_origin(plain)
     try:
         config = pydantic.TypeAdapter(RunConfig).validate_python(plain)
     except pydantic.ValidationError as error:
         raise ConfigError(explain_invalid(error, RunConfig)) from error
+    config = _adopted(config)
     _check_values(config)
     if folders:
         _check_folders(config)
         _check_installed(config)
     return config
+
+
+def _check_origin(plain: dict[Any, Any]) -> None:
+    """Before the types are checked: the paths of a model that lies in stage.init_from are null where that is."""
+    parts = [part for part in (plain.get("model") or {}).values() if isinstance(part, dict)]
+    if any(part.get("weights") == "init_from" for part in parts) and not (plain.get("stage") or {}).get("init_from"):
+        raise ConfigError(
+            "stage.init_from has no value, and the model is to be the one that lies there; name the directory of a "
+            "whole model, in Hugging Face's layout or the authors'"
+        )
+
+
+def _adopted(config: RunConfig) -> RunConfig:
+    """Where the weights are those of a whole model in stage.init_from, grids and the like are its own, too."""
+    model, start = config.model, config.stage.init_from
+    if "init_from" not in (model.language_model.weights, model.vision_tower.weights):
+        return config
+    if (
+        start is None or not Path(start).is_dir()
+    ):  # told by `_check_folders`; a run's own config.yaml has what was there
+        return config
+    try:
+        return replace(config, model=adopted(model, Path(start)))
+    except ModelError as error:
+        raise ConfigError(f"stage.init_from: {error}") from error
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -181,7 +181,7 @@ def test_a_llava_1_5_has_neither_tower_nor_newline(make_backbone: MakeBackbone, 
     torch.save(tensors, tmp_path / "original" / "pytorch_model.bin")
     assert json.loads((tmp_path / "original" / "config.json").read_text())["mm_patch_merge_type"] == "flat"
     fresh = build_model(backbone, dtype=torch.float32, seed=2)
-    with pytest.raises(ModelError, match=r"holds no vision tower, and .*random would make one up.*openai/clip-tiny"):
+    with pytest.raises(ModelError, match=r"holds no vision tower, and .*weights=random brings none.*openai/clip-tiny"):
         load_weights(fresh, backbone, tmp_path / "original")
     tower = replace(backbone.config.vision_tower, weights="pretrained")
     pretrained = replace(backbone, config=replace(backbone.config, vision_tower=tower))

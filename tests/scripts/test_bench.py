@@ -87,6 +87,7 @@ def test_a_competitor_that_fails_ends_the_bench(load: Load, tmp_path: Path) -> N
         runs.Competitor("stock-3", "stock", batch=3).run(tiny_job(load, folder=str(tmp_path)))
 
 
+@pytest.mark.full
 def test_gpu_bench_without_a_gpu(load: Load, tokenizer: Path, tmp_path: Path) -> None:
     """The whole program on a tiny model: losses held together, MFU of a rate that is given."""
     pytest.importorskip("accelerate")

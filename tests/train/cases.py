@@ -439,12 +439,13 @@ def _step(parts: Parts, plan: Any) -> Any:
     """One step of the trainer over the rows of `plan`."""
     parts.config.run_dir.mkdir(parents=True, exist_ok=True)  # as the run does
     from train.loader import Rows
+    from train.log import RunLog
     from train.optim import set_rates
     from train.trainer import Trainer
 
     encode = Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
     stream = (encode[row] for row in plan.rows)
-    log: Any = None
+    log = RunLog(parts.config, is_main=False, first_step=0, num_steps=1)
     trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
     if not len(plan.samples):  # no run has such a step, and the trainer would refuse it
         trainer._check = lambda *_: None  # type: ignore[method-assign]

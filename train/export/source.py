@@ -30,8 +30,9 @@ from llava_next.load import load_weights
 from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
 from llava_next.names import as_published
-from llava_next.original import OriginalModel, is_original, of_backbone
+from llava_next.original import OriginalModel, of_backbone
 from llava_next.processor import Processor
+from llava_next.released import is_original
 from llava_next.tensors import LazyTensor, read_folder, write_shards
 from train import checkpoint, resume
 from train.config import ConfigError, RunConfig, load_yaml

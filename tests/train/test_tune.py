@@ -1,0 +1,110 @@
+"""A whole model is tuned further from its directory alone: grids, template and processor are its own."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from omegaconf import DictConfig, OmegaConf
+from transformers import LlavaNextForConditionalGeneration
+
+from llava_next.build import build_model, read_backbone
+from llava_next.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from llava_next.hf import published_tensors, write_hf
+from llava_next.model import LlavaNext
+from llava_next.original import of_backbone, write_original_folder
+from tests.tiny import tiny_model
+from tests.train import cases
+from tests.train.conftest import StartRanks
+from train.config import ConfigError, RunConfig, check, load, to_yaml
+
+GRIDS = ((1, 2), (3, 1))
+"""Not the authors', so that they can only come from the directory."""
+
+
+def finished(folder: Path) -> tuple[ModelConfig, LlavaNext]:
+    """A model as somebody has published it: hf/ and original/."""
+    config = replace(tiny_model(folder / "parts", tower="clip"), grids=GRIDS)
+    backbone = read_backbone(config)
+    model = build_model(backbone, dtype=torch.float32, seed=77)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    write_hf(model, backbone, processor, folder / "hf")
+    (folder / "original").mkdir()
+    write_original_folder(
+        published_tensors(model, backbone, "anyres"), of_backbone(backbone, processor), folder / "original"
+    )
+    return config, model
+
+
+def released(config: RunConfig, directory: Path, tower: VisionTowerConfig | None = None, **changes: Any) -> RunConfig:
+    """The run as `experiment=tune stage.init_from=DIR` composes and checks it."""
+    model = ModelConfig(
+        LanguageModelConfig("released", str(directory), "tokenizer", weights="init_from"),
+        tower or VisionTowerConfig("released", str(directory), weights="init_from"),
+    )
+    stage = replace(config.stage, init_from=str(directory))
+    composed = OmegaConf.create(to_yaml(replace(config, model=model, stage=stage, **changes)))
+    assert isinstance(composed, DictConfig)
+    return check(composed)
+
+
+@pytest.mark.parametrize(
+    ("layout", "lora"),
+    [
+        ("hf", False),
+        pytest.param("hf", True, marks=pytest.mark.full),
+        pytest.param("original", False, marks=pytest.mark.full),
+        pytest.param("original", True, marks=pytest.mark.full),
+    ],
+)
+def test_a_finished_model_is_tuned_further(
+    start_ranks: StartRanks, run_config: RunConfig, tmp_path: Path, layout: str, lora: bool
+) -> None:
+    """It starts with exactly those weights and cuts pictures by those grids; what comes of it is a model of the same
+    kind, moved; whole or by adapters."""
+    if lora:
+        pytest.importorskip("peft")
+    published, model = finished(tmp_path)
+    # The authors' layout names its tower; what it holds of it replaces the tower's own weights.
+    tower = replace(published.vision_tower, weights="random") if layout == "original" else None
+    adapters = {"language_model": LoraConfig(4, 8.0, ("q_proj", "v_proj"))} if lora else None
+    rates: dict[str, float | None] = {"projector": 1.0e-3, "language_model": 5.0e-4}
+    config = released(
+        replace(run_config, stage=replace(run_config.stage, learning_rates=rates)),
+        tmp_path / layout,
+        tower,
+        lora=adapters,
+    )
+    assert config.model.grids == GRIDS
+    assert config.model.projector == "mlp2x_gelu"
+    record = start_ranks(1).run(cases.train_and_write, config)[0]
+    for name, parameter in model.named_parameters():
+        ours = record.before.get(name, record.before.get(name.replace(".weight", ".base_layer.weight")))
+        torch.testing.assert_close(torch.from_numpy(ours), parameter.detach(), rtol=0, atol=0)
+    assert all(loss > 0 for loss in record.losses)
+    tuned = LlavaNextForConditionalGeneration.from_pretrained(config.run_dir / "export")
+    assert tuned.config.image_grid_pinpoints == [[28, 56], [84, 28]]
+    before = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "hf").state_dict()
+    moved = {name for name, tensor in tuned.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert any("q_proj" in name for name in moved)
+    assert any("embed_tokens" in name for name in moved) is not lora
+    assert not any("vision_tower" in name for name in moved)
+
+
+def test_the_command_line_takes_them_from_the_directory(tmp_path: Path) -> None:
+    """`experiment=tune stage.init_from=DIR` is all; the configuration that a run writes holds what was found."""
+    finished(tmp_path)
+    overrides = ["experiment=tune", "name=mine", "mixture=llava_next_779k", "precision=fp32"]
+    config = load([*overrides, f"stage.init_from={tmp_path / 'hf'}"], folders=False)
+    assert config.model.grids == GRIDS
+    assert config.model.language_model.path == str(tmp_path / "hf")
+    assert read_backbone(config.model).tile == 28
+    with pytest.raises(
+        ConfigError, match=r"authors' layout, .* choose it, for example model/vision_tower=clip_vit_l_336"
+    ):
+        load([*overrides, f"stage.init_from={tmp_path / 'original'}"], folders=False)
+    with pytest.raises(ConfigError, match=r"holds no config\.json, and the model is to be the one that lies there"):
+        load([*overrides, f"stage.init_from={tmp_path}"], folders=False)
+    with pytest.raises(ConfigError, match=r"stage\.init_from has no value"):
+        load(overrides, folders=False)
