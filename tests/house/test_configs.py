@@ -65,8 +65,8 @@ def test_yaml_parses_and_numbers_are_numbers(path: str) -> None:
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_experiment_composes_in_every_stage(experiment: str, stage: str) -> None:
     """One program, run twice with another `stage=`: every experiment knows both."""
-    start = ("stage.init_from=DIR",) if experiment == "tune" else ()  # which has to be named there
-    config = compose(f"experiment={experiment}", f"stage={stage}", *start)
+    own = ("stage.init_from=DIR", "mixture=quickstart_finetune") if experiment == "tune" else ()  # to be named there
+    config = compose(f"experiment={experiment}", f"stage={stage}", *own)
     assert config.stage.name == stage
 
 
