@@ -37,6 +37,7 @@ def tiny_job(load: Load, **changes: Any) -> Any:
     return replace(job, **changes)
 
 
+@pytest.mark.full
 def test_step_bench(
     load: Load, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
