@@ -10,19 +10,14 @@ from typing import Any
 
 from transformers import AutoConfig, LlavaNextConfig, PretrainedConfig
 
-from llava_next.config import ModelConfig, ModelError, ProjectorKind
-from llava_next.released import is_original, language_model_values, read_json
+from llava_next.config import ModelConfig, ModelError
+from llava_next.released import PROJECTOR_ACTS, is_original, language_model_values, read_json
 
 LANGUAGE_MODEL, VISION_TOWER = "model.language_model", "model.vision_tower"
 """The parts whose configs are read, as a configuration names them."""
 
 VOCABULARY_MULTIPLE = 64
 """The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
-
-PROJECTOR_ACTS: dict[ProjectorKind, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
-"""`projector_hidden_act` of transformers' config, which always has two linear layers around it: a linear projector is
-written as its layer, the identity for an activation, and the identity for a second layer (see `hf.py`). vLLM knows no
-activation of that name, so such an export is for transformers."""
 
 _TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 

@@ -77,7 +77,7 @@ def _per_segment(
 def _varlen(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
 ) -> torch.Tensor:
-    # torch 2.11 and 2.12 have no such argument: there the kernel sees grouped heads from the shapes.
+    # torch 2.11 has no such argument: there the kernel sees grouped heads from the shapes.
     grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _KNOWS_GROUPS else {}
     output = varlen_attn(
         query[0].transpose(0, 1),

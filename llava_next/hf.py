@@ -33,16 +33,16 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_next.anyres import grids_of_pinpoints
-from llava_next.architecture import PROJECTOR_ACTS
 from llava_next.build import Backbone, read_tokenizer, refuse_made_up
 from llava_next.chat_template import chat_template
-from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, ProjectorKind
+from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
 from llava_next.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.disk import Gather, complete_or_absent, whole
 from llava_next.lora import merged
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import published_name
 from llava_next.processor import Processor
+from llava_next.released import projector_kind
 from llava_next.tensors import LazyTensor, given, write_shards
 
 NEWLINE = "image_newline"
@@ -109,18 +109,6 @@ def generation_config(backbone: Backbone, template: Template) -> GenerationConfi
         bos_token_id=backbone.tokenizer.bos_token_id,
         eos_token_id=_stop_ids(backbone, template),
         pad_token_id=backbone.tokenizer.pad_token_id,
-    )
-
-
-def projector_kind(config: dict[str, Any], source: Path) -> ProjectorKind:
-    """The kind of projector that a Hugging Face config describes; ModelError where it is none of ours."""
-    act = config.get("projector_hidden_act", "gelu")
-    for kind, its_act in PROJECTOR_ACTS.items():
-        if act == its_act:
-            return kind
-    raise ModelError(
-        f"{source}: projector_hidden_act={act} is no projector of ours; there are "
-        + ", ".join(f"{kind} ({its_act})" for kind, its_act in PROJECTOR_ACTS.items())
     )
 
 

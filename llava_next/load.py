@@ -19,11 +19,10 @@ from llava_next.build import Backbone
 from llava_next.config import ModelError, ProjectorKind
 from llava_next.connector import CONTRACT, MM_PROJECTOR, load_connector, load_mm_projector
 from llava_next.disk import check_names, check_shape, copy_tensor
-from llava_next.hf import NEWLINE, SECOND_LAYER, check_identity, projector_kind
+from llava_next.hf import NEWLINE, SECOND_LAYER, check_identity
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import as_published, from_original, published_name
-from llava_next.original import original_kind
-from llava_next.released import is_original
+from llava_next.released import is_original, original_kind, projector_kind
 from llava_next.tensors import LazyTensor, read_folder
 
 _EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"

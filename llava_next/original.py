@@ -24,7 +24,6 @@ from llava_next.processor import Processor
 from llava_next.released import ARCHITECTURES
 from llava_next.tensors import LazyTensor, write_shards
 
-_KINDS: tuple[ProjectorKind, ...] = ("mlp2x_gelu", "linear")
 _OF_HF = ("architectures", "model_type", "dtype", "torch_dtype", "rope_parameters", "transformers_version")
 
 
@@ -73,15 +72,6 @@ def of_backbone(
         tower.image_std,
         rates or {},
     )
-
-
-def original_kind(config: Mapping[str, Any], source: Path) -> ProjectorKind:
-    """The kind of projector that the authors' config names; ModelError where it is none of ours."""
-    name = config.get("mm_projector_type", "linear")
-    for kind in _KINDS:
-        if name == kind:
-            return kind
-    raise ModelError(f"{source}: mm_projector_type={name} is no projector of ours; there are {', '.join(_KINDS)}")
 
 
 def write_original_folder(

@@ -1,7 +1,7 @@
 """What a directory of a whole model says of itself: its layout, its language model, and how it cuts pictures.
 
-Reads config.json and preprocessor_config.json alone, with the standard library, so that a configuration can be made of
-them in a fraction of a second. Weights are `load.py`'s; the authors' layout is written by `original.py`.
+Reads config.json and preprocessor_config.json alone, without torch, so that a configuration can be made of them in a
+fraction of a second. Weights are `load.py`'s; the authors' layout is written by `original.py`.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from llava_next.anyres import grids_of_pinpoints
 from llava_next.config import Grid, ModelConfig, ModelError, ProjectorKind
 
 ARCHITECTURES = {
@@ -19,6 +20,11 @@ ARCHITECTURES = {
 }
 """By the language model's type: what the authors' code and SGLang have a class for."""
 
+PROJECTOR_ACTS: dict[ProjectorKind, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
+"""`projector_hidden_act` of transformers' config, which always has two linear layers around it: a linear projector is
+written as its layer, the identity for an activation, and the identity for a second layer (see `hf.py`). vLLM knows no
+activation of that name, so such an export is for transformers."""
+
 _HF_TYPES = ("llava_next", "llava")
 
 
@@ -26,7 +32,7 @@ _HF_TYPES = ("llava_next", "llava")
 class _Described:
     grids: tuple[Grid, ...] | None
     projector: ProjectorKind
-    feature_layer: int
+    feature_layer: object
 
 
 def is_original(config: Mapping[str, Any]) -> bool:
@@ -84,7 +90,9 @@ def adopted(model: ModelConfig, directory: Path) -> ModelConfig:
             "a whole model, in Hugging Face's layout or the authors'"
         )
     described = _original(config, directory, model) if is_original(config) else _hugging_face(config, directory)
-    tower = replace(model.vision_tower, feature_layer=described.feature_layer)
+    tower = model.vision_tower
+    if isinstance(described.feature_layer, int):  # else load.py says what it is
+        tower = replace(tower, feature_layer=described.feature_layer)
     images = read_json(directory / "preprocessor_config.json")
     if "image_mean" in images and "image_std" in images:
         mean, std = (tuple(float(value) for value in images[key]) for key in ("image_mean", "image_std"))
@@ -95,6 +103,29 @@ def adopted(model: ModelConfig, directory: Path) -> ModelConfig:
     return replace(model, vision_tower=tower, grids=grids, projector=described.projector)
 
 
+def projector_kind(config: Mapping[str, Any], source: Path) -> ProjectorKind:
+    """The kind of projector that a Hugging Face config describes; ModelError where it is none of ours."""
+    act = config.get("projector_hidden_act", "gelu")
+    for kind, its_act in PROJECTOR_ACTS.items():
+        if act == its_act:
+            return kind
+    raise ModelError(
+        f"{source}: projector_hidden_act={act} is no projector of ours; there are "
+        + ", ".join(f"{kind} ({its_act})" for kind, its_act in PROJECTOR_ACTS.items())
+    )
+
+
+def original_kind(config: Mapping[str, Any], source: Path) -> ProjectorKind:
+    """The kind of projector that the authors' config names; ModelError where it is none of ours."""
+    name = config.get("mm_projector_type", "linear")
+    for kind in PROJECTOR_ACTS:
+        if name == kind:
+            return kind
+    raise ModelError(
+        f"{source}: mm_projector_type={name} is no projector of ours; there are {', '.join(PROJECTOR_ACTS)}"
+    )
+
+
 def _hugging_face(config: Mapping[str, Any], directory: Path) -> _Described:
     if config.get("model_type") not in _HF_TYPES:
         raise ModelError(
@@ -103,11 +134,10 @@ def _hugging_face(config: Mapping[str, Any], directory: Path) -> _Described:
         )
     tile = config.get("vision_config", {}).get("image_size", 336)
     pinpoints = config.get("image_grid_pinpoints") if config["model_type"] == "llava_next" else None
-    linear = config.get("projector_hidden_act") == "linear"
     return _Described(
-        _grids(pinpoints, tile, directory) if pinpoints else None,
-        "linear" if linear else "mlp2x_gelu",
-        int(config.get("vision_feature_layer", -2)),
+        grids_of_pinpoints(pinpoints, tile) if isinstance(pinpoints, list) and pinpoints else None,
+        projector_kind(config, directory),
+        config.get("vision_feature_layer"),
     )
 
 
@@ -121,23 +151,7 @@ def _original(config: Mapping[str, Any], directory: Path, model: ModelConfig) ->
     own = read_json(tower / "config.json")
     tile = model.vision_tower.tile or own.get("vision_config", own).get("image_size")
     pinpoints = config.get("image_grid_pinpoints")
-    kind = config.get("mm_projector_type", "linear")
-    if kind not in ("linear", "mlp2x_gelu"):
-        raise ModelError(f"{directory}: mm_projector_type={kind} is no projector of ours; there are linear, mlp2x_gelu")
-    # Their pinpoints are (width, height).
-    swapped = [list(reversed(pinpoint)) for pinpoint in pinpoints] if isinstance(pinpoints, list) else None
-    return _Described(
-        _grids(swapped, tile, directory) if swapped and tile else None,
-        kind,
-        int(config.get("mm_vision_select_layer", -2)),
-    )
-
-
-def _grids(pinpoints_hw: list[list[int]], tile: int, directory: Path) -> tuple[Grid, ...]:
-    for height, width in pinpoints_hw:
-        if height % tile or width % tile:
-            raise ModelError(
-                f"{directory}: image_grid_pinpoints holds {[height, width]}, no multiple of the tower's tile of {tile} "
-                "pixels: another tower than it was made for"
-            )
-    return tuple((height // tile, width // tile) for height, width in pinpoints_hw)
+    grids = None
+    if tile and isinstance(pinpoints, list) and pinpoints:
+        grids = grids_of_pinpoints([pinpoint[::-1] for pinpoint in pinpoints], tile)  # theirs are (width, height)
+    return _Described(grids, original_kind(config, directory), config.get("mm_vision_select_layer"))

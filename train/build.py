@@ -68,20 +68,21 @@ def set_kernels(model: LlavaNext, config: RunConfig) -> None:
     compile_blocks(model, config.compile, deterministic=config.deterministic)
 
 
-def fill_in(module: nn.Module, device: torch.device, seen: dict[int, nn.Parameter]) -> None:
+def fill_in(module: nn.Module, device: torch.device, seen: dict[nn.Parameter, nn.Parameter]) -> None:
     """Gives a module's own parameters that are on the meta device memory on another, with nothing in it.
 
     Args:
         module: without its children.
         device: where the memory is taken.
-        seen: by the id of a former parameter what has taken its place: shared ones stay shared.
+        seen: by a former parameter (held, so that no other gets its id) what has taken its place: shared ones stay
+            shared.
     """
     for name, parameter in list(module.named_parameters(recurse=False)):
-        if parameter.is_meta or id(parameter) in seen:
-            if id(parameter) not in seen:
+        if parameter.is_meta:
+            if parameter not in seen:
                 empty = torch.empty_like(parameter, device=device)
-                seen[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-            setattr(module, name, seen[id(parameter)])
+                seen[parameter] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, seen[parameter])
 
 
 def send_buffers(model: nn.Module, world: World) -> None:

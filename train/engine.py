@@ -68,7 +68,7 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
     if zero_stage(config) == 3:
         _divide(model, dictionary, world)
     else:
-        seen: dict[int, nn.Parameter] = {}
+        seen: dict[nn.Parameter, nn.Parameter] = {}
         for module in model.modules():
             fill_in(module, world.device, seen)
         model.to(world.device)  # DeepSpeed sends rank 0's parameters to the others
@@ -90,7 +90,7 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
 
 def _add_gradients_in_one_pass(optimizer: Any) -> None:
     """Stages 1 and 2 make an fp32 copy of each bf16 gradient before they add it up; the addition itself can convert,
-    to the same bits. On one rank this is a twentieth of a step (scripts/bench/gpu.py)."""
+    to the same bits."""
 
     def add(output: torch.Tensor | None, source: torch.Tensor) -> None:
         if output is not None:
@@ -103,7 +103,7 @@ def _add_gradients_in_one_pass(optimizer: Any) -> None:
 def _divide(model: LlavaNext, dictionary: dict[str, Any], world: World) -> None:
     """ZeRO-3: each parameter in its turn goes from rank 0 to all devices and is cut there into the ranks' shares. Never
     is more than one module's whole on a device, nor a second copy of the model on a host."""
-    seen: dict[int, nn.Parameter] = {}
+    seen: dict[nn.Parameter, nn.Parameter] = {}
     divided: Any = None  # a parameter that DeepSpeed has given its own methods
     for module in model.modules():
         fill_in(module, torch.device("cpu"), seen)

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from job import Job, Outcome
@@ -27,7 +28,7 @@ from runs import BenchError, Competitor, check_same_work, run_all, samples_per_s
 
 from train.rates import DENSE_BF16_TFLOPS, peak_tflops
 
-VARIANTS: Mapping[str, Mapping[str, object]] = {
+VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "compiled": {"compile": True},
     "liger": {"liger": True},

@@ -78,15 +78,32 @@ SHAPES = {
 
 
 @contextmanager
-def prepared(shape: Shape, tokenizer: Path, job: Job, seed: int = 0) -> Iterator[Job]:
-    """Inside, the materials for `job` lie in a folder that the yielded job names."""
+def prepared(shape: Shape, tokenizer: Path, job: Job, seed: int = 0, *, weights: bool = True) -> Iterator[Job]:
+    """Inside, the materials for `job` lie in a folder that the yielded job names; without `weights` to plan by."""
     with TemporaryDirectory(prefix="llava_next_bench_") as name:
-        prepare(Path(name), shape, tokenizer, job.samples_per_step, job.num_steps, seed, half=job.device == "cuda")
+        prepare(
+            Path(name),
+            shape,
+            tokenizer,
+            job.samples_per_step,
+            job.num_steps,
+            seed,
+            half=job.device == "cuda",
+            weights=weights,
+        )
         yield replace(job, folder=name)
 
 
 def prepare(
-    folder: Path, shape: Shape, tokenizer: Path, samples_per_step: int, num_steps: int, seed: int = 0, *, half: bool
+    folder: Path,
+    shape: Shape,
+    tokenizer: Path,
+    samples_per_step: int,
+    num_steps: int,
+    seed: int = 0,
+    *,
+    half: bool,
+    weights: bool = True,
 ) -> None:
     """Makes the materials. `half`: weights that bf16 holds exactly."""
     model_config = _write_configs(folder, shape, tokenizer)
@@ -94,7 +111,8 @@ def prepare(
     backbone = read_backbone(model_config)
     config = run_config(folder, Job(str(folder), "", 0, samples_per_step, num_steps, True, 1, shape.window[1]))
     processor = stage_processor(backbone, config.stage)
-    _write_model(folder, backbone, processor, seed, half)
+    if weights:
+        _write_model(folder, backbone, processor, seed, half)
 
     def fits(messages: Any, size_hw: SizeHW) -> bool:
         try:

@@ -2,6 +2,7 @@
 
     python scripts/bench/plan.py [--quick]
     python scripts/bench/plan.py --device cuda --hardware h100_80g
+    python scripts/bench/plan.py --of scripts/bench/results/gpu_h200.json --hardware h100_80g   needs no GPU
 
 Runs the project's own trainer on drawn samples, as the step bench does, each setting in a process of its own, and plans
 the same settings from the same length table. On a CPU memory is the process's high-water mark above its level before
@@ -10,10 +11,13 @@ row's activations, up to 30 % more here); on a GPU the allocator's. The planner'
 where memory is further off than 15 % (on a GPU 10 %). Step times are planned with the hardware file's shares and, on a
 CPU, the rate of a large product measured in the same process; with --strict-time they are held to the same.
 
+--of plans what gpu.py has measured (its first variant) and writes no file.
+
 Owns the settings and the comparison. Materials and trainer are the step bench's.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -24,6 +28,7 @@ from typing import Any
 
 import torch
 import yaml
+from gpu import VARIANTS
 from job import Job, Outcome
 from materials import SHAPES, Shape, open_data, prepared, run_config
 from results import RESULTS, machine_facts, save, table
@@ -73,6 +78,10 @@ GPU_CASES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; 0 if memory is predicted as well as it should be."""
     options = _options(arguments)
+    if options.of:
+        values = measured_before(options.of, read_hardware(options.hardware), options.tokenizer or vicuna_tokenizer())
+        print(results_table({options.of.stem: values}))
+        return 0
     on_gpu = options.device == "cuda"
     cases = GPU_CASES if on_gpu else CPU_CASES[:2] if options.quick else CPU_CASES
     hardware = read_hardware(options.hardware or ("h100_80g" if on_gpu else "cpu"))
@@ -104,6 +113,30 @@ def read_hardware(name: str) -> Hardware:
     return replace(check_hardware(values), gpus_per_node=1)
 
 
+def measured_before(path: Path, hardware: Hardware, tokenizer: Path) -> dict[str, Any]:
+    """What gpu.py has written, planned: the same model, samples and setting, without weights."""
+    results = json.loads(path.read_text(encoding="utf-8"))["results"]
+    name, found = next(iter(results["competitors"].items()))
+    job = Job(
+        folder="",
+        result="",
+        batch=0,
+        samples_per_step=results["samples"],
+        num_steps=results["steps"],
+        trains_tower=True,
+        threads=2,
+        max_tokens=results["max_tokens"],
+        device="cuda",
+        workers=results["workers"],
+        engine=results["engine"],
+        recompute=results["recompute"],
+    )
+    job = replace(job, **VARIANTS[results["variants"][0]])
+    shape = Shape(**{**results["model"], "window": tuple(results["model"]["window"])})
+    with prepared(shape, tokenizer, job, weights=False) as given:
+        return compare(given, Outcome(**found["steps"]), hardware, name)
+
+
 def _job_and_shape(options: argparse.Namespace) -> tuple[Job, Shape]:
     """What the cases share: the model and the samples."""
     on_gpu = options.device == "cuda"
@@ -126,10 +159,10 @@ def _job_and_shape(options: argparse.Namespace) -> tuple[Job, Shape]:
 
 def _measure(case: Case, given: Job, hardware: Hardware) -> dict[str, Any]:
     job = replace(given, engine=case.engine, recompute=case.recompute, compile=case.compile)
-    return compare(job, Competitor(case.name, "ours").run(job), hardware, case)
+    return compare(job, Competitor(case.name, "ours").run(job), hardware, case.name)
 
 
-def compare(job: Job, outcome: Outcome, hardware: Hardware, case: Case) -> dict[str, Any]:
+def compare(job: Job, outcome: Outcome, hardware: Hardware, name: str) -> dict[str, Any]:
     """The job planned, beside what it measured."""
     config = run_config(Path(job.folder), job)
     backbone = read_backbone(config.model)
@@ -149,7 +182,7 @@ def compare(job: Job, outcome: Outcome, hardware: Hardware, case: Case) -> dict[
     time = step_time(facts, setting, steps, hardware, half=half, workers=job.workers, save_every=0)
     seconds = median(outcome.seconds[1:])
     state = sum(planned.kinds[kind] for kind in ("weights", "gradients", "optimizer"))
-    print(f"  {case.name}: {gib:.2f} GiB planned, {outcome.peak_gib:.2f} measured", flush=True)
+    print(f"  {name}: {gib:.2f} GiB planned, {outcome.peak_gib:.2f} measured", flush=True)
     return {
         "parameters": facts.num_parameters,
         "state_gib": state / 2**30,
@@ -191,11 +224,15 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the first two settings only")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to exercise the program: nothing is proved")
     parser.add_argument("--strict-time", action="store_true", help="also fail where step times are too far off")
+    parser.add_argument("--of", type=Path, metavar="FILE", help="a result of gpu.py, with --hardware: plan that")
     parser.add_argument("--layers", type=int, default=5, help="of the language model on a GPU (default 5)")
     parser.add_argument("--threads", type=int, default=2, help="of torch on the host")
     parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.of and not options.hardware:
+        parser.error("--of wants the card's --hardware")
+    return options
 
 
 if __name__ == "__main__":

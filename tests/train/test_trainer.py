@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from tests.ranks import Ranks
+from tests.tiny import tiny_model
 from tests.train import cases
 from tests.train.cases import Record, aligning, relative_difference, with_stage, zero
 from train.config import PackingConfig, RunConfig
@@ -234,6 +235,17 @@ def test_a_linear_connector_and_padded_views_go_through_both_stages(
         assert not np.array_equal(record.after[name], record.before[name])
         layer = stock.get_parameter(name.removeprefix("hf.").replace("projector.", "projector.linear_1."))
         np.testing.assert_array_equal(layer.detach().numpy(), record.after[name])
+
+
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])
+def test_a_shared_head_stays_shared(start_ranks: StartRanks, run_config: RunConfig, tmp_path: Path, stage: int) -> None:
+    """A head that is the embedding is one tensor on the ranks that are given it, too: two ranks learn what one does."""
+    config = replace(run_config, model=tiny_model(tmp_path, tied=True), engine=zero(stage))
+    one = start_ranks(1).run(cases.train, replace(config, name="one"))[0]
+    two = start_ranks(2).run(cases.train, replace(config, name="two"))[0]
+    assert "hf.lm_head.weight" not in two.after
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert relative_difference(two.after, one.after) < 1e-4
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -23,7 +23,6 @@ from llava_next.hf import (
     SECOND_LAYER,
     as_stock,
     live_tensor,
-    projector_kind,
     write_hf_folder,
 )
 from llava_next.load import load_weights
@@ -32,7 +31,7 @@ from llava_next.model import LlavaNext, live_parameters, set_trained_parts
 from llava_next.names import as_published
 from llava_next.original import OriginalModel, of_backbone
 from llava_next.processor import Processor
-from llava_next.released import is_original
+from llava_next.released import is_original, projector_kind
 from llava_next.tensors import LazyTensor, read_folder, write_shards
 from train import checkpoint, resume
 from train.config import ConfigError, RunConfig, load_yaml
