@@ -334,39 +334,36 @@ def alone(mixture: Any, processor: Any, num_samples: int) -> Iterator[Any]:
 
 def first_loss(config: RunConfig) -> tuple[float, float]:
     """The first step's loss as the trainer has it, and from each sample's token losses by plain arithmetic."""
-    from llava_next.batch import collate
-
     with built(config) as parts:
         plan = parts.planner.plan(0)
-        means, tokens = [], []
-        for known in parts.table.rows[plan.samples]:
-            sample = parts.mixture.sample(int(known["sample"]))
-            example = parts.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
-            batch = collate([example], tile=parts.backbone.tile, patches_per_tile=parts.backbone.patches_per_side**2)
-            losses = parts.model.score(batch).losses
-            means.append(float(losses.mean()))
-            tokens.append(len(losses))
-        weighs = [1.0] * len(tokens) if config.stage.loss_weighting == "sample" else tokens
-        expected = float(np.average(means, weights=weighs))
+        numbers = parts.table.rows["sample"][plan.samples].tolist()
+        expected = _mean_loss(parts, [parts.mixture.sample(number) for number in numbers])
         return train_parts(parts, 0, 1).losses[0], expected
 
 
 def held_out_loss(config: RunConfig) -> float:
     """One step, and the mean loss of the held-out samples of `tiny_pictures` after it, each run alone."""
-    from llava_next.batch import collate
-
     with built(config) as parts:
         train_parts(parts, 0, 1)
-        means, tokens = [], []
-        for number in parts.mixture.heldout("tiny_pictures"):
-            sample = parts.mixture.heldout_sample("tiny_pictures", number)
-            example = parts.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
-            batch = collate([example], tile=parts.backbone.tile, patches_per_tile=parts.backbone.patches_per_side**2)
-            losses = parts.model.score(batch).losses
-            means.append(float(losses.mean()))
-            tokens.append(len(losses))
-        weighs = [1.0] * len(tokens) if config.stage.loss_weighting == "sample" else tokens
-        return float(np.average(means, weights=weighs))
+        mixture = parts.mixture
+        return _mean_loss(
+            parts, [mixture.heldout_sample("tiny_pictures", number) for number in mixture.heldout("tiny_pictures")]
+        )
+
+
+def _mean_loss(parts: Parts, samples: list[Any]) -> float:
+    """Of samples that are run one at a time, weighed as the stage weighs its tokens."""
+    from llava_next.batch import collate
+
+    means, tokens = [], []
+    for sample in samples:
+        example = parts.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+        batch = collate([example], tile=parts.backbone.tile, patches_per_tile=parts.backbone.patches_per_side**2)
+        losses = parts.model.score(batch).losses
+        means.append(float(losses.mean()))
+        tokens.append(len(losses))
+    weighs = [1.0] * len(tokens) if parts.config.stage.loss_weighting == "sample" else tokens
+    return float(np.average(means, weights=weighs))
 
 
 @dataclass
