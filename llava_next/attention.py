@@ -33,6 +33,7 @@ def segment_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     segments: Segments | None = None,
+    targets: torch.Tensor | None = None,
     kernel: AttentionKernel = "auto",
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -41,6 +42,8 @@ def segment_attention(
     Args:
         query: [1, heads, T, head width]; key and value: [1, kv heads, T, head width].
         segments: the samples' bounds; required (a model that generates uses a stock implementation).
+        targets: int64 [L], ascending; of a module that is marked `reads_targets_only` (last_block.py) the positions
+            whose output is read. `sdpa` computes these alone, and leaves zeros elsewhere.
         kernel: `auto` is `varlen` on CUDA in half precision, and `sdpa` elsewhere.
 
     Returns:
@@ -52,7 +55,11 @@ def segment_attention(
         raise ValueError(f"segment attention has no dropout, the model asks for {dropout}")
     if kernel == "auto":
         kernel = "varlen" if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else "sdpa"
-    run = _per_segment if kernel == "sdpa" else _varlen if kernel == "varlen" else partial(_flash, kernel)
+    if kernel == "sdpa":
+        if targets is not None and getattr(module, "reads_targets_only", False):
+            return _at_targets(query, key, value, segments, scaling, targets), None
+        return _per_segment(query, key, value, segments, scaling), None
+    run = _varlen if kernel == "varlen" else partial(_flash, kernel)
     return run(query, key, value, segments, scaling), None
 
 
@@ -72,6 +79,34 @@ def _per_segment(
     ]
     # Joined in the layout that is returned: the model flattens the heads next, which then costs no second copy.
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+@torch.compiler.disable
+def _at_targets(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    targets: torch.Tensor,
+) -> torch.Tensor:
+    """As `_per_segment`, for the queries at these positions, with a mask that says what stands before each.
+
+    A mask hides what is computed nevertheless: where most of a row is supervised, the causal whole is less work.
+    """
+    if 2 * len(targets) > query.shape[2]:
+        return _per_segment(query, key, value, segments, scaling)
+    grouped = query.shape[1] != key.shape[1]
+    queries = query.index_select(2, targets).split(segments.num_targets, dim=2)
+    positions = targets.split(segments.num_targets)
+    keys, values = key.split(segments.lengths, dim=2), value.split(segments.lengths, dim=2)
+    outputs, start = [], 0
+    for q, k, v, at in zip(queries, keys, values, positions, strict=True):
+        seen = torch.arange(k.shape[2], device=at.device) <= (at - start)[:, None]
+        outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=grouped))
+        start += k.shape[2]
+    found = torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+    return found.new_zeros(query.shape[2], *found.shape[2:]).index_put((targets,), found[0])[None]
 
 
 def _varlen(

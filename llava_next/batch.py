@@ -17,13 +17,15 @@ from llava_next.processor import IGNORE, Example
 
 @dataclass(frozen=True)
 class Segments:
-    """Bounds of a row's samples: `bounds` int32 [num_samples + 1], from 0 to T; on the host `lengths`, and the longest.
+    """Bounds of a row's samples: `bounds` int32 [num_samples + 1], from 0 to T; on the host `lengths`, the longest, and
+    how many supervised tokens each has (`num_targets`).
 
     `max_length` is a value of its own: code that asks `lengths` for it is compiled anew for every list of them.
     """
 
     bounds: torch.Tensor
     lengths: tuple[int, ...]
+    num_targets: tuple[int, ...] = ()
     max_length: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +122,9 @@ def collate(
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
         position_ids=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
-        segments=Segments(torch.from_numpy(starts.astype(np.int32)), tuple(lengths)),
+        segments=Segments(
+            torch.from_numpy(starts.astype(np.int32)), tuple(lengths), tuple(map(len, targets.positions))
+        ),
         tiles=torch.from_numpy(np.concatenate(tiles) if tiles else blank),
         image_positions=_int64(image_positions),
         image_sources=_int64(image_sources),

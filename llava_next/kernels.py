@@ -28,7 +28,9 @@ def compile_blocks(model: LlavaNext, parts: Collection[str], *, deterministic: b
     import torch._dynamo.config
     import torch._inductor.config
 
-    # A cache that is full falls back to running uncompiled, in silence, unless told otherwise.
+    # A cache that is full falls back to running uncompiled, in silence, unless told otherwise. A stack has two kinds of
+    # blocks (the last is another, last_block.py); lengths are fixed, then free, then 0 or 1; with gradients or without.
+    torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._inductor.config.deterministic = deterministic
     for part in parts:

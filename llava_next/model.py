@@ -2,7 +2,8 @@
 
 `LlavaNext` wraps `LlavaNextForConditionalGeneration` by its public names and copies none of its code. It differs in
 how it runs, not in what it computes: the tower stops at the layer whose features are used, image tokens are one
-gather and one indexed write, attention stays inside segments, and the head runs at supervised positions only.
+gather and one indexed write, attention stays inside segments, and the head and most of the last block run at supervised
+positions only.
 
 Reading and writing directories is `hf.py`'s; which parts train is the caller's choice (`set_trained_parts`).
 """
@@ -18,6 +19,7 @@ from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 from llava_next.attention import refuse_unsupported, register
 from llava_next.batch import Batch
 from llava_next.config import PARTS, AttentionKernel, ModelError
+from llava_next.last_block import run_at_targets
 from llava_next.loss import token_losses
 from llava_next.names import is_adapter
 
@@ -76,6 +78,7 @@ class LlavaNext(nn.Module):
             raise ModelError(f"{hf.config.text_config.model_type} has a biased head, LLaVA-NeXT's has no bias")
         hf.model.language_model.set_attn_implementation(register(attention))
         hf.model.vision_tower.set_attn_implementation("sdpa")
+        run_at_targets(hf.model.language_model.layers[-1])
         self.hf = hf
         self.num_sources = num_sources
         layers_name, layers = _encoder_layers(hf.model.vision_tower)
@@ -146,7 +149,12 @@ class LlavaNext(nn.Module):
             # Every part of every rank takes part in every micro-step, or ranks would wait for one another's gradients.
             embeds = embeds + table.sum() * 0
         states = model.language_model(
-            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, segments=batch.segments
+            inputs_embeds=embeds,
+            position_ids=batch.position_ids,
+            use_cache=False,
+            segments=batch.segments,
+            # A row without any runs whole: its block's weights, too, want their (zero) gradients on every rank.
+            targets=batch.target_positions if len(batch.target_positions) else None,
         ).last_hidden_state
         return states[0, batch.target_positions], self.hf.lm_head.weight
 

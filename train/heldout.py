@@ -176,7 +176,7 @@ def hold_out(
         ModelError: a stored sample's placeholders and pictures differ in number.
     """
     kept: list[HeldOutSample] = []
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, int, int]] = []
     left_out: Counter[str] = Counter()
     for held_out in (sample for of_source in samples.values() for sample in of_source):
         text = held_out.text()
@@ -186,12 +186,12 @@ def hold_out(
             left_out[held_out.source] += 1
             continue
         kept.append(held_out)
-        sizes.append((layout.num_tokens, layout.num_tiles))
-    lengths = np.array(sizes, dtype=np.int64).reshape(-1, 2)
+        sizes.append((layout.num_tokens, layout.num_tiles, layout.num_supervised))
+    lengths = np.array(sizes, dtype=np.int64).reshape(-1, 3)
     rows: list[tuple[int, ...]] = []
     for start in range(0, len(kept), _DEALT_AT_ONCE):
-        tokens, tiles = lengths[start : start + _DEALT_AT_ONCE].T
+        tokens, tiles, supervised = lengths[start : start + _DEALT_AT_ONCE].T
         budgets = PackingConfig(max(packing.max_tokens, int(tokens.max())), max(packing.max_tiles, int(tiles.max())))
-        dealt = deal(tokens, tiles, num_ranks=num_ranks, budgets=budgets, costs=costs)
+        dealt = deal(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=budgets)
         rows += [tuple(start + place for place in micro_step[rank]) for micro_step in dealt.rows]
     return HeldOut(tuple(source_names), kept, tuple(rows), processor, per_sample, dict(left_out))

@@ -107,8 +107,8 @@ class Planner:
         numbers = samples_of_step(step, len(self.table), self.stage.batch_size, self.seed, self.stage.epochs)
         rows = self.table.rows[numbers]
         tokens, tiles = rows["tokens"].astype(np.int64), rows["tiles"].astype(np.int64)
-        dealt = deal(tokens, tiles, num_ranks=self.num_ranks, budgets=self.packing, costs=self.costs)
-        supervised = int(rows["supervised"].sum())
+        costs = self.costs.of(tokens, tiles, rows["supervised"])
+        dealt = deal(tokens, tiles, costs, num_ranks=self.num_ranks, budgets=self.packing)
         per_sample = self.stage.loss_weighting == "sample"
         weights = np.ones(len(rows)) if per_sample else rows["supervised"].astype(np.float64)
         divisors = np.bincount(rows["source"], weights=weights, minlength=self.num_sources)
@@ -119,9 +119,9 @@ class Planner:
             divisor=float(divisors.sum()),
             divisors=divisors,
             num_tokens=int(tokens.sum()),
-            num_supervised=supervised,
+            num_supervised=int(rows["supervised"].sum()),
             num_tiles=int(tiles.sum()),
-            flops=self.costs.of(float(tokens.sum()), float(tiles.sum()), float((tokens**2).sum())),
+            flops=float(costs.sum()),
             balance=dealt.balance,
         )
 

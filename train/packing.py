@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llava_next.costs import StepCosts
 from train.config import PackingConfig
 
 EVEN_ENOUGH = 0.995
@@ -38,13 +37,16 @@ class Deal:
         return len(self.rows)
 
 
-def deal(tokens: np.ndarray, tiles: np.ndarray, *, num_ranks: int, budgets: PackingConfig, costs: StepCosts) -> Deal:
+def deal(
+    tokens: np.ndarray, tiles: np.ndarray, sample_costs: np.ndarray, *, num_ranks: int, budgets: PackingConfig
+) -> Deal:
     """Deals a step's samples into the fewest micro-steps that keep both budgets, balanced by cost.
 
     When a sample finds no row with room, a micro-step more is tried. Deterministic: ties go to the lower number.
 
     Args:
         tokens, tiles: int [num_samples], of the step's samples.
+        sample_costs: float64 [num_samples], what each takes to compute (`StepCosts.of`).
         num_ranks: rows of every micro-step.
 
     Raises:
@@ -55,7 +57,6 @@ def deal(tokens: np.ndarray, tiles: np.ndarray, *, num_ranks: int, budgets: Pack
             raise PackingError(
                 f"a sample of {values.max()} {name} exceeds packing.max_{name}={budget}; raise it to at least that"
             )
-    sample_costs = np.asarray(costs.of(tokens, tiles, tokens.astype(np.float64) ** 2))  # type: ignore[arg-type]
     order = np.lexsort((np.arange(len(tokens)), -sample_costs))
     least = max(
         1,

@@ -8,6 +8,7 @@ Owns what is measured about it, FLOPs and profile included. The step itself is `
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from job import Job, MemoryMark, Outcome, StepClock, gemm_tflops, use_threads
 from materials import open_data, run_config
@@ -98,7 +99,7 @@ def _step(trainer: Trainer, step: int, outcome: Outcome) -> None:
     outcome.losses.append(float(losses.sum()) / plan.divisor)
     outcome.num_supervised.append(int(tokens.sum()))
     outcome.num_tokens.append(plan.num_tokens)
-    outcome.flops.append(plan.flops + _head_flops(trainer, plan))
+    outcome.flops.append(plan.flops + _head_flops(trainer, plan) - _spared_attention_flops(trainer, plan))
     outcome.tower_flops.append(plan.num_tiles * trainer.planner.costs.tile)
 
 
@@ -107,6 +108,16 @@ def _head_flops(trainer: Trainer, plan: StepPlan) -> float:
     weight = trainer.engine.module.hf.lm_head.weight
     vocabulary, width = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3 leaves it empty
     return 3.0 * 2 * plan.num_supervised * vocabulary * width
+
+
+def _spared_attention_flops(trainer: Trainer, plan: StepPlan) -> float:
+    """What `costs.py` counts of the last block's attention and a CPU does not run: it attends from targets alone."""
+    if trainer.world.device.type != "cpu":
+        return 0.0
+    rows = trainer.planner.table.rows[plan.samples]
+    tokens, targets = rows["tokens"].astype(float), rows["supervised"].astype(float)
+    of_a_block = trainer.planner.costs.pair / trainer.engine.module.hf.config.text_config.num_hidden_layers
+    return float((tokens * np.maximum(tokens / 2 - targets, 0)).sum() * of_a_block)
 
 
 def _profile(trainer: Trainer, step: int, device: str, outcome: Outcome) -> None:

@@ -93,9 +93,12 @@ def measure_ranks(
     seconds = []
     for shift in range(3):
         chosen = (numbers + 7919 * shift) % len(population.tokens)
-        tokens, tiles = population.tokens[chosen], population.tiles[chosen]
+        tokens, tiles, supervised = (
+            values[chosen] for values in (population.tokens, population.tiles, population.supervised)
+        )
         started = time.process_time()
-        deal(tokens, tiles, num_ranks=num_ranks, budgets=config.packing, costs=facts.costs)
+        costs = facts.costs.of(tokens, tiles, supervised)
+        deal(tokens, tiles, costs, num_ranks=num_ranks, budgets=config.packing)
         seconds.append(time.process_time() - started)
     planner = StagePlanner(config, facts, population, hardware)
     estimate = planner.estimate(setting_of(config, num_ranks // hardware.gpus_per_node))

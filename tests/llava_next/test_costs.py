@@ -1,5 +1,6 @@
 """FLOPs by formula against FLOPs counted by torch while the model runs."""
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,7 +18,8 @@ from tests.tiny import TowerName
     [("clip", "mlp2x_gelu"), ("siglip", "mlp2x_gelu"), ("dinov2", "mlp2x_gelu"), ("clip", "linear")],
 )
 def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: TowerName, kind: ProjectorKind) -> None:
-    """Forward products of the language model are exactly tokens x cost; a tile's are right but for the class token.
+    """Forward products of the language model are exactly those of tokens and targets; a tile's are right but for the
+    class token.
 
     torch counts no attention on the CPU, so the formula's attention terms are taken out of the comparison.
     """
@@ -35,8 +37,11 @@ def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: 
         for trains in (False, True)
     )
     num_tokens, num_tiles = batch.input_ids.numel(), len(batch.tiles)
-    assert counted["LlavaNext.hf.model.language_model"] == num_tokens * trained.token / 3
-    assert frozen.token == pytest.approx(trained.token * 2 / 3)
+    num_targets = len(batch.target_ids)
+    assert 0 < num_targets < num_tokens / 2
+    language_model = (num_tokens * trained.token + num_targets * trained.target) / 3
+    assert counted["LlavaNext.hf.model.language_model"] == language_model
+    assert (frozen.token, frozen.target) == pytest.approx((trained.token * 2 / 3, trained.target * 2 / 3))
     patches = backbone.patches_per_side**2
     projector = counted["LlavaNext.hf.model.multi_modal_projector"] / num_tiles
     attention = 2 * 4 * patches * patches * vision.hidden_size
@@ -49,6 +54,7 @@ def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: 
 
 
 def test_costs_of_samples_add_up() -> None:
-    """n tokens cost n * token + n² / 2 * pair, and tiles on top."""
-    costs = StepCosts(tile=7.0, token=3.0, pair=2.0)
-    assert costs.of(10, 2, 100) == 7 * 2 + 3 * 10 + 2 * 100 / 2
+    """n tokens cost n * token + n² / 2 * pair, tiles and targets on top."""
+    costs = StepCosts(tile=7.0, token=3.0, pair=2.0, target=5.0)
+    found = costs.of(np.array([10, 1]), np.array([2, 0]), np.array([4, 0]))
+    assert found.tolist() == [7 * 2 + 3 * 10 + 2 * 100 / 2 + 5 * 4, 3 + 2 / 2]

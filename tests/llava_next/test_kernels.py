@@ -1,5 +1,8 @@
 """Compiled blocks compute what plain ones do, for rows of any length, and are compiled a few times only."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -8,8 +11,9 @@ from llava_next.build import build_model
 from llava_next.config import PARTS, ModelError
 from llava_next.kernels import compile_blocks, use_liger
 from llava_next.model import set_trained_parts
+from llava_next.processor import IGNORE, Example
 from tests.llava_next.conftest import MakeBackbone
-from tests.llava_next.models import gradients, mixed, row, worst_difference
+from tests.llava_next.models import encoded, gradients, mixed, row, worst_difference
 
 BOTH = ("vision_tower", "language_model")
 
@@ -21,7 +25,11 @@ def test_compiled_blocks_compute_the_same(make_backbone: MakeBackbone) -> None:
     counters.clear()
     backbone = make_backbone("clip")
     examples = [sample.example for sample in mixed(backbone)]
-    rows = [row(backbone, examples[start:]) for start in range(4)]
+    alone = encoded(backbone, []).example.layout
+    labels = np.where(np.arange(alone.num_tokens) == alone.num_tokens - 1, alone.ids, IGNORE)
+    # As dealt to a rank with nothing left, and a row with a single answer of one token.
+    one = Example(replace(alone, labels=labels), examples[1].tiles)
+    rows = [row(backbone, these) for these in (examples, examples[1:], [], [one], examples[2:])]
 
     def run(parts: tuple[str, ...]) -> tuple[list[float], list[dict[str, torch.Tensor | None]], list[int]]:
         model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
@@ -34,6 +42,8 @@ def test_compiled_blocks_compute_the_same(make_backbone: MakeBackbone) -> None:
             total.backward()
             losses.append(float(total.detach()))
             grads.append(gradients(model))
+            with torch.no_grad():  # as held-out samples are run in between
+                assert float(model(batch)[0]) == pytest.approx(losses[-1], rel=1e-5)
             compiled.append(counters["stats"]["unique_graphs"])
         return losses, grads, compiled
 

@@ -35,7 +35,7 @@ samples = st.lists(
 def dealt(pairs: list[tuple[int, int]], num_ranks: int, budgets: PackingConfig = BUDGETS) -> Deal:
     """The deal of samples given as (tokens, tiles)."""
     tokens, tiles = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
-    return deal(tokens, tiles, num_ranks=num_ranks, budgets=budgets, costs=COSTS)
+    return deal(tokens, tiles, COSTS.of(tokens, tiles, 0 * tokens), num_ranks=num_ranks, budgets=budgets)
 
 
 @settings(deadline=None, max_examples=200)
@@ -62,7 +62,9 @@ def test_deal_is_a_function_of_its_arguments(pairs: list[tuple[int, int]], num_r
     tokens, tiles = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
     for values in (tokens, tiles):
         values.flags.writeable = False
-    first, second = (deal(tokens, tiles, num_ranks=num_ranks, budgets=BUDGETS, costs=COSTS) for _ in range(2))
+    first, second = (
+        deal(tokens, tiles, COSTS.of(tokens, tiles, 0 * tokens), num_ranks=num_ranks, budgets=BUDGETS) for _ in range(2)
+    )
     assert first == second
 
 
@@ -107,8 +109,7 @@ def test_equal_samples_are_in_balance() -> None:
 
 def test_balance_is_mean_over_maximum() -> None:
     """Two ranks with costs 3 and 1 are at (3 + 1) / 2 / 3."""
-    costs = StepCosts(tile=0.0, token=1.0, pair=0.0)
-    result = deal(np.array([300, 100]), np.array([0, 0]), num_ranks=2, budgets=BUDGETS, costs=costs)
+    result = deal(np.array([300, 100]), np.array([0, 0]), np.array([3.0, 1.0]), num_ranks=2, budgets=BUDGETS)
     assert result.balance == pytest.approx(2 / 3)
 
 
@@ -117,9 +118,9 @@ def test_real_lengths_are_balanced() -> None:
     generator = np.random.default_rng(0)
     tiles = generator.choice([0, 1, 3, 5], size=128, p=[0.1, 0.3, 0.3, 0.3])
     tokens = (generator.lognormal(5.0, 0.8, size=128) + 576 * tiles).astype(np.int64).clip(1, 4096)
-    costs = StepCosts(tile=400.0 * 576, token=400.0, pair=0.02)
+    costs = StepCosts(tile=400.0 * 576, token=400.0, pair=0.02).of(tokens, tiles, 0 * tokens)
     budgets = PackingConfig(max_tokens=16_384, max_tiles=48)
-    assert deal(tokens, tiles, num_ranks=8, budgets=budgets, costs=costs).balance > 0.95
+    assert deal(tokens, tiles, costs, num_ranks=8, budgets=budgets).balance > 0.95
 
 
 @pytest.mark.parametrize(("pair", "named"), [((4097, 0), "max_tokens=4096"), ((10, 13), "max_tiles=12")])

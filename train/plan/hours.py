@@ -129,7 +129,7 @@ def computing(
     head = 2.0 * facts.language.width * facts.language.vocabulary * ways
     flops = {
         "vision": tiles * costs.tile,
-        "language": tokens * costs.token,
+        "language": tokens * costs.token + supervised * costs.target,
         "attention": squared / 2 * costs.pair,
         "head": supervised * head,
     }

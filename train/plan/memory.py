@@ -184,6 +184,10 @@ def activations(
     # The last norm keeps what one of a block's does.
     norm = language.width * (4 + (2 * s if trains["language_model"] else 0))
     language_bytes = row.tokens * (language.layers * kept + norm)
+    if not redo:
+        language_bytes -= (row.tokens - row.supervised) * last_block_saves_bytes(
+            language, trained=trains["language_model"], half=half, on_gpu=on_gpu, compiled="language_model" in compiled
+        )
     working = row.tokens * (block if redo else 0.0) + row.tokens * language_work_bytes(language, half=half)
 
     tile_tokens = row.tiles * (vision.patches + vision.prefix)
@@ -233,6 +237,15 @@ def compiled_block_bytes(shape: LanguageShape, *, half: bool) -> float:
     """
     s = 2 if half else 4
     return float(s * (2 * shape.width + 2 * shape.query + 2 * shape.key + 2 * shape.mlp) + 4 * shape.heads)
+
+
+def last_block_saves_bytes(shape: LanguageShape, *, trained: bool, half: bool, on_gpu: bool, compiled: bool) -> float:
+    """What of it the last block does not keep of a token that is not supervised (llava_next/last_block.py): the MLP's,
+    and where attention goes sample by sample (CPU) its queries, outputs and log-sums."""
+    s = 2 if half else 4
+    mlp = s * shape.mlp * (2 if compiled else 4 if trained else 3)
+    attention = 0 if on_gpu else s * shape.query * (3 if trained else 2) + 4 * shape.heads
+    return float(mlp + attention)
 
 
 def language_work_bytes(shape: LanguageShape, *, half: bool) -> float:

@@ -47,9 +47,11 @@ def draw_steps(
     drawn = []
     for step in steps.tolist():
         numbers = samples_of_step(step, total, batch_size, seed, epochs)
-        tokens, tiles = population.tokens[numbers], population.tiles[numbers]
-        dealt = deal(tokens, tiles, num_ranks=num_ranks, budgets=packing, costs=costs)
-        values = np.stack([tokens, tokens**2, tiles, population.supervised[numbers]], axis=1).astype(np.float64)
+        tokens, tiles, supervised = (
+            values[numbers] for values in (population.tokens, population.tiles, population.supervised)
+        )
+        dealt = deal(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=packing)
+        values = np.stack([tokens, tokens**2, tiles, supervised], axis=1).astype(np.float64)
         sums = np.array([[values[list(row)].sum(axis=0) for row in micro_step] for micro_step in dealt.rows])
         drawn.append(StepRows(sums, np.array([[len(row) for row in micro_step] for micro_step in dealt.rows])))
     return drawn

@@ -136,7 +136,10 @@ def test_activations_are_what_autograd_saves(
     planned = activations(facts, recompute, seen, half=dtype == torch.bfloat16, on_gpu=False)
     kept = sum(value for kind, value in planned.items() if kind.startswith("activations"))
     log_probabilities = 4 * seen.supervised * facts.language.vocabulary
-    assert kept + log_probabilities == pytest.approx(saved_bytes(model, batch), rel=0.03)
+    # The last block's attention keeps a mask, which beside real widths is nothing.
+    each = zip(batch.segments.num_targets, batch.segments.lengths, strict=True)
+    mask = 0 if recompute else dtype.itemsize * sum(targets * length for targets, length in each)
+    assert kept + log_probabilities + mask == pytest.approx(saved_bytes(model, batch), rel=0.03)
 
 
 def test_adapters_keep_no_more_than_is_planned(models: dict[TowerName, ModelConfig]) -> None:
