@@ -23,7 +23,7 @@ from llava_next.model import LossSums
 from train import resume
 from train.checkpoint import Saver
 from train.config import RunConfig, to_yaml
-from train.guard import StepGuard
+from train.guard import StepGuard, Update
 from train.heldout import HeldOut
 from train.loader import Planner, StepPlan
 from train.log import RunLog
@@ -54,11 +54,10 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A finished step: losses per source summed over ranks, whether it was applied, and where the time went."""
+    """A finished step: losses per source summed over ranks, what became of its gradient, and where the time went."""
 
     agreement: Agreement
-    applied: bool
-    grad_norm: float
+    update: Update
     seconds: float
     data_wait_s: float
 
@@ -181,7 +180,7 @@ class Trainer:
         update = self.guard.step(refuse=bool(bad))
         if not update.applied:
             self._leave_out(plan, bad)
-        return StepOutcome(agreement, update.applied, update.grad_norm, time.monotonic() - started, waited)
+        return StepOutcome(agreement, update, time.monotonic() - started, waited)
 
     def save(self, step: int) -> None:
         """A checkpoint after `step` steps. It has its name when every rank's files are on the disk, some steps later.
@@ -289,8 +288,10 @@ class Trainer:
     def _metrics(self, plan: StepPlan, outcome: StepOutcome, rates: dict[str, float]) -> dict[str, float]:
         num_sources = len(self.source_names)
         losses, tokens = outcome.agreement.sums[:num_sources], outcome.agreement.sums[num_sources:]
-        values = {"train/loss": float(losses.sum()) / plan.divisor, "train/grad_norm": outcome.grad_norm}
-        if not outcome.applied:
+        update = outcome.update
+        values = {"train/loss": float(losses.sum()) / plan.divisor, "train/grad_norm": update.grad_norm}
+        values |= {f"train/grad_norm/{part}": norm for part, norm in update.by_part.items()}
+        if not update.applied:
             values["train/left_out"] = 1.0
         if self._save_s:
             values["perf/save_s"], self._save_s = self._save_s, 0.0  # of the save before this step

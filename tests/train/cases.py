@@ -87,7 +87,9 @@ class Record:
     by_source: list[list[float]] = field(default_factory=list)
     tokens: list[list[float]] = field(default_factory=list)
     grad_norms: list[float] = field(default_factory=list)
+    norms_by_part: list[dict[str, float]] = field(default_factory=list)
     moment_square: float = 0.0
+    moments_by_part: dict[str, float] = field(default_factory=dict)
     before: dict[str, Array] = field(default_factory=dict)
     after: dict[str, Array] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
@@ -207,7 +209,8 @@ def train_parts(
             record.losses.append(sum(sums[:num]) / plan.divisor)
             record.by_source.append(sums[:num])
             record.tokens.append(sums[num:])
-            record.grad_norms.append(outcome.grad_norm)
+            record.grad_norms.append(outcome.update.grad_norm)
+            record.norms_by_part.append(outcome.update.by_part)
             return outcome
 
     stream = batches(
@@ -240,6 +243,7 @@ def train_parts(
         log.close()
     record.after = weights(parts)
     record.moment_square = first_moment_square(parts.engine)
+    record.moments_by_part = first_moments_by_part(parts.engine)
     return record
 
 
@@ -274,6 +278,16 @@ def first_moment_square(engine: Any) -> float:
     """The squared norm of Adam's first moments on this rank (of its share, where ZeRO divides them)."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return sum(float(state["exp_avg"].double().square().sum()) for state in optimizer.state.values())
+
+
+def first_moments_by_part(engine: Any) -> dict[str, float]:
+    """The norm of Adam's first moments of each part, on this rank; nothing at ZeRO-3, whose groups are empty."""
+    squares: dict[str, float] = {}
+    for group in engine.basic_optimizer.param_groups:
+        states = [engine.basic_optimizer.state[parameter] for parameter in group["params"]]
+        square = sum(float(state["exp_avg"].double().square().sum()) for state in states)
+        squares[group["part"]] = squares.get(group["part"], 0.0) + square
+    return {part: square**0.5 for part, square in squares.items()}
 
 
 def relative_difference(ours: dict[str, Array], theirs: dict[str, Array]) -> float:

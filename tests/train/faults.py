@@ -43,8 +43,8 @@ def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) 
                 with _faulty(parts, fault) if has_it else _sound():
                     outcome = super().train_step(plan)
                 after = weights(parts)
-                seen.applied.append(outcome.applied)
-                seen.grad_norms.append(outcome.grad_norm)
+                seen.applied.append(outcome.update.applied)
+                seen.grad_norms.append(outcome.update.grad_norm)
                 seen.changed.append(any(not np.array_equal(before[name], after[name]) for name in before))
                 seen.updates += sorted({int(state["step"]) for state in self.engine.basic_optimizer.state.values()})
                 return outcome

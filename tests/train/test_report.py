@@ -40,6 +40,7 @@ def step(number: int, **values: Any) -> dict[str, Any]:
         "train/loss/chats": 4.0,
         "train/loss/pictures": 9.0,
         "lr/projector": 1e-3,
+        "train/grad_norm/projector": 0.5,
         "perf/step_s": 2.0,
         "perf/data_wait_s": 0.25,
         "perf/forward_backward_s": 1.5,
@@ -210,7 +211,13 @@ def test_several_runs_lie_over_one_another(make: Make) -> None:
     alone = charts_of(read_runs([first]))
     assert [line.label for line in _chart(alone, "Loss by source").lines] == ["chats", "pictures"]
     both = charts_of(read_runs([first, second]))
-    for title in ("Loss", "Loss by source: chats", "Loss by source: pictures", "Learning rate: projector"):
+    by_name = (
+        "Loss by source: chats",
+        "Loss by source: pictures",
+        "Learning rate: projector",
+        "Norm by part: projector",
+    )
+    for title in ("Loss", *by_name):
         lines = _chart(both, title).lines
         assert [(line.run, line.steps.max()) for line in lines] == [(0, 2.0), (1, 4.0)]
 

@@ -101,6 +101,38 @@ def test_gradient_norm_is_the_steps_own(start_ranks: StartRanks, run_config: Run
         )
 
 
+@pytest.mark.parametrize(
+    ("size", "stage"),
+    [(1, 0), (1, 2), *((2, stage) for stage in (0, 1, 2, 3)), pytest.param(3, 3, marks=pytest.mark.full)],
+)
+def test_norms_of_parts_make_the_gradients_norm(
+    start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int
+) -> None:
+    """Of every step, before clipping: the root of the squares' sum is the gradient's norm, and a part's norm is the
+    same on any ranks and at any ZeRO stage."""
+    alone, run = finished(start_ranks, run_config, *ALONE), finished(start_ranks, run_config, size, stage)
+    assert max(run.grad_norms) > run_config.stage.clip_norm  # type: ignore[operator]
+    for norm, parts, expected in zip(run.grad_norms, run.norms_by_part, alone.norms_by_part, strict=True):
+        assert parts.keys() == run_config.stage.rates.keys()
+        assert np.sqrt(sum(part**2 for part in parts.values())) == pytest.approx(norm, rel=1e-5)
+        assert parts == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_norms_of_parts_are_the_gradients_own(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+    """Adam's first moment after one step without clipping is a tenth of the gradient: so it is with clipping, and with
+    gradients that go to the host."""
+    free = with_stage(replace(run_config, engine=zero(0)), clip_norm=None)
+    moments = start_ranks(1).run(cases.train, free, 1)[0].moments_by_part
+    expected = {part: 10 * moment for part, moment in moments.items()}
+    assert expected.keys() == run_config.stage.rates.keys()
+    assert finished(start_ranks, run_config, *ALONE).norms_by_part[0] == pytest.approx(expected, rel=1e-4)
+    engine = zero(stage)
+    engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    offloaded = start_ranks(2).run(cases.train, replace(run_config, engine=engine), 1)[0]
+    assert offloaded.norms_by_part[0] == pytest.approx(expected, rel=1e-4)
+
+
 def test_metrics_add_up(start_ranks: StartRanks, run_config: RunConfig) -> None:
     """Every step stands once in metrics.jsonl, as strict JSON; losses of the sources, weighed by their tokens, make
     the step's loss; the rate of each part is its own, scaled by the schedule."""
@@ -109,6 +141,9 @@ def test_metrics_add_up(start_ranks: StartRanks, run_config: RunConfig) -> None:
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     for line, loss in zip(lines, record.losses, strict=True):
         assert line["train/loss"] == pytest.approx(loss, rel=1e-6)
+        assert {key for key in line if key.startswith("train/grad_norm/")} == {
+            f"train/grad_norm/{part}" for part in run_config.stage.rates
+        }
         names = [key.removeprefix("train/tokens/") for key in line if key.startswith("train/tokens/")]
         tokens = sum(line[f"train/tokens/{name}"] for name in names)
         assert tokens == line["train/supervised_tokens"]

@@ -66,6 +66,7 @@ def charts_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
         "Rates and gradient": [
             *_by_key(runs, "lr/", "Learning rate", "", floor=True),
             _single(runs, "Norm of the gradient", "before clipping", "train/grad_norm"),
+            *_by_key(runs, "train/grad_norm/", "Norm by part", "before clipping"),
         ],
         "Speed": speed,
         "Time and memory": [*_times(runs), _memory(runs)],
