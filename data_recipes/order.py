@@ -62,6 +62,11 @@ def samples_of_step(step: int, num_samples: int, batch_size: int, seed: int, epo
     return np.concatenate(parts)
 
 
+def visits_before(step: int, num_samples: int, batch_size: int, epochs: float) -> tuple[int, int]:
+    """How much is met before step `step`: whole epochs, and samples of the one that it is in. Errors as `num_steps`."""
+    return divmod(min(step * batch_size, _num_visits(num_samples, batch_size, epochs)), num_samples)
+
+
 def _num_visits(num_samples: int, batch_size: int, epochs: float) -> int:
     """How many samples are met in the whole run, repetitions counted."""
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("epochs", epochs)):

@@ -59,6 +59,14 @@ class LengthTable:
         """JSON lines: id, source, reason, detail of every sample left out."""
         return self.folder / "quarantine.jsonl"
 
+    def rejects_by_source(self) -> dict[str, dict[str, int]]:
+        """`rejects` of each source that has some, counted in the quarantine."""
+        found: dict[str, Counter[str]] = {}
+        with self.quarantine.open() as lines:
+            for entry in map(json.loads, lines):
+                found.setdefault(entry["source"], Counter())[entry["reason"]] += 1
+        return {source: dict(sorted(reasons.items())) for source, reasons in sorted(found.items())}
+
 
 def data_fingerprint(mixture: Mixture, processor: Processor) -> str:
     """Names the data of a run: which samples, and how each becomes tokens and tiles."""
@@ -130,14 +138,13 @@ def _refuse_lost_sources(mixture: Mixture, table: LengthTable) -> None:
     lost = [mixture.source_names[number] for number in np.flatnonzero((offered > 0) & (kept == 0))]
     if not lost:
         return
-    entries = [json.loads(line) for line in table.quarantine.read_text().splitlines()]
-    reasons = Counter(entry["reason"] for entry in entries if entry["source"] == lost[0])
-    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    reasons = table.rejects_by_source()[lost[0]]
+    counts = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
     others = f" (nor of {', '.join(lost[1:])})" if lost[1:] else ""
     raise ConfigError(
-        f"mixture.sources.{lost[0]}: none of its {reasons.total()} samples has a place in this run{others}: {counts}; "
-        f"raise stage.max_length where they are too long, choose another template, or remove the source from the "
-        f"mixture; {table.quarantine} tells them one by one"
+        f"mixture.sources.{lost[0]}: none of its {sum(reasons.values())} samples has a place in this run{others}: "
+        f"{counts}; raise stage.max_length where they are too long, choose another template, or remove the source from "
+        f"the mixture; {table.quarantine} tells them one by one"
     )
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_recipes.mixture import Mixture
-from data_recipes.order import num_steps, samples_of_step
+from data_recipes.order import epoch_permutation, num_steps, samples_of_step, visits_before
 from data_recipes.store import StoredSample
 from llava_next.batch import Batch, collate
 from llava_next.costs import StepCosts
@@ -72,6 +72,11 @@ class StepPlan:
     flops: float
     balance: float
 
+    @property
+    def sizes(self) -> np.ndarray:
+        """Samples, tokens and tiles of all ranks: int64 [3]."""
+        return np.array([len(self.samples), self.num_tokens, self.num_tiles])
+
 
 @dataclass(frozen=True)
 class Planner:
@@ -90,6 +95,18 @@ class Planner:
     @property
     def num_steps(self) -> int:
         return num_steps(len(self.table), self.stage.batch_size, self.stage.epochs)
+
+    def seen(self, step: int) -> np.ndarray:
+        """Samples, tokens and tiles of all steps before `step` together: int64 [3]."""
+        size = len(self.table)
+        epochs, more = visits_before(step, size, self.stage.batch_size, self.stage.epochs)
+        met = np.zeros(size, dtype=bool)  # in the epoch of that step
+        met[epoch_permutation(size, self.seed, epochs)[:more]] = True
+        counts = [epochs * size + more]
+        for name in ("tokens", "tiles"):
+            column = self.table.rows[name]
+            counts.append(epochs * column.sum(dtype=np.int64) + column.sum(dtype=np.int64, where=met))
+        return np.array(counts)
 
     def plan(self, step: int) -> StepPlan:
         """The plan of one step. Errors are `packing.deal`'s.

@@ -128,7 +128,9 @@ def _clock(seconds: float) -> str:
 
 
 def _rounded(value: float) -> float | None:
-    """Eight digits; null for what JSON has no number for (DeepSpeed knows no gradient norm at ZeRO 0)."""
+    """Counts as they are, else eight digits; null for what JSON has no number for (a norm that is none)."""
+    if isinstance(value, int):
+        return value
     return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
@@ -172,12 +174,39 @@ def _start_wandb(config: RunConfig) -> Any:
         return None
     import wandb
 
-    return wandb.init(
+    data = _data(config.run_dir)
+    run = wandb.init(
         project=config.log.wandb_project,
         name=f"{config.name}/{config.stage.name}",
         id=f"{config.name}-{config.stage.name}".replace("/", "-"),
         resume="allow",
         mode=config.log.wandb,
         dir=str(config.run_dir),
-        config={"yaml": to_yaml(config)},
+        config={"yaml": to_yaml(config), "data": data},
     )
+    # In the summary, not the history: a start is no step, and wandb takes each step once.
+    run.summary["quarantine"] = wandb.Table(
+        columns=["source", "left out by", "reason", "samples"], data=_left_out(data)
+    )
+    return run
+
+
+def _data(run_dir: Path) -> dict[str, Any]:
+    """What data.json says; nothing where there is none."""
+    path = run_dir / "data.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def _left_out(data: dict[str, Any]) -> list[list[Any]]:
+    """Counts by source, by who has left them out, and by reason: both gates of the data."""
+    gates = {
+        "preparing": {row["source"]: row["rejects"] for row in data.get("mixture", [])},
+        "this run": data.get("rejects_by_source", {}),
+    }
+    return [
+        [source, gate, reason, number]
+        for gate, sources in gates.items()
+        for source, reasons in sources.items()
+        for reason, number in reasons.items()
+    ]

@@ -181,6 +181,7 @@ def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> Non
         "num_supervised": int(table.rows["supervised"].sum()),
         "num_tiles": int(table.rows["tiles"].sum()),
         "rejects": table.rejects,
+        "rejects_by_source": table.rejects_by_source(),
         "num_rounds_cut": table.num_rounds_cut,
     }
     (run_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n")

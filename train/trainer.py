@@ -115,6 +115,7 @@ class Trainer:
             SaveError: a checkpoint could not be written.
         """
         num_steps = self.planner.num_steps
+        seen = self.planner.seen(first_step)
         with self.stop_signal, self._saving_what_is_saved():
             for step in range(first_step, last_step):
                 factor = schedule_factor(step, num_steps, self.config.stage)
@@ -123,9 +124,11 @@ class Trainer:
                 self.profiler.before(step)
                 outcome = self.train_step(plan)
                 done = step + 1
+                seen = seen + plan.sizes
                 self.profiler.after(step, is_last=outcome.agreement.stop or done == last_step)
                 evaluated = {} if outcome.agreement.stop else self._evaluate(done, last_step)
-                self.log.step(step, self._metrics(plan, outcome, rates) | evaluated)
+                so_far = dict(zip(("seen/samples", "seen/tokens", "seen/tiles"), seen.tolist(), strict=True))
+                self.log.step(step, self._metrics(plan, outcome, rates) | so_far | evaluated)
                 if outcome.agreement.sealed:
                     self.saver.finish()
                 if outcome.agreement.stop or self._save_is_due(done, last_step):

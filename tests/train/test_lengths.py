@@ -76,6 +76,11 @@ def test_table_counts_what_layout_counts(tiny_parts: RunConfig, tmp_path: Path) 
     quarantine = [json.loads(line) for line in table.quarantine.read_text().splitlines()]
     assert len(quarantine) + len(table) == mixture.num_samples
     assert Counter(entry["reason"] for entry in quarantine) == reasons
+    by_source = table.rejects_by_source()
+    assert by_source == {
+        source: dict(Counter(entry["reason"] for entry in quarantine if entry["source"] == source))
+        for source in sorted({entry["source"] for entry in quarantine})
+    }
     for entry in quarantine:
         assert entry["source"] in mixture.source_names
         assert "150" in entry["detail"]

@@ -112,6 +112,19 @@ def test_an_epoch_meets_every_sample_once(data: Data) -> None:
     assert not np.array_equal(planner.plan(0).samples, other.plan(0).samples)
 
 
+def test_what_was_seen_is_what_the_steps_were(data: Data) -> None:
+    """Samples, tokens and tiles before any step, of a run over several epochs, are those of all steps before it."""
+    planner = data.planner(epochs=2.3)
+    assert planner.num_steps * 13 > 2 * len(data.table)
+    expected = np.zeros(3, dtype=np.int64)
+    for step in range(planner.num_steps):
+        assert planner.seen(step).tolist() == expected.tolist()
+        rows = data.table.rows[planner.plan(step).samples]
+        assert planner.plan(step).sizes.tolist() == [len(rows), rows["tokens"].sum(), rows["tiles"].sum()]
+        expected += planner.plan(step).sizes
+    assert planner.seen(planner.num_steps).tolist() == expected.tolist()
+
+
 def test_divisor_follows_the_weighting(data: Data) -> None:
     """A step's loss sum is divided by its supervised tokens, or by its samples."""
     assert data.planner(loss_weighting="sample").plan(0).divisor == 13

@@ -116,6 +116,10 @@ def test_wandb_goes_on(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     config = replace(run_config, log=LogConfig(wandb="offline"))
+    mixture = [{"source": "chats", "rejects": {"broken_image": 3}}, {"source": "pages", "rejects": {}}]
+    data = {"mixture": mixture, "rejects_by_source": {"pages": {"no_supervised": 1, "too_long": 20}}}
+    run_config.run_dir.mkdir(parents=True)
+    (run_config.run_dir / "data.json").write_text(json.dumps(data))
     for first, last in ((0, 4), (2, 3), (3, 6)):  # stopped after step 2, and killed after 3; then after 3
         logged(config, first, last)
     files = sorted((run_config.run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
@@ -123,6 +127,36 @@ def test_wandb_goes_on(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, t
     assert len(files) == 3
     assert [step for path in files for step in wandb_steps(path)] == [0, 1, 2, 3, 4, 5]
     assert [line["step"] for line in lines(config)] == [0, 1, 2, 3, 4, 5]
+    for path in files:
+        assert wandb_config(path)["data"] == data
+        assert wandb_table(path, "quarantine") == [
+            ["chats", "preparing", "broken_image", 3],
+            ["pages", "this run", "no_supervised", 1],
+            ["pages", "this run", "too_long", 20],
+        ]
+
+
+def test_counts_stay_whole(run_config: RunConfig) -> None:
+    """A number of tokens has all of its digits, whatever it is."""
+    run_config.run_dir.mkdir(parents=True)
+    log = RunLog(run_config, is_main=True, first_step=0, num_steps=1)
+    log.step(0, {**VALUES, "seen/tokens": 123_456_789_012})
+    log.close()
+    assert lines(run_config)[0]["seen/tokens"] == 123_456_789_012
+
+
+def wandb_config(path: Path) -> dict[str, Any]:
+    """The configuration in a file of wandb's."""
+    updates = [one for record in wandb_records(path) if record.HasField("run") for one in record.run.config.update]
+    return {one.key: json.loads(one.value_json) for one in updates}
+
+
+def wandb_table(path: Path, name: str) -> list[list[Any]]:
+    """The rows of the last table of this name in the summary of a run, whose files lie beside its records."""
+    updates = [one for record in wandb_records(path) if record.HasField("summary") for one in record.summary.update]
+    told = [json.loads(one.value_json) for one in updates if name in (one.key, *one.nested_key)]
+    rows: list[list[Any]] = json.loads((path.parent / "files" / told[-1]["path"]).read_text())["data"]
+    return rows
 
 
 def wandb_steps(path: Path) -> list[int]:

@@ -298,13 +298,27 @@ def test_questions_have_the_pictures_of_their_store(make: Make, tmp_path: Path) 
     assert page.text.count("perhaps 5") == 1
 
 
+def test_who_was_left_out_stands_by_source(make: Make) -> None:
+    """Of both gates, a source a line: what preparing left out, and what has no place in this run."""
+    data = {
+        "mixture": [{"source": "chats", "rejects": {"broken_image": 3}}, {"source": "pages", "rejects": {}}],
+        "rejects_by_source": {"pages": {"no_supervised": 1, "too_long": 2000}},
+    }
+    text = page_of(make("a", data__json=data)).text
+    assert text.index("broken_image 3") < text.index("pages") < text.index("no_supervised 1, too_long 2,000")
+
+
 def test_hostile_texts_stay_text(make: Make) -> None:
     """Whatever stands in a run's files: nothing of it becomes a tag, an attribute or a request, and nothing runs."""
     folder = make(
         "a",
         [step(0, **{f"train/loss/{EVIL}": 1.0, f"lr/{EVIL}": 1.0}), step(1, **{f"train/loss/{EVIL}": 2.0})],
         config={f"key{EVIL}": EVIL},
-        data__json={"data_fingerprint": EVIL, "mixture": [{"source": EVIL, "licence": EVIL, "rejects": {EVIL: 1}}]},
+        data__json={
+            "data_fingerprint": EVIL,
+            "mixture": [{"source": EVIL, "licence": EVIL, "rejects": {EVIL: 1}}],
+            "rejects_by_source": {EVIL: {EVIL: 1}},
+        },
         exit__json={"code": 1, "reason": EVIL},
         starts__jsonl=[{"step": 1, "origin": EVIL, "time": EVIL, "device": EVIL, "versions": {EVIL: EVIL}}],
         non_finite__jsonl=[{"step": 1, "what": EVIL, "samples": [EVIL]}],

@@ -51,6 +51,10 @@ def test_resumed_is_uninterrupted(
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert [line["train/loss"] for line in lines] == pytest.approx(whole.losses, rel=1e-6)
+    samples = np.cumsum([len(samples) for samples in whole.samples])
+    assert [line["seen/samples"] for line in lines] == samples.tolist()
+    for kind, each in (("tokens", "train/input_tokens"), ("tiles", "train/tiles")):
+        assert [line[f"seen/{kind}"] for line in lines] == np.cumsum([line[each] for line in lines]).tolist()
 
 
 @pytest.mark.full

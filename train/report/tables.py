@@ -123,14 +123,15 @@ def left_out(runs: Sequence[Run]) -> str:
 
 def mixture(run: Run) -> str:
     """data.json: counts of every source, and who was left out."""
-    rows = run.data.get("mixture") or []
-    head = ("source", "wanted", "found", "held out", "excluded", "used", "share", "left out", "licence")
+    rows, here = run.data.get("mixture") or [], run.data.get("rejects_by_source") or {}
+    head = ("source", "wanted", "found", "held out", "excluded", "used", "share", "left out", "by this run", "licence")
     cells = [
         [
             str(row.get("source")),
             *(_count(row.get(key)) for key in ("wanted", "found", "held_out", "excluded", "used")),
             f"{row['share']:.1%}" if is_number(row.get("share")) else _NONE,
             _reasons(row.get("rejects")),
+            _reasons(here.get(row.get("source"))),
             str(row.get("licence") or _NONE),
         ]
         for row in rows
