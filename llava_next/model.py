@@ -90,12 +90,20 @@ class LlavaNext(nn.Module):
         self.register_buffer("tile_scale", (1 / (255 * std)).view(3, 1, 1), persistent=False)
         self.register_buffer("tile_shift", (-mean / std).view(3, 1, 1), persistent=False)
 
-    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, batch: Batch, *, next_ids: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | torch.Tensor:
         """The fields of the row's `LossSums`; see `Batch` for the tensors' shapes.
 
         A plain tuple, because ZeRO-3 rebuilds a module's outputs from their type and a list.
+
+        Args:
+            next_ids: give the likeliest next token at each target position instead, int64 [L]. It is asked for here
+                because ZeRO-3 gathers what is read inside of `forward` alone.
         """
         states, head_weight = self._target_states(batch)
+        if next_ids:
+            return _likeliest(states, head_weight)
         losses = token_losses(states, head_weight, batch.target_ids)
         weighted = losses * batch.target_weights
         by_source = weighted.new_zeros(self.num_sources)
@@ -109,8 +117,7 @@ class LlavaNext(nn.Module):
         """Losses and greedy hits of the row's supervised tokens, each given the true tokens before it."""
         states, head_weight = self._target_states(batch)
         losses = token_losses(states, head_weight, batch.target_ids)
-        best = torch.cat([(part @ head_weight.T).argmax(-1) for part in states.split(512)])
-        return TokenScores(losses, best == batch.target_ids)
+        return TokenScores(losses, _likeliest(states, head_weight) == batch.target_ids)
 
     @torch.no_grad()
     def target_logits(self, batch: Batch) -> torch.Tensor:
@@ -157,6 +164,11 @@ class LlavaNext(nn.Module):
             targets=batch.target_positions if len(batch.target_positions) else None,
         ).last_hidden_state
         return states[0, batch.target_positions], self.hf.lm_head.weight
+
+
+def _likeliest(states: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:
+    """The token of the largest logit for each state, int64 [L]; logits of 512 states at a time."""
+    return torch.cat([(part @ head_weight.T).argmax(-1) for part in states.split(512)])
 
 
 def _refuse_dropout(hf: LlavaNextForConditionalGeneration) -> None:

@@ -137,7 +137,8 @@ class SaveConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How often the held-out loss of each source is computed on the live model (in steps; 0: never).
+    """How often the held-out loss of each source is computed on the live model (in steps; 0: never), and how many
+    held-out questions it is asked then, for answers of at most `answer_tokens` tokens.
 
     It changes nothing that is learned. What is held out stands in the mixture (`holdout`).
     """
@@ -145,6 +146,8 @@ class EvaluateConfig:
     __pydantic_config__ = _STRICT
 
     every: int = 0
+    answers: int = 0
+    answer_tokens: int = 32
 
 
 @dataclass(frozen=True)
@@ -340,6 +343,8 @@ def _check_values(config: RunConfig) -> None:
         ("save.keep", config.save.keep, 1),
         ("save.keep_every", config.save.keep_every, 0),
         ("evaluate.every", config.evaluate.every, 0),
+        ("evaluate.answers", config.evaluate.answers, 0),
+        ("evaluate.answer_tokens", config.evaluate.answer_tokens, 1),
         ("skip_non_finite", config.skip_non_finite, 0),
         ("log.every", config.log.every, 1),
         ("timeout_s", config.timeout_s, 1),
@@ -389,6 +394,11 @@ def _check_values(config: RunConfig) -> None:
         raise ConfigError(
             f"evaluate.every={config.evaluate.every}, but mixture {config.mixture.name} holds nothing out; give a "
             "source `holdout: N`, or set evaluate.every=0"
+        )
+    if config.evaluate.answers and not config.evaluate.every:
+        raise ConfigError(
+            f"evaluate.answers={config.evaluate.answers} questions are asked where the held-out loss is computed, and "
+            "evaluate.every=0 is never; set evaluate.every to a number of steps, or evaluate.answers=0"
         )
     if config.liger and "language_model" in config.compile:
         raise ConfigError(

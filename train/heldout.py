@@ -23,7 +23,7 @@ from data_recipes.store import Store, StoredSample, StoredText
 from llava_next.batch import Batch, collate
 from llava_next.costs import StepCosts
 from llava_next.model import LossSums
-from llava_next.processor import Processor, SampleRejected
+from llava_next.processor import Example, Processor, SampleRejected
 from train.config import PackingConfig
 from train.packing import deal
 from train.world import World, share
@@ -68,6 +68,19 @@ def of_store(path: Path, num: int | None = None, seed: int | None = None) -> lis
     return [HeldOutSample(store.name, partial(store.text, n), partial(store.sample, n)) for n in numbers]
 
 
+def encoded(held_out: HeldOutSample, processor: Processor) -> Example:
+    """A sample that has a place in the stage, read and encoded.
+
+    Raises:
+        DataError: it cannot be; names it.
+    """
+    sample = held_out.read()
+    try:
+        return processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+    except (OSError, ValueError) as error:
+        raise DataError(f"held-out sample {sample.id!r} of source {sample.source}: {error}") from error
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Held-out samples as rows.
@@ -93,19 +106,12 @@ class HeldOut:
         for row in self.rows:
             samples = [self.samples[place] for place in row]
             yield collate(
-                [self._encode(sample) for sample in samples],
+                [encoded(sample, self.processor) for sample in samples],
                 tile=geometry.tile,
                 patches_per_tile=geometry.patches_per_side**2,
                 source_ids=[self.source_names.index(sample.source) for sample in samples],
                 per_sample=self.per_sample,
             )
-
-    def _encode(self, held_out: HeldOutSample) -> Any:
-        sample = held_out.read()
-        try:
-            return self.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
-        except (OSError, ValueError) as error:
-            raise DataError(f"held-out sample {sample.id!r} of source {sample.source}: {error}") from error
 
     def metrics(self, forward: Callable[[Batch], Any], world: World, enter: Callable[[int], None]) -> dict[str, float]:
         """`eval/<source>/loss` of all ranks together, and how long it took. Every rank must ask.
@@ -187,11 +193,20 @@ def hold_out(
             continue
         kept.append(held_out)
         sizes.append((layout.num_tokens, layout.num_tiles, layout.num_supervised))
+    rows = rows_of(sizes, packing, costs, rank=rank, num_ranks=num_ranks)
+    return HeldOut(tuple(source_names), kept, rows, processor, per_sample, dict(left_out))
+
+
+def rows_of(
+    sizes: Sequence[tuple[int, int, int]], packing: PackingConfig, costs: StepCosts, *, rank: int, num_ranks: int
+) -> tuple[tuple[int, ...], ...]:
+    """One rank's rows of samples of these (tokens, tiles, supervised tokens), as positions among them; every rank has
+    as many rows."""
     lengths = np.array(sizes, dtype=np.int64).reshape(-1, 3)
     rows: list[tuple[int, ...]] = []
-    for start in range(0, len(kept), _DEALT_AT_ONCE):
+    for start in range(0, len(lengths), _DEALT_AT_ONCE):
         tokens, tiles, supervised = lengths[start : start + _DEALT_AT_ONCE].T
         budgets = PackingConfig(max(packing.max_tokens, int(tokens.max())), max(packing.max_tiles, int(tiles.max())))
         dealt = deal(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=budgets)
         rows += [tuple(start + place for place in micro_step[rank]) for micro_step in dealt.rows]
-    return HeldOut(tuple(source_names), kept, tuple(rows), processor, per_sample, dict(left_out))
+    return tuple(rows)

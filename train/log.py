@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, the terminal, wandb and TensorBoard by option.
+"""Where a run's numbers go: metrics.jsonl always, the terminal, wandb and TensorBoard by option; and live answers.
 
 One line a step. Resuming removes the lines of steps that will be run again, so no step stands twice; wandb, which
 forgets nothing, is not sent them again; TensorBoard's readers are told from which step on to forget.
@@ -8,12 +8,14 @@ import json
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from train.answers import Answer
 from train.config import RunConfig, to_yaml
 from train.world import Launch
 
@@ -27,6 +29,8 @@ _COLUMNS = (
     ("GiB", "perf/max_memory_gib", ".1f"),
     ("wait", "perf/data_wait_s", ".2f"),
 )
+
+_SAID = ("source", "id", "question", "answer", "truth")
 
 
 def start_logging(launch: Launch, run_dir: Path) -> None:
@@ -65,6 +69,8 @@ class RunLog:
         path = config.run_dir / "metrics.jsonl"
         first_new = _drop_from(path, first_step)
         self._file = path.open("a")
+        self._answers = config.run_dir / "answers.jsonl"
+        _drop_from(self._answers, first_step)
         self._num_steps = num_steps
         self._seconds: list[float] = []
         # A bar rewrites its line, which a log file cannot: there the step lines alone tell how far it is.
@@ -109,6 +115,19 @@ class RunLog:
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
+
+    def answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """What the model said to its probes after a step, counted from 0; said before the numbers of that step."""
+        if self._file is None:
+            return
+        lines = [{"step": step, **{column: getattr(answer, column) for column in _SAID}} for answer in answers]
+        with self._answers.open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        if self._wandb is not None and step >= self._first_new:
+            import wandb
+
+            table = wandb.Table(columns=["step", *_SAID], data=[list(line.values()) for line in lines])
+            self._wandb.log({"answers": table}, step=step)
 
     def close(self) -> None:
         """Flushes and closes everything."""

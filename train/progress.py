@@ -24,7 +24,7 @@ PHASES = {
     "backward": "backward",
     "agree": "adding up losses",
     "update": "the optimizer's step",
-    "evaluate": "the held-out loss",
+    "evaluate": "the held-out loss and answers",
     "save": "saving",
     "end": "writing the result",
 }

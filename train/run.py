@@ -21,6 +21,7 @@ from llava_next.hf import write_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
 from train import checkpoint, ops, preflight, resume
+from train.answers import LiveAnswers, live_answers
 from train.build import build
 from train.config import RunConfig, to_yaml
 from train.engine import gathered, start_engine
@@ -93,6 +94,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     pin_memory=world.device.type == "cuda",
                     read_retries=config.data.read_retries,
                 )
+                held, asked = evaluated(config, mixture, backbone, processor, planner)
                 trainer = Trainer(
                     config,
                     world,
@@ -105,7 +107,8 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     frozen=frozen,
                     num_skipped=num_skipped,
                     deadline_s=deadline_s,
-                    held_out=held_out(mixture, processor, planner) if config.evaluate.every else None,
+                    held_out=held,
+                    live_answers=asked,
                 )
                 trainer.run(first_step, last_step)
             watch.progress.enter("end", last_step - 1)
@@ -155,18 +158,21 @@ def make_planner(config: RunConfig, world: World, backbone: Backbone, model: Lla
     )
 
 
-def held_out(mixture: Mixture, processor: Processor, planner: Planner) -> HeldOut:
-    """The mixture's held-out samples, dealt to the ranks as the planner deals those of a step."""
-    return hold_out(
-        of_mixture(mixture),
-        mixture.source_names,
-        processor,
-        planner.packing,
-        planner.costs,
-        per_sample=planner.stage.loss_weighting == "sample",
-        rank=planner.rank,
-        num_ranks=planner.num_ranks,
-    )
+def evaluated(
+    config: RunConfig, mixture: Mixture, backbone: Backbone, processor: Processor, planner: Planner
+) -> tuple[HeldOut | None, LiveAnswers | None]:
+    """The mixture's held-out samples, and those of them that are asked; both dealt to the ranks as the planner deals
+    the samples of a step. None where they are not wanted."""
+    if not config.evaluate.every:
+        return None, None
+    packing, costs = planner.packing, planner.costs
+    ranks: dict[str, int] = {"rank": planner.rank, "num_ranks": planner.num_ranks}
+    per_sample = planner.stage.loss_weighting == "sample"
+    samples, names = of_mixture(mixture), mixture.source_names
+    held_out = hold_out(samples, names, processor, packing, costs, per_sample=per_sample, **ranks)
+    if not config.evaluate.answers:
+        return held_out, None
+    return held_out, live_answers(held_out.samples, config.evaluate, backbone, processor, packing, costs, **ranks)
 
 
 def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +22,7 @@ from data_recipes.mixture import Mixture
 from llava_next.batch import Batch
 from llava_next.model import LossSums
 from train import resume
+from train.answers import LiveAnswers
 from train.checkpoint import Saver
 from train.config import RunConfig, to_yaml
 from train.guard import StepGuard, Update
@@ -74,6 +76,7 @@ class Trainer:
         num_skipped: steps that were left out before this start.
         deadline_s: on the monotonic clock: when it has passed, the run saves and leaves.
         held_out: what `evaluate.every` computes the loss of.
+        live_answers: what the model is asked then.
     """
 
     def __init__(
@@ -91,6 +94,7 @@ class Trainer:
         num_skipped: int = 0,
         deadline_s: float = float("inf"),
         held_out: HeldOut | None = None,
+        live_answers: LiveAnswers | None = None,
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
         self.planner, self.batches, self.log = planner, batches, log
@@ -101,7 +105,7 @@ class Trainer:
         self.saver = Saver(config.run_dir / "checkpoints", world, config.save)
         self._frozen, self._num_skipped, self._deadline_s = frozen or {}, num_skipped, deadline_s
         self._save_s = 0.0
-        self.held_out = held_out
+        self.held_out, self.live_answers = held_out, live_answers
         self.profiler = StepProfiler(config, world, log.say)
         self._peak_tflops = peak_tflops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
 
@@ -215,15 +219,18 @@ class Trainer:
         return loss
 
     def _evaluate(self, done: int, last_step: int) -> dict[str, float]:
-        """The held-out losses after `done` steps, where they are due; nothing that is learned depends on them."""
+        """Held-out losses and live answers after `done` steps, where they are due; nothing learned depends on them."""
         every = self.config.evaluate.every
         if self.held_out is None or every < 1 or (done % every and done != last_step):
             return {}
-        found = self.held_out.metrics(
-            self.engine, self.world, lambda row: self.progress.enter("evaluate", done - 1, row)
-        )
+        enter = partial(self.progress.enter, "evaluate", done - 1)
+        found = self.held_out.metrics(self.engine, self.world, enter)
         losses = ", ".join(f"{key.split('/')[1]} {found[key]:.4f}" for key in found if key.startswith("eval/"))
         self.log.say(f"held-out loss after step {done}: {losses}")
+        if self.live_answers is not None:
+            started = time.monotonic()
+            self.log.answers(done - 1, self.live_answers.ask(self.engine, self.world, enter))
+            found["perf/evaluate_s"] += time.monotonic() - started
         return found
 
     def _save_is_due(self, done: int, last_step: int) -> bool:

@@ -186,7 +186,7 @@ def train_parts(
     from train.loader import StepPlan, batches
     from train.log import RunLog
     from train.optim import part_table
-    from train.run import held_out
+    from train.run import evaluated
     from train.trainer import StepOutcome, Trainer
 
     config, world, planner = parts.config, parts.world, parts.planner
@@ -225,6 +225,7 @@ def train_parts(
         read_retries=0,
     )
     config.run_dir.mkdir(parents=True, exist_ok=True)
+    held_out, live_answers = evaluated(config, parts.mixture, parts.backbone, parts.processor, planner)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
     try:
         Watched(
@@ -237,7 +238,8 @@ def train_parts(
             parts.mixture,
             frozen=parts.frozen,
             num_skipped=parts.num_skipped,
-            held_out=held_out(parts.mixture, parts.processor, planner) if config.evaluate.every else None,
+            held_out=held_out,
+            live_answers=live_answers,
         ).run(first_step, last_step)
     finally:
         log.close()
@@ -304,6 +306,16 @@ def train_and_write(config: RunConfig) -> Record:
         record = train_parts(parts, 0, parts.planner.num_steps)
         _write(parts)
         return record
+
+
+def train_and_ask(config: RunConfig, last_step: int) -> tuple[Record, list[Any]]:
+    """Trains up to `last_step`; and the answers of the live model once more, after that."""
+    from train.run import evaluated
+
+    with built(config) as parts:
+        record = train_parts(parts, 0, last_step)
+        _, asked = evaluated(config, parts.mixture, parts.backbone, parts.processor, parts.planner)
+        return record, asked.ask(parts.engine, parts.world) if asked else []
 
 
 def _write(parts: Parts) -> None:

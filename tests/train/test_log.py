@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from train.answers import Answer
 from train.config import LogConfig, RunConfig
 from train.log import RunLog
 
@@ -15,18 +16,20 @@ VALUES = {"train/loss": 1.23456789012, "lr/projector": 1e-3, "perf/tokens_per_s"
 
 
 def logged(config: RunConfig, first: int, last: int, *, is_main: bool = True) -> None:
-    """Steps `first` to `last` - 1 of a run."""
+    """Steps `first` to `last` - 1 of a run, with an answer after every second one."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(config, is_main=is_main, first_step=first, num_steps=9)
     for step in range(first, last):
+        if step % 2:
+            log.answers(step, [Answer("chats", "0007", "Why?", f"since {first}", "Därum", (5, 6))])
         log.step(step, {**VALUES, "run": float(first)})
     log.say("a sentence")
     log.close()
 
 
-def lines(config: RunConfig) -> list[dict[str, float]]:
-    """metrics.jsonl as values."""
-    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+def lines(config: RunConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """A file of lines as values."""
+    return [json.loads(line) for line in (config.run_dir / name).read_text().splitlines()]
 
 
 def test_steps_that_run_again_replace_their_lines(run_config: RunConfig) -> None:
@@ -39,6 +42,18 @@ def test_steps_that_run_again_replace_their_lines(run_config: RunConfig) -> None
         *((step, 0.0) for step in range(4)),
         *((step, 4.0) for step in range(4, 8)),
     ]
+
+
+def test_answers_to_steps_that_run_again_replace_theirs(run_config: RunConfig) -> None:
+    """As the numbers of those steps do, also where the resumed run asks nothing any more."""
+    logged(run_config, 0, 6)
+    logged(run_config, 3, 8)
+    told = [(line["step"], line["answer"]) for line in lines(run_config, "answers.jsonl")]
+    assert told == [(1, "since 0"), (3, "since 3"), (5, "since 3"), (7, "since 3")]
+    line = lines(run_config, "answers.jsonl")[0]
+    assert (line["source"], line["id"], line["question"], line["truth"]) == ("chats", "0007", "Why?", "Därum")
+    RunLog(run_config, is_main=True, first_step=4, num_steps=9).close()
+    assert [line["step"] for line in lines(run_config, "answers.jsonl")] == [1, 3]
 
 
 def test_fresh_start_leaves_no_old_line(run_config: RunConfig) -> None:
@@ -87,7 +102,7 @@ def test_a_kill_while_lines_are_dropped_loses_none(run_config: RunConfig, monkey
     assert [line["step"] for line in lines(run_config)] == [0, 1, 2, 3, 4, 5]
     logged(run_config, 4, 8)
     assert [line["step"] for line in lines(run_config)] == list(range(8))
-    assert [path.name for path in run_config.run_dir.iterdir()] == ["metrics.jsonl"]
+    assert {path.name for path in run_config.run_dir.iterdir()} == {"answers.jsonl", "metrics.jsonl"}
 
 
 def test_tensorboard_has_every_step_once(run_config: RunConfig) -> None:
@@ -127,9 +142,13 @@ def test_wandb_goes_on(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, t
     assert len(files) == 3
     assert [step for path in files for step in wandb_steps(path)] == [0, 1, 2, 3, 4, 5]
     assert [line["step"] for line in lines(config)] == [0, 1, 2, 3, 4, 5]
+    answers = [(step, row) for path in files for step, rows in wandb_tables(path, "answers") for row in rows]
+    assert answers == [
+        (step, [step, "chats", "0007", "Why?", f"since {run}", "Därum"]) for step, run in ((1, 0), (3, 0), (5, 3))
+    ]
     for path in files:
         assert wandb_config(path)["data"] == data
-        assert wandb_table(path, "quarantine") == [
+        assert wandb_tables(path, "quarantine")[-1][1] == [
             ["chats", "preparing", "broken_image", 3],
             ["pages", "this run", "no_supervised", 1],
             ["pages", "this run", "too_long", 20],
@@ -151,12 +170,16 @@ def wandb_config(path: Path) -> dict[str, Any]:
     return {one.key: json.loads(one.value_json) for one in updates}
 
 
-def wandb_table(path: Path, name: str) -> list[list[Any]]:
-    """The rows of the last table of this name in the summary of a run, whose files lie beside its records."""
-    updates = [one for record in wandb_records(path) if record.HasField("summary") for one in record.summary.update]
-    told = [json.loads(one.value_json) for one in updates if name in (one.key, *one.nested_key)]
-    rows: list[list[Any]] = json.loads((path.parent / "files" / told[-1]["path"]).read_text())["data"]
-    return rows
+def wandb_tables(path: Path, name: str) -> list[tuple[int, list[list[Any]]]]:
+    """The tables of this name in the history of a run, with their steps; if there is none, that of its summary."""
+    history = [(record.history.step.num, item) for record in wandb_records(path) for item in record.history.item]
+    summary = [(0, item) for record in wandb_records(path) for item in record.summary.update]
+    for items in (history, summary):
+        whole = [(step, json.loads(item.value_json)["path"]) for step, item in items if item.key == name]
+        whole += [(step, json.loads(item.value_json)) for step, item in items if item.nested_key == [name, "path"]]
+        if whole:
+            return [(step, json.loads((path.parent / "files" / table).read_text())["data"]) for step, table in whole]
+    return []
 
 
 def wandb_steps(path: Path) -> list[int]:

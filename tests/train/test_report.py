@@ -232,7 +232,7 @@ def test_kinds_of_time_add_up_to_the_steps(make: Make) -> None:
         "waiting for data": 0.75,
         "rest of the step": 0.75,
         "saves": 3.0,
-        "held-out loss": 1.0,
+        "held-out loss and answers": 1.0,
     }
     assert "3.0 s, 30.0%" in page_of(run.path).text
 
@@ -308,6 +308,34 @@ def test_who_was_left_out_stands_by_source(make: Make) -> None:
     assert text.index("broken_image 3") < text.index("pages") < text.index("no_supervised 1, too_long 2,000")
 
 
+def _live(step: int, number: int, answer: str) -> dict[str, Any]:
+    names = {"source": "pictures", "id": f"{number:06d}", "question": f"What is {number}?", "truth": "five"}
+    return {"step": step, **names, "answer": answer}
+
+
+def test_answers_while_it_learned(make: Make, tmp_path: Path) -> None:
+    """A card for each question, with its picture, and every step's answer in its order; of many steps a few, the first
+    and the last among them; of two runs each with its name."""
+    tiny_store(tmp_path / "stores", "pictures", tiny_samples(3))
+    data = {"store_root": str(tmp_path / "stores")}
+    lines = [_live(step, number, f"word{step}_{number}") for step in (9, 99, 19) for number in range(3)]
+    folder = make("a", config={"data": data}, answers__jsonl=[*lines, {"step": None}, "{"])
+    page = page_of(folder)
+    text = page.text.partition("Answers while it learned")[2].partition("Evaluation")[0]
+    assert "3 of the held-out questions" in text
+    assert [text.count(f"word{step}_{number}") for step in (9, 19, 99) for number in range(3)] == [1] * 9
+    assert text.index("step 9word9_1") < text.index("step 19word19_1") < text.index("step 99word99_1")
+    assert len({value for name, value in page.attributes if value.startswith("data:image/jpeg;base64,")}) == 3
+    assert "answers.jsonl: 1 damaged line left out" in page.text
+    other = make("b", answers__jsonl=[_live(step, 0, f"other{step}_") for step in range(100)])
+    text = page_of(folder, other).text
+    assert "step 9, a/finetuneword9_0" in text
+    assert "step 0, b/finetuneother0_" in text
+    assert "step 99, b/finetuneother99_" in text
+    assert text.count("other") == 8
+    assert "Answers while it learned" not in page_of(make("c")).text
+
+
 def test_hostile_texts_stay_text(make: Make) -> None:
     """Whatever stands in a run's files: nothing of it becomes a tag, an attribute or a request, and nothing runs."""
     folder = make(
@@ -324,6 +352,7 @@ def test_hostile_texts_stay_text(make: Make) -> None:
         non_finite__jsonl=[{"step": 1, "what": EVIL, "samples": [EVIL]}],
         evaluation__json={"by_source": {EVIL: {"metric": EVIL, "num_samples": 1}}},
         evaluation__answers__jsonl=[_answer(EVIL.replace("/", ""), EVIL, EVIL, EVIL)],
+        answers__jsonl=[{"step": 1, "source": EVIL.replace("/", ""), "id": EVIL, "question": EVIL, "answer": EVIL}],
     )
     for page in (page_of(folder), page_of(folder, make("b", config={f"key{EVIL}": "other"}))):
         assert {"script", "img", "iframe", "link", "object", "foreignobject", "image", "a"} & set(page.tags) == set()

@@ -52,7 +52,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--samples",
         type=int,
         default=_NUM_SAMPLES,
-        help="at most so many questions of the evaluation, with pictures (%(default)s; 0: none)",
+        help="at most so many questions of the evaluation, and of the run's course (%(default)s; 0: none)",
     )
     parser.add_argument(
         "--out", type=Path, help="the page (default: RUN/report.html; of several, in the folder that holds them all)"

@@ -95,7 +95,7 @@ def parts_of_time(run: Run) -> dict[str, tuple[Numbers, Numbers]]:
         "waiting for data": _at_steps(run, "perf/data_wait_s", at),
         "rest of the step": np.zeros(len(steps)),
         "saves": _at_steps(run, "perf/save_s", at),
-        "held-out loss": _at_steps(run, "perf/evaluate_s", at),
+        "held-out loss and answers": _at_steps(run, "perf/evaluate_s", at),
     }
     inside = kinds["forward and backward (slowest rank)"] + kinds["waiting for data"]
     kinds["rest of the step"] = np.maximum(whole - inside, 0.0)

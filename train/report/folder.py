@@ -25,6 +25,7 @@ class Run:
         metrics: the lines of metrics.jsonl, by step.
         data, end, evaluation, plan: data.json, exit.json, evaluation.json, plan.json; empty where there is none.
         starts, left_out, answers: lines of starts.jsonl, non_finite.jsonl, evaluation.answers.jsonl.
+        live_answers: lines of answers.jsonl that have a step.
         saved: run_state.json of the newest checkpoint; empty where there is none.
         num_logs: how many ranks have a log.
         remarks: sentences about what could not be read.
@@ -42,6 +43,7 @@ class Run:
     starts: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[dict[str, Any]] = field(default_factory=list)
     answers: list[dict[str, Any]] = field(default_factory=list)
+    live_answers: list[dict[str, Any]] = field(default_factory=list)
     saved: dict[str, Any] = field(default_factory=dict)
     num_logs: int = 0
     remarks: tuple[str, ...] = ()
@@ -111,6 +113,9 @@ def _read(place: Path, label: str) -> Run:
         starts=_read_lines(place / "starts.jsonl", remarks),
         left_out=_read_lines(place / "non_finite.jsonl", remarks),
         answers=_read_lines(place / "evaluation.answers.jsonl", remarks),
+        live_answers=[
+            line for line in _read_lines(place / "answers.jsonl", remarks) if isinstance(line.get("step"), int)
+        ],
         saved=_newest_state(place / "checkpoints", remarks),
         num_logs=len(list((place / "log").glob("rank_*.log"))),
         remarks=tuple(remarks),

@@ -12,7 +12,7 @@ from train.report.charts import draw, legend
 from train.report.comparison import compare
 from train.report.curves import MOST_POINTS, charts_of
 from train.report.folder import Run
-from train.report.samples import Shown, samples_of
+from train.report.samples import MOST_STEPS, Shown, live_of, samples_of
 from train.report.style import STYLE
 
 # Nothing is fetched and nothing runs, whatever a run's files may hold.
@@ -20,7 +20,7 @@ _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def write_page(runs: Sequence[Run], num_samples: int) -> str:
-    """The whole page; `num_samples` questions of the evaluation are shown at most."""
+    """The whole page; `num_samples` questions of the evaluation, and of a run's course, are shown at most."""
     title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     body = [
         f"<h1>{shown(title)}</h1>",
@@ -28,6 +28,7 @@ def write_page(runs: Sequence[Run], num_samples: int) -> str:
         _remarks(runs),
         _section("How it went" if len(runs) == 1 else "How they went", tables.overview(runs)),
         *_charts(runs),
+        _live(runs, num_samples),
         _section("Evaluation", tables.evaluation(runs) or _told("No run has an evaluation.json.")),
         _samples(runs, num_samples),
         _section("Starts and resumes", tables.starts(runs)),
@@ -88,15 +89,32 @@ def _samples(runs: Sequence[Run], num: int) -> str:
         return ""
     total = len({(one.get("source"), one.get("id"), one.get("text")) for run in runs for one in run.answers})
     told = f"{len(found)} of {total:,} questions, evenly spaced; all are in evaluation.answers.jsonl."
+    return _cards("Questions and answers", told, found, runs)
+
+
+def _live(runs: Sequence[Run], num: int) -> str:
+    found = live_of(runs, num)
+    if not found:
+        return ""
+    steps = {len({answer["step"] for answer in run.live_answers}) for run in runs}
+    told = f"{len(found)} of the held-out questions in answers.jsonl, answered greedily by the model as it stood then."
+    if max(steps) > MOST_STEPS:
+        told += f" At most {MOST_STEPS} answers of a run, evenly spaced."
+    return _cards("Answers while it learned", told, found, runs)
+
+
+def _cards(heading: str, told: str, found: Sequence[Shown], runs: Sequence[Run]) -> str:
     cards = "".join(_card(one, runs) for one in found)
-    return f'<h2>Questions and answers</h2>{_told(told)}<div class="shots">{cards}</div>'
+    return f'<h2>{heading}</h2>{_told(told)}<div class="shots">{cards}</div>'
 
 
 def _card(one: Shown, runs: Sequence[Run]) -> str:
     drawn = f'<img src="{one.url}" alt="the picture">' if one.picture else _told(f"No picture: {one.why}")
     facts = [("question", one.question), ("truth", one.truth)]
-    for number, answer, score in one.answers:
+    for place, (number, answer, score) in enumerate(one.answers):
         name = "answer" if len(runs) == 1 else runs[number].label
+        if one.steps:
+            name = f"step {one.steps[place]}" + ("" if len(runs) == 1 else f", {runs[number].label}")
         facts.append((name, answer + ("" if score is None else f"  (score {score:.2f})")))
     rows = "".join(f"<dt>{shown(name)}</dt><dd>{shown(value)}</dd>" for name, value in facts)
     head = f'<div class="chips">{shown(one.source)} : {shown(one.id)}</div>'

@@ -1,4 +1,4 @@
-"""Questions that the evaluation has asked, with their pictures, the truth and each run's answer.
+"""Questions that the evaluation, or a run while it learned, has asked: with their pictures, the truth and the answers.
 
 Owns which ones are shown, and fetching their pictures from the runs' stores while those can be read.
 """
@@ -6,7 +6,7 @@ Owns which ones are shown, and fetching their pictures from the runs' stores whi
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,15 @@ from data_recipes.sample import DataError
 from train.report.folder import Run
 
 _SIDE, _JPEG_QUALITY = 384, 82
+MOST_STEPS = 8
+"""Answers of one run to one question."""
 _Key = tuple[str, str, str]
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One question. `answers` are (number of the run, answer, score); `picture` is a JPEG, or None, and then `why`."""
+    """One question. `answers` are (number of the run, answer, score), of a run that was learning one after each of its
+    `steps`; `picture` is a JPEG, or None, and then `why`."""
 
     source: str
     id: str
@@ -28,6 +31,7 @@ class Shown:
     answers: list[tuple[int, str, float | None]]
     picture: bytes | None
     why: str = ""
+    steps: tuple[int, ...] = ()
 
     @property
     def url(self) -> str:
@@ -40,10 +44,35 @@ def samples_of(runs: Sequence[Run], num: int) -> list[Shown]:
     by_key: dict[_Key, list[tuple[int, dict[str, Any]]]] = {}
     for number, run in enumerate(runs):
         for answer in run.answers:
-            key = (str(answer.get("source")), str(answer.get("id")), str(answer.get("text")))
-            by_key.setdefault(key, []).append((number, answer))
+            by_key.setdefault(_key(answer, "text"), []).append((number, answer))
     pictures = _Pictures(runs)
     return [_shown(key, by_key[key], pictures) for key in _chosen(by_key, num)]
+
+
+def live_of(runs: Sequence[Run], num: int) -> list[Shown]:
+    """At most `num` questions that were asked while the runs learned, each with its answers in the steps' order."""
+    by_key: dict[_Key, list[tuple[int, dict[str, Any]]]] = {}
+    for number, run in enumerate(runs):
+        asked: dict[_Key, list[dict[str, Any]]] = {}
+        for answer in sorted(run.live_answers, key=lambda one: one["step"]):
+            asked.setdefault(_key(answer, "question"), []).append(answer)
+        for key, answers in asked.items():
+            by_key.setdefault(key, []).extend((number, answer) for answer in _spread(answers))
+    pictures = _Pictures(runs)
+    return [
+        replace(_shown(key, by_key[key], pictures), steps=tuple(answer["step"] for _, answer in by_key[key]))
+        for key in _chosen(by_key, num)
+    ]
+
+
+def _key(answer: dict[str, Any], question: str) -> _Key:
+    return str(answer.get("source")), str(answer.get("id")), str(answer.get(question))
+
+
+def _spread(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """As many as there is room for, evenly spaced, with the first and the last."""
+    num = min(len(answers), MOST_STEPS)
+    return [answers[round(at * (len(answers) - 1) / max(1, num - 1))] for at in range(num)]
 
 
 def _shown(key: _Key, answers: list[tuple[int, dict[str, Any]]], pictures: "_Pictures") -> Shown:
