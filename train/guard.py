@@ -14,7 +14,7 @@ import torch.distributed as dist
 from train.config import RunConfig
 from train.engine import zero_stage
 
-_NUM_AT_ONCE = 2**20
+_NUM_AT_ONCE = 2**18
 """Numbers that one norm takes: a CPU adds up in fp32, which hundreds of millions of them are too many for."""
 
 
