@@ -17,7 +17,8 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from train.config import CONFIG_DIR, ConfigError, RunConfig, check, explain
+from train.compose import check, explain
+from train.config import CONFIG_DIR, ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from train.watch import Watch

@@ -16,7 +16,8 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from train.answers import Answer
-from train.config import RunConfig, to_yaml
+from train.compose import to_yaml
+from train.config import RunConfig
 from train.world import Launch
 
 _COLUMNS = (

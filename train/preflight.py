@@ -30,7 +30,8 @@ from data_recipes.mixture import Mixture
 from data_recipes.store import Store
 from llava_next.model import LossSums
 from llava_next.processor import Processor
-from train.config import ConfigError, PackingConfig, RunConfig, to_yaml
+from train.compose import to_yaml
+from train.config import ConfigError, PackingConfig, RunConfig
 from train.findings import Check, Findings, Gpu, compare, format_table
 from train.lengths import LengthTable
 from train.loader import Rows

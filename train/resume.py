@@ -22,7 +22,8 @@ from llava_next.batch import Batch
 from llava_next.model import LlavaNext, part_of
 from train import checkpoint
 from train.checkpoint import RunState
-from train.config import ConfigError, RunConfig, to_yaml
+from train.compose import to_yaml
+from train.config import ConfigError, RunConfig
 from train.engine import zero_stage
 from train.optim import parameter_groups, set_rates
 from train.universal import ParameterStates, copy_weights, parameter_states, set_states

@@ -23,7 +23,8 @@ from llava_next.processor import Processor
 from train import checkpoint, ops, preflight, resume
 from train.answers import LiveAnswers, live_answers
 from train.build import build
-from train.config import RunConfig, to_yaml
+from train.compose import to_yaml
+from train.config import RunConfig
 from train.engine import gathered, start_engine
 from train.heldout import HeldOut, hold_out, of_mixture
 from train.lengths import LengthTable, check_budgets, open_table

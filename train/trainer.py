@@ -24,7 +24,8 @@ from llava_next.model import LossSums
 from train import resume
 from train.answers import LiveAnswers
 from train.checkpoint import Saver
-from train.config import RunConfig, to_yaml
+from train.compose import to_yaml
+from train.config import RunConfig
 from train.guard import StepGuard, Update
 from train.heldout import HeldOut
 from train.loader import Planner, StepPlan

@@ -24,7 +24,8 @@ from job import MemoryMark
 from results import RESULTS, machine_facts, save, table
 
 from data_recipes import order
-from train.config import CONFIG_DIR, RunConfig, load
+from train.compose import load
+from train.config import CONFIG_DIR, RunConfig
 from train.lengths import ROW
 from train.packing import deal
 from train.plan.estimate import StagePlanner

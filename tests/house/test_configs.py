@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from train.config import RunConfig, load
+from train.compose import load
+from train.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import load
+from train.compose import load
 from train.plan.__main__ import planned_stages
 
 ROOT = Path(__file__).resolve().parents[2]

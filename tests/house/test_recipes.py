@@ -14,7 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from llava_next.config import AUTHORS_GRIDS, ModelConfig
-from train.config import CONFIG_DIR, RunConfig, check
+from train.compose import check
+from train.config import CONFIG_DIR, RunConfig
 
 STAGES = ("align", "finetune")
 TOWERS = ("clip_vit_l_336", "dinov2_large", "siglip_so400m_384")

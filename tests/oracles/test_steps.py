@@ -24,7 +24,8 @@ from scripts.oracles.our_steps import OurSide
 from scripts.oracles.tiny_runs import NUM_STEPS, RUNS, Run
 from tests.ranks import Ranks
 from tests.train import cases
-from train.config import StageConfig, load
+from train.compose import load
+from train.config import StageConfig
 from train.optim import parameter_groups
 
 FOLDER = Path(__file__).parent

@@ -711,7 +711,7 @@ def train_deterministically(config: RunConfig) -> tuple[list[float], bool]:
 def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
     """The names in the checkpoint folder after each of four saves."""
     from train.checkpoint import Saver
-    from train.config import to_yaml
+    from train.compose import to_yaml
     from train.resume import run_state
 
     folder = config.run_dir / "checkpoints"

@@ -22,7 +22,8 @@ from tests.train import cases
 from tests.train.cases import Record, with_stage, zero
 from tests.train.conftest import StartRanks
 from train.answers import Answer, LiveAnswers, live_answers
-from train.config import ConfigError, EvaluateConfig, PackingConfig, RunConfig, check, to_yaml
+from train.compose import check, to_yaml
+from train.config import ConfigError, EvaluateConfig, PackingConfig, RunConfig
 from train.heldout import HeldOutSample, encoded, of_mixture, of_store
 from train.loader import stage_processor
 from train.world import World

@@ -15,7 +15,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from tests.train.cases import RATES, tiny_run
-from train.config import ConfigError, RunConfig, check, load, load_yaml, to_yaml
+from train.compose import check, load, load_yaml, to_yaml
+from train.config import ConfigError, RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 _WATCH = """

@@ -19,7 +19,8 @@ from tests.ranks import Ranks
 from tests.tiny import HostilePickle, TowerName, tiny_model
 from tests.train import cases
 from train.checkpoint import RunState, config_path
-from train.config import RunConfig, SaveConfig, to_yaml
+from train.compose import to_yaml
+from train.config import RunConfig, SaveConfig
 from train.export.__main__ import main
 from train.weights import trained_weights
 

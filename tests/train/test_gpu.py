@@ -12,13 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.config import RunConfig, SaveConfig, to_yaml
+from train.compose import to_yaml
+from train.config import RunConfig, SaveConfig
 
 _RUN = """
 import sys
 from pathlib import Path
 from train.__main__ import execute
-from train.config import load_yaml
+from train.compose import load_yaml
 sys.exit(execute(load_yaml(Path(sys.argv[1]))))
 """
 

@@ -12,7 +12,8 @@ from tests.tiny import tiny_mixture
 from tests.train import cases
 from tests.train.cases import with_stage, zero
 from tests.train.conftest import StartRanks
-from train.config import ConfigError, EvaluateConfig, RunConfig, check
+from train.compose import check
+from train.config import ConfigError, EvaluateConfig, RunConfig
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +66,7 @@ def test_nothing_held_out_is_refused(tiny_parts: RunConfig) -> None:
     """Before torch is asked for anything."""
     from omegaconf import OmegaConf
 
-    from train.config import to_yaml
+    from train.compose import to_yaml
 
     asked = replace(tiny_parts, evaluate=EvaluateConfig(every=10))
     with pytest.raises(ConfigError, match=r"evaluate\.every=10, but mixture tiny holds nothing out"):

@@ -30,7 +30,8 @@ from tests.tiny import (
 )
 from tests.train.cases import tiny_run
 from tests.train.launch import Program
-from train.config import RunConfig, to_yaml
+from train.compose import to_yaml
+from train.config import RunConfig
 from train.inspect.__main__ import main
 from train.inspect.drawing import canvas_of, side_for
 from train.inspect.prompt import answers_of, pieces_of

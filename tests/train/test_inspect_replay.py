@@ -11,7 +11,8 @@ import pytest
 from tests.ranks import Ranks
 from tests.tiny import tiny_model
 from tests.train import cases
-from train.config import RunConfig, SaveConfig, to_yaml
+from train.compose import to_yaml
+from train.config import RunConfig, SaveConfig
 from train.inspect.__main__ import main
 from train.inspect.replay import Weights, choose_weights
 

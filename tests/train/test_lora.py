@@ -22,7 +22,8 @@ from tests.train import cases
 from tests.train.cases import with_stage, zero
 from tests.train.conftest import StartRanks
 from train import checkpoint
-from train.config import ConfigError, RunConfig, SaveConfig, check, composed_from, to_yaml
+from train.compose import check, composed_from, to_yaml
+from train.config import ConfigError, RunConfig, SaveConfig
 from train.export.__main__ import main
 from train.loader import stage_processor
 from train.plan.facts import model_facts

@@ -13,7 +13,8 @@ import pytest
 
 from tests.tiny import HostilePickle
 from tests.train.launch import Program, finish, kill_all, ranks_of
-from train.config import RunConfig, load_yaml
+from train.compose import load_yaml
+from train.config import RunConfig
 
 FRESH = "stage.init_from=null"
 LONG = (FRESH, "stage.epochs=12", "save.every=0")  # 37 steps

@@ -17,7 +17,8 @@ from llava_next.original import of_backbone, write_original_folder
 from tests.tiny import tiny_model
 from tests.train import cases
 from tests.train.conftest import StartRanks
-from train.config import ConfigError, RunConfig, check, load, to_yaml
+from train.compose import check, load, to_yaml
+from train.config import ConfigError, RunConfig
 
 GRIDS = ((1, 2), (3, 1))
 """Not the authors', so that they can only come from the directory."""

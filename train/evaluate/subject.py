@@ -22,7 +22,8 @@ from llava_next.conversation import FROM_TOKENIZER
 from llava_next.hf import read_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
-from train.config import ConfigError, PackingConfig, load_yaml
+from train.compose import load_yaml
+from train.config import ConfigError, PackingConfig
 from train.heldout import HeldOutSample, of_mixture, of_store
 from train.loader import stage_processor
 

@@ -34,7 +34,8 @@ from llava_next.processor import Processor
 from llava_next.released import is_original, projector_kind
 from llava_next.tensors import LazyTensor, read_folder, write_shards
 from train import checkpoint, resume
-from train.config import ConfigError, RunConfig, load_yaml
+from train.compose import load_yaml
+from train.config import ConfigError, RunConfig
 from train.loader import stage_processor
 from train.weights import trained_weights
 from train.world import World

@@ -24,7 +24,8 @@ from data_recipes.store import Store, StoredSample, StoredText
 from llava_next.build import Backbone, read_backbone, skeleton
 from llava_next.model import LlavaNext
 from llava_next.processor import Example, Processor, SampleRejected
-from train.config import ConfigError, RunConfig, load, load_yaml
+from train.compose import load, load_yaml
+from train.config import ConfigError, RunConfig
 from train.inspect.spread import LeftOut, Spread, aspects_of, count, read_quarantine
 from train.lengths import LengthTable, open_table
 from train.loader import StepPlan, stage_processor

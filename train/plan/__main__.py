@@ -17,7 +17,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from train.config import CONFIG_DIR, ConfigError, RunConfig, check, composed_from
+from train.compose import check, composed_from
+from train.config import CONFIG_DIR, ConfigError, RunConfig
 from train.plan.hardware import Hardware, check_hardware
 
 EXIT_DOES_NOT_FIT = 1

@@ -4,7 +4,7 @@ Owns the card's numbers (LLaVA-NeXT's blog of January 2024: GPUs times hours on 
 hours hold stage 1; they are read as stage 2's, on 760K samples, since stage 1 was LLaVA-1.5's.
 """
 
-from train.config import load
+from train.compose import load
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner
 from train.plan.facts import model_facts, read_architecture

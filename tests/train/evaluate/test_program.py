@@ -19,7 +19,7 @@ from llava_next.model import LossSums
 from tests.tiny import tiny_mixture, tiny_model, tiny_samples, tiny_store
 from tests.train.cases import tiny_run, with_stage
 from tests.train.evaluate.learned import ANSWERS, Learned
-from train.config import to_yaml
+from train.compose import to_yaml
 from train.evaluate.__main__ import main
 
 
