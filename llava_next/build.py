@@ -1,10 +1,11 @@
 """A `ModelConfig` → Hugging Face configs, tokenizer, processor, and the model with its first weights.
 
 Each of these can be had without the ones after it: the length table needs a processor and no model, the planner
-needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`'s.
+needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`'s; the first weights one tensor at a
+time, without a model around them, `first_weights.py`'s.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -234,11 +235,16 @@ def refuse_made_up(found: dict[str, Any], where: str) -> None:
 
 
 def _grow_vocabulary(model: Any, size: int) -> None:
-    """Adds rows for new tokens, each the mean of the old ones: neither likelier nor stranger than the rest."""
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        weight.data[old:] = weight.data[:old].mean(dim=0)
+        weight.data.copy_(grown(weight.data[:old], size))
+
+
+def grown(table: torch.Tensor, size: int) -> torch.Tensor:
+    """A vocabulary's table [n, D] as [size, D]: each new row is the mean of the old ones, in their type, so that a new
+    token is neither likelier nor stranger than the rest."""
+    return torch.cat([table, table.mean(dim=0, keepdim=True).expand(size - len(table), -1)])
 
 
 def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
@@ -258,17 +264,20 @@ def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
     resized = AutoModel.from_config(vision, dtype=dtype)
     wanted = resized.state_dict()
     state = {
-        name: _resample_positions(value, wanted[name].shape) if value.shape != wanted[name].shape else value
+        name: resampled_positions(value, wanted[name].shape) if value.shape != wanted[name].shape else value
         for name, value in tower.state_dict().items()
     }
     resized.load_state_dict(state)
     return resized
 
 
-def _resample_positions(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def resampled_positions(table: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
     """A position table for another number of patches: class token kept, the square grid resampled (bicubic).
 
     Works on [n, D] (CLIP, SigLIP) and [1, n, D] (DINOv2), where n is a square or a square and one.
+
+    Raises:
+        ModelError: it is neither, or the shape is not.
     """
     rows, wanted = table.reshape(-1, table.shape[-1]).float(), shape[-2]
     prefix = len(rows) - int(len(rows) ** 0.5) ** 2
@@ -278,4 +287,4 @@ def _resample_positions(table: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     grid = rows[prefix:].T.reshape(1, -1, side, side)
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False, antialias=True)
     resampled = torch.cat([rows[:prefix], grid.flatten(2)[0].T])
-    return resampled.reshape(shape).to(table.dtype)
+    return resampled.reshape(tuple(shape)).to(table.dtype)

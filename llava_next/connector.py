@@ -8,6 +8,7 @@ The authors' file names nothing: its tensors' names tell the kind, their shapes 
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from torch import nn
 
 from llava_next.build import Backbone
 from llava_next.config import ModelError, ProjectorKind
-from llava_next.disk import Gather, check_names, check_shape, complete_or_absent, copy_tensor, whole
+from llava_next.disk import Gather, check_names, check_shape, complete_or_absent, whole
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.names import AUTHORS_PROJECTORS, authors_name
-from llava_next.tensors import read_plain_tensors
+from llava_next.tensors import LazyTensor, given, read_plain_tensors
 
 CONTRACT = "contract.json"
 MM_PROJECTOR = "mm_projector.bin"
@@ -65,8 +66,8 @@ def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, g
         (folder / CONTRACT).write_text(json.dumps(contract, indent=1) + "\n")
 
 
-def load_connector(model: LlavaNext, backbone: Backbone, source: Path) -> str:
-    """Loads what `write_connector` wrote; returns a sentence on it.
+def read_connector(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[dict[str, LazyTensor], str]:
+    """What `write_connector` wrote, by live names, for a model of these shapes, and a sentence on it.
 
     Raises:
         ModelError: it was trained for other parts, lacks a tensor, or its bytes are not those of the contract.
@@ -88,16 +89,14 @@ def load_connector(model: LlavaNext, backbone: Backbone, source: Path) -> str:
         if _sha256(tensor) != contract["tensors"][name]["sha256"]:
             raise ModelError(f"{source}: the bytes of {name} are not the ones in {CONTRACT}; the file is damaged")
         check_shape(found[name], tensor, name, source)
-    for name, tensor in tensors.items():
-        copy_tensor(found[name], tensor, name, source)
     newline = "trained" if contract["image_newline_trained"] else "not trained"
-    return f"connector from {source} (image_newline {newline})"
+    return _live(tensors), f"connector from {source} (image_newline {newline})"
 
 
-def load_mm_projector(model: LlavaNext, backbone: Backbone, path: Path) -> str:
-    """Loads a connector as the authors' trainer writes it (`mm_projector.bin`); returns a sentence on it.
+def read_mm_projector(model: LlavaNext, backbone: Backbone, path: Path) -> tuple[dict[str, LazyTensor], str]:
+    """A connector as the authors' trainer writes it (`mm_projector.bin`), by live names, and a sentence on it.
 
-    Without an `image_newline` in it (LLaVA-1.5's have none) that vector keeps its fresh values.
+    `image_newline` is not among them where the file has none, as LLaVA-1.5's: that vector keeps its fresh values.
 
     Raises:
         ModelError: no plain tensors, another kind of projector, or another shape: the tensor, both shapes, the way out.
@@ -112,17 +111,18 @@ def load_mm_projector(model: LlavaNext, backbone: Backbone, path: Path) -> str:
             f"stage.init_from={path} is a projector of kind {kind}, this model's is {backbone.config.projector}; "
             f"choose model.projector={kind}, or start from fresh parts with stage.init_from=null"
         )
-    ours = {authors_name(name): parameter for name, parameter in _parameters(model).items()}
-    for name, full_name in full_names.items():
-        tensor = by_full_name[full_name]
-        check_shape(ours[name], tensor, full_name, path)
+    tensors = {}
+    for name, parameter in _parameters(model).items():
+        full_name = full_names.get(authors_name(name))
+        if full_name is None:  # the newline, as the kind has told
+            continue
+        tensors[name] = tensor = by_full_name[full_name]
+        check_shape(parameter, tensor, full_name, path)
         if not tensor.is_floating_point():
             raise ModelError(f"stage.init_from={path}: {full_name} is of type {_dtype(tensor)}, no weight's")
-    for name, full_name in full_names.items():
-        copy_tensor(ours[name], by_full_name[full_name], full_name, path)
     dtypes = "/".join(sorted({_dtype(tensor) for tensor in by_full_name.values()}))
     newline = "image_newline from it too" if _NEWLINE in full_names else "it has no image_newline, which starts fresh"
-    return (
+    return _live(tensors), (
         f"projector ({kind}, {dtypes}) from {path}: {newline}; the file does not say for which tower and language "
         "model, only its shapes were compared"
     )
@@ -135,6 +135,10 @@ def _parameters(model: LlavaNext) -> dict[str, nn.Parameter]:
         for name, parameter in live_parameters(model)
         if name.startswith(_LIVE_PREFIXES)
     }
+
+
+def _live(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    return {f"hf.model.{name}": given(f"hf.model.{name}", tensor) for name, tensor in tensors.items()}
 
 
 def _identity(backbone: Backbone) -> dict[str, Any]:

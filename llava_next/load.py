@@ -1,11 +1,14 @@
-"""Weights from disk into a freshly built model: what `stage.init_from` may name.
+"""Weights from disk for a freshly built model: what `stage.init_from` may name.
 
 A connector (ours or the authors'), or a whole model: a Hugging Face `llava_next` or `llava` directory in its published
 or transformers 5's names, or one in the authors' own (LLaVA-1.5, LLaVA-NeXT; safetensors or `.bin`). Every tensor is
 accounted for by name and shape; what a directory does not hold by its nature is said, nothing is made up in silence.
+They are mapped first, and copied one at a time.
 """
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,9 @@ from torch import nn
 from transformers import LlavaConfig, LlavaNextConfig
 
 from llava_next.anyres import grids_of_pinpoints
-from llava_next.build import Backbone
+from llava_next.build import Backbone, grown
 from llava_next.config import ModelError, ProjectorKind
-from llava_next.connector import CONTRACT, MM_PROJECTOR, load_connector, load_mm_projector
+from llava_next.connector import CONTRACT, MM_PROJECTOR, read_connector, read_mm_projector
 from llava_next.disk import check_names, check_shape, copy_tensor
 from llava_next.hf import NEWLINE, SECOND_LAYER, check_identity
 from llava_next.model import LlavaNext, live_parameters
@@ -25,38 +28,67 @@ from llava_next.names import as_published, from_original, published_name
 from llava_next.released import is_original, original_kind, projector_kind
 from llava_next.tensors import LazyTensor, read_folder
 
-_EMBEDDING, _HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
 _HF_TYPES = (LlavaNextConfig.model_type, LlavaConfig.model_type)
 
 
 def load_weights(model: LlavaNext, backbone: Backbone, source: Path) -> str:
-    """Loads a connector (ours, or the authors' `mm_projector.bin`, as a file or in its folder), or a whole model, into
-    a freshly built model. Parameters on the meta device are compared and left empty.
+    """Loads what `read_weights` finds into a freshly built model. Parameters on the meta device are compared and left
+    empty.
 
     Returns:
         A sentence on what was loaded.
 
     Raises:
+        ModelError: as `read_weights` does.
+    """
+    tensors, said = read_weights(model, backbone, source)
+    parameters = dict(live_parameters(model))
+    with _reading(source):
+        for name, tensor in tensors.items():
+            if not parameters[name].is_meta:
+                copy_tensor(parameters[name], tensor.value(), name, source)
+    return said
+
+
+def read_weights(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[dict[str, LazyTensor], str]:
+    """A connector (ours, or the authors' `mm_projector.bin`, as a file or in its folder), or a whole model, by live
+    names, none of a whole model's tensors read.
+
+    Args:
+        model: whose parameters they are to fit, which may be on the meta device; it is left as it is.
+
+    Returns:
+        The tensors in their own types, and a sentence on what was found. Parameters that are not among them keep their
+        fresh values, as the sentence says.
+
+    Raises:
         ModelError: nothing that can be loaded lies there, or it does not fit: the tensor, both shapes, the way out.
     """
     if source.is_file():
-        return load_mm_projector(model, backbone, source)
-    try:
+        return read_mm_projector(model, backbone, source)
+    with _reading(source):
         if (source / CONTRACT).is_file():
-            return load_connector(model, backbone, source)
+            return read_connector(model, backbone, source)
         if (source / MM_PROJECTOR).is_file():
             _refuse_whole_model_beside(source)
-            return load_mm_projector(model, backbone, source / MM_PROJECTOR)
+            return read_mm_projector(model, backbone, source / MM_PROJECTOR)
         if (source / "config.json").is_file():
-            return _load_model(model, backbone, source)
-    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
-        raise ModelError(
-            f"stage.init_from={source} cannot be read, a file in it is damaged or missing: {error}"
-        ) from error
+            return _read_model(model, backbone, source)
     raise ModelError(
         f"stage.init_from={source} holds neither a connector ({CONTRACT} or {MM_PROJECTOR}) nor a model (config.json); "
         "run stage=align first, or start from fresh parts with stage.init_from=null"
     )
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
+        raise ModelError(
+            f"stage.init_from={source} cannot be read, a file in it is damaged or missing: {error}"
+        ) from error
 
 
 def _refuse_whole_model_beside(source: Path) -> None:
@@ -68,7 +100,7 @@ def _refuse_whole_model_beside(source: Path) -> None:
         )
 
 
-def _load_model(model: LlavaNext, backbone: Backbone, source: Path) -> str:
+def _read_model(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[dict[str, LazyTensor], str]:
     config = json.loads((source / "config.json").read_text())
     if is_original(config):
         kind, said = original_kind(config, source), [f"model from {source} in the authors' layout"]
@@ -85,6 +117,7 @@ def _load_model(model: LlavaNext, backbone: Backbone, source: Path) -> str:
         )
     _check_config(config, kind, backbone, source)
     tower_type = backbone.hf_config.vision_config.model_type
+    live = {published_name(name, tower_type): name for name, _ in live_parameters(model)}
     ours = {published_name(name, tower_type): parameter for name, parameter in live_parameters(model)}
     if kind == "linear" and not is_original(config):
         for name in SECOND_LAYER:
@@ -105,10 +138,8 @@ def _load_model(model: LlavaNext, backbone: Backbone, source: Path) -> str:
             raise ModelError(
                 f"{source}: {name} is of type {dtype}, no weight's; give a directory that is not quantised"
             )
-    for name, parameter in ours.items():
-        if not parameter.is_meta:
-            copy_tensor(parameter, theirs[name].value(), name, source)
-    return said[0] + (f" ({'; '.join(said[1:])})" if said[1:] else "")
+    found = {live[name]: theirs[name].renamed(live[name]) for name in ours}
+    return found, said[0] + (f" ({'; '.join(said[1:])})" if said[1:] else "")
 
 
 def _is_single_view(config: dict[str, Any]) -> bool:
@@ -157,13 +188,13 @@ def _check_config(config: dict[str, Any], kind: ProjectorKind, backbone: Backbon
 
 def _drop_tied_head(ours: dict[str, nn.Parameter], theirs: dict[str, LazyTensor], source: Path) -> None:
     """Some files hold a shared head a second time."""
-    if _HEAD in theirs and _HEAD not in ours and _EMBEDDING in theirs:
-        if not torch.equal(theirs[_HEAD].value(), theirs[_EMBEDDING].value()):
+    if HEAD in theirs and HEAD not in ours and EMBEDDING in theirs:
+        if not torch.equal(theirs[HEAD].value(), theirs[EMBEDDING].value()):
             raise ModelError(
-                f"{source} has a head ({_HEAD}) that is not its embedding, and this model's share one tensor; choose "
+                f"{source} has a head ({HEAD}) that is not its embedding, and this model's share one tensor; choose "
                 "+model.language_model.overrides.tie_word_embeddings=false"
             )
-        del theirs[_HEAD]
+        del theirs[HEAD]
 
 
 def _leave_tower(
@@ -185,10 +216,9 @@ def _leave_tower(
 
 
 def _grow_vocabulary(ours: dict[str, nn.Parameter], theirs: dict[str, LazyTensor]) -> list[str]:
-    """The authors' tables end where their tokenizer does: rows of ours behind that are the mean of theirs, as in
-    `build.py`."""
+    """The authors' tables end where their tokenizer does: rows of ours behind that are as `build.py` makes new ones."""
     said = []
-    for name in (_EMBEDDING, _HEAD):
+    for name in (EMBEDDING, HEAD):
         if name not in ours or name not in theirs or len(theirs[name].shape) != 2:
             continue
         old, new = theirs[name].shape[0], ours[name].shape[0]
@@ -198,9 +228,5 @@ def _grow_vocabulary(ours: dict[str, nn.Parameter], theirs: dict[str, LazyTensor
     return said
 
 
-def _grower(size: int) -> Any:
-    def grow(table: torch.Tensor) -> torch.Tensor:
-        mean = table.float().mean(dim=0, keepdim=True).to(table.dtype)
-        return torch.cat([table, mean.expand(size - len(table), -1)])
-
-    return grow
+def _grower(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda table: grown(table.float(), size).to(table.dtype)  # theirs may be fp16, whose sums overflow

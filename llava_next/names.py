@@ -23,6 +23,11 @@ def is_adapter(live: str) -> bool:
     return ".lora_A." in live or ".lora_B." in live
 
 
+def without_adapters(live: str) -> str:
+    """The name of a parameter that is no adapter's in the model before adapters were put into it."""
+    return live.replace(BASE, ".")
+
+
 _LINEAR = ("hf.model.multi_modal_projector.weight", "hf.model.multi_modal_projector.bias")
 """A linear projector is one layer: in the published layout the first of two (see `hf.py`)."""
 

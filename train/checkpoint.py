@@ -198,7 +198,7 @@ def find_sound(folder: Path, world: World) -> Path | None:
         remove_unfinished(folder)
     barrier(world)
     for place in reversed(complete(folder)):
-        found = [told for told in share(world, _damage(place, world)) if told]
+        found = [told for told in share(world, damage(place, world.rank, world.size)) if told]
         if not found:
             return place
         if world.is_main:
@@ -301,11 +301,14 @@ def _finish_sealed(folder: Path) -> None:
             logger.info("%s is not whole, and is removed: %s", partial, error)
 
 
-def _damage(place: Path, world: World) -> str:
-    """What is wrong with this rank's share of the files, or nothing."""
+def damage(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
+    """What is wrong with this rank's share of a checkpoint's files, the first of them by name; empty where nothing is.
+
+    Every byte of them is read.
+    """
     try:
         sums = json.loads((place / _SUMS).read_text())
-        for name, expected in sorted(sums.items())[world.rank :: world.size]:
+        for name, expected in sorted(sums.items())[rank::num_ranks]:
             path = place / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -314,7 +317,7 @@ def _damage(place: Path, world: World) -> str:
                 return f"{name} has {size:,} bytes, {expected['bytes']:,} were written"
             if _sum(path) != expected:
                 return f"{name} has other bytes than were written (sha256)"
-        if world.is_main:
+        if rank == 0:
             read_state(place)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         return f"{type(error).__name__}: {error}"

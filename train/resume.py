@@ -7,7 +7,7 @@ checkpoint: they come from `init_from`, as at the first start, and are compared 
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 
 from llava_next.batch import Batch
 from llava_next.model import LlavaNext, part_of
+from llava_next.tensors import LazyTensor, given
 from train import checkpoint
 from train.checkpoint import RunState
 from train.compose import to_yaml
@@ -86,14 +87,26 @@ def frozen_sums(model: LlavaNext, world: World) -> dict[str, str]:
 
     Rank 0 has the weights, and sums up several parameters at a time.
     """
+    frozen = [given(name, parameter.detach()) for name, parameter in model.named_parameters() if _is_frozen(parameter)]
+    return share(world, sums_of(frozen, at_a_time=min(8, os.cpu_count() or 1)) if world.is_main else {})[0]
+
+
+def sums_of(frozen: Sequence[LazyTensor], *, at_a_time: int = 1) -> dict[str, str]:
+    """`frozen_sums` of parameters that may lie anywhere.
+
+    Args:
+        frozen: by live names, in the order of the model's `named_parameters`, in its type.
+        at_a_time: so many are read and summed up at once.
+    """
     parts: dict[str, Any] = {}
-    if world.is_main:
-        frozen = [(name, parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad]
-        with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:  # hashlib lets other threads run
-            sums = list(pool.map(lambda item: _tensor_sum(*item), frozen))
-        for (name, _), found in zip(frozen, sums, strict=True):
-            parts.setdefault(part_of(name), hashlib.sha256()).update(found.encode())
-    return share(world, {part: total.hexdigest() for part, total in parts.items()})[0]
+    with ThreadPoolExecutor(max_workers=at_a_time) as pool:  # hashlib lets other threads run
+        for tensor, found in zip(frozen, pool.map(_tensor_sum, frozen), strict=True):
+            parts.setdefault(part_of(tensor.name), hashlib.sha256()).update(found.encode())
+    return {part: total.hexdigest() for part, total in parts.items()}
+
+
+def _is_frozen(parameter: torch.nn.Parameter) -> bool:
+    return not parameter.requires_grad
 
 
 def check_frozen(place: Path, state: RunState, frozen: dict[str, str]) -> None:
@@ -249,9 +262,9 @@ def _about_group(group: dict[str, Any]) -> dict[str, Any]:
     return {key: group[key] for key in ("name", "part", "peak_lr", "weight_decay")}
 
 
-def _tensor_sum(name: str, tensor: torch.Tensor) -> str:
-    total = hashlib.sha256(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-    total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+def _tensor_sum(tensor: LazyTensor) -> str:
+    total = hashlib.sha256(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+    total.update(tensor.value().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -1,14 +1,19 @@
-"""What the model's tests share: encoded samples, a stock twin with the same weights, gradients side by side."""
+"""What the model's tests share: encoded samples, a stock twin with the same weights, gradients side by side, parts on
+disk with weights."""
 
 import io
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
     CLIPImageProcessorPil,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -18,11 +23,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from data_recipes.sample import Message
 from llava_next.batch import Batch, collate
-from llava_next.build import Backbone
-from llava_next.config import ImageMode
+from llava_next.build import Backbone, read_backbone
+from llava_next.config import ImageMode, ModelConfig
 from llava_next.model import LlavaNext, live_parameters, part_of
 from llava_next.processor import Example
-from tests.tiny import encoded_picture
+from tests.tiny import TowerName, encoded_picture, tiny_model
 
 
 @dataclass(frozen=True)
@@ -178,3 +183,19 @@ def key_bias_share(found: dict[str, torch.Tensor | None]) -> float:
             assert query is not None, name
             worst = max(worst, float(key.norm()) / float(query.norm()))
     return worst
+
+
+def pretrained(folder: Path, tower: TowerName = "clip", **options: Any) -> ModelConfig:
+    """A tiny model whose parts lie on disk with weights; `options` are those of `tiny_model`."""
+    config = tiny_model(folder, tower, **options)
+    backbone = read_backbone(config)
+    torch.manual_seed(11)
+    vision = AutoModel.from_config(backbone.hf_config.vision_config)
+    vision.save_pretrained(config.vision_tower.path)
+    text = type(backbone.hf_config.text_config).from_pretrained(config.language_model.path)
+    AutoModelForCausalLM.from_config(text).save_pretrained(config.language_model.path)
+    return replace(
+        config,
+        language_model=replace(config.language_model, weights="pretrained"),
+        vision_tower=replace(config.vision_tower, weights="pretrained"),
+    )

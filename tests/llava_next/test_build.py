@@ -17,7 +17,7 @@ from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, Proj
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext, live_parameters
 from tests.llava_next.conftest import MakeBackbone
-from tests.llava_next.models import encoded, row
+from tests.llava_next.models import encoded, pretrained, row
 from tests.tiny import PATCH, TILE, TowerName, tiny_model, tiny_tokenizer
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
@@ -31,22 +31,6 @@ def with_tile(config: ModelConfig, tile: int) -> ModelConfig:
 
 def _state(model: LlavaNext) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in live_parameters(model)}
-
-
-def _pretrained(folder: Path, tower: TowerName = "clip", **options: Any) -> ModelConfig:
-    """A tiny model whose parts lie on disk with weights."""
-    config = tiny_model(folder, tower, **options)
-    backbone = read_backbone(config)
-    torch.manual_seed(11)
-    vision = AutoModel.from_config(backbone.hf_config.vision_config)
-    vision.save_pretrained(config.vision_tower.path)
-    text = type(backbone.hf_config.text_config).from_pretrained(config.language_model.path)
-    AutoModelForCausalLM.from_config(text).save_pretrained(config.language_model.path)
-    return ModelConfig(
-        replace(config.language_model, weights="pretrained"),
-        replace(config.vision_tower, weights="pretrained"),
-        config.grids,
-    )
 
 
 def _edit_weights(path: str, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
@@ -122,7 +106,7 @@ def test_rotary_frequencies_stay_in_fp32(make_backbone: MakeBackbone) -> None:
 @pytest.mark.parametrize("tower", TOWERS)
 def test_pretrained_parts_keep_their_weights(tmp_path: Path, tower: TowerName) -> None:
     """Tower and language model hold the tensors of their files; new rows of the table are the mean of the old."""
-    config = _pretrained(tmp_path, tower)
+    config = pretrained(tmp_path, tower)
     model = build_model(read_backbone(config), dtype=torch.float32, seed=0)
     state = {name.removeprefix("hf.model."): tensor for name, tensor in _state(model).items()}
     vision = AutoModel.from_pretrained(config.vision_tower.path).state_dict()
@@ -162,7 +146,7 @@ def test_a_directory_of_a_whole_clip_gives_its_vision_tower(tmp_path: Path) -> N
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
 def test_a_missing_tensor_is_refused(tmp_path: Path, part: str) -> None:
     """transformers would make it up at random and only mention it: here it stops, with its name."""
-    config = _pretrained(tmp_path)
+    config = pretrained(tmp_path)
     path = getattr(config, part).path
     name = next(n for n in load_file(Path(path) / "model.safetensors") if n.endswith("k_proj.weight"))
     _edit_weights(path, lambda tensors: tensors.pop(name))
@@ -173,7 +157,7 @@ def test_a_missing_tensor_is_refused(tmp_path: Path, part: str) -> None:
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
 def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, part: str) -> None:
     """A config.json that does not belong to its weights stops, with the key."""
-    config = _pretrained(tmp_path)
+    config = pretrained(tmp_path)
     _edit_config(getattr(config, part).path, intermediate_size=64)
     with pytest.raises(ModelError, match=rf"model\.{part}\.path"):
         build_model(read_backbone(config), dtype=torch.float32, seed=0)
@@ -182,7 +166,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, part: str) -> None
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
 def test_weights_that_were_cut_off_are_refused(tmp_path: Path, part: str) -> None:
     """Half a file, as a broken download leaves it: told with the key of the folder."""
-    config = _pretrained(tmp_path)
+    config = pretrained(tmp_path)
     file = Path(getattr(config, part).path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=rf"model\.{part}\.path: the weights .* were not read"):
@@ -246,7 +230,7 @@ def test_a_fresh_projector_has_torchs_own_initialisation(make_backbone: MakeBack
 @pytest.mark.parametrize("tower", TOWERS)
 def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) -> None:
     """A larger tile: a larger table whose class token is the old one, nothing else changed, and rows run."""
-    config = _pretrained(tmp_path, tower)
+    config = pretrained(tmp_path, tower)
     same = _state(build_model(read_backbone(config), dtype=torch.float32, seed=0))
     backbone = read_backbone(with_tile(config, 42))
     model = build_model(backbone, dtype=torch.float32, seed=0)
@@ -268,7 +252,7 @@ def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) 
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_a_resampled_table_keeps_its_directions(tmp_path: Path, prefix: int) -> None:
     """A table that grows from row to row still does, and is even along each row; the class token stays."""
-    config = _pretrained(tmp_path, "clip" if prefix else "siglip")
+    config = pretrained(tmp_path, "clip" if prefix else "siglip")
 
     def slope(tensors: dict[str, torch.Tensor]) -> None:
         name = next(n for n in tensors if "position_embedding" in n)
@@ -307,7 +291,7 @@ def test_a_tower_may_leave_a_strip_of_its_own_size_unseen(tmp_path: Path, tower:
 
 def test_the_same_tile_leaves_the_positions_alone(tmp_path: Path) -> None:
     """Naming the tower's own size changes no bit; a constant table stays constant at any size."""
-    config = _pretrained(tmp_path)
+    config = pretrained(tmp_path)
     same = _state(build_model(read_backbone(config), dtype=torch.float32, seed=0))
     named = _state(build_model(read_backbone(with_tile(config, TILE)), dtype=torch.float32, seed=0))
     assert all(torch.equal(same[name], named[name]) for name in same)

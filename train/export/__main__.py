@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries(on_cpu=True)
     started = time.monotonic()
     try:
-        source = open_source(options.source, _DTYPES[options.dtype])
+        source = open_source(options.source, _DTYPES[options.dtype], verify=not options.no_verify)
         out = options.out or _default_out(source, options.format)
         _check_out(out, source)
         checks = export(source, out, options)
@@ -52,7 +52,7 @@ def export(source: Source, out: Path, options: argparse.Namespace) -> list[str]:
         ConfigError, ModelError: what cannot be written in that format; an export that is not its source.
     """
     shard_bytes = int(options.shard_gb * 10**9)
-    checks: list[str] = []
+    checks = list(source.checks)
     with complete_or_absent(out) as folder:
         assert folder is not None
         if options.format == "hf":
@@ -63,7 +63,9 @@ def export(source: Source, out: Path, options: argparse.Namespace) -> list[str]:
             tensors = source.single_layer_tensors()
             write_original_folder(tensors, model, folder, shard_bytes)
             written = original_tensors(tensors, model)
-        if not options.no_verify:
+        if options.no_verify:
+            checks.append("NOT verified (--no-verify): neither the files that were read nor those that were written")
+        else:
             checks.append(verify_tensors(folder, written))
             if options.format == "hf":
                 checks.append(verify_logits(folder, source))
@@ -100,7 +102,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shard-gb", type=float, default=4.0, help="size of a file, and of what is held in memory")
     parser.add_argument("--vision-tower", help="of --format original: the tower's directory or name on the hub, where "
                         "servers find its config (default: the run's own)")  # fmt: skip
-    parser.add_argument("--no-verify", action="store_true", help="do not read it back")
+    parser.add_argument("--no-verify", action="store_true", help="neither compare a checkpoint's files with their "
+                        "sums, nor read back what was written")  # fmt: skip
     return parser.parse_args(arguments)
 
 

@@ -1,13 +1,14 @@
 """What is exported: a run, a checkpoint of one, or a Hugging Face directory, as tensors and all that describes them.
 
-Nothing is held but what no file holds as it is needed: the frozen parts of a run, in its own type.
+Every tensor stays where it lies until it is read: trained ones in the checkpoint's files, frozen ones where the run had
+them from. What no file holds as it is needed is held, and said (`first_weights.py`).
 """
 
 import json
 import pickle
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,11 @@ from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import PARTS, ImageMode, ModelError
 from llava_next.conversation import IMAGE_PLACEHOLDER
-from llava_next.hf import (
-    SECOND_LAYER,
-    as_stock,
-    live_tensor,
-    write_hf_folder,
-)
-from llava_next.load import load_weights
+from llava_next.first_weights import first_weights
+from llava_next.hf import SECOND_LAYER, as_stock, write_hf_folder
 from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
-from llava_next.names import as_published
+from llava_next.names import as_published, without_adapters
 from llava_next.original import OriginalModel, of_backbone
 from llava_next.processor import Processor
 from llava_next.released import is_original, projector_kind
@@ -38,7 +34,6 @@ from train.compose import load_yaml
 from train.config import ConfigError, RunConfig
 from train.loader import stage_processor
 from train.weights import trained_weights
-from train.world import World
 
 _DESCRIBES = (".json", ".jinja", ".model", ".txt")
 
@@ -56,6 +51,7 @@ class Source:
         backbone, processor: of that run; None for a directory that no run is known of.
         about: the run's data.json.
         versions: that it was trained with.
+        checks: what was compared while it was opened, and what is held in memory, in sentences.
     """
 
     words: str
@@ -67,6 +63,7 @@ class Source:
     processor: Processor | None
     about: dict[str, Any] | None
     versions: dict[str, str]
+    checks: list[str] = field(default_factory=list)
 
     @property
     def image_mode(self) -> ImageMode:
@@ -129,16 +126,19 @@ class Source:
         )
 
 
-def open_source(path: Path, dtype: torch.dtype | None) -> Source:
+def open_source(path: Path, dtype: torch.dtype | None, *, verify: bool = True) -> Source:
     """The model that a path names, its tensors in this type (None: in their own).
 
+    Args:
+        verify: a checkpoint's files are compared with their sums.
+
     Raises:
-        ConfigError: it is none of the three, or holds no weights.
+        ConfigError: it is none of the three, or holds no weights; a checkpoint with other bytes than were written.
         ModelError: its frozen parts are not there, or not those that it was trained with; a damaged file.
     """
     try:
         if (path / "run_state.json").is_file():
-            return _of_checkpoint(path, dtype)
+            return _of_checkpoint(path, dtype, verify)
         if (path / "config.json").is_file():
             return _of_folder(path, dtype, _run_around(path))
         if not (path / "config.yaml").is_file():
@@ -154,10 +154,15 @@ def open_source(path: Path, dtype: torch.dtype | None) -> Source:
                 f"{path} holds neither an export/ nor a checkpoint; a connector/ is used with stage.init_from={path}/"
                 "connector, and a whole model around it is a checkpoint's (save.every=N)"
             )
-        return _of_checkpoint(newest, dtype)
+        return _of_checkpoint(newest, dtype, verify)
     except checkpoint.SaveFormatError:
         raise
     except (SafetensorError, OSError, RuntimeError, KeyError, pickle.UnpicklingError, json.JSONDecodeError) as error:
+        if "Cannot allocate memory" in str(error):
+            raise ModelError(
+                f"{path}: the kernel does not map a file that is larger than this host's memory and swap; let it with "
+                f"`sysctl vm.overcommit_memory=1` (a mapped file takes no memory), or export on another host: {error}"
+            ) from error
         raise ModelError(f"{path} cannot be read, a file in it is damaged or missing: {error}") from error
 
 
@@ -166,21 +171,19 @@ def _run_around(folder: Path) -> RunConfig | None:
     return load_yaml(path) if folder.name == "export" and path.is_file() else None
 
 
-def _of_checkpoint(place: Path, dtype: torch.dtype | None) -> Source:
+def _of_checkpoint(place: Path, dtype: torch.dtype | None, verify: bool) -> Source:
+    checks = [_compare_sums(place)] if verify else []
     checkpoint.refuse_code(place)
     config = load_yaml(checkpoint.config_path(place))
     state = checkpoint.read_state(place)
     own = getattr(torch, state.dtype)
     backbone = read_backbone(config.model)
     processor = stage_processor(backbone, config.stage)
-    model = _frozen_parts(config, backbone, state, place)
+    model, frozen, held = _frozen_parts(config, backbone, state, place)
     wanted = dtype or own
     trained = trained_weights(model, place, masters=wanted == torch.float32 != own)
     wide = torch.promote_types(wanted, own)  # adapters are merged before anything is rounded off
-    live = [
-        (trained[name] if name in trained else live_tensor(name, parameter)).cast(wide)
-        for name, parameter in live_parameters(model)
-    ]
+    live = [(trained[name] if name in trained else frozen[name]).cast(wide) for name, _ in live_parameters(model)]
     tensors = [tensor.cast(wanted) for tensor in as_stock(live, model, backbone, config.stage.image_mode)]
     run_dir = place.parent.parent
     layout = f"{state.layout['num_ranks']} rank(s), ZeRO {state.layout['zero_stage']}, {state.dtype}"
@@ -194,7 +197,21 @@ def _of_checkpoint(place: Path, dtype: torch.dtype | None) -> Source:
         processor,
         _about(run_dir),
         state.versions,
+        [*checks, *held],
     )
+
+
+def _compare_sums(place: Path) -> str:
+    """Raises ConfigError, with the first of its files that is not what the run wrote; returns a sentence."""
+    told = checkpoint.damage(place)
+    if told:
+        others = [str(other) for other in checkpoint.complete(place.parent) if other.resolve() != place.resolve()]
+        raise ConfigError(
+            f"checkpoint {place} is damaged: {told}; export another one ("
+            + (f"there are {', '.join(reversed(others))}" if others else f"there is none in {place.parent}")
+            + ")"
+        )
+    return "the checkpoint's files are what the run wrote (sha256)"
 
 
 def _stock_dict(backbone: Backbone, image_mode: ImageMode) -> dict[str, Any]:
@@ -202,29 +219,34 @@ def _stock_dict(backbone: Backbone, image_mode: ImageMode) -> dict[str, Any]:
     return described | ({} if image_mode == "anyres" else {"model_type": "llava"})
 
 
-def _frozen_parts(config: RunConfig, backbone: Backbone, state: checkpoint.RunState, place: Path) -> LlavaNext:
-    """The run's model, as far as a checkpoint does not hold it: trained parts are names and shapes.
+def _frozen_parts(
+    config: RunConfig, backbone: Backbone, state: checkpoint.RunState, place: Path
+) -> tuple[LlavaNext, dict[str, LazyTensor], list[str]]:
+    """The run's model as names and shapes, the tensors of it that a checkpoint does not hold, and what is held of them.
 
-    The tower is always needed, since its layers above the feature layer are never trained. Frozen parts are compared
-    with what the run has summed up.
+    The tower is always needed, since its layers above the feature layer are never trained. What the run has summed up
+    is summed up again, one tensor at a time.
     """
     rates, lora = config.stage.rates, config.lora or {}
-    parts = {"vision_tower", *lora} | (set(PARTS) - set(rates))
-    if parts & {"image_newline", "projector"}:
-        parts |= {"image_newline", "projector"}
-    if "random" in {config.model.vision_tower.weights} | (
-        {config.model.language_model.weights} if "language_model" in parts else set()
-    ):
-        parts = set(PARTS)  # random weights are drawn one part after another
-    dtype = getattr(torch, state.dtype)
-    model = build_model(backbone, dtype=dtype, seed=config.seed, parts=parts)
-    if config.stage.init_from is not None:
-        load_weights(model, backbone, Path(config.stage.init_from))
+    start = config.stage.init_from
+    model = build_model(backbone, dtype=getattr(torch, state.dtype), seed=config.seed, parts=())
+    first, held = first_weights(
+        model,
+        backbone,
+        parts={"vision_tower", *lora} | (set(PARTS) - set(rates)),
+        seed=config.seed,
+        init_from=Path(start) if start is not None else None,
+    )
     add_adapters(model, lora, seed=config.seed)
     set_trained_parts(model, rates)
-    sums = resume.frozen_sums(model, World(0, 0, 1, torch.device("cpu"), dtype, None))
-    resume.check_frozen(place, state, sums)
-    return model
+    frozen = {
+        name: first[without_adapters(name)].renamed(name)
+        for name, parameter in live_parameters(model)
+        if not parameter.requires_grad
+    }
+    summed = [frozen[name] for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    resume.check_frozen(place, state, resume.sums_of(summed))
+    return model, frozen, held
 
 
 def _of_folder(folder: Path, dtype: torch.dtype | None, config: RunConfig | None) -> Source:

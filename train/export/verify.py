@@ -1,7 +1,8 @@
 """Whether an export is what was exported: every tensor, and what stock transformers makes of pictures with it.
 
-Tensors are compared one by one. For the logits the model is loaded once, in fp32 whatever its files hold, first as
-stock transformers runs it, then packed as training does: so much memory is needed, and where there is less it is said.
+Tensors are compared one by one, in the memory of the largest, twice. For the logits the model is loaded once, in fp32
+whatever its files hold (4 bytes a parameter, and a tenth for what is computed), first as stock transformers runs it,
+then packed as training does. Where the host or the job's limit leaves less, they are not compared, and that is said.
 """
 
 import io
@@ -58,7 +59,7 @@ def verify_logits(folder: Path, source: Source) -> str:
         ModelError: a tensor that transformers would make up or leave out; another prompt; other logits.
     """
     needed = 1.1 * sum(4 * int(np.prod(tensor.shape)) for tensor in source.tensors)
-    free = _available_bytes()
+    free = available_bytes()
     if needed > free:
         return f"logits NOT compared: loading it in fp32 takes {needed / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free"
     stock, found = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -131,8 +132,37 @@ class _Asked:
         return collate([self.example], tile=config.tile, patches_per_tile=config.patches_per_side**2)
 
 
-def _available_bytes() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 0
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that this process may still take: the host's, or what its control groups (a Slurm job, a container) leave.
+
+    Args:
+        root: of the file system that holds proc/ and sys/.
+    """
+    found = [int(line.split()[1]) * 1024 for line in _lines(root / "proc/meminfo") if line.startswith("MemAvailable:")]
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controllers, group = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top = root / "sys/fs/cgroup" / controllers
+        names = _GROUP_FILES[controllers]
+        for folder in (top / group.strip("/"), *(top / group.strip("/")).parents):
+            if all((folder / name).is_file() for name in names):
+                limit, used, stat = ((folder / name).read_text() for name in names)
+                cached = dict(entry.split() for entry in stat.splitlines())
+                if limit.strip() != "max":
+                    found.append(int(limit) - int(used) + int(cached.get(_CACHED[controllers], 0)))
+            if folder == top:
+                break
+    return max(0, min(found, default=0))
+
+
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "memory.stat"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "memory.stat"),
+}
+_CACHED = {"": "inactive_file", "memory": "total_inactive_file"}
+"""Pages of files that count as used, and that the kernel takes back."""
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.is_file() else []
