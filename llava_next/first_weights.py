@@ -9,11 +9,12 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from llava_next.build import Backbone, build_model, grown, resampled_positions
-from llava_next.config import PARTS, ModelError
+from llava_next.config import PARTS, LanguageModelConfig, ModelError, VisionTowerConfig
 from llava_next.hf import live_tensor
 from llava_next.load import EMBEDDING, HEAD, read_weights
 from llava_next.model import LlavaNext, live_parameters, part_of
@@ -37,7 +38,7 @@ def first_weights(
         init_from: as `load_weights` was given it; None where it was not called.
 
     Returns:
-        The tensors, and a sentence on each part of a directory that had to be built, and is held whole.
+        The tensors, and a sentence on each tower or language model that had to be built, and is held whole.
 
     Raises:
         ModelError: as `build_model` and `load_weights` do.
@@ -48,37 +49,39 @@ def first_weights(
     if init_from is not None:
         tensors, _ = read_weights(model, backbone, init_from)
         found = {name: tensor.cast(dtype) for name, tensor in tensors.items()}
-    said = []
-    for part, config in (
-        ("vision_tower", backbone.config.vision_tower),
-        ("language_model", backbone.config.language_model),
-    ):
+    stacks = _stacks(backbone)
+    for part, config in stacks.items():
         lacking = {name: live[name] for name in live if part_of(name) == part and name not in found}
         if part in parts and lacking and config.weights == "pretrained":
-            tensors = _in_directory(part, Path(config.path), lacking, backbone.hf_config.vision_config.model_type)
-            found |= tensors
-            if not tensors:
-                said.append(f"the {part} is held whole: {config.path} has its tensors in other names or shapes")
-    lacking_parts = {part_of(name) for name in live.keys() - found.keys()} & set(parts)
-    if lacking_parts:
-        built = build_model(backbone, dtype=dtype, seed=seed, parts=_built_with(lacking_parts, backbone))
-        found |= {
-            name: live_tensor(name, parameter)
-            for name, parameter in live_parameters(built)
-            if name not in found and part_of(name) in lacking_parts
-        }
-    return found, said
+            found |= _in_directory(part, Path(config.path), lacking, backbone.hf_config.vision_config.model_type)
+    missing = {part_of(name) for name in live.keys() - found.keys()} & set(parts)
+    if missing:
+        found = _built(missing, backbone, dtype, seed) | found
+    return found, [
+        f"the {part} is held whole: "
+        + (
+            f"{config.path} names its tensors otherwise"
+            if config.weights == "pretrained"
+            else "no file has its weights"
+        )
+        for part, config in stacks.items()
+        if part in missing
+    ]
 
 
-def _built_with(parts: set[str], backbone: Backbone) -> set[str]:
-    """The parts to build for these to have their weights: random ones are drawn one part after another."""
-    weights = {
-        "vision_tower": backbone.config.vision_tower.weights,
-        "language_model": backbone.config.language_model.weights,
-    }
-    if any(weights.get(part) == "random" for part in parts):
-        return set(PARTS)
-    return parts | ({"projector", "image_newline"} if parts & {"projector", "image_newline"} else set())
+def _stacks(backbone: Backbone) -> dict[str, LanguageModelConfig | VisionTowerConfig]:
+    return {"vision_tower": backbone.config.vision_tower, "language_model": backbone.config.language_model}
+
+
+def _built(parts: set[str], backbone: Backbone, dtype: torch.dtype, seed: int) -> dict[str, LazyTensor]:
+    """These parts as `build_model` makes them, by live names."""
+    wanted = set(parts)
+    if parts & {"projector", "image_newline"}:
+        wanted |= {"projector", "image_newline"}  # drawn one after the other
+    if any(part in parts and config.weights == "random" for part, config in _stacks(backbone).items()):
+        wanted = set(PARTS)  # drawn after one another, too
+    model = build_model(backbone, dtype=dtype, seed=seed, parts=wanted)
+    return {name: live_tensor(name, parameter) for name, parameter in live_parameters(model) if part_of(name) in parts}
 
 
 def _in_directory(

@@ -97,7 +97,8 @@ def write_hf_folder(
     if folder is None:
         return
     config = stock_config(backbone, processor.config.image_mode)
-    config.dtype = tensors[0].dtype
+    for described in (config, config.text_config, config.vision_config):
+        described.dtype = tensors[0].dtype
     config.save_pretrained(folder)
     generation_config(backbone, processor.template).save_pretrained(folder)
     stock_processor(backbone, processor).save_pretrained(folder)

@@ -87,7 +87,7 @@ def frozen_sums(model: LlavaNext, world: World) -> dict[str, str]:
 
     Rank 0 has the weights, and sums up several parameters at a time.
     """
-    frozen = [given(name, parameter.detach()) for name, parameter in model.named_parameters() if _is_frozen(parameter)]
+    frozen = [given(name, weight.detach()) for name, weight in model.named_parameters() if not weight.requires_grad]
     return share(world, sums_of(frozen, at_a_time=min(8, os.cpu_count() or 1)) if world.is_main else {})[0]
 
 
@@ -103,10 +103,6 @@ def sums_of(frozen: Sequence[LazyTensor], *, at_a_time: int = 1) -> dict[str, st
         for tensor, found in zip(frozen, pool.map(_tensor_sum, frozen), strict=True):
             parts.setdefault(part_of(tensor.name), hashlib.sha256()).update(found.encode())
     return {part: total.hexdigest() for part, total in parts.items()}
-
-
-def _is_frozen(parameter: torch.nn.Parameter) -> bool:
-    return not parameter.requires_grad
 
 
 def check_frozen(place: Path, state: RunState, frozen: dict[str, str]) -> None:

@@ -708,6 +708,19 @@ def train_deterministically(config: RunConfig) -> tuple[list[float], bool]:
         torch.use_deterministic_algorithms(False)
 
 
+def save_untrained(config: RunConfig) -> None:
+    """A checkpoint of what the run starts with, before its first step."""
+    from train.checkpoint import Saver
+    from train.config import to_yaml
+    from train.resume import run_state
+
+    with built(config) as parts:
+        saver = Saver(config.run_dir / "checkpoints", parts.world, config.save)
+        state = run_state(0, parts.table.fingerprint, config, parts.world, parts.engine, parts.frozen)
+        saver.write(parts.engine, state, to_yaml(config))
+        saver.wait()
+
+
 def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
     """The names in the checkpoint folder after each of four saves."""
     from train.checkpoint import Saver

@@ -2,9 +2,13 @@
 
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +16,10 @@ from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_next.build import build_model, read_backbone
-from llava_next.config import ProjectorKind
+from llava_next.config import LoraConfig, ProjectorKind
 from llava_next.hf import write_hf
 from llava_next.model import set_trained_parts
+from tests.llava_next.models import pretrained
 from tests.ranks import Ranks
 from tests.tiny import HostilePickle, TowerName, tiny_model
 from tests.train import cases
@@ -23,6 +28,7 @@ from train.checkpoint import RunState, config_path
 from train.compose import to_yaml
 from train.config import RunConfig, SaveConfig
 from train.export.__main__ import main
+from train.export.verify import available_bytes
 from train.weights import trained_weights
 
 Start = Callable[[int], Ranks]
@@ -121,7 +127,61 @@ def test_frozen_parts_come_from_where_the_run_had_them(
     other = (config_path(place)).read_text().replace(str(first.run_dir / "export"), "null").replace("'null'", "null")
     (config_path(place)).write_text(other)
     assert main([str(place)]) == 2
+    assert re.search(r"config.yaml has other .* changed that file yourself, .*--no-verify", capsys.readouterr().err)
+    assert main([str(place), "--no-verify"]) == 2
     assert re.search(r"frozen parameters of language_model, vision_tower are not those", capsys.readouterr().err)
+
+
+@pytest.mark.full
+def test_a_frozen_model_is_never_held_whole(start_ranks: Start, run_config: RunConfig, tmp_path: Path) -> None:
+    """A gigabyte of language model below adapters goes from its directory to files of 0.1 GB, merged, in the memory of
+    three such files and the program."""
+    pytest.importorskip("peft")
+    folder = tmp_path / "parts"
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 15,
+        "num_attention_heads": 8,
+    }
+    model = pretrained(folder, **sizes, num_key_value_heads=8)
+    weights = Path(model.language_model.path) / "model.safetensors"
+    assert weights.stat().st_size > 1e9
+    adapters = {"language_model": LoraConfig(4, 8.0, ("q_proj", "down_proj"))}
+    rates: dict[str, float | None] = {"projector": 1.0e-3, "language_model": 1.0e-4}
+    config = cases.with_stage(replace(run_config, model=model, lora=adapters), learning_rates=rates)
+    start_ranks(1).run(cases.save_untrained, config, timeout_s=300)
+    place = config.run_dir / "checkpoints" / "step_000000"
+    assert sum(path.stat().st_size for path in place.rglob("*")) < 1e8
+    out = tmp_path / "out"
+    command = [str(place), "--no-verify", "--shard-gb", "0.1", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown_gb = int(done.stdout.splitlines()[-1]) * 1024 / 1e9
+    assert sum(path.stat().st_size for path in out.glob("*.safetensors")) > 1e9
+    shutil.rmtree(folder)
+    shutil.rmtree(out)
+    assert grown_gb < 0.35
+
+
+_MEASURED = """
+import sys
+from pathlib import Path
+from typing import Any
+from train.export import __main__ as program
+
+
+def high_water_kib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+
+before = high_water_kib()
+code = program.main(sys.argv[1:])
+print(high_water_kib() - before)
+sys.exit(code)
+"""
+"""Exports, and prints by how much the most that was ever resident has grown, in KiB."""
 
 
 def test_a_run_is_its_result_and_a_directory_is_itself(
@@ -136,6 +196,10 @@ def test_a_run_is_its_result_and_a_directory_is_itself(
     theirs = load_file(config.run_dir / "export" / "model.safetensors")
     stock = LlavaNextForConditionalGeneration.from_pretrained(out)
     assert stock.dtype == torch.bfloat16
+    described = json.loads((out / "config.json").read_text())
+    assert (
+        {described[part]["dtype"] for part in ("text_config", "vision_config")} == {described["dtype"]} == {"bfloat16"}
+    )
     assert torch.equal(stock.model.image_newline, theirs["image_newline"].bfloat16())
     original = out.with_name("original")
     assert main([str(config.run_dir), "--format", "original", "--out", str(original)]) == 0, capsys.readouterr().err
@@ -195,6 +259,82 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     assert re.search(r"mp_rank_00_model_states.pt names \w+.system, which no checkpoint needs", capsys.readouterr().err)
     assert not (tmp_path / "ran").exists()
     assert not (run_config.run_dir / "exports").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_files_name(
+    start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flipped byte, a missing file, sums that are not there: told with another checkpoint before anything is written.
+    `--no-verify` takes it as it is, and says so, on the card too."""
+    config = replace(run_config, engine=cases.zero(0))
+    start_ranks(1).run(cases.save_often, config, SaveConfig(every=1, keep=2))
+    before, place = (config.run_dir / "checkpoints" / f"step_00000{step}" for step in (3, 4))
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    weights = place / "engine" / "mp_rank_00_model_states.pt"
+    sound = bytearray(weights.read_bytes())
+    weights.write_bytes(sound[: len(sound) // 2] + bytes([sound[len(sound) // 2] ^ 1]) + sound[len(sound) // 2 + 1 :])
+    told = rf"{place} is damaged: engine/{weights.name} has other bytes than were written.*export another .*{before}"
+    for source in (place, config.run_dir):
+        assert main([str(source)]) == 2
+        assert re.search(told, capsys.readouterr().err)
+    assert not (config.run_dir / "exports").exists()
+    assert main([str(place), "--no-verify"]) == 0
+    assert "NOT verified (--no-verify): neither the files that were read nor" in capsys.readouterr().out
+    assert "NOT verified" in (config.run_dir / "exports" / "step_000004_hf" / "README.md").read_text()
+    weights.unlink()
+    assert main([str(place)]) == 2
+    assert f"engine/{weights.name} is missing" in capsys.readouterr().err
+    assert main([str(before)]) == 0
+    assert "the checkpoint's files are what the run wrote (sha256)" in capsys.readouterr().out
+    shutil.rmtree(place)
+    (before / "sums.json").unlink()
+    assert main([str(before)]) == 2
+    assert re.search(r"sums.json.*there is none in .*checkpoints", capsys.readouterr().err)
+
+
+def test_a_file_that_the_kernel_does_not_map_is_told(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger than memory and swap, it is not damaged: what lets it be mapped is named."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("unable to mmap 64424509440 bytes from file <weights>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("train.export.source._of_folder", refused)
+    (tmp_path / "config.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    assert "vm.overcommit_memory=1" in capsys.readouterr().err
+
+
+def test_logits_that_would_not_fit_are_left_out_and_told(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever leaves too little: the host, or the limit of a control group around this process, of either version."""
+    backbone = read_backbone(run_config.model)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "model")
+    proc = tmp_path / "root" / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert available_bytes(tmp_path / "root") == 8000 * 1024
+    for version, groups, names in (
+        ("", "1:cpu:/other\n0::/job/step\n", ("memory.max", "memory.current", "inactive_file")),
+        ("memory", "4:memory:/job/step\n", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ):
+        (proc / "self" / "cgroup").write_text(groups)
+        limit, used, cached = names
+        top = tmp_path / "root" / "sys" / "fs" / "cgroup" / version
+        for folder, allowed in ((top / "job", "100000"), (top / "job" / "step", "max" if version == "" else "1" * 19)):
+            folder.mkdir(parents=True)
+            (folder / limit).write_text(allowed)
+            (folder / used).write_text("70000")
+            (folder / "memory.stat").write_text(f"anon 5\n{cached} 20000\n")
+        assert available_bytes(tmp_path / "root") == 50000
+    monkeypatch.setattr("train.export.verify.available_bytes", lambda: available_bytes(tmp_path / "root"))
+    assert main([str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "logits NOT compared: loading it in fp32 takes 0.0 GiB, 0.0 GiB are free" in said
+    assert "byte for byte" in said
 
 
 def test_an_output_that_is_something_else_is_left_alone(

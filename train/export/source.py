@@ -86,8 +86,9 @@ class Source:
             if path.suffix in _DESCRIBES and not path.name.endswith(".index.json"):
                 shutil.copyfile(path, folder / path.name)
         described = json.loads((folder / "config.json").read_text())
-        described["dtype"] = str(self.tensors[0].dtype).removeprefix("torch.")
-        described.pop("torch_dtype", None)
+        for config in (described, described.get("text_config", {}), described.get("vision_config", {})):
+            config["dtype"] = str(self.tensors[0].dtype).removeprefix("torch.")
+            config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
 
     def single_layer_tensors(self) -> list[LazyTensor]:
@@ -209,7 +210,7 @@ def _compare_sums(place: Path) -> str:
         raise ConfigError(
             f"checkpoint {place} is damaged: {told}; export another one ("
             + (f"there are {', '.join(reversed(others))}" if others else f"there is none in {place.parent}")
-            + ")"
+            + "), or, where you have changed that file yourself, take it as it is with --no-verify"
         )
     return "the checkpoint's files are what the run wrote (sha256)"
 
