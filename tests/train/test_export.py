@@ -127,7 +127,7 @@ def test_frozen_parts_come_from_where_the_run_had_them(
     other = (config_path(place)).read_text().replace(str(first.run_dir / "export"), "null").replace("'null'", "null")
     (config_path(place)).write_text(other)
     assert main([str(place)]) == 2
-    assert re.search(r"config.yaml has other .* changed that file yourself, .*--no-verify", capsys.readouterr().err)
+    assert re.search(r"config.yaml has .* bytes, .* changed that file yourself, .*--no-verify", capsys.readouterr().err)
     assert main([str(place), "--no-verify"]) == 2
     assert re.search(r"frozen parameters of language_model, vision_tower are not those", capsys.readouterr().err)
 
