@@ -711,7 +711,7 @@ def train_deterministically(config: RunConfig) -> tuple[list[float], bool]:
 def save_untrained(config: RunConfig) -> None:
     """A checkpoint of what the run starts with, before its first step."""
     from train.checkpoint import Saver
-    from train.config import to_yaml
+    from train.compose import to_yaml
     from train.resume import run_state
 
     with built(config) as parts:
