@@ -18,11 +18,10 @@ ROOT=$PWD
 # filelock 4 has lost a module that lmms-eval imports; its llava_hf imports decord, which it does not ask for.
 PINS=(lmms-eval==0.7.3 transformers==5.23.0 torchvision==0.28.0 decord==0.6.0 filelock==3.32.7)
 TORCH=torch==2.13.0
-TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
-
-say() { printf '%s\n' "$*"; }
-stop() { printf 'lmms_eval: %s\n' "$*" >&2; exit 2; }
-usage() { sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; }
+STAMP=$(printf '%s\n' "${PINS[@]}" "$TORCH")
+ENV=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}/lmms_eval_env
+NAME=lmms_eval
+source scripts/own_env.sh
 
 # ------------------------------------------------------------------------------------------------------- arguments
 
@@ -43,45 +42,12 @@ shift 3
 # ------------------------------------------------------------------------------------------------- the environment
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; }
-ENV=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}/lmms_eval_env
-pip() { "$ENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
-
-# Whether pip left to itself would take a CUDA build, gigabytes that nothing here uses.
-takes_cuda() {
-    pip install --quiet --dry-run --ignore-installed --no-deps --report "$ENV/torch.json" "$TORCH" >&2
-    grep -qE '"(nvidia|cuda|triton)' "$ENV/torch.json"
-}
-
-find_python() {
-    for found in ${LMMS_EVAL_PYTHON:-python3.11 python3.12 python3}; do
-        "$found" -c 'import sys, venv; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null && return
-    done
-    stop "no Python 3.11 or 3.12 with its venv module; name one with LMMS_EVAL_PYTHON=/path/to/python3.11"
-}
-
-stamp=$(printf '%s\n' "${PINS[@]}" "$TORCH")
-if [[ $(cat "$ENV/.ready" 2>/dev/null) != "$stamp" ]]; then
-    find_python
-    started=$SECONDS
-    say "lmms_eval: sets up $ENV ($("$found" --version)); this takes minutes"
-    rm -rf "$ENV"
-    "$found" -m venv "$ENV"
-    index=()
-    if ! has_gpu && takes_cuda; then index=(--index-url "$TORCH_CPU_INDEX"); fi
-    pip install --quiet "${index[@]}" "$TORCH"
+if ! is_ready; then
+    new_env LMMS_EVAL_PYTHON
+    if has_gpu; then pip install --quiet "$TORCH"; else install_cpu_torch; fi
     pip install --quiet "$TORCH" "${PINS[@]}"
-    if ! "$ENV/bin/python" -c 'import torchvision' 2>/dev/null; then
-        # A CUDA build of torchvision beside a CPU build of torch: it looks for two operators that only it could bring.
-        cat >"$("$ENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'PY'
-import torch
-
-library = torch.library.Library("torchvision", "DEF")
-for name in ("nms", "qnms"):
-    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-PY
-    fi
-    printf '%s\n' "$stamp" >"$ENV/.ready"
-    say "lmms_eval: the environment is ready, $((SECONDS - started)) s"
+    mend_torchvision
+    seal_env
 fi
 
 # ------------------------------------------------------------------------------------------------------------ run

@@ -26,21 +26,20 @@ PINS=(transformers==4.36.2 tokenizers==0.15.2 accelerate==0.21.0 numpy==1.26.4 p
 AUTHORS=(llava-torch==1.2.2.post1)
 LATER=(transformers==4.40.2 tokenizers==0.19.1 jinja2==3.1.6 markupsafe==3.0.4)
 TORCH=torch==2.13.0
-TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
-
-say() { printf '%s\n' "$*"; }
-stop() { printf 'oracles: %s\n' "$*" >&2; exit 2; }
+STAMP=$(printf '%s\n' "${PINS[@]}" "${AUTHORS[@]}" "${LATER[@]}" "$TORCH")
+CACHE=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}
+ENV=$CACHE/oracle_env
+NAME=oracles
+source scripts/own_env.sh
 
 check=()
 case ${1:-} in
     "") ;;
     --check) check=(--check) ;;
-    -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
+    -h | --help) usage; exit 0 ;;
     *) stop "unknown argument '$1'; known: --check" ;;
 esac
 
-CACHE=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}
-ENV=$CACHE/oracle_env
 mkdir -p "$CACHE"
 export LLAVA_NEXT_CACHE=$CACHE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES="" TRANSFORMERS_VERBOSITY=error
 
@@ -68,41 +67,13 @@ fi
 
 # --------------------------------------------------------------------------------------------------- the environment
 
-find_python() {
-    local candidate
-    for candidate in ${ORACLE_PYTHON:-python3.11 python3.12 python3}; do
-        if "$candidate" -c 'import sys, venv; raise SystemExit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null; then
-            found=$candidate
-            return
-        fi
-    done
-    stop "no Python 3.11 or 3.12 with its venv module; the authors' versions have no wheels for a newer one.
-       Name one with ORACLE_PYTHON=/path/to/python3.11"
-}
-
-pip() { "$ENV/bin/python" -m pip --disable-pip-version-check --no-input "$@"; }
-
-# Whether pip left to itself would take a CUDA build, gigabytes that nothing here uses.
-takes_cuda() {
-    pip install --quiet --dry-run --ignore-installed --no-deps --report "$ENV/torch.json" "$TORCH" >&2
-    grep -qE '"(nvidia|cuda|triton)' "$ENV/torch.json"
-}
-
-stamp=$(printf '%s\n' "${PINS[@]}" "${AUTHORS[@]}" "${LATER[@]}" "$TORCH")
-if [[ $(cat "$ENV/.ready" 2>/dev/null) != "$stamp" ]]; then
-    find_python
-    started=$SECONDS
-    say "oracles: sets up the authors' environment in $ENV ($("$found" --version))"
-    rm -rf "$ENV"
-    "$found" -m venv "$ENV"
-    index=()
-    if takes_cuda; then index=(--index-url "$TORCH_CPU_INDEX"); fi
-    pip install --quiet "${index[@]}" "$TORCH"
+if ! is_ready; then
+    new_env ORACLE_PYTHON
+    install_cpu_torch
     pip install --quiet "${PINS[@]}"
     pip install --quiet --no-deps "${AUTHORS[@]}"
     pip install --quiet --no-deps --target "$ENV/later" "${LATER[@]}"
-    printf '%s\n' "$stamp" >"$ENV/.ready"
-    say "oracles: the environment is ready, $((SECONDS - started)) s"
+    seal_env
 fi
 
 # -------------------------------------------------------------------------------------------------------- fixtures
