@@ -34,7 +34,7 @@ from train.compose import load
 from train.plan.__main__ import planned_stages
 
 OWN_PACKAGES = {"train", "llava_next", "data_recipes"}
-NOT_HERE = {"vllm"}  # a package with an environment of its own
+NOT_HERE = {"vllm", "sglang"}  # vLLM's reader is asked in tests/scripts/test_vllm.py, SGLang's nowhere
 
 
 # ------------------------------------------------------------------------------------------- what they name
@@ -45,10 +45,19 @@ def module_exists(name: str) -> bool:
     path, package = ROOT.joinpath(*name.split(".")), name.split(".")[0]
     if package in OWN_PACKAGES:
         return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
-    return package in NOT_HERE or importlib.util.find_spec(package) is not None
+    return importlib.util.find_spec(package) is not None
 
 
-@pytest.mark.parametrize("command", [*commands(), *inline_commands()], ids=lambda command: command.text)
+def is_foreign(command: Command) -> bool:
+    """Whether it starts a program that is not installed with this project."""
+    call = module_call(command.words)
+    return command.words[0] in NOT_HERE or (call is not None and call[0].split(".")[0] in NOT_HERE)
+
+
+NAMED = [command for command in (*commands(), *inline_commands()) if not is_foreign(command)]
+
+
+@pytest.mark.parametrize("command", NAMED, ids=lambda command: command.text)
 def test_command_names_what_exists(command: Command) -> None:
     """The module is there, or the script, executable where it is run by its name."""
     words = command.words
@@ -65,6 +74,20 @@ def test_command_names_what_exists(command: Command) -> None:
 def test_readme_shows_the_two_first_commands() -> None:
     """A stranger finds the demo and the tests."""
     assert {"./scripts/quickstart.sh", "./scripts/test.sh"} <= {command.text for command in commands()}
+
+
+def test_commands_stand_in_bash_blocks() -> None:
+    """Where they are found: no line of a block in another language begins with one."""
+    languages = {language for language, _ in FENCE.findall(README.read_text())}
+    assert languages <= {"bash", "python", "yaml", ""}
+    starts = ("python ", "./", "torchrun ", "deepspeed ", "sbatch ", "pip ", "vllm ")
+    lines = [line for block in blocks("", "yaml") for line in block.splitlines()]
+    assert [line for line in lines if line.strip().startswith(starts)] == []
+
+
+def test_foreign_programs_are_marked() -> None:
+    """What is not installed with this project does not run, and says so."""
+    assert [command.text for command in commands() if is_foreign(command) and not command.needs] == []
 
 
 def test_reader_of_commands_reads_what_it_should() -> None:
@@ -125,7 +148,7 @@ def check_arguments(words: list[str], configs: Path) -> None:
     name, arguments = module_call(words) or ("", [])
     check_launcher(words)
     if name == "train":
-        load(arguments, str(configs), folders=False)
+        load([word for word in arguments if "=" in word], str(configs), folders=False)
     elif name == "train.plan":
         assert planned_stages(arguments)
     else:
@@ -145,7 +168,7 @@ def configs(tmp_path: Path) -> Path:
 def is_python(command: Command) -> bool:
     """Whether it starts a Python program of ours, alone or by a launcher."""
     call = module_call(command.words)
-    return command.words[0] == "python" or (call is not None and call[0] in OWN_PACKAGES)
+    return not is_foreign(command) and (command.words[0] == "python" or call is not None)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if is_python(c)], ids=lambda command: command.text)
@@ -154,7 +177,10 @@ def test_arguments_are_taken(command: Command, configs: Path) -> None:
     check_arguments(command.words, configs)
 
 
-@pytest.mark.parametrize("command", [c for c in commands() if c.needs and not is_python(c)], ids=lambda c: c.text)
+MARKED_SCRIPTS = [c for c in commands() if c.needs and not is_python(c) and not is_foreign(c)]
+
+
+@pytest.mark.parametrize("command", MARKED_SCRIPTS, ids=lambda command: command.text)
 def test_a_marked_shell_script_is_one(command: Command) -> None:
     """It has bash's syntax, and knows the options that it is given before any `--`; Slurm's are not its own."""
     script = script_of(command.words)

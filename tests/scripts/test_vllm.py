@@ -23,6 +23,7 @@ from llava_next.config import ImageMode
 from llava_next.hf import write_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Example, Processor
+from tests.house.readme import commands
 from tests.llava_next.models import row
 from tests.tiny import SIZES_HW, TowerName, encoded_picture, tiny_model
 from train.ops import cache_root
@@ -31,6 +32,19 @@ ROOT = Path(__file__).parents[2]
 ENVIRONMENT = cache_root() / "vllm_env"
 BOUND = 1e-5
 """On the difference of two log-probabilities."""
+
+READS_ARGUMENTS = """
+import sys
+from vllm.entrypoints.cli.serve import cmd_init
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+parser = FlexibleArgumentParser()
+commands = parser.add_subparsers()
+for command in cmd_init():
+    command.subparser_init(commands)
+options = parser.parse_args(sys.argv[1:])
+print(options.limit_mm_per_prompt, options.mm_processor_kwargs)
+"""
 
 LINE_APART_HW = (47, 188)
 """A size whose kept map is a line higher in whole numbers than by the authors' int() of a float product."""
@@ -141,6 +155,18 @@ def _authors_count(processor: Processor) -> int:
     authors = Processor(processor.tokenizer, replace(processor.config, rounding="authors"))
     _, (image,) = authors.prompt([Message("user", "<image>\n?")], [LINE_APART_HW])
     return image.num_tokens
+
+
+@pytest.mark.full
+def test_vllm_takes_the_arguments_of_the_readme() -> None:
+    """Its own reader, of `vllm serve` as README.md has it."""
+    if not (ENVIRONMENT / ".ready").is_file():
+        pytest.skip("vLLM's environment is not here: ./scripts/vllm_env.sh")
+    (words,) = (command.words for command in commands() if command.words[0] == "vllm")
+    command = [str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", "-c", READS_ARGUMENTS, *words[1:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "{'image': 4} {'backend': 'pil'}"
 
 
 def test_pins_are_exact() -> None:
