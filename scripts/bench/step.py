@@ -31,6 +31,11 @@ OURS_FROZEN = Competitor("ours-frozen", "ours", trains_tower=False)
 AUTHORS_4 = Competitor("authors-4", "authors", batch=4, trains_tower=False)
 COMPETITORS = (OURS, STOCK_1, STOCK_4, OURS_FROZEN, AUTHORS_4)
 """Numbers are batch sizes; the authors' package trains no tower, and so is compared with ours whose tower is frozen."""
+VARIANTS = (
+    Competitor("ours-compiled", "ours", changes={"compile": True}),
+    Competitor("ours-recompute", "ours", changes={"recompute": True}),
+)
+"""Run where `--only` names them: what ours costs with an option of its own."""
 
 Runs = Sequence[Mapping[str, Outcome]]
 """The outcomes of each repetition, by competitor."""
@@ -84,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         max_tokens=options.max_tokens,
         engine=options.engine,
     )
-    wanted = [competitor for competitor in COMPETITORS if competitor.name in options.only]
+    wanted = [competitor for competitor in (*COMPETITORS, *VARIANTS) if competitor.name in options.only]
     for missing in [competitor for competitor in wanted if competitor.lacks]:
         print(f"{missing.name} is left out: {missing.lacks}")
         wanted.remove(missing)
@@ -119,7 +124,7 @@ def summary(runs: Runs, samples_per_step: int) -> dict[str, object]:
     gemm = max(outcome.gemm_tflops for run in runs for outcome in run.values())
     flops = {name: sum(run[name].flops[1:]) for run in runs for name in run if run[name].flops}
     competitors = {}
-    for competitor in (competitor for competitor in COMPETITORS if competitor.name in runs[0]):
+    for competitor in (competitor for competitor in (*COMPETITORS, *VARIANTS) if competitor.name in runs[0]):
         name = competitor.name
         outcomes = [run[name] for run in runs]
         # Useful FLOPs are those of our step: what the others compute beside them is their loss.
@@ -196,7 +201,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage of ours (default 0)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     names = [competitor.name for competitor in COMPETITORS]
-    parser.add_argument("--only", nargs="+", choices=names, default=names, help="some competitors, ours among them")
+    choices = [*names, *(variant.name for variant in VARIANTS)]
+    parser.add_argument("--only", nargs="+", choices=choices, default=names, help="some of them, ours among them")
     parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)

@@ -47,6 +47,7 @@ ADDED = {  # the beginning of a command -> arguments that make it short
     "python scripts/bench/input.py": "--parts lengths --samples 40",
     "python scripts/bench/balance.py": "--steps 20",
     "python scripts/bench/scale.py": "--quick",
+    "python scripts/bench/adamw.py": "--millions 4 --rounds 2",
 }
 ELSEWHERE = {  # the program of a command -> the file that runs it, and how it names it
     "scripts/test.sh": (".ci/run", "scripts/test.sh"),
