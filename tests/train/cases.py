@@ -399,6 +399,7 @@ class Unequal:
     kinds: list[str]
     collectives: list["Collective"]
     loss: float
+    num_trained: int
 
 
 KINDS = ("text", "pictures", "nothing")
@@ -406,6 +407,8 @@ KINDS = ("text", "pictures", "nothing")
 
 def unequal_step(config: RunConfig) -> Unequal:
     """One step in which every rank holds something else than its neighbour: text, pictures, nothing at all."""
+    from llava_next.model import num_parameters
+
     with built(config) as parts:
         ranks = range(parts.world.size)
         of_ranks = [[KINDS[(rank + micro_step) % 3] for micro_step in range(3)] for rank in ranks]
@@ -413,7 +416,8 @@ def unequal_step(config: RunConfig) -> Unequal:
         plan = _plan_of_kinds(parts, of_ranks)
         with recorded_collectives() as seen:
             outcome = _step(parts, plan)
-        return Unequal(kinds, seen, float(outcome.agreement.sums[: len(parts.mixture.source_names)].sum()))
+        loss = float(outcome.agreement.sums[: len(parts.mixture.source_names)].sum())
+        return Unequal(kinds, seen, loss, num_parameters(parts.model, trained=True))
 
 
 def collectives_by_kind(config: RunConfig, skips_tower: bool) -> dict[str, list["Collective"]]:
