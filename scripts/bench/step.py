@@ -191,13 +191,13 @@ def goals_table(results: Mapping[str, object]) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--quick", action="store_true", help="one repetition of steps of four samples, to try it out")
+    parser.add_argument("--quick", action="store_true", help="one repetition of two steps of four samples, to try it out")
     parser.add_argument("--profile", action="store_true", help="also where the time of a step of ours goes")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="narrow")
-    parser.add_argument("--repetitions", type=int, help="default 3")
+    parser.add_argument("--repetitions", type=int, help="default 2")
     parser.add_argument("--samples", type=int, help="of a step, a multiple of 4 (default 8)")
-    parser.add_argument("--steps", type=int, default=2, help="of each run; the first is not timed (default 2)")
-    parser.add_argument("--max-tokens", type=int, default=8192, help="of a packed row (default 8192)")
+    parser.add_argument("--steps", type=int, help="of each run; the first is not timed (default 4)")
+    parser.add_argument("--max-tokens", type=int, default=6144, help="of a packed row (default 6144)")
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage of ours (default 0)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     names = [competitor.name for competitor in COMPETITORS]
@@ -206,8 +206,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
-    options.repetitions = options.repetitions or (1 if options.quick else 3)
+    options.repetitions = options.repetitions or (1 if options.quick else 2)
     options.samples = options.samples or (4 if options.quick else 8)
+    options.steps = options.steps or (2 if options.quick else 4)
     if options.samples % 4 or options.steps < 2:
         parser.error("--samples must be a multiple of 4 and --steps at least 2")
     if not set(options.only) & {OURS.name, OURS_FROZEN.name}:
