@@ -9,14 +9,11 @@ first rank writes `sums.json` and gives the folder its name. What is read back i
                 run_state.json  the step, and what a run that goes on must agree with
                 sums.json       bytes and sha256 of all of these
 
-Going on from one is `resume.py`'s.
+Sealing, names and sums are `sealed.py`'s, going on from a checkpoint is `resume.py`'s.
 """
 
-import hashlib
 import json
 import logging
-import os
-import re
 import shutil
 import threading
 import time
@@ -27,6 +24,7 @@ from typing import Any
 import deepspeed
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from train import sealed
 from train.config import SaveConfig
 from train.world import World, barrier, share
 
@@ -38,7 +36,7 @@ _HARMLESS = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
 }
-_STATE, _CONFIG, _SUMS = "run_state.json", "config.yaml", "sums.json"
+_STATE, _CONFIG = "run_state.json", "config.yaml"
 
 
 class SaveError(RuntimeError):
@@ -104,7 +102,7 @@ class Saver:
         """
         self.wait()
         started = self._began_s = time.monotonic()
-        partial = self._folder / f"{place_name(state.step)}.partial"
+        partial = sealed.partial_of(self._folder / place_name(state.step))
         try:
             if self._world.is_main:
                 remove_unfinished(self._folder)
@@ -131,15 +129,15 @@ class Saver:
             return None
         self._sealing.join()
         partial, self._partial, self._sealing = self._partial, None, None
-        place = partial.with_name(partial.name.removesuffix(".partial"))
         try:
             if self._error is not None:
                 raise self._error
             if self._world.is_main:
-                _give_name(partial, place, self._world.size)
+                sealed.give_name(partial, self._world.size)
                 self._remove_old()
         except (OSError, ValueError) as error:
             raise self._failed(partial, error) from error
+        place = sealed.place_of(partial)
         logger.info("%s is complete, %.1f s after it was begun", place, time.monotonic() - self._began_s)
         return place
 
@@ -159,9 +157,7 @@ class Saver:
 
     def _seal(self, partial: Path) -> None:
         try:
-            own = [path for path in _files(partial) if _owner(path) == self._world.rank]
-            sums = {path.relative_to(partial).as_posix(): _sum(path, sync=True) for path in own}
-            _write_synced(_rank_sums(partial, self._world.rank), json.dumps(sums))
+            sealed.seal(partial, self._world.rank)
         except Exception as error:
             self._error = error
 
@@ -169,7 +165,7 @@ class Saver:
         """Takes the names of old ones away, and lets their files go beside the next steps: they may be a hundred GB."""
         every = self._save.keep_every
         old = [place for place in complete(self._folder)[: -self._save.keep] if not every or _step(place) % every]
-        unnamed = [_unname(place) for place in old]
+        unnamed = [sealed.unname(place) for place in old]
         if self._removing is not None:
             self._removing.join()
         self._removing = threading.Thread(target=_remove_all, args=(unnamed,), daemon=True, name="remove")
@@ -183,7 +179,7 @@ class Saver:
         except OSError as unreadable:
             free = str(unreadable)
         return SaveError(
-            f"{partial.with_suffix('')} could not be saved: {' '.join(str(error).split())} ({free}); {kept}. Make "
+            f"{sealed.place_of(partial)} could not be saved: {' '.join(str(error).split())} ({free}); {kept}. Make "
             "room, or choose another root=..., and run the same command again"
         )
 
@@ -210,11 +206,25 @@ def find_sound(folder: Path, world: World) -> Path | None:
     return None
 
 
+def damage(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
+    """What is wrong with this rank's share of a checkpoint's files, the first of them by name; empty where nothing is.
+
+    Every byte of them is read.
+    """
+    found = sealed.damage(place, rank, num_ranks)
+    if not found and rank == 0:
+        try:
+            read_state(place)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            found = f"{type(error).__name__}: {error}"
+    return found
+
+
 def complete(folder: Path) -> list[Path]:
     """The checkpoints that are there, the newest last; whether they are sound `find_sound` tells."""
     # By number, and not .partial: a write that was killed just before its rename holds every file.
     found = [place for place in folder.glob("step_*") if place.name.removeprefix("step_").isdigit()]
-    return sorted((place for place in found if (place / _SUMS).is_file()), key=_step)
+    return sorted((place for place in found if sealed.is_whole(place)), key=_step)
 
 
 def newest(folder: Path) -> Path | None:
@@ -263,72 +273,15 @@ def remove_unfinished(folder: Path) -> None:
                 left.unlink(missing_ok=True)
 
 
-def _give_name(partial: Path, place: Path, num_ranks: int) -> None:
-    """Makes a checkpoint of the files that every rank has sealed.
-
-    Raises:
-        OSError: a rank has not, or the disk fails.
-        ValueError: a file is there that no rank has summed up, or the other way round.
-    """
-    if not (partial / _SUMS).is_file():
-        sums: dict[str, Any] = {}
-        for rank in range(num_ranks):
-            sums |= json.loads(_rank_sums(partial, rank).read_text())
-        unsummed = {path.relative_to(partial).as_posix() for path in _files(partial)} ^ set(sums)
-        if unsummed:
-            raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
-        unfinished = partial / f"{_SUMS}.partial"
-        _write_synced(unfinished, json.dumps(sums, indent=1, sort_keys=True) + "\n")
-        unfinished.rename(partial / _SUMS)
-    for rank in range(num_ranks):
-        _rank_sums(partial, rank).unlink(missing_ok=True)
-    for folder in (partial / ENGINE, partial):
-        _sync_folder(folder)
-    if place.exists():  # from before the run went back to an earlier one
-        shutil.rmtree(_unname(place))
-    partial.rename(place)
-    _sync_folder(place.parent)
-
-
 def _finish_sealed(folder: Path) -> None:
     """Names what a killed run had brought to the disk whole, and had no step left to name."""
     for partial in sorted(folder.glob("step_*.partial")):
         try:
             num_ranks = read_state(partial).layout["num_ranks"]
-            _give_name(partial, partial.with_name(partial.name.removesuffix(".partial")), num_ranks)
+            sealed.give_name(partial, num_ranks)
             logger.warning("%s was whole but for its name, and has it now", partial)
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.info("%s is not whole, and is removed: %s", partial, error)
-
-
-def damage(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
-    """What is wrong with this rank's share of a checkpoint's files, the first of them by name; empty where nothing is.
-
-    Every byte of them is read.
-    """
-    try:
-        sums = json.loads((place / _SUMS).read_text())
-        for name, expected in sorted(sums.items())[rank::num_ranks]:
-            path = place / name
-            if not path.is_file():
-                return f"{name} is missing"
-            size = path.stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size:,} bytes, {expected['bytes']:,} were written"
-            if _sum(path) != expected:
-                return f"{name} has other bytes than were written (sha256)"
-        if rank == 0:
-            read_state(place)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _unname(place: Path) -> Path:
-    """The first act of a removal: a kill in its middle then leaves nothing that looks like a checkpoint."""
-    unnamed = place.with_name(f"{place.name}.removed")
-    place.rename(unnamed)
-    return unnamed
 
 
 def _remove_all(folders: list[Path]) -> None:
@@ -338,40 +291,3 @@ def _remove_all(folders: list[Path]) -> None:
 
 def _step(place: Path) -> int:
     return int(place.name.removeprefix("step_"))
-
-
-def _files(partial: Path) -> list[Path]:
-    return [path for path in sorted(partial.rglob("*")) if path.is_file() and not path.name.startswith("sums")]
-
-
-def _owner(path: Path) -> int:
-    """The rank that has written a file: DeepSpeed's names say it, the others are the first rank's."""
-    in_engine = path.as_posix().rpartition(f"/{ENGINE}/")[2]
-    found = re.search(r"(?:zero_pp_rank_|offloaded_tensors/rank)(\d+)", in_engine)
-    return int(found.group(1)) if found else 0
-
-
-def _rank_sums(partial: Path, rank: int) -> Path:
-    return partial / f"sums_rank_{rank:03d}.json"
-
-
-def _sum(path: Path, *, sync: bool = False) -> dict[str, Any]:
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -64,14 +64,17 @@ class StepGuard:
         squares = torch.stack([self._squares.get(part, unknown) for part in parts])
         if not self._clips_here and dist.get_world_size() > 1:  # under ZeRO a rank holds a share of the gradients
             dist.all_reduce(squares)
-        clipped = max(1.0, (norm + 1e-6) / self._clip_norm)  # by DeepSpeed's formula, and torch's
+        # By DeepSpeed's formula, which brings clipped gradients.
+        clipped = 1.0 if self._clips_here else max(1.0, (norm + 1e-6) / self._clip_norm)
         return {part: clipped * square**0.5 for part, square in zip(parts, squares.tolist(), strict=True)}
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        if self._clips_here:
-            self._norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm))
         self._add_squares(optimizer)
+        if self._clips_here:
+            norm = torch.stack(list(self._squares.values())).sum() ** 0.5
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+            self._norm = float(norm)
         if self._refuse or (self._clips_here and not self._norm < float("inf")):
             self._left_out = True
             # AdamW passes over what has no gradient. DeepSpeed's own buffers are put back afterwards.

@@ -7,13 +7,17 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from data_recipes.mixture import Mixture
+from llava_next.batch import Batch
 from llava_next.build import Backbone, read_backbone
 from llava_next.connector import write_connector
 from llava_next.costs import step_costs
@@ -51,81 +55,80 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
     start_logging(launch, run_dir)
     deadline_s = time.monotonic() + 60 * config.time_limit_min if config.time_limit_min else float("inf")
     with watch:
-        if config.device != "cuda" and not torch.cuda.is_available():
-            ops.ensure_built(say=launch.local_rank == 0)
-        world = start(config, launch)
-        if config.preflight != "off":
-            preflight.check(config, world)
-        backbone, processor, mixture, table = _open_data(config, launch)
-        model, loaded = build(backbone, config, world, num_sources=len(mixture.source_names))
-        planner = make_planner(config, world, backbone, model, table)
-        watch.names = partial(sample_names, planner, mixture)
+        world = _start(config, launch)
+        data = _open_data(config, launch)
+        model, loaded = build(data.backbone, config, world, num_sources=len(data.mixture.source_names))
+        planner = make_planner(config, world, data.backbone, model, data.table)
+        watch.names = partial(sample_names, planner, data.mixture)
         if config.preflight == "only":
             engine = start_engine(model, config, world)
-            preflight.rehearse(config, world, engine, mixture, table, processor)
+            preflight.rehearse(config, world, engine, data.mixture, data.table, data.processor)
             return
-        num_steps = planner.num_steps
-        last_step = min(num_steps, config.max_steps or num_steps)
         frozen = resume.frozen_sums(model, world)
         first_step, num_skipped = 0, 0
         place = checkpoint.find_sound(run_dir / "checkpoints", world)
-        with resume.opened(place, model, table.fingerprint, config, world) as resumption:
+        with resume.opened(place, model, data.table.fingerprint, config, world) as resumption:
             engine = start_engine(model, config, world)
             if resumption is not None:
                 loaded = resumption.words
-                blank = blank_row(processor).to(world.device)
+                blank = blank_row(data.processor).to(world.device)
                 first_step = resumption.load(engine, blank, frozen, world, config)
                 num_skipped = first_step - resumption.state.updates
         if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
-            _write_about(config, mixture, table)
-            _note_start(config, world, table, first_step, loaded)
-        log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
-        try:
-            log.say(_opening(config, world, table, num_steps, loaded))
+            _write_about(config, data.mixture, data.table)
+            _note_start(config, world, data.table, first_step, loaded)
+        last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
+        with closing(RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)) as log:
+            log.say(_opening(config, world, data.table, planner.num_steps, loaded))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
-                stream = batches(
-                    planner,
-                    mixture,
-                    processor,
-                    first_step=first_step,
-                    last_step=last_step,
-                    num_workers=config.data.workers,
-                    prefetch=config.data.prefetch,
-                    pin_memory=world.device.type == "cuda",
-                    read_retries=config.data.read_retries,
-                )
-                held, asked = evaluated(config, mixture, backbone, processor, planner)
-                trainer = Trainer(
+                held, asked = evaluated(config, data.mixture, data.backbone, data.processor, planner)
+                Trainer(
                     config,
                     world,
                     engine,
                     planner,
-                    stream,
+                    _stream(config, world, data, planner, first_step, last_step),
                     log,
-                    mixture,
+                    data.mixture,
                     watch.progress,
                     frozen=frozen,
                     num_skipped=num_skipped,
                     deadline_s=deadline_s,
                     held_out=held,
                     live_answers=asked,
-                )
-                trainer.run(first_step, last_step)
+                ).run(first_step, last_step)
             watch.progress.enter("end", last_step - 1)
-            if last_step == num_steps:
-                _write_result(config, model, backbone, world, log)
+            if last_step == planner.num_steps:
+                _write_result(config, model, data.backbone, world, log)
             else:
                 log.say(
-                    f"stopped at max_steps={last_step} of {num_steps}: no {config.stage.result}/ yet; the same command "
-                    "with a larger max_steps, or null, goes on"
+                    f"stopped at max_steps={last_step} of {planner.num_steps}: no {config.stage.result}/ yet; the same "
+                    "command with a larger max_steps, or null, goes on"
                 )
-        finally:
-            log.close()
         barrier(world)
 
 
-def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, Mixture, LengthTable]:
+def _start(config: RunConfig, launch: Launch) -> World:
+    """The process group, after what must be there before it and with what must be right about it."""
+    if config.device != "cuda" and not torch.cuda.is_available():
+        ops.ensure_built(say=launch.local_rank == 0)
+    world = start(config, launch)
+    if config.preflight != "off":
+        preflight.check(config, world)
+    return world
+
+
+class _Data(NamedTuple):
+    """What a run reads, and by which processor of which model."""
+
+    backbone: Backbone
+    processor: Processor
+    mixture: Mixture
+    table: LengthTable
+
+
+def _open_data(config: RunConfig, launch: Launch) -> _Data:
     """What can be known without a process group; every rank opens it, rank 0 makes the length table if need be."""
     stage, store_root = config.stage, Path(config.data.store_root)
     backbone = read_backbone(config.model)
@@ -140,7 +143,23 @@ def _open_data(config: RunConfig, launch: Launch) -> tuple[Backbone, Processor, 
         show_progress=launch.is_main,
     )
     check_budgets(table, config.packing)
-    return backbone, processor, mixture, table
+    return _Data(backbone, processor, mixture, table)
+
+
+def _stream(
+    config: RunConfig, world: World, data: _Data, planner: Planner, first_step: int, last_step: int
+) -> Iterator[Batch]:
+    return batches(
+        planner,
+        data.mixture,
+        data.processor,
+        first_step=first_step,
+        last_step=last_step,
+        num_workers=config.data.workers,
+        prefetch=config.data.prefetch,
+        pin_memory=world.device.type == "cuda",
+        read_retries=config.data.read_retries,
+    )
 
 
 def make_planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:

@@ -191,7 +191,7 @@ def goals_table(results: Mapping[str, object]) -> str:
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=str(__doc__).split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--quick", action="store_true", help="one repetition of two steps of four samples, to try it out")
+    parser.add_argument("--quick", action="store_true", help="two steps of four samples, once, to try it out")
     parser.add_argument("--profile", action="store_true", help="also where the time of a step of ours goes")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="narrow")
     parser.add_argument("--repetitions", type=int, help="default 2")

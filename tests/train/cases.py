@@ -185,9 +185,10 @@ def train_parts(
     from llava_next.model import part_of
     from train.loader import StepPlan, batches
     from train.log import RunLog
+    from train.metrics import StepOutcome
     from train.optim import part_table
     from train.run import evaluated
-    from train.trainer import StepOutcome, Trainer
+    from train.trainer import Trainer
 
     config, world, planner = parts.config, parts.world, parts.planner
     record = Record(first_step, origin)
@@ -475,7 +476,7 @@ def _step(parts: Parts, plan: Any) -> Any:
     log = RunLog(parts.config, is_main=False, first_step=0, num_steps=1)
     trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
     if not len(plan.samples):  # no run has such a step, and the trainer would refuse it
-        trainer._check = lambda *_: None  # type: ignore[method-assign]
+        trainer.check.counts = lambda *_: None  # type: ignore[method-assign]
     set_rates(parts.engine.optimizer.param_groups, 1.0)
     return trainer.train_step(plan)
 
@@ -563,7 +564,7 @@ def silent_source(config: RunConfig, all_of_them: bool) -> tuple[str, bool, list
 
 
 def _refused(parts: Parts, plan: Any) -> tuple[str, bool]:
-    from train.trainer import StepError
+    from train.step_errors import StepError
 
     before = weights(parts)
     try:
@@ -683,7 +684,7 @@ def resume_hostile(config: RunConfig) -> None:
     """Goes on from a checkpoint in which a file was replaced, sums included, by one that runs code when unpickled."""
     import torch
 
-    from train import checkpoint
+    from train import checkpoint, sealed
 
     class Hostile:
         def __reduce__(self) -> Any:
@@ -694,7 +695,7 @@ def resume_hostile(config: RunConfig) -> None:
     [file] = (place / "engine").glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Hostile()}, file)
     sums = json.loads((place / "sums.json").read_text())
-    sums[f"engine/{file.name}"] = checkpoint._sum(file)
+    sums[f"engine/{file.name}"] = sealed.file_sum(file)
     (place / "sums.json").write_text(json.dumps(sums))
     with built(config, goes_on=True):
         pass

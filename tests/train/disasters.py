@@ -161,7 +161,7 @@ def run_with_jumping_clock(config: RunConfig) -> int:
 
 def run_and_ask_twice(config: RunConfig) -> int:
     """Ctrl-C in the second step, and again while it takes its time."""
-    from train.trainer import StopSignal
+    from train.stop import StopSignal
 
     StopSignal.SAME_REQUEST_S = 0.1
 

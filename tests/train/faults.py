@@ -31,7 +31,9 @@ def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) 
     """Trains all steps; in step `FAULTY_STEP` rank 1 (or the only one) has the fault."""
     from train.loader import StepPlan, batches
     from train.log import RunLog
-    from train.trainer import OutOfMemory, StepError, StepOutcome, Trainer
+    from train.metrics import StepOutcome
+    from train.step_errors import OutOfMemory, StepError
+    from train.trainer import Trainer
 
     seen = Seen()
     with built(config) as parts:

@@ -12,7 +12,7 @@ import torch
 
 from tests.train import cases
 from tests.train.conftest import StartRanks
-from train import checkpoint
+from train import checkpoint, sealed
 from train.checkpoint import RunState, SaveError, Saver
 from train.config import RunConfig, SaveConfig
 from train.world import World
@@ -91,23 +91,23 @@ def test_interrupted_write_is_absent(tmp_path: Path) -> None:
 
 def test_it_has_no_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`write` comes back while files are brought to the disk; until `finish`, the checkpoint is not there."""
-    slow = checkpoint._sum
+    slow = sealed.file_sum
 
     def slowly(*args: Any, **kwargs: Any) -> dict[str, Any]:
         time.sleep(0.05)
         return slow(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "_sum", slowly)
+    monkeypatch.setattr(sealed, "file_sum", slowly)
     engine: Any = FakeEngine()
     saver = Saver(tmp_path, ALONE, SaveConfig())
     assert not saver.is_sealed
     saver.write(engine, state(3), "name: x\n")
     assert not saver.is_sealed
     assert checkpoint.newest(tmp_path) is None
-    sealed = False
-    while not sealed:
+    is_sealed = False
+    while not is_sealed:
         time.sleep(0.01)
-        sealed = saver.is_sealed
+        is_sealed = saver.is_sealed
     assert checkpoint.newest(tmp_path) is None
     assert saver.finish() == checkpoint.newest(tmp_path)
     assert not saver.is_sealed
@@ -139,7 +139,7 @@ def test_files_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch: 
         raise OSError("Input/output error")
 
     first = saved(tmp_path, 1)
-    monkeypatch.setattr(checkpoint, "_sum", fails)
+    monkeypatch.setattr(sealed, "file_sum", fails)
     with pytest.raises(SaveError, match="Input/output error"):
         saved(tmp_path, 2)
     assert checkpoint.newest(tmp_path) == first

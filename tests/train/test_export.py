@@ -23,7 +23,7 @@ from tests.llava_next.models import pretrained
 from tests.ranks import Ranks
 from tests.tiny import HostilePickle, TowerName, tiny_model
 from tests.train import cases
-from train import checkpoint
+from train import sealed
 from train.checkpoint import RunState, config_path
 from train.compose import to_yaml
 from train.config import RunConfig, SaveConfig
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     (place / "run_state.json").write_text(json.dumps(asdict(state)))
     torch.save({"module": HostilePickle(tmp_path / "ran")}, place / "engine" / "mp_rank_00_model_states.pt")
     files = [path for path in place.rglob("*") if path.is_file()]
-    sums = {path.relative_to(place).as_posix(): checkpoint._sum(path) for path in files}  # a stranger gives his own
+    sums = {path.relative_to(place).as_posix(): sealed.file_sum(path) for path in files}  # a stranger gives his own
     (place / "sums.json").write_text(json.dumps(sums))
     assert main([str(place)]) == 2
     assert re.search(r"mp_rank_00_model_states.pt names \w+.system, which no checkpoint needs", capsys.readouterr().err)

@@ -11,7 +11,7 @@ from tests.train.cases import zero
 from tests.train.conftest import StartRanks
 from tests.train.faults import FAULTY_STEP, Fault
 from train.config import RunConfig
-from train.trainer import StopSignal
+from train.stop import StopSignal
 
 QUICK = {("gradient", 1, 0), ("gradient", 2, 2), ("loss", 2, 3)}
 
