@@ -6,6 +6,7 @@
 # quick (default)  under ten minutes on two cores; every proof has at least one case here
 # full             everything: kills, Slurm, vLLM, oracles, many ranks; an hour on two cores, and what it needs besides
 #                  is made by scripts/oracles.sh, vllm_env.sh, lmms_eval.sh and apt-get install slurm-wlm munge pdsh
+#                  openssh-server
 # A test that needs a GPU is skipped, with that reason, where there is none.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -265,7 +265,7 @@ def refuse_code(place: Path) -> None:
 
 def remove_unfinished(folder: Path) -> None:
     """Removes what killed saves, removals and conversions have left behind."""
-    for pattern in ("step_*.partial", "step_*.removed", "step_*.universal*"):
+    for pattern in (f"step_*{sealed.PARTIAL}", f"step_*{sealed.REMOVED}", "step_*.universal*"):
         for left in folder.glob(pattern):
             if left.is_dir():
                 shutil.rmtree(left, ignore_errors=True)
@@ -275,7 +275,7 @@ def remove_unfinished(folder: Path) -> None:
 
 def _finish_sealed(folder: Path) -> None:
     """Names what a killed run had brought to the disk whole, and had no step left to name."""
-    for partial in sorted(folder.glob("step_*.partial")):
+    for partial in sorted(folder.glob(f"step_*{sealed.PARTIAL}")):
         try:
             num_ranks = read_state(partial).layout["num_ranks"]
             sealed.give_name(partial, num_ranks)

@@ -15,18 +15,18 @@ from pathlib import Path
 from typing import Any
 
 _SUMS = "sums.json"
-_PARTIAL = ".partial"
-_REMOVED = ".removed"
+PARTIAL = ".partial"
+REMOVED = ".removed"
 
 
 def partial_of(place: Path) -> Path:
     """Where a folder is written before it is whole."""
-    return place.with_name(place.name + _PARTIAL)
+    return place.with_name(place.name + PARTIAL)
 
 
 def place_of(partial: Path) -> Path:
     """The name that a whole folder gets."""
-    return partial.with_name(partial.name.removesuffix(_PARTIAL))
+    return partial.with_name(partial.name.removesuffix(PARTIAL))
 
 
 def is_whole(place: Path) -> bool:
@@ -60,7 +60,7 @@ def give_name(partial: Path, num_ranks: int) -> Path:
         unsummed = {path.relative_to(partial).as_posix() for path in files} ^ set(sums)
         if unsummed:
             raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
-        unfinished = partial / f"{_SUMS}{_PARTIAL}"
+        unfinished = partial / f"{_SUMS}{PARTIAL}"
         _write_synced(unfinished, json.dumps(sums, indent=1, sort_keys=True) + "\n")
         unfinished.rename(partial / _SUMS)
     for rank in range(num_ranks):
@@ -77,7 +77,7 @@ def give_name(partial: Path, num_ranks: int) -> Path:
 
 def unname(place: Path) -> Path:
     """The first act of a removal: a kill in its middle then leaves nothing that looks whole."""
-    unnamed = place.with_name(place.name + _REMOVED)
+    unnamed = place.with_name(place.name + REMOVED)
     place.rename(unnamed)
     return unnamed
 
