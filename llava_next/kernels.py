@@ -1,14 +1,17 @@
-"""Faster kernels for the blocks of a stack: torch.compile, and liger-kernel's fused ones.
+"""Faster kernels for the parts of a model: torch.compile, liger-kernel's fused ones, and oneDNN's products on a CPU.
 
-Owns how blocks are run, never what they compute: beyond rounding nothing learned depends on it. Both are off unless
-the configuration names them. Attention inside a row is attention.py's.
+Owns how blocks are run, never what they compute: beyond rounding nothing learned depends on it. The first two are off
+unless the configuration names them. Attention inside a row is attention.py's, a linear layer linear.py's.
 """
 
 import importlib.util
 from collections.abc import Collection
 
+from torch import nn
+
 from llava_next.config import ModelError
-from llava_next.model import LlavaNext
+from llava_next.linear import run_by_onednn
+from llava_next.model import LlavaNext, part_of
 
 
 def compile_blocks(model: LlavaNext, parts: Collection[str], *, deterministic: bool = False) -> None:
@@ -65,3 +68,14 @@ def use_liger(model: LlavaNext) -> None:
         raise ModelError(f"liger=true: liger-kernel has no kernels for {model_type}; choose liger=false")
     # The loss is ours (loss.py), at supervised positions only.
     _apply_liger_kernel_to_instance(model=language_model, fused_linear_cross_entropy=False, cross_entropy=False)
+
+
+def use_onednn(model: LlavaNext, compiled: Collection[str] = ()) -> None:
+    """Runs the linear layers of an fp32 model on a CPU through oneDNN, adapters' too (linear.py says where it pays).
+
+    Args:
+        compiled: parts that torch.compile translates, which has its own products.
+    """
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and part_of(f"{name}.weight") not in compiled:
+            run_by_onednn(module)

@@ -12,7 +12,8 @@ from torch import nn
 
 from llava_next.build import Backbone, build_model
 from llava_next.config import PARTS, ModelError
-from llava_next.kernels import compile_blocks, use_liger
+from llava_next.kernels import compile_blocks, use_liger, use_onednn
+from llava_next.linear import takes_onednn
 from llava_next.load import load_weights
 from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
@@ -41,7 +42,7 @@ def build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: i
         raise failed or ModelError(next(text for text in said if text))
     set_trained_parts(model, config.stage.rates)
     set_recompute(model, config.recompute)
-    set_kernels(model, config)
+    set_kernels(model, config, world)
     return model, origin
 
 
@@ -61,8 +62,14 @@ def _read(backbone: Backbone, config: RunConfig, world: World, *, num_sources: i
     return model, origin
 
 
-def set_kernels(model: LlavaNext, config: RunConfig) -> None:
-    """The kernels that the configuration asks for, in the order in which one goes around another."""
+def set_kernels(model: LlavaNext, config: RunConfig, world: World) -> None:
+    """The kernels that the configuration asks for, in the order in which one goes around another.
+
+    Raises:
+        ModelError: one that is not here, or not for this device and precision.
+    """
+    if takes_onednn(config.linear, world.device, world.dtype):
+        use_onednn(model, config.compile)
     if config.liger:
         use_liger(model)
     compile_blocks(model, config.compile, deterministic=config.deterministic)

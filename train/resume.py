@@ -33,7 +33,7 @@ from train.world import World, barrier, share
 
 FREE = (
     # How it is computed, and how much of it.
-    *("engine", "packing", "device", "precision", "attention", "recompute", "compile", "liger"),
+    *("engine", "packing", "device", "precision", "attention", "linear", "recompute", "compile", "liger"),
     *("deterministic", "max_steps"),
     # What happens around it.
     *("recipe", "log", "evaluate", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight"),

@@ -70,7 +70,7 @@ def _trainer(config: RunConfig, job: Job, world: World) -> tuple[Trainer, TowerC
     load_weights(model, backbone, Path(str(config.stage.init_from)))
     set_trained_parts(model, config.stage.rates)
     set_recompute(model, config.recompute)
-    set_kernels(model, config)
+    set_kernels(model, config, world)
     planner = make_planner(config, world, backbone, model, table)
     engine = start_engine(model, config, world)
     stream = batches(

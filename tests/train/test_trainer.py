@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from llava_next.config import LinearKernel
 from tests.ranks import Ranks
 from tests.tiny import tiny_model
 from tests.train import cases
@@ -80,6 +82,20 @@ def test_ranks_zero_and_budgets_change_nothing(
     alone = finished(start_ranks, run_config, *ALONE)
     assert [len(samples) for samples in alone.samples] == [13, 13, 13, 1]
     assert_same_training(finished(start_ranks, run_config, size, stage, budget), alone)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 2))])
+def test_the_library_of_products_changes_nothing(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+    """torch's own and oneDNN train the same, also where ZeRO-3 divides the weights, and differ in the last bits: it is
+    another library that ran."""
+    config = replace(run_config, engine=zero(stage))
+    kernels: tuple[LinearKernel, ...] = ("torch", "onednn")
+    torchs, onednns = (
+        start_ranks(2).run(cases.train, replace(config, linear=kernel, name=kernel))[0] for kernel in kernels
+    )
+    assert_same_training(onednns, torchs)
+    assert relative_difference(onednns.after, torchs.after) > 0
 
 
 def test_budgets_and_ranks_change_the_rows(start_ranks: StartRanks, run_config: RunConfig) -> None:
