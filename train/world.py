@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from train.config import RunConfig
+from train.malloc import keep_freed_memory
 from train.quiet import muted_stdout
 
 JOIN_TIMEOUT_S = 300
@@ -79,6 +80,8 @@ def start(config: RunConfig, launch: Launch) -> World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = choose_device(config, launch)
+    if device.type == "cpu":
+        keep_freed_memory()
     env = os.environ
     env.setdefault("RANK", str(launch.rank))
     env.setdefault("LOCAL_RANK", str(launch.local_rank))

@@ -1,0 +1,24 @@
+"""The C library's memory, for training on a CPU: what one row frees is kept for the next.
+
+By default glibc gives large blocks back to the system as soon as they are free, and every row's activations come from
+it again page by page, zeroed: about a tenth of a step (scripts/bench/step.py). What is kept at most is what was needed
+at once before.
+"""
+
+import ctypes
+import os
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+"""The numbers that malloc.h gives them."""
+_LARGEST = 2**31 - 1
+_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
+
+
+def keep_freed_memory() -> None:
+    """Sets it for this process and what it forks; nothing where the environment decides or there is no glibc."""
+    if any(name in os.environ for name in _SETTINGS):
+        return
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_MMAP_THRESHOLD, _LARGEST)
+        set_option(_TRIM_THRESHOLD, _LARGEST)
