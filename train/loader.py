@@ -25,7 +25,7 @@ from data_recipes.store import StoredSample
 from llava_next.batch import Batch, collate
 from llava_next.costs import StepCosts
 from llava_next.processor import Processor, SampleRejected
-from train.config import PackingConfig, StageConfig
+from train.config import DataConfig, PackingConfig, StageConfig
 from train.lengths import LengthTable
 from train.packing import deal
 
@@ -196,13 +196,13 @@ class Rows(Dataset[Batch]):
 
 
 class _Order(Sampler[np.ndarray]):
-    """This rank's rows from `first_step` on, in the order in which the trainer takes them."""
+    """This rank's rows of these steps, in the order in which the trainer takes them."""
 
-    def __init__(self, planner: Planner, first_step: int, last_step: int) -> None:
-        self.planner, self.first_step, self.last_step = planner, first_step, last_step
+    def __init__(self, planner: Planner, steps: range) -> None:
+        self.planner, self.steps = planner, steps
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        for step in range(self.first_step, self.last_step):
+        for step in self.steps:
             yield from self.planner.plan(step).rows
 
 
@@ -216,31 +216,28 @@ def batches(
     planner: Planner,
     mixture: Mixture,
     processor: Processor,
+    steps: range,
+    data: DataConfig,
     *,
-    first_step: int,
-    last_step: int,
-    num_workers: int,
-    prefetch: int,
     pin_memory: bool,
-    read_retries: int,
 ) -> Iterator[Batch]:
-    """This rank's batches of steps `first_step` to `last_step` - 1, read ahead by worker processes.
+    """This rank's batches of these steps, read ahead by worker processes.
 
     Raises:
         SampleError: in the order of the steps, when the broken sample's row is due.
     """
-    dataset = Rows(mixture, planner.table, processor, planner.stage.loss_weighting == "sample", read_retries)
+    dataset = Rows(mixture, planner.table, processor, planner.stage.loss_weighting == "sample", data.read_retries)
     loader: DataLoader[Batch] = DataLoader(
         dataset,
         batch_size=None,
-        sampler=_Order(planner, first_step, last_step),
-        num_workers=num_workers,
-        prefetch_factor=prefetch if num_workers else None,
+        sampler=_Order(planner, steps),
+        num_workers=data.workers,
+        prefetch_factor=data.prefetch if data.workers else None,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=_start_worker,
         # A forked worker shares the mixture's tables and writes to its rank's log.
-        multiprocessing_context="fork" if num_workers else None,
+        multiprocessing_context="fork" if data.workers else None,
         persistent_workers=False,
     )
     return iter(loader)

@@ -7,7 +7,6 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterator
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +16,6 @@ from typing import NamedTuple
 import torch
 
 from data_recipes.mixture import Mixture
-from llava_next.batch import Batch
 from llava_next.build import Backbone, read_backbone
 from llava_next.connector import write_connector
 from llava_next.costs import step_costs
@@ -83,12 +81,20 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
                 held, asked = evaluated(config, data.mixture, data.backbone, data.processor, planner)
+                stream = batches(
+                    planner,
+                    data.mixture,
+                    data.processor,
+                    range(first_step, last_step),
+                    config.data,
+                    pin_memory=world.device.type == "cuda",
+                )
                 Trainer(
                     config,
                     world,
                     engine,
                     planner,
-                    _stream(config, world, data, planner, first_step, last_step),
+                    stream,
                     log,
                     data.mixture,
                     watch.progress,
@@ -144,22 +150,6 @@ def _open_data(config: RunConfig, launch: Launch) -> _Data:
     )
     check_budgets(table, config.packing)
     return _Data(backbone, processor, mixture, table)
-
-
-def _stream(
-    config: RunConfig, world: World, data: _Data, planner: Planner, first_step: int, last_step: int
-) -> Iterator[Batch]:
-    return batches(
-        planner,
-        data.mixture,
-        data.processor,
-        first_step=first_step,
-        last_step=last_step,
-        num_workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        pin_memory=world.device.type == "cuda",
-        read_retries=config.data.read_retries,
-    )
 
 
 def make_planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:

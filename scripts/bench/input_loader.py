@@ -18,7 +18,7 @@ from input_materials import open_mixture, pictures, processor, write_mixture
 from results import memory_mib, table
 
 from llava_next.costs import StepCosts
-from train.config import PackingConfig, StageConfig
+from train.config import DataConfig, PackingConfig, StageConfig
 from train.lengths import open_table
 from train.loader import Planner, batches
 
@@ -55,19 +55,10 @@ def measure_loader(num_pictures: int, folder: Path) -> Result:
 
     def run(num_workers: int, delay_s: float, step_s: float) -> Result:
         planner = Planner(lengths, stage, packing, costs, 0, 0, 1, num_sources=1)
+        data = DataConfig(store_root="", workers=num_workers)
         with slow_reads(delay_s):
-            stream = batches(
-                planner,
-                mixture,
-                ours,
-                first_step=0,
-                last_step=planner.num_steps,
-                num_workers=num_workers,
-                prefetch=4,
-                pin_memory=False,
-                read_retries=0,
-            )
-            return consume(stream, step_s)
+            steps = range(planner.num_steps)
+            return consume(batches(planner, mixture, ours, steps, data, pin_memory=False), step_s)
 
     found: Result = {"num_pictures": num_pictures, "rows_of_tokens": packing.max_tokens}
     for num_workers in (0, 2, 4):

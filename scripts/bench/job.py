@@ -35,6 +35,7 @@ class Job:
         recompute: run every block again in the backward pass.
         compile: torch.compile the blocks (ours only).
         liger: liger-kernel's fused kernels in the language model (ours only).
+        linear: the library of a CPU's products, as in configs/train.yaml (ours only).
         deterministic: on a GPU, kernels that give the same bits every time (ours only).
         half_weights: on a GPU, keep no fp32 copy of the weights (stock only).
     """
@@ -54,6 +55,7 @@ class Job:
     recompute: bool = False
     compile: bool = False
     liger: bool = False
+    linear: str = "auto"
     deterministic: bool = False
     half_weights: bool = False
 

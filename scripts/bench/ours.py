@@ -73,17 +73,8 @@ def _trainer(config: RunConfig, job: Job, world: World) -> tuple[Trainer, TowerC
     set_kernels(model, config, world)
     planner = make_planner(config, world, backbone, model, table)
     engine = start_engine(model, config, world)
-    stream = batches(
-        planner,
-        mixture,
-        processor,
-        first_step=0,
-        last_step=job.num_steps,
-        num_workers=job.workers,
-        prefetch=config.data.prefetch,
-        pin_memory=job.device == "cuda",
-        read_retries=config.data.read_retries,
-    )
+    steps = range(job.num_steps)
+    stream = batches(planner, mixture, processor, steps, config.data, pin_memory=job.device == "cuda")
     log = RunLog(config, is_main=False, first_step=0, num_steps=job.num_steps)
     tower = TowerClock(model.hf.model.vision_tower, model.hf.model.multi_modal_projector, job.device)
     engine.backward = tower.watch(engine.backward)

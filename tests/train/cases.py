@@ -214,17 +214,8 @@ def train_parts(
             record.norms_by_part.append(outcome.update.by_part)
             return outcome
 
-    stream = batches(
-        planner,
-        parts.mixture,
-        parts.processor,
-        first_step=first_step,
-        last_step=last_step,
-        num_workers=config.data.workers,
-        prefetch=config.data.prefetch,
-        pin_memory=False,
-        read_retries=0,
-    )
+    steps = range(first_step, last_step)
+    stream = batches(planner, parts.mixture, parts.processor, steps, config.data, pin_memory=False)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     held_out, live_answers = evaluated(config, parts.mixture, parts.backbone, parts.processor, planner)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)

@@ -52,17 +52,8 @@ def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) 
                 return outcome
 
         num_steps = parts.planner.num_steps
-        stream = batches(
-            parts.planner,
-            parts.mixture,
-            parts.processor,
-            first_step=0,
-            last_step=num_steps,
-            num_workers=0,
-            prefetch=1,
-            pin_memory=False,
-            read_retries=0,
-        )
+        steps = range(num_steps)
+        stream = batches(parts.planner, parts.mixture, parts.processor, steps, config.data, pin_memory=False)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         log = RunLog(config, is_main=parts.world.is_main, first_step=0, num_steps=num_steps)
         args = (config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)

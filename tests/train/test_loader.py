@@ -59,18 +59,9 @@ class Data:
 
     def read(self, planner: Planner, num_workers: int = 0, first_step: int = 0) -> list[Batch]:
         """All batches of one rank."""
-        stream = batches(
-            planner,
-            self.mixture,
-            self.processor,
-            first_step=first_step,
-            last_step=planner.num_steps,
-            num_workers=num_workers,
-            prefetch=2,
-            pin_memory=False,
-            read_retries=self.config.data.read_retries,
-        )
-        return list(stream)
+        steps = range(first_step, planner.num_steps)
+        data = replace(self.config.data, workers=num_workers, prefetch=2)
+        return list(batches(planner, self.mixture, self.processor, steps, data, pin_memory=False))
 
 
 @pytest.fixture(scope="module")
@@ -363,17 +354,8 @@ def test_workers_end_when_their_rank_says_so(data: Data) -> None:
     """A worker that is asked to stop by anybody but its rank reads on; one that its rank ends is gone at once."""
     earlier = set(multiprocessing.active_children())
     planner = replace(data.planner(), stage=replace(data.config.stage, epochs=50.0))
-    stream = batches(
-        planner,
-        data.mixture,
-        data.processor,
-        first_step=0,
-        last_step=planner.num_steps,
-        num_workers=1,
-        prefetch=1,
-        pin_memory=False,
-        read_retries=0,
-    )
+    reading = replace(data.config.data, workers=1, prefetch=1)
+    stream = batches(planner, data.mixture, data.processor, range(planner.num_steps), reading, pin_memory=False)
     next(stream)
     [worker] = set(multiprocessing.active_children()) - earlier
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
