@@ -17,7 +17,7 @@ from llava_next.config import LinearKernel, ModelError
 
 CPU_FACTS = Path("/proc/cpuinfo")
 _CACHES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
-_NUM_CACHED = "128"
+_NUM_CACHED = "64"
 """Code that oneDNN keeps, half a megabyte each: it makes one for every shape, rows differ in length, and by default it
 keeps 1,024. A row needs three for each shape of weights, for all of its layers."""
 

@@ -1,8 +1,7 @@
 """The C library's memory, for training on a CPU: what one row frees is kept for the next.
 
-By default glibc gives large blocks back to the system as soon as they are free, and every row's activations come from
-it again page by page, zeroed: about a tenth of a step (scripts/bench/step.py). What is kept at most is what was needed
-at once before.
+By default glibc gives free memory back to the system, and every row's activations come from it again page by page,
+zeroed: a tenth of a step and more (scripts/bench/plan.py measures it). What is kept is at most what was needed at once.
 """
 
 import ctypes
@@ -10,7 +9,9 @@ import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """The numbers that malloc.h gives them."""
-_LARGEST = 2**31 - 1
+_LARGEST_KEPT = 64 << 20
+"""Larger blocks, logits above all, are few, and would leave holes that nothing fills."""
+_NEVER = 2**31 - 1
 _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 
 
@@ -20,5 +21,5 @@ def keep_freed_memory() -> None:
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
-        set_option(_MMAP_THRESHOLD, _LARGEST)
-        set_option(_TRIM_THRESHOLD, _LARGEST)
+        set_option(_MMAP_THRESHOLD, _LARGEST_KEPT)
+        set_option(_TRIM_THRESHOLD, _NEVER)
