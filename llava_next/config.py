@@ -33,8 +33,10 @@ Rounding = Literal["exact", "authors"]
 line less at 16 of 549,552 sizes; for the comparison with their code and for servers that count as they do."""
 
 AttentionKernel = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
-LinearKernel = Literal["auto", "torch", "onednn"]
 """What computes attention inside packed samples; nothing learned depends on it, beyond rounding."""
+
+LinearKernel = Literal["auto", "torch", "onednn"]
+"""Whose products a linear layer on a CPU takes; nothing learned depends on it, beyond rounding."""
 
 
 Weights = Literal["pretrained", "random", "init_from"]

@@ -1,7 +1,8 @@
 """The C library's memory, for training on a CPU: what one row frees is kept for the next.
 
 By default glibc gives free memory back to the system, and every row's activations come from it again page by page,
-zeroed: a tenth of a step and more (scripts/bench/plan.py measures it). What is kept is at most what was needed at once.
+zeroed: about a tenth of a step. The price is memory: what a process holds beside what it needs at once is `kept GiB` of
+scripts/bench/plan.py.
 """
 
 import ctypes
