@@ -18,8 +18,11 @@ PACKAGES = ("torch", "transformers", "deepspeed", "accelerate", "numpy", "pillow
 
 
 def machine_facts(**more: Any) -> dict[str, Any]:
-    """Processor, cores that this process may use, memory, versions; `more` adds what only the bench knows."""
-    cpu = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    """Processor, its widest vectors, cores that this process may use, memory, versions; `more` adds what only the
+    bench knows."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line for line in lines if line.startswith("model name")]
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
     versions = {}
     for package in PACKAGES:
         try:
@@ -28,6 +31,7 @@ def machine_facts(**more: Any) -> dict[str, Any]:
             continue
     return {
         "cpu": cpu[0].split(":")[1].strip() if cpu else platform.machine(),
+        "vectors": next((name for name in ("avx512f", "avx2") if name in flags), "unknown"),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "python": platform.python_version(),
