@@ -1,14 +1,16 @@
-"""Attention inside the segments of a packed row, registered with transformers by name.
+"""Attention inside the segments of a packed row, and inside tiles, registered with transformers by name.
 
 A row holds several samples; no token attends to another sample's. The kernel is execution: torch's own variable-length
-flash attention on CUDA, one SDPA call per segment elsewhere, FlashAttention 2 or 3 where it is installed and asked
-for. What this does not implement (sliding windows, softcapping, sinks) is refused when the model is built, never
-ignored.
+flash attention on CUDA, this package's on a CPU (cpu_attention.py), one SDPA call per segment elsewhere, FlashAttention
+2 or 3 where it is installed and asked for. What this does not implement (sliding windows, softcapping, sinks) is
+refused when the model is built, never ignored.
 """
 
 import importlib
 import inspect
-from functools import partial
+import logging
+from functools import cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,9 +18,13 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llava_next import cpu_attention
 from llava_next.batch import Segments
 from llava_next.config import AttentionKernel, ModelError
+
+logger = logging.getLogger(__name__)
 
 _KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _FLASH_MODULES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
@@ -43,8 +49,9 @@ def segment_attention(
         query: [1, heads, T, head width]; key and value: [1, kv heads, T, head width].
         segments: the samples' bounds; required (a model that generates uses a stock implementation).
         targets: int64 [L], ascending; of a module that is marked `reads_targets_only` (last_block.py) the positions
-            whose output is read. `sdpa` computes these alone, and leaves zeros elsewhere.
-        kernel: `auto` is `varlen` on CUDA in half precision, and `sdpa` elsewhere.
+            whose output is read. On a CPU these alone are computed, and zeros left elsewhere; so does `sdpa`.
+        kernel: `auto` is `varlen` on CUDA in half precision and on a CPU with AVX2 or AVX-512 in fp32, and `sdpa`
+            elsewhere.
 
     Returns:
         [1, T, heads, head width], as transformers' attention functions do, and no weights.
@@ -54,13 +61,33 @@ def segment_attention(
     if dropout:
         raise ValueError(f"segment attention has no dropout, the model asks for {dropout}")
     if kernel == "auto":
-        kernel = "varlen" if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) else "sdpa"
+        kernel = "varlen" if _varlen_is_faster(query) else "sdpa"
+    if not getattr(module, "reads_targets_only", False):
+        targets = None
+    if kernel == "varlen" and query.device.type == "cpu":
+        return _varlen_on_cpu(query, key, value, segments, scaling, targets), None
     if kernel == "sdpa":
-        if targets is not None and getattr(module, "reads_targets_only", False):
+        if targets is not None:
             return _at_targets(query, key, value, segments, scaling, targets), None
         return _per_segment(query, key, value, segments, scaling), None
     run = _varlen if kernel == "varlen" else partial(_flash, kernel)
     return run(query, key, value, segments, scaling), None
+
+
+def _varlen_is_faster(query: torch.Tensor) -> bool:
+    """Whether there is variable-length attention for this, known to be faster than SDPA."""
+    if query.is_cuda:
+        return query.dtype in (torch.bfloat16, torch.float16)
+    return cpu_attention.takes(query) and cpu_attention.is_measured() and _is_compiled()
+
+
+@cache
+def _is_compiled() -> bool:
+    """Whether attention on a CPU could be compiled; says once where it could not."""
+    why_not = cpu_attention.missing()
+    if why_not is not None:
+        logger.warning("attention=auto takes SDPA, which is slower here: %s", why_not)
+    return why_not is None
 
 
 @torch.compiler.disable  # it would be compiled anew for every list of lengths
@@ -106,7 +133,77 @@ def _at_targets(
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=grouped))
         start += k.shape[2]
     found = torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
-    return found.new_zeros(query.shape[2], *found.shape[2:]).index_put((targets,), found[0])[None]
+    return _among_zeros(found[0], targets, query.shape[2])
+
+
+def _among_zeros(found: torch.Tensor, targets: torch.Tensor, length: int) -> torch.Tensor:
+    """What was found at these positions, [L, ...], in a row of this length, [1, length, ...]."""
+    return found.new_zeros(length, *found.shape[1:]).index_put((targets,), found)[None]
+
+
+@torch.compiler.disable  # it calls C++ by way of ctypes
+def _varlen_on_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    targets: torch.Tensor | None,
+) -> torch.Tensor:
+    """At all positions, or at these alone."""
+    length = query.shape[2]
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    key_bounds = segments.bounds.long()
+    if targets is None:
+        positions, query_bounds = torch.arange(length), key_bounds
+    else:
+        positions, q = targets, q.index_select(0, targets)
+        query_bounds = torch.tensor([0, *accumulate(segments.num_targets)])
+    seen = positions - key_bounds[:-1].repeat_interleave(query_bounds.diff()) + 1
+    found = cpu_attention.attend(q, k, v, query_bounds, key_bounds, seen, scaling)
+    return found[None] if targets is None else _among_zeros(found, targets, length)
+
+
+def tile_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """A tower's attention, inside each of its tiles: this package's on a CPU where that is faster, else transformers'
+    SDPA.
+
+    Args:
+        query, key, value: [tiles, heads, patches, head width].
+
+    Returns:
+        [tiles, patches, heads, head width], and no weights.
+    """
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    alike = query.shape[:1] + query.shape[2:] == key.shape[:1] + key.shape[2:]
+    if query.is_cuda or attention_mask is not None or causal or dropout or not (alike and _varlen_is_faster(query)):
+        output: torch.Tensor
+        output, _ = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+        )
+        return output, None
+    return _within_tiles_on_cpu(query, key, value, scaling), None
+
+
+@torch.compiler.disable
+def _within_tiles_on_cpu(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+) -> torch.Tensor:
+    num_tiles, _, length, _ = query.shape
+    q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
+    bounds = torch.arange(0, (num_tiles + 1) * length, length)
+    found = cpu_attention.attend(q, k, v, bounds, bounds, torch.full((len(q),), length), scaling)
+    return found.unflatten(0, (num_tiles, length))
 
 
 def _varlen(
@@ -171,6 +268,31 @@ def register(kernel: AttentionKernel) -> str:
     name = f"llava_next_segments_{kernel}"
     AttentionInterface.register(name, partial(segment_attention, kernel=kernel))
     return name
+
+
+def register_for_tower(kernel: AttentionKernel) -> str:
+    """Makes a tower's attention known to transformers, and returns its name there; `sdpa` stays transformers' own."""
+    if kernel == "sdpa":
+        return kernel
+    name = "llava_next_tiles"
+    AttentionInterface.register(name, tile_attention)
+    return name
+
+
+def check_kernel(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ModelError if this kernel cannot attend there; what is compiled once for a CPU is compiled now.
+
+    Args:
+        device, dtype: the model's.
+    """
+    if device.type != "cpu":
+        return
+    if kernel == "varlen":
+        why_not = cpu_attention.missing() if dtype == torch.float32 else f"it runs fp32 on a CPU, not {dtype}"
+        if why_not is not None:
+            raise ModelError(f"attention=varlen: {why_not}; choose attention=auto or attention=sdpa")
+    elif kernel == "auto" and dtype == torch.float32 and cpu_attention.is_measured():
+        _is_compiled()
 
 
 def refuse_unsupported(config: PretrainedConfig) -> None:

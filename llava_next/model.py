@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 
-from llava_next.attention import refuse_unsupported, register
+from llava_next.attention import refuse_unsupported, register, register_for_tower
 from llava_next.batch import Batch
 from llava_next.config import PARTS, AttentionKernel, ModelError
 from llava_next.last_block import run_at_targets
@@ -52,7 +52,7 @@ class LlavaNext(nn.Module):
             (`upper_tower_layers`), frozen and never run. So `hf` itself no longer runs; what generates is the export.
         image_mean, image_std: of the tower's training, for tiles in [0, 1].
         num_sources: length of the per-source sums.
-        attention: the kernel inside packed samples.
+        attention: the kernel inside packed samples, and on a CPU inside tiles.
 
     Raises:
         ModelError: the language model attends in a way that packing does not implement, or the kernel's package is
@@ -77,7 +77,7 @@ class LlavaNext(nn.Module):
         if hf.lm_head.bias is not None:
             raise ModelError(f"{hf.config.text_config.model_type} has a biased head, LLaVA-NeXT's has no bias")
         hf.model.language_model.set_attn_implementation(register(attention))
-        hf.model.vision_tower.set_attn_implementation("sdpa")
+        hf.model.vision_tower.set_attn_implementation(register_for_tower(attention))
         run_at_targets(hf.model.language_model.layers[-1])
         self.hf = hf
         self.num_sources = num_sources

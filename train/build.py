@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from llava_next.attention import check_kernel
 from llava_next.build import Backbone, build_model
 from llava_next.config import PARTS, ModelError
 from llava_next.kernels import compile_blocks, use_liger, use_onednn
@@ -68,6 +69,7 @@ def set_kernels(model: LlavaNext, config: RunConfig, world: World) -> None:
     Raises:
         ModelError: one that is not here, or not for this device and precision.
     """
+    check_kernel(config.attention, world.device, world.dtype)
     if takes_onednn(config.linear, world.device, world.dtype):
         use_onednn(model, config.compile)
     if config.liger:

@@ -17,6 +17,8 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
+from llava_next.native import cache_root
+
 _OP = "deepspeed_shm_comm"
 _BUILD = (
     "from deepspeed.accelerator import get_accelerator;"
@@ -26,12 +28,6 @@ _BUILD = (
 
 class OpBuildError(RuntimeError):
     """The op could not be compiled; the message holds the compiler's last words."""
-
-
-def cache_root() -> Path:
-    """Where this project keeps what can be made again: $LLAVA_NEXT_CACHE, or llava_next in the user's cache."""
-    named = os.environ.get("LLAVA_NEXT_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "llava_next"
 
 
 def ensure_built(timeout_s: float = 900.0, *, say: bool = True) -> None:

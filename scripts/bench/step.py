@@ -35,6 +35,7 @@ VARIANTS = (
     Competitor("ours-compiled", "ours", changes={"compile": True}),
     Competitor("ours-recompute", "ours", changes={"recompute": True}),
     Competitor("ours-torch-products", "ours", changes={"linear": "torch"}),
+    Competitor("ours-sdpa", "ours", changes={"attention": "sdpa"}),
 )
 """Run where `--only` names them: what ours costs with an option of its own."""
 

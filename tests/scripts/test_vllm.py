@@ -22,11 +22,11 @@ from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import ImageMode
 from llava_next.hf import write_hf
 from llava_next.model import LlavaNext
+from llava_next.native import cache_root
 from llava_next.processor import Example, Processor
 from tests.house.readme import commands
 from tests.llava_next.models import row
 from tests.tiny import SIZES_HW, TowerName, encoded_picture, tiny_model
-from train.ops import cache_root
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = cache_root() / "vllm_env"

@@ -150,12 +150,3 @@ def test_endless_build_is_ended(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
     time.sleep(0.2)
     stat = Path("/proc") / (cache / "child").read_text() / "stat"
     assert not stat.exists() or stat.read_text().split()[2] == "Z"
-
-
-def test_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """$LLAVA_NEXT_CACHE, or llava_next in the user's own cache."""
-    monkeypatch.setenv("LLAVA_NEXT_CACHE", "/some/where")
-    assert ops.cache_root() == Path("/some/where")
-    monkeypatch.delenv("LLAVA_NEXT_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert ops.cache_root() == Path("/xdg/llava_next")
