@@ -78,7 +78,12 @@ def _varlen_is_faster(query: torch.Tensor) -> bool:
     """Whether there is variable-length attention for this, known to be faster than SDPA."""
     if query.is_cuda:
         return query.dtype in (torch.bfloat16, torch.float16)
-    return cpu_attention.takes(query) and cpu_attention.is_measured() and _is_compiled()
+    return cpu_attention.takes(query) and _cpus_own_is_at_hand()
+
+
+@torch.compiler.assume_constant_result
+def _cpus_own_is_at_hand() -> bool:
+    return cpu_attention.is_measured() and _is_compiled()
 
 
 @cache
@@ -155,10 +160,10 @@ def _varlen_on_cpu(
     q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
     key_bounds = segments.bounds.long()
     if targets is None:
-        positions, query_bounds = torch.arange(length), key_bounds
+        positions, query_bounds = torch.arange(length, device=query.device), key_bounds
     else:
         positions, q = targets, q.index_select(0, targets)
-        query_bounds = torch.tensor([0, *accumulate(segments.num_targets)])
+        query_bounds = torch.tensor([0, *accumulate(segments.num_targets)], device=query.device)
     seen = positions - key_bounds[:-1].repeat_interleave(query_bounds.diff()) + 1
     found = cpu_attention.attend(q, k, v, query_bounds, key_bounds, seen, scaling)
     return found[None] if targets is None else _among_zeros(found, targets, length)
@@ -176,7 +181,7 @@ def tile_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """A tower's attention, inside each of its tiles: this package's on a CPU where that is faster, else transformers'
-    SDPA.
+    SDPA; SDPA also in what torch.compile translates, which would be cut in two there.
 
     Args:
         query, key, value: [tiles, heads, patches, head width].
@@ -186,7 +191,8 @@ def tile_attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     alike = query.shape[:1] + query.shape[2:] == key.shape[:1] + key.shape[2:]
-    if query.is_cuda or attention_mask is not None or causal or dropout or not (alike and _varlen_is_faster(query)):
+    stays = query.is_cuda or torch.compiler.is_compiling() or attention_mask is not None or causal or bool(dropout)
+    if stays or not (alike and _varlen_is_faster(query)):
         output: torch.Tensor
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -195,14 +201,14 @@ def tile_attention(
     return _within_tiles_on_cpu(query, key, value, scaling), None
 
 
-@torch.compiler.disable
 def _within_tiles_on_cpu(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
 ) -> torch.Tensor:
     num_tiles, _, length, _ = query.shape
     q, k, v = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
-    bounds = torch.arange(0, (num_tiles + 1) * length, length)
-    found = cpu_attention.attend(q, k, v, bounds, bounds, torch.full((len(q),), length), scaling)
+    bounds = torch.arange(0, (num_tiles + 1) * length, length, device=query.device)
+    seen = torch.full((len(q),), length, device=query.device)
+    found = cpu_attention.attend(q, k, v, bounds, bounds, seen, scaling)
     return found.unflatten(0, (num_tiles, length))
 
 

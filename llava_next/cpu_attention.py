@@ -59,7 +59,7 @@ def attend(
         scale: 1 / sqrt(width) unless it is given; above 0.
 
     Returns:
-        float32 [Q, heads, width].
+        float32 [Q, heads, width], contiguous.
 
     Raises:
         ValueError: shapes or types that do not fit.
@@ -84,7 +84,7 @@ def attend(
     if width % _VECTOR:
         query, key, value = (F.pad(states, (0, -width % _VECTOR)) for states in (query, key, value))
     output: torch.Tensor = _Attention.apply(query, key, value, *indices, scale)
-    return output[..., :width]
+    return output[..., :width].contiguous()
 
 
 class _Attention(torch.autograd.Function):
@@ -100,8 +100,8 @@ class _Attention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         query, key, value = map(_with_whole_heads, (query, key, value))
-        output = torch.empty(query.shape)
-        divisors = torch.empty(query.shape[1], query.shape[0])
+        output = query.new_empty(query.shape)
+        divisors = query.new_empty(query.shape[1], query.shape[0])
         tensors = (query, key, value, output, divisors, query_bounds, key_bounds, seen)
         _library().llava_next_attention(ctypes.byref(_problem(tensors, scale)))
         ctx.save_for_backward(*tensors)
@@ -114,8 +114,8 @@ class _Attention(torch.autograd.Function):
         tensors = ctx.saved_tensors
         query, key = tensors[:2]
         gradient = _with_whole_heads(gradient)
-        of_query = torch.empty(query.shape)
-        of_key, of_value = (torch.empty(len(key), *query.shape[1:]) for _ in range(2))
+        of_query = query.new_empty(query.shape)
+        of_key, of_value = (query.new_empty(len(key), *query.shape[1:]) for _ in range(2))
         gradients = _Gradients(_rows(gradient), _rows(of_query), _rows(of_key), _rows(of_value))
         problem = _problem(tensors, ctx.scale)
         _library().llava_next_attention_backward(ctypes.byref(problem), ctypes.byref(gradients))

@@ -16,7 +16,7 @@ INPUT = "bench_input"
 
 KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("input (decode, tiles, tokens)", (INPUT, "DataLoader")),
-    ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention", "_varlen")),
+    ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention", "_varlen", "_Attention")),
     ("matrix products", ("::mm", "addmm", "bmm", "::linear", "_linear", "conv", "gemm", "matmul")),
     ("loss", ("softmax", "nll_loss", "cross_entropy")),
     ("optimizer and clipping", ("adam", "_foreach_norm", "vector_norm", "clip", "Optimizer")),

@@ -1,7 +1,7 @@
 """The forward pass asks no number of its device: a GPU never has to finish before Python goes on.
 
 Fake tensors have shapes and no values: any `.item()`, `bool(tensor)` or shape that depends on values raises on them,
-on every machine. So this needs no GPU, whose own kernels (`varlen_attn`) are left out.
+on every machine. So this needs no GPU; kernels that are called by address (`varlen_attn`, a CPU's own) are left out.
 """
 
 from dataclasses import fields, replace
@@ -43,7 +43,7 @@ def _forward_without_values(model: LlavaNext, batch: Batch) -> None:
 def test_forward_waits_for_nothing(make_backbone: MakeBackbone, tower: TowerName, kind: str) -> None:
     """Rows with pictures of several grids, with text alone, and with nothing."""
     backbone = make_backbone(tower)
-    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
+    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8, attention="sdpa")
     set_trained_parts(model, PARTS)
     samples = [sample for sample in mixed(backbone) if kind == "mixed" or not sample.pictures]
     _forward_without_values(model, row(backbone, [sample.example for sample in samples if kind != "empty"]))
@@ -52,7 +52,7 @@ def test_forward_waits_for_nothing(make_backbone: MakeBackbone, tower: TowerName
 def test_a_wait_is_noticed(make_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     """The test can fail: `bincount`, whose result's length depends on values, is found out."""
     backbone = make_backbone("clip")
-    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
+    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8, attention="sdpa")
     plain = LlavaNext.forward
 
     def waiting(self: LlavaNext, batch: Batch) -> object:
