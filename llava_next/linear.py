@@ -1,7 +1,7 @@
 """Linear layers on a CPU through oneDNN, where that is faster than what torch takes by itself.
 
-For fp32 torch takes MKL, which on AMD's processors keeps to AVX2; oneDNN uses AVX-512, and is twice as fast where they
-have it. Owns which of the two it is, and the product with its gradients; beyond rounding nothing depends on it.
+For fp32 torch takes MKL, which on AMD's processors keeps to AVX2; oneDNN uses AVX-512, and is up to twice as fast where
+they have it. Owns which of the two it is, and the product with its gradients; beyond rounding nothing depends on it.
 """
 
 import os

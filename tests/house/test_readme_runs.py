@@ -48,6 +48,7 @@ ADDED = {  # the beginning of a command -> arguments that make it short
     "python scripts/bench/balance.py": "--steps 20",
     "python scripts/bench/scale.py": "--quick",
     "python scripts/bench/adamw.py": "--millions 4 --rounds 2",
+    "python scripts/bench/attention.py": "--rounds 1",
 }
 ELSEWHERE = {  # the program of a command -> the file that runs it, and how it names it
     "scripts/test.sh": (".ci/run", "scripts/test.sh"),
