@@ -21,9 +21,8 @@ _VECTOR = 16
 """Floats of the widest vector. Heads whose width is no multiple of it are filled up with zeros."""
 
 
-@cache
 def missing() -> str | None:
-    """Why it cannot run in this process; None where it can. The first call compiles it, if it never was."""
+    """Why it cannot run in this process; None where it can. Compiles it, if it never was."""
     try:
         _library()
     except CompileError as error:
@@ -32,7 +31,7 @@ def missing() -> str | None:
 
 
 def is_measured() -> bool:
-    """Whether this processor is of a kind on which it was found faster than torch's SDPA: one with AVX2 or AVX-512."""
+    """Whether it was found faster than torch's SDPA with this processor's instructions: AVX2 or AVX-512."""
     return torch.backends.cpu.get_cpu_capability() in native.INSTRUCTIONS
 
 

@@ -49,9 +49,13 @@ def load(source: Path, instructions: str) -> ctypes.CDLL:
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             _compile(source, options, library)
+    except OSError as error:
+        raise CompileError(f"{library} cannot be written: {error}") from error
+    try:
         return ctypes.CDLL(str(library))
     except OSError as error:
-        raise CompileError(f"{library} cannot be written or loaded: {error}") from error
+        library.unlink(missing_ok=True)  # or every later start would fail on it
+        raise CompileError(f"{library} could not be loaded, and was removed: {error}") from error
 
 
 def _compile(source: Path, options: tuple[str, ...], library: Path) -> None:

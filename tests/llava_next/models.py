@@ -148,6 +148,17 @@ def gradients(model: LlavaNext) -> dict[str, torch.Tensor | None]:
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
+def learned(model: LlavaNext, rows: Iterable[Batch]) -> list[tuple[float, dict[str, torch.Tensor | None]]]:
+    """The loss sum of each row, and every gradient of it."""
+    found = []
+    for batch in rows:
+        model.zero_grad()
+        total, _, _ = model(batch)
+        total.backward()
+        found.append((float(total.detach()), gradients(model)))
+    return found
+
+
 def is_key_bias(name: str) -> bool:
     """The true gradient of a tower's key bias is zero (softmax does not see it): what is there is rounding.
 

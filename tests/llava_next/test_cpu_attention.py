@@ -20,9 +20,10 @@ from llava_next.build import build_model
 from llava_next.config import PARTS, AttentionKernel, ModelError
 from llava_next.model import set_recompute, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
-from tests.llava_next.models import gradients, mixed, row, worst_difference
+from tests.llava_next.models import learned, mixed, row, worst_difference
 
-pytestmark = pytest.mark.skipif(cpu_attention.missing() is not None, reason=f"{cpu_attention.missing()}")
+WHY_NOT = cpu_attention.missing()
+pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 LENGTHS = [(5,), (1, 1, 1), (12, 13, 96), (95, 97, 255), (256, 257), (1, 700, 33)]
 """On both sides of the blocks of 96 queries and 256 keys, and of strips of 12."""
@@ -194,7 +195,7 @@ def test_what_does_not_fit_is_refused() -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A cache in which nothing is compiled, and a process that has loaded nothing."""
     monkeypatch.setenv("LLAVA_NEXT_CACHE", str(tmp_path))
-    caches = (cpu_attention.missing, cpu_attention._library, attention._is_compiled)
+    caches = (cpu_attention._library, attention._is_compiled)
     for each in caches:
         each.cache_clear()
     yield tmp_path
@@ -298,13 +299,7 @@ def test_a_model_learns_the_same(
         model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8, attention=name)
         set_trained_parts(model, PARTS)
         set_recompute(model, recompute)
-        found = []
-        for these in (examples, examples[1:2], []):
-            model.zero_grad()
-            total, _, _ = model(row(backbone, these))
-            total.backward()
-            found.append((float(total.detach()), gradients(model)))
-        results.append(found)
+        results.append(learned(model, [row(backbone, these) for these in (examples, examples[1:2], [])]))
     for (expected, plain), (loss, ours) in zip(*results, strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)
         assert worst_difference(ours, plain, plain) < 1e-5

@@ -15,7 +15,7 @@ from llava_next.kernels import use_onednn
 from llava_next.linear import run_by_onednn, takes_onednn
 from llava_next.model import set_recompute, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
-from tests.llava_next.models import gradients, mixed, row, worst_difference
+from tests.llava_next.models import learned, mixed, row, worst_difference
 
 CPU = torch.device("cpu")
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
@@ -97,13 +97,7 @@ def test_a_model_learns_the_same(make_backbone: MakeBackbone, recompute: tuple[s
         set_recompute(model, recompute)
         if by_onednn:
             use_onednn(model)
-        found = []
-        for these in (examples, examples[1:2], []):
-            model.zero_grad()
-            total, _, _ = model(row(backbone, these))
-            total.backward()
-            found.append((float(total.detach()), gradients(model)))
-        results.append(found)
+        results.append(learned(model, [row(backbone, these) for these in (examples, examples[1:2], [])]))
     for (expected, plain), (loss, ours) in zip(*results, strict=True):
         assert loss == pytest.approx(expected, rel=1e-6)
         assert worst_difference(ours, plain, plain) < 1e-4

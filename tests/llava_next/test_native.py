@@ -1,6 +1,5 @@
 """C++ that is compiled where it runs: once, whole or not at all, and with the reason where it cannot be."""
 
-import ctypes
 import shutil
 import stat
 from pathlib import Path
@@ -67,7 +66,7 @@ def test_each_kind_of_processor_has_its_own(cache: Path, source: Path) -> None:
     [
         ("echo it is broken >&2; exit 1", r"did not compile answer\.cpp:\nit is broken"),
         ("sleep 20", r"did not compile answer\.cpp within 1 s"),
-        ('for last; do :; done; echo half > "$last"', "cannot be written or loaded"),
+        ('for last; do :; done; echo half > "$last"', "could not be loaded, and was removed"),
     ],
     ids=["fails", "hangs", "writes rubbish"],
 )
@@ -82,7 +81,7 @@ def test_a_compiler_that_does_not_do_it(
     monkeypatch.setattr(native, "_TIMEOUT_S", 1)
     with pytest.raises(CompileError, match=words):
         load(source, "DEFAULT")
-    assert "within" in words or "loaded" in words or made(cache) == []
+    assert made(cache) == []
 
 
 def test_without_a_compiler(cache: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +98,7 @@ def test_without_a_compiler(cache: Path, source: Path, monkeypatch: pytest.Monke
 def test_a_cache_that_cannot_be_written(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file where the folder should be."""
     monkeypatch.setenv("LLAVA_NEXT_CACHE", str(source))
-    with pytest.raises(CompileError, match="cannot be written or loaded"):
+    with pytest.raises(CompileError, match="cannot be written"):
         load(source, "DEFAULT")
 
 
@@ -110,8 +109,3 @@ def test_cache_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LLAVA_NEXT_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
     assert cache_root() == Path("/xdg/llava_next")
-
-
-def test_what_is_loaded_is_called_through_ctypes(cache: Path, source: Path) -> None:
-    """A plain library, that needs nothing of Python."""
-    assert isinstance(load(source, "DEFAULT"), ctypes.CDLL)

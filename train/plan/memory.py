@@ -176,6 +176,7 @@ def activations(
     trains = {part: count > 0 for part, count in facts.trained.items()}
     s = 2 if half else 4
     language, vision = facts.language, facts.vision
+    # On a CPU it is planned for SDPA, which keeps a little more than variable-length attention.
     block = language_block_bytes(language, trained=trains["language_model"], half=half, copies_output=not on_gpu)
     if "language_model" in compiled:
         block = compiled_block_bytes(language, half=half)
@@ -220,8 +221,7 @@ def language_block_bytes(shape: LanguageShape, *, trained: bool, half: bool, cop
     Each of two RMS norms keeps its input in fp32 (4 D); trained, also what its weight is multiplied with (s D) and its
     output, which the projections read (s D). Attention keeps queries, keys, values, its output (s) and a log-sum of
     each head (4). The MLP keeps what enters SiLU, what leaves it, and the other factor (3 s I); trained, the product
-    (s I). `copies_output`: SDPA sample by sample (on a CPU without attention=varlen) joins its outputs in a copy, which
-    a trained output projection keeps.
+    (s I). `copies_output`: SDPA sample by sample joins its outputs in a copy, which a trained output projection keeps.
     """
     s = 2 if half else 4
     norms = 2 * (4 * shape.width + (2 * s * shape.width if trained else 0))
