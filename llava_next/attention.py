@@ -146,6 +146,11 @@ def _among_zeros(found: torch.Tensor, targets: torch.Tensor, length: int) -> tor
     return found.new_zeros(length, *found.shape[1:]).index_put((targets,), found)[None]
 
 
+def _positions_first(states: torch.Tensor) -> torch.Tensor:
+    """[1, heads, T, width] → [T, heads, width]. Not `states[0]`, whose gradient is zeros and a copy."""
+    return states.squeeze(0).transpose(0, 1)
+
+
 @torch.compiler.disable  # it calls C++ by way of ctypes
 def _varlen_on_cpu(
     query: torch.Tensor,
@@ -157,7 +162,7 @@ def _varlen_on_cpu(
 ) -> torch.Tensor:
     """At all positions, or at these alone."""
     length = query.shape[2]
-    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    q, k, v = map(_positions_first, (query, key, value))
     key_bounds = segments.bounds.long()
     if targets is None:
         positions, query_bounds = torch.arange(length, device=query.device), key_bounds
@@ -218,9 +223,9 @@ def _varlen(
     # torch 2.11 has no such argument: there the kernel sees grouped heads from the shapes.
     grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] and _KNOWS_GROUPS else {}
     output = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        _positions_first(query),
+        _positions_first(key),
+        _positions_first(value),
         segments.bounds,
         segments.bounds,
         segments.max_length,
@@ -239,9 +244,9 @@ def _flash(
     """FlashAttention 2 or 3: one call and one signature; grouped heads are found out from the shapes."""
     function = importlib.import_module(_FLASH_MODULES[kernel]).flash_attn_varlen_func
     output = function(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        _positions_first(query),
+        _positions_first(key),
+        _positions_first(value),
         segments.bounds,
         segments.bounds,
         segments.max_length,

@@ -36,6 +36,7 @@ AttentionKernel = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_
 """What computes attention inside packed samples; nothing learned depends on it, beyond rounding."""
 
 LinearKernel = Literal["auto", "torch", "onednn"]
+ElementwiseKernel = Literal["auto", "torch", "fused"]
 """Whose products a linear layer on a CPU takes; nothing learned depends on it, beyond rounding."""
 
 

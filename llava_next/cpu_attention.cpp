@@ -8,11 +8,9 @@
 // A query sees the first `seen` keys of its segment: its position + 1 where attention is causal, all of them where it is
 // not. Along a segment's queries `seen` never falls, so what no query of a strip sees is not computed.
 //
-// Vectors are GCC's and Clang's own type; their width follows from the instructions that the file is compiled for.
 // cpu_attention.py compiles, calls and checks: nothing is checked here.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -20,72 +18,17 @@
 #include <limits>
 #include <memory>
 #include <numeric>
-#include <thread>
 #include <vector>
 
-// What GCC calls where a program says `#pragma omp parallel`. Found in whatever OpenMP the process runs, torch's above
-// all: its threads wait for work busily, and would be in the way of others. Where there is none, threads are started.
-extern "C" void GOMP_parallel(void (*work)(void*), void* data, unsigned num_threads, unsigned flags)
-    __attribute__((weak));
+#include "cpu.h"
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------- vectors
+// ---------------------------------------------------------------------------------------------------- products
 
 // A product is computed in tiles of ROWS x COLUMNS sums that stay in registers: 24 of AVX-512's 32, 12 of AVX2's 16.
-#if defined(__AVX512F__)
-constexpr int WIDTH = 16, ROWS = 12;
-#elif defined(__AVX2__)
-constexpr int WIDTH = 8, ROWS = 6;
-#else
-constexpr int WIDTH = 4, ROWS = 8;
-#endif
+constexpr int ROWS = WIDTH == 16 ? 12 : WIDTH == 8 ? 6 : 8;
 constexpr int COLUMNS = 2 * WIDTH;
-
-typedef float Vector __attribute__((vector_size(4 * WIDTH)));
-typedef int32_t Integers __attribute__((vector_size(4 * WIDTH)));
-
-inline Vector load(const float* at) {
-    Vector value;
-    std::memcpy(&value, at, sizeof value);
-    return value;
-}
-
-inline void store(float* at, Vector value) { std::memcpy(at, &value, sizeof value); }
-
-inline Vector all(float value) { return Vector{} + value; }
-
-inline float sum(Vector value) {
-    float total = 0;
-    for (int i = 0; i < WIDTH; ++i) total += value[i];
-    return total;
-}
-
-// e^x for x <= 0, within two units of the last place; below e^-87 it is 0.
-inline Vector exponential(Vector x) {
-    const Vector rounder = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-    const Integers is_low = x < all(-87.0f);
-    x = is_low ? Vector{} : x;
-    const Vector rounded = x * 1.44269504f + rounder;
-    const Vector n = rounded - rounder;
-    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    Vector y = all(1.0f / 5040);  // Taylor's polynomial, |r| <= ln(2) / 2
-    y = y * r + 1.0f / 720;
-    y = y * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
-    y = y * r + 1.0f;
-    Integers bits;
-    std::memcpy(&bits, &rounded, sizeof bits);
-    bits = (bits << 23) + (127 << 23);  // 2^n
-    Vector power;
-    std::memcpy(&power, &bits, sizeof power);
-    return is_low ? Vector{} : y * power;
-}
-
-// ---------------------------------------------------------------------------------------------------- products
 
 // Queries and keys of a block of scores. The backward pass holds 216 KiB of such, which fit in a core's second cache.
 constexpr int BLOCK_QUERIES = 96, BLOCK_KEYS = 256;
@@ -412,7 +355,7 @@ void backward(const Task& task, const Gradients& g, BackwardMemory& memory) {
     }
 }
 
-// Runs all tasks, long segments first; each thread takes the next one when it is done, and has memory of its own.
+// Runs all tasks, long segments first.
 template <typename ThreadMemory, typename Run>
 void run_all(const Problem& p, Run run) {
     std::vector<int64_t> order(p.num_segments);
@@ -420,21 +363,9 @@ void run_all(const Problem& p, Run run) {
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
         return p.key_bounds[a + 1] - p.key_bounds[a] > p.key_bounds[b + 1] - p.key_bounds[b];
     });
-    const int64_t num_tasks = p.num_segments * p.heads;
-    std::atomic<int64_t> next{0};
-    auto work = [&] {
-        ThreadMemory memory;
-        for (int64_t i = next++; i < num_tasks; i = next++) run(Task(p, order[i / p.heads], i % p.heads), memory);
-    };
-    const auto num_threads = static_cast<unsigned>(std::min<int64_t>(p.num_threads, num_tasks));
-    if (GOMP_parallel != nullptr) {
-        GOMP_parallel([](void* data) { (*static_cast<decltype(work)*>(data))(); }, &work, num_threads, 0);
-        return;
-    }
-    std::vector<std::thread> others;
-    for (unsigned i = 1; i < num_threads; ++i) others.emplace_back(work);
-    work();
-    for (std::thread& other : others) other.join();
+    run_tasks(
+        p.num_segments * p.heads, p.num_threads, [] { return ThreadMemory(); },
+        [&](int64_t i, ThreadMemory& memory) { run(Task(p, order[i / p.heads], i % p.heads), memory); });
 }
 
 }  // namespace

@@ -80,10 +80,11 @@ def attend(
     if int(query_bounds[-1]) != num_queries or int(key_bounds[-1]) != len(key):
         raise ValueError(f"the last bounds are not the {num_queries} queries and {len(key)} keys")
     scale = width**-0.5 if scale is None else scale
-    if width % _VECTOR:
-        query, key, value = (F.pad(states, (0, -width % _VECTOR)) for states in (query, key, value))
+    rest = width % _VECTOR
+    if rest:
+        query, key, value = (F.pad(states, (0, _VECTOR - rest)) for states in (query, key, value))
     output: torch.Tensor = _Attention.apply(query, key, value, *indices, scale)
-    return output[..., :width].contiguous()
+    return output[..., :width].contiguous() if rest else output
 
 
 class _Attention(torch.autograd.Function):

@@ -1,7 +1,9 @@
-"""Faster kernels for the parts of a model: torch.compile, liger-kernel's fused ones, and oneDNN's products on a CPU.
+"""Faster kernels for the parts of a model: torch.compile, liger-kernel's fused ones, and on a CPU oneDNN's products and
+this package's fused ones.
 
 Owns how blocks are run, never what they compute: beyond rounding nothing learned depends on it. The first two are off
-unless the configuration names them. Attention inside a row is attention.py's, a linear layer linear.py's.
+unless the configuration names them. Attention inside a row is attention.py's, a linear layer linear.py's, a fused
+kernel cpu_fused.py's.
 """
 
 import importlib.util
@@ -10,6 +12,7 @@ from collections.abc import Collection
 from torch import nn
 
 from llava_next.config import ModelError
+from llava_next.fusing import fuse
 from llava_next.linear import run_by_onednn
 from llava_next.model import LlavaNext, part_of
 
@@ -79,3 +82,15 @@ def use_onednn(model: LlavaNext, compiled: Collection[str] = ()) -> None:
     for name, module in model.named_modules():
         if type(module) is nn.Linear and part_of(f"{name}.weight") not in compiled:
             run_by_onednn(module)
+
+
+def use_fused(model: LlavaNext, compiled: Collection[str] = ()) -> None:
+    """Runs norms, gates and rotary embeddings of an fp32 model on a CPU in one pass each (cpu_fused.py).
+
+    Args:
+        compiled: parts that torch.compile translates, which fuses by itself.
+    """
+    stacks = {model.blocks[part] for part in compiled}
+    for name, module in model.named_modules():
+        if not any(name.startswith(stack + ".") for stack in stacks):
+            fuse(module)

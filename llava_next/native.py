@@ -1,7 +1,7 @@
 """C++ of this package, compiled once for a machine's instructions, into the user's cache.
 
-Only the compiler is needed, for two or three seconds: the files include nothing but the standard library and are called
-through ctypes. Owns where what is compiled lies, and that it is whole.
+Only the compiler is needed, for two or three seconds: the files include the standard library, headers beside them and
+nothing else, and are called through ctypes. Owns where what is compiled lies, and that it is whole.
 """
 
 import ctypes
@@ -43,7 +43,8 @@ def load(source: Path, instructions: str) -> ctypes.CDLL:
         CompileError: it cannot be compiled here.
     """
     options = (*_OPTIONS, *INSTRUCTIONS.get(instructions, ()))
-    key = sha256(source.read_bytes() + " ".join(options).encode()).hexdigest()[:16]
+    read = (source, *sorted(source.parent.glob("*.h")))
+    key = sha256(b"".join(path.read_bytes() for path in read) + " ".join(options).encode()).hexdigest()[:16]
     library = cache_root() / "native" / f"{source.stem}-{key}.so"
     try:
         if not library.exists():

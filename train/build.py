@@ -13,7 +13,8 @@ from torch import nn
 from llava_next.attention import check_kernel
 from llava_next.build import Backbone, build_model
 from llava_next.config import PARTS, ModelError
-from llava_next.kernels import compile_blocks, use_liger, use_onednn
+from llava_next.cpu_fused import takes_fused
+from llava_next.kernels import compile_blocks, use_fused, use_liger, use_onednn
 from llava_next.linear import takes_onednn
 from llava_next.load import load_weights
 from llava_next.lora import add_adapters
@@ -72,6 +73,8 @@ def set_kernels(model: LlavaNext, config: RunConfig, world: World) -> None:
     check_kernel(config.attention, world.device, world.dtype)
     if takes_onednn(config.linear, world.device, world.dtype):
         use_onednn(model, config.compile)
+    if takes_fused(config.elementwise, world.device, world.dtype):
+        use_fused(model, config.compile)
     if config.liger:
         use_liger(model)
     compile_blocks(model, config.compile, deterministic=config.deterministic)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_recipes.config import MixtureConfig
-from llava_next.config import AttentionKernel, ImageMode, LinearKernel, LoraConfig, ModelConfig
+from llava_next.config import AttentionKernel, ElementwiseKernel, ImageMode, LinearKernel, LoraConfig, ModelConfig
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 _STRICT = {"extra": "forbid"}
@@ -161,6 +161,7 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionKernel = "auto"
     linear: LinearKernel = "auto"
+    elementwise: ElementwiseKernel = "auto"
     recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
     compile: tuple[Literal["vision_tower", "language_model"], ...] = ()
     liger: bool = False

@@ -35,8 +35,8 @@ class Job:
         recompute: run every block again in the backward pass.
         compile: torch.compile the blocks (ours only).
         liger: liger-kernel's fused kernels in the language model (ours only).
-        attention, linear: the kernel of a row's attention, the library of a CPU's products, as in configs/train.yaml
-            (ours only).
+        attention, linear, elementwise: the kernel of a row's attention, the library of a CPU's products, its norms and
+            gates, as in configs/train.yaml (ours only).
         deterministic: on a GPU, kernels that give the same bits every time (ours only).
         half_weights: on a GPU, keep no fp32 copy of the weights (stock only).
     """
@@ -58,6 +58,7 @@ class Job:
     liger: bool = False
     attention: str = "auto"
     linear: str = "auto"
+    elementwise: str = "auto"
     deterministic: bool = False
     half_weights: bool = False
 

@@ -36,6 +36,7 @@ VARIANTS = (
     Competitor("ours-recompute", "ours", changes={"recompute": True}),
     Competitor("ours-torch-products", "ours", changes={"linear": "torch"}),
     Competitor("ours-sdpa", "ours", changes={"attention": "sdpa"}),
+    Competitor("ours-single-operations", "ours", changes={"elementwise": "torch"}),
 )
 """Run where `--only` names them: what ours costs with an option of its own."""
 
