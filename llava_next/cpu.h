@@ -39,35 +39,58 @@ inline void store(float* at, Vector value) { std::memcpy(at, &value, sizeof valu
 
 inline Vector all(float value) { return Vector{} + value; }
 
-inline float sum(Vector value) {
-    float total = 0;
-    for (int i = 0; i < WIDTH; ++i) total += value[i];
-    return total;
+// Half of a vector, down to four values.
+template <int COUNT>
+struct Part {
+    typedef float type __attribute__((vector_size(4 * COUNT)));
+};
+
+// All of a vector's values by one operation, in halves: a chain of single values would wait for each before the next.
+template <int COUNT, typename Value, typename Operation>
+inline float reduce(const Value& value, Operation operation) {
+    if constexpr (COUNT == 4) {
+        return operation(operation(value[0], value[1]), operation(value[2], value[3]));
+    } else {
+        typename Part<COUNT / 2>::type low, high;
+        std::memcpy(&low, &value, sizeof low);
+        std::memcpy(&high, reinterpret_cast<const char*>(&value) + sizeof low, sizeof high);
+        return reduce<COUNT / 2>(operation(low, high), operation);
+    }
 }
 
-// e^x for x <= 0, within two units of the last place; below e^-87 it is 0.
-inline Vector exponential(Vector x) {
+inline float sum(Vector value) {
+    return reduce<WIDTH>(value, [](auto a, auto b) { return a + b; });
+}
+
+inline float largest_of(Vector value) {
+    return reduce<WIDTH>(value, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// 2^x for x <= 0, within a unit of the last place; below 2^-126 it is 0.
+inline Vector power_of_2(Vector x) {
     const Vector rounder = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
-    const Integers is_low = x < all(-87.0f);
-    x = is_low ? Vector{} : x;
-    const Vector rounded = x * 1.44269504f + rounder;
-    const Vector n = rounded - rounder;
-    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
-    Vector y = all(1.0f / 5040);  // Taylor's polynomial, |r| <= ln(2) / 2
-    y = y * r + 1.0f / 720;
-    y = y * r + 1.0f / 120;
-    y = y * r + 1.0f / 24;
-    y = y * r + 1.0f / 6;
-    y = y * r + 0.5f;
-    y = y * r + 1.0f;
+    const Vector lowest = all(-127.0f);
+    x = x > lowest ? x : lowest;
+    const Vector rounded = x + rounder;
+    const Vector r = x - (rounded - rounder);
+    // The polynomial of this degree whose largest relative error for |r| <= 1/2 is smallest (2e-9), by least squares
+    // that are weighted anew until the error's peaks are even.
+    Vector y = all(1.5353361959569156e-4f);
+    y = y * r + 1.3398873852565885e-3f;
+    y = y * r + 9.61843691766262e-3f;
+    y = y * r + 5.5503323674201965e-2f;
+    y = y * r + 0.24022647738456726f;
+    y = y * r + 0.6931471824645996f;
     y = y * r + 1.0f;
     Integers bits;
     std::memcpy(&bits, &rounded, sizeof bits);
-    bits = (bits << 23) + (127 << 23);  // 2^n
+    bits = (bits << 23) + (127 << 23);  // 2^n, and 0 for n = -127
     Vector power;
     std::memcpy(&power, &bits, sizeof power);
-    return is_low ? Vector{} : y * power;
+    return y * power;
 }
+
+constexpr float LOG2_E = 1.44269504f;
 
 // Calls run(task) for each task from 0 on, on at most this many threads; each takes the next one when it is done.
 // `start` is called once on each thread, for the memory that its tasks share.

@@ -2,7 +2,7 @@
 //
 // The algorithm is FlashAttention's (Dao et al. 2022, arXiv:2205.14135): scores exist for one block of queries and keys
 // at a time, in the cache; the softmax is corrected as larger scores come; the backward pass computes the scores again,
-// from the logarithm of the softmax's divisor. A task is one head of one segment, and no two tasks write to the same
+// from the logarithm of the softmax's divisor. Exponentials and logarithms are to base 2, which the scale makes up for. A task is one head of one segment, and no two tasks write to the same
 // place: the result is the same to the bit on any number of threads.
 //
 // A query sees the first `seen` keys of its segment: its position + 1 where attention is causal, all of them where it is
@@ -11,6 +11,7 @@
 // cpu_attention.py compiles, calls and checks: nothing is checked here.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -81,6 +82,13 @@ inline void add_transposed_product(int rows, int width, int depth, const float* 
     strip<ROWS, 1>(rows, width, depth, scores, PITCH, b, width, COLUMNS, c, width, true);
 }
 
+// A head's rows are far apart in memory, which the processor does not foresee. To ask beyond the last row does no harm.
+constexpr int AHEAD = 16;
+
+inline void prefetch(const float* row, int width) {
+    for (int d = 0; d < width; d += 16) __builtin_prefetch(row + d);
+}
+
 // rows[count, width], one every `pitch`, in groups of SIZE, transposed: [count / SIZE, width, SIZE]; what is missing in
 // the last group is zero.
 template <int SIZE>
@@ -88,13 +96,18 @@ void pack(const float* rows, int64_t pitch, int64_t count, int width, float* gro
     for (int64_t start = 0; start < count; start += SIZE, groups += SIZE * width) {
         const int filled = static_cast<int>(std::min<int64_t>(SIZE, count - start));
         if (filled < SIZE) std::memset(groups, 0, sizeof(float) * SIZE * width);
-        for (int i = 0; i < filled; ++i)
+        for (int i = 0; i < filled; ++i) {
+            prefetch(rows + (start + i + AHEAD) * pitch, width);
             for (int d = 0; d < width; ++d) groups[d * SIZE + i] = rows[(start + i) * pitch + d];
+        }
     }
 }
 
 void copy_rows(const float* rows, int64_t pitch, int64_t count, int width, float* to) {
-    for (int64_t i = 0; i < count; ++i) std::memcpy(to + i * width, rows + i * pitch, sizeof(float) * width);
+    for (int64_t i = 0; i < count; ++i) {
+        prefetch(rows + (i + AHEAD) * pitch, width);
+        std::memcpy(to + i * width, rows + i * pitch, sizeof(float) * width);
+    }
 }
 
 // Memory of a thread that grows as it is asked for, aligned to lines of cache.
@@ -134,7 +147,7 @@ struct Rows {
 
 // Segment s has the queries query_bounds[s] to query_bounds[s + 1] and the keys key_bounds[s] to key_bounds[s + 1].
 // `seen` has one value for each query. Query head h reads head h / group of keys and values. `divisors`, the softmax's
-// in logarithm, are [heads, queries].
+// in logarithm to base 2, are [heads, queries].
 struct Problem {
     Rows query, key, value, output;
     float* divisors;
@@ -190,36 +203,42 @@ struct Strip {
     }
 };
 
-// Scores to what they add to the softmax, for one query: corrects its largest score and divisor so far, and returns the
-// factor that corrects what was summed up before.
-inline float soften(float* scores, int visible, int columns, float scale, float& largest, float& divisor) {
+// What a query's softmax is so far: its largest score, and the sum of the weights, each lane's by itself.
+struct Softmax {
+    float largest = -std::numeric_limits<float>::infinity();
+    Vector divisor{};
+};
+
+// Scores to what they add to the softmax, for one query. Returns the factor that corrects what was summed up before.
+inline float soften(float* scores, int visible, int columns, float scale, Softmax& softmax) {
     if (visible == 0) {
         std::memset(scores, 0, sizeof(float) * columns);
         return 1.0f;
     }
     std::fill(scores + visible, scores + columns, -std::numeric_limits<float>::infinity());
-    Vector most = load(scores);
-    for (int c = WIDTH; c < columns; c += WIDTH) {
-        const Vector next = load(scores + c);
-        most = most > next ? most : next;
-    }
-    float top = most[0];
-    for (int i = 1; i < WIDTH; ++i) top = std::max(top, most[i]);
-    const float before = largest;
-    largest = std::max(before, top * scale);
+    Vector most[2] = {load(scores), load(scores + WIDTH)};  // two, so that one need not wait for the other
+    for (int c = COLUMNS; c < columns; c += COLUMNS)
+        for (int v = 0; v < 2; ++v) {
+            const Vector next = load(scores + c + v * WIDTH);
+            most[v] = most[v] > next ? most[v] : next;
+        }
+    const float most_of_all = std::max(largest_of(most[0]), largest_of(most[1]));
+    const float largest = std::max(softmax.largest, most_of_all * scale);
+    const float correction = largest == softmax.largest ? 1.0f : std::exp2(softmax.largest - largest);
+    softmax.largest = largest;
     Vector total{};
     for (int c = 0; c < columns; c += WIDTH) {
-        const Vector weight = exponential(load(scores + c) * scale - largest);
+        const Vector weight = power_of_2(load(scores + c) * scale - largest);
         store(scores + c, weight);
         total += weight;
     }
-    const float correction = std::exp(before - largest);
-    divisor = divisor * correction + sum(total);
+    softmax.divisor = softmax.divisor * correction + total;
     return correction;
 }
 
 struct ForwardMemory {
-    Memory queries, keys, values, scores, sums, largest, divisor;
+    Memory queries, keys, values, scores, sums;
+    std::array<Softmax, BLOCK_QUERIES> softmax;
 };
 
 void forward(const Task& task, ForwardMemory& memory) {
@@ -230,8 +249,7 @@ void forward(const Task& task, ForwardMemory& memory) {
     float* queries = memory.queries.of(BLOCK_QUERIES * width);
     float* scores = memory.scores.of(ROWS * PITCH);
     float* sums = memory.sums.of(BLOCK_QUERIES * width);
-    float* largest = memory.largest.of(BLOCK_QUERIES);
-    float* divisor = memory.divisor.of(BLOCK_QUERIES);
+    const float scale = p.scale * LOG2_E;
     pack<COLUMNS>(task.key(), p.key.position, task.num_keys, width, keys);
     copy_rows(task.value(), p.value.position, task.num_keys, width, values);
     std::memset(values + task.num_keys * width, 0, sizeof(float) * (task.padded_keys() - task.num_keys) * width);
@@ -240,8 +258,7 @@ void forward(const Task& task, ForwardMemory& memory) {
         const int count = static_cast<int>(std::min<int64_t>(BLOCK_QUERIES, task.num_queries - start));
         pack<ROWS>(at(p.query, task.first_query + start, task.head), p.query.position, count, width, queries);
         std::memset(sums, 0, sizeof(float) * count * width);
-        std::fill(largest, largest + count, -std::numeric_limits<float>::infinity());
-        std::fill(divisor, divisor + count, 0.0f);
+        memory.softmax.fill(Softmax());
         const int64_t end = std::min(task.seen(start + count - 1), task.num_keys);
         for (int64_t key = 0; key < end; key += BLOCK_KEYS)
             for (int i = 0; i < count; i += ROWS) {
@@ -249,8 +266,8 @@ void forward(const Task& task, ForwardMemory& memory) {
                 if (strip.columns == 0) continue;
                 scores_of(strip.rows, strip.columns, width, queries + i * width, keys + key * width, scores);
                 for (int r = 0; r < strip.rows; ++r) {
-                    const float correction = soften(scores + r * PITCH, strip.visible[r], strip.columns, p.scale,
-                                                    largest[i + r], divisor[i + r]);
+                    const float correction =
+                        soften(scores + r * PITCH, strip.visible[r], strip.columns, scale, memory.softmax[i + r]);
                     float* row = sums + (i + r) * width;
                     if (correction != 1.0f)
                         for (int d = 0; d < width; d += WIDTH) store(row + d, load(row + d) * correction);
@@ -259,8 +276,9 @@ void forward(const Task& task, ForwardMemory& memory) {
             }
         for (int i = 0; i < count; ++i) {
             float* output = at(p.output, task.first_query + start + i, task.head);
-            for (int d = 0; d < width; d += WIDTH) store(output + d, load(sums + i * width + d) / divisor[i]);
-            task.divisors()[start + i] = largest[i] + std::log(divisor[i]);
+            const float divisor = sum(memory.softmax[i].divisor);
+            for (int d = 0; d < width; d += WIDTH) store(output + d, load(sums + i * width + d) / divisor);
+            task.divisors()[start + i] = memory.softmax[i].largest + std::log2(divisor);
         }
     }
 }
@@ -274,13 +292,18 @@ struct BackwardMemory {
 inline void soften_backward(float* scores, float* gradients, int visible, int columns, float scale, float divisor,
                             float share) {
     for (int c = 0; c < columns; c += WIDTH) {
-        const Vector weight = exponential(load(scores + c) * scale - divisor);
+        const Vector weight = power_of_2(load(scores + c) * scale - divisor);
         store(scores + c, weight);
-        store(gradients + c, weight * (load(gradients + c) - share) * scale);
+        store(gradients + c, weight * (load(gradients + c) - share));
     }
     // A strip of keys may reach a little further than what these queries see.
     std::memset(scores + visible, 0, sizeof(float) * (columns + ROWS - visible));
     std::memset(gradients + visible, 0, sizeof(float) * (columns + ROWS - visible));
+}
+
+// The gradients of scores are without their scale until the sums are done.
+inline void copy_scaled(const float* from, float scale, int width, float* to) {
+    for (int d = 0; d < width; d += WIDTH) store(to + d, load(from + d) * scale);
 }
 
 void backward(const Task& task, const Gradients& g, BackwardMemory& memory) {
@@ -329,7 +352,7 @@ void backward(const Task& task, const Gradients& g, BackwardMemory& memory) {
                 scores_of(strip.rows, strip.columns, width, outputs + i * width, values + key * width, gradient_row);
                 for (int r = 0; r < strip.rows; ++r)
                     soften_backward(weight + r * PITCH, gradient_row + r * PITCH, strip.visible[r], strip.columns,
-                                    p.scale, task.divisors()[start + i + r], shares[i + r]);
+                                    p.scale * LOG2_E, task.divisors()[start + i + r], shares[i + r]);
                 add_product(strip.rows, width, strip.columns, gradient_row, key_rows + key * width,
                             of_query + i * width);
                 columns = strip.columns;
@@ -347,10 +370,10 @@ void backward(const Task& task, const Gradients& g, BackwardMemory& memory) {
             }
         }
         for (int i = 0; i < count; ++i)
-            std::memcpy(at(g.query, first + i, task.head), of_query + i * width, sizeof(float) * width);
+            copy_scaled(of_query + i * width, p.scale, width, at(g.query, first + i, task.head));
     }
     for (int64_t i = 0; i < task.num_keys; ++i) {
-        std::memcpy(at(g.key, task.first_key + i, task.head), of_key + i * width, sizeof(float) * width);
+        copy_scaled(of_key + i * width, p.scale, width, at(g.key, task.first_key + i, task.head));
         std::memcpy(at(g.value, task.first_key + i, task.head), of_value + i * width, sizeof(float) * width);
     }
 }

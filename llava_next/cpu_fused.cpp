@@ -47,6 +47,13 @@ inline void for_vectors(int64_t first, int64_t end, Each each) {
              [i, rest](float* p, Vector v) { store(p + i, v, rest); });
 }
 
+// e^x for x <= 0, within two units of the last place or so: what rounding takes from x / ln 2 is given back.
+inline Vector exponential(Vector x) {
+    const Vector exponent = x * LOG2_E;
+    const Vector product = exponent * 0.693147182f, rest = x - product;
+    return power_of_2(exponent) * (1.0f + rest);
+}
+
 inline Vector sigmoid(Vector x) {
     const Integers is_negative = x < Vector{};
     const Vector small = exponential(is_negative ? x : -x);  // at most 1, so that nothing overflows
