@@ -41,14 +41,22 @@ def takes_fused(kernel: ElementwiseKernel, device: torch.device, dtype: torch.dt
         return False
     if kernel == "auto" and torch.backends.cpu.get_cpu_capability() not in native.INSTRUCTIONS:
         return False
+    why_not = missing()
+    if why_not is None:
+        return True
+    if kernel == "fused":
+        raise ModelError(f"elementwise=fused: {why_not}; choose elementwise=auto")
+    logger.warning("elementwise=auto takes torch's own operations, which are slower here: %s", why_not)
+    return False
+
+
+def missing() -> str | None:
+    """Why they cannot run in this process; None where they can. Compiles them, if they never were."""
     try:
         _library()
     except CompileError as error:
-        if kernel == "fused":
-            raise ModelError(f"elementwise=fused: {error}; choose elementwise=auto") from error
-        logger.warning("elementwise=auto takes torch's own operations, which are slower here: %s", error)
-        return False
-    return True
+        return str(error)
+    return None
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -16,13 +16,15 @@ from transformers.activations import QuickGELUActivation
 
 from llava_next import cpu_fused
 
+Rotation = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
 _ROTATES = "apply_rotary_pos_emb"
 _QUICK_GELU = 1.702
 
 
 def fuse(module: nn.Module) -> None:
     """Lets this module, not its children, run by a fused kernel if there is one for it. Weights stay where they are."""
-    kind = type(module)
+    kind: Any = type(module)
     if isinstance(module, QuickGELUActivation):
         module.forward = partial(cpu_fused.swish, beta=_QUICK_GELU)  # type: ignore[method-assign]
     elif _is_rms_norm(kind):
@@ -38,7 +40,7 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _is_rms_norm(kind: type[nn.Module]) -> bool:
+def _is_rms_norm(kind: Any) -> bool:
     norm: Any = SimpleNamespace(weight=_numbers(8), variance_epsilon=0.1)
     return kind.__name__.endswith("Norm") and _gives(lambda: (kind.forward(norm, _X), _rms_norm(norm, _X)))
 
@@ -53,33 +55,36 @@ def _is_silu(activation: Any) -> bool:
 
 
 @cache
-def _is_gated_mlp(kind: type[nn.Module]) -> bool:
+def _is_gated_mlp(kind: Any) -> bool:
     mlp: Any = SimpleNamespace(act_fn=F.silu, gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.exp)
     return _gives(lambda: (kind.forward(mlp, _X), _gated_mlp(mlp, _X)))
 
 
-def _rotate_both(
-    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return cpu_fused.rotate(query, cos, sin), cpu_fused.rotate(key, cos, sin)
-
-
 @cache
-def _rotates_in_halves(kind: type[nn.Module]) -> bool:
+def _rotates_in_halves(kind: Any) -> bool:
     forward = kind.forward
     if not isinstance(forward, FunctionType) or _ROTATES not in forward.__code__.co_names:
         return False
-    rotate = forward.__globals__.get(_ROTATES)
-    if rotate is None:
+    theirs = forward.__globals__.get(_ROTATES)
+    if theirs is None:
         return False
     angles = _numbers(1, 3, 8)
     given = (_numbers(1, 2, 3, 8), _numbers(1, 1, 3, 8), angles.cos(), angles.sin())
-    return _gives(lambda: (torch.cat(rotate(*given), 1), torch.cat(_rotate_both(*given), 1)))
+    return _gives(lambda: (torch.cat(theirs(*given), 1), torch.cat(_rotate_both(theirs, *given), 1)))
+
+
+def _rotate_both(
+    theirs: Rotation, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries and keys [1, heads, T, width] of a row; several rows, or heads that are turned in part, are theirs."""
+    if query.dim() != 4 or len(query) != 1 or cos.shape != (1, *query.shape[2:]):
+        return theirs(query, key, cos, sin)
+    return cpu_fused.rotate(query, cos, sin), cpu_fused.rotate(key, cos, sin)
 
 
 def _with_rotation(forward: FunctionType) -> FunctionType:
     """The same code of an attention, in which that name means our rotation: a model's own, not the process's."""
-    names = {**forward.__globals__, _ROTATES: _rotate_both}
+    names = {**forward.__globals__, _ROTATES: partial(_rotate_both, forward.__globals__[_ROTATES])}
     changed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
     changed.__kwdefaults__ = forward.__kwdefaults__
     return changed

@@ -33,8 +33,8 @@ from train.world import World, barrier, share
 
 FREE = (
     # How it is computed, and how much of it.
-    *("engine", "packing", "device", "precision", "attention", "linear", "recompute", "compile", "liger"),
-    *("deterministic", "max_steps"),
+    *("engine", "packing", "device", "precision", "attention", "linear", "elementwise", "recompute", "compile"),
+    *("liger", "deterministic", "max_steps"),
     # What happens around it.
     *("recipe", "log", "evaluate", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight"),
     *("profile", "resume_allow"),

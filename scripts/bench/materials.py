@@ -31,7 +31,14 @@ from data_recipes.sample import Sample
 from data_recipes.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.build import Backbone, build_model, read_backbone
-from llava_next.config import AttentionKernel, ElementwiseKernel, LanguageModelConfig, LinearKernel, ModelConfig, VisionTowerConfig
+from llava_next.config import (
+    AttentionKernel,
+    ElementwiseKernel,
+    LanguageModelConfig,
+    LinearKernel,
+    ModelConfig,
+    VisionTowerConfig,
+)
 from llava_next.hf import write_hf
 from llava_next.processor import Processor, SampleRejected
 from train.config import CONFIG_DIR, DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig

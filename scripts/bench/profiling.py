@@ -18,6 +18,7 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("input (decode, tiles, tokens)", (INPUT, "DataLoader")),
     ("attention", ("scaled_dot_product", "flash_attention", "efficient_attention", "_varlen", "_Attention")),
     ("matrix products", ("::mm", "addmm", "bmm", "::linear", "_linear", "conv", "gemm", "matmul")),
+    ("norms, gates, rotary embedding, in one pass", ("_RmsNorm", "_Swish", "_Rotation")),
     ("loss", ("softmax", "nll_loss", "cross_entropy")),
     ("optimizer and clipping", ("adam", "_foreach_norm", "vector_norm", "clip", "Optimizer")),
     ("norm (without its products)", ("layer_norm", "rms_norm", "::pow", "::rsqrt", "::mean", "Pow", "Rsqrt", "Mean")),
@@ -33,8 +34,8 @@ KINDS: tuple[tuple[str, tuple[str, ...]], ...] = (
         ("::mul", "::add", "silu", "gelu", "sigmoid", "::div", "::neg", "::sub", "::exp", "::sin", "::cos"),
     ),
 )
-"""The first kind one of whose words is in an operation's name has it. RMS norms are written as single operations, whose
-products count as elementwise."""
+"""The first kind one of whose words is in an operation's name has it. With elementwise=torch RMS norms are single
+operations, whose products count as elementwise."""
 
 KERNELS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("attention", ("flash", "fmha", "attention")),

@@ -49,6 +49,16 @@ def test_it_is_compiled_once(cache: Path, source: Path, monkeypatch: pytest.Monk
     assert len(made(cache)) == 2
 
 
+def test_headers_are_part_of_it(cache: Path, source: Path) -> None:
+    """A file that includes another is compiled again when that has changed."""
+    header = source.with_name("number.h")
+    source.write_text('#include "number.h"\nextern "C" int answer() { return NUMBER; }')
+    for number in (44, 45):
+        header.write_text(f"#define NUMBER {number}")
+        assert load(source, "DEFAULT").answer() == number
+    assert len(made(cache)) == 2
+
+
 def test_each_kind_of_processor_has_its_own(cache: Path, source: Path) -> None:
     """Nodes of a cluster may share the cache and not the instructions."""
     load(source, "DEFAULT")

@@ -77,7 +77,8 @@ def aligning(config: RunConfig, **changes: Any) -> RunConfig:
 
 @dataclass
 class Record:
-    """What a rank saw of a run. Weights are whole, and on rank 0 only; losses are per step."""
+    """What a rank saw of a run. Weights are whole, and on rank 0 only; losses are per step. `num_changed` modules ran
+    by another forward than their class's."""
 
     first_step: int = 0
     origin: str = ""
@@ -93,6 +94,7 @@ class Record:
     before: dict[str, Array] = field(default_factory=dict)
     after: dict[str, Array] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
+    num_changed: int = 0
     table: list[Any] = field(default_factory=list)
 
 
@@ -195,6 +197,7 @@ def train_parts(
     if seen is not None:
         seen.append(record)
     record.parts = {name: part_of(name) for name, _ in parts.model.named_parameters()}
+    record.num_changed = sum("forward" in vars(module) for module in parts.model.modules())
     record.table = part_table(parts.model, parts.engine.optimizer)
     record.before = weights(parts)
 

@@ -64,7 +64,7 @@ def memory_of(
     held = states(facts, setting, num_ranks=num_ranks, half=half)
     if not on_gpu:
         held["weights"] += _MAIN_DTYPE_BYTES * facts.upper_tower
-    row_kinds = activations(facts, setting.recompute, row, half=half, on_gpu=on_gpu, compiled=setting.compile)
+    row_kinds = activations(facts, setting, row, half=half, on_gpu=on_gpu)
     bucket, gathered = bucket_bytes(facts, setting, half=half), gathered_bytes(facts, setting, num_ranks, half=half)
     fresh = float(s * facts.num_trained / num_ranks) if setting.zero_stage == 2 else 0.0
     moments = {
@@ -159,40 +159,40 @@ def host_bytes(
     return max(built, offloaded * ranks_per_node)
 
 
-def activations(
-    facts: ModelFacts,
-    recompute: tuple[str, ...],
-    row: Row,
-    *,
-    half: bool,
-    on_gpu: bool,
-    compiled: tuple[str, ...] = (),
-) -> dict[str, float]:
+def activations(facts: ModelFacts, setting: Setting, row: Row, *, half: bool, on_gpu: bool) -> dict[str, float]:
     """What a row needs by the end of its forward pass and in the backward: by part, logits and work apart.
 
     A compiled tower is taken for a plain one: measured (plan_gpu.json, gpu_h200.json) it keeps hardly less. A part with
-    adapters is taken for one that trains whole, which keeps 1.1 (adapters in every layer) to 1.5 times as much.
+    adapters is taken for one that trains whole, which keeps 1.1 (adapters in every layer) to 1.5 times as much. On a
+    CPU the kernels that a setting chooses are taken to run, as they do where there is a compiler.
     """
+    recompute, compiled = setting.recompute, setting.compile
+    own_kernels = not on_gpu and not half
+    joins = not on_gpu and (half or setting.attention == "sdpa")
+    fused = own_kernels and setting.elementwise != "torch"
     trains = {part: count > 0 for part, count in facts.trained.items()}
     s = 2 if half else 4
     language, vision = facts.language, facts.vision
-    # On a CPU it is planned for SDPA, which keeps a little more than variable-length attention.
-    block = language_block_bytes(language, trained=trains["language_model"], half=half, copies_output=not on_gpu)
+    trained = trains["language_model"]
+    block = language_block_bytes(language, trained=trained, half=half, joins_outputs=joins, fused=fused)
     if "language_model" in compiled:
         block = compiled_block_bytes(language, half=half)
     redo = "language_model" in recompute
     kept = s * language.width if redo else block
-    # The last norm keeps what one of a block's does.
-    norm = language.width * (4 + (2 * s if trains["language_model"] else 0))
-    language_bytes = row.tokens * (language.layers * kept + norm)
+    last_norm = norm_bytes(language, trained=trained, half=half, fused=fused)
+    language_bytes = row.tokens * (language.layers * kept + last_norm)
     if not redo:
-        language_bytes -= (row.tokens - row.supervised) * last_block_saves_bytes(
-            language, trained=trains["language_model"], half=half, on_gpu=on_gpu, compiled="language_model" in compiled
-        )
+        mlp = mlp_bytes(language, trained=trained, half=half, fused=fused)
+        if "language_model" in compiled:
+            mlp = 2.0 * s * language.mlp
+        # The last block keeps its MLP's for supervised tokens alone, and on a CPU, where attention looks for them, its
+        # queries, outputs and log-sums too (llava_next/last_block.py).
+        attention = 0 if on_gpu else s * language.query * (2 + (trained and joins)) + 4 * language.heads
+        language_bytes -= (row.tokens - row.supervised) * (mlp + attention)
     working = row.tokens * (block if redo else 0.0) + row.tokens * language_work_bytes(language, half=half)
 
     tile_tokens = row.tiles * (vision.patches + vision.prefix)
-    vision_block = vision_block_bytes(vision, half=half)
+    vision_block = vision_block_bytes(vision, half=half, fused=fused)
     if not trains["vision_tower"]:
         vision_bytes = 0.0
     elif "vision_tower" in recompute:
@@ -215,20 +215,34 @@ def activations(
     }
 
 
-def language_block_bytes(shape: LanguageShape, *, trained: bool, half: bool, copies_output: bool) -> float:
-    """What autograd saves of a token in one block of a Llama-like decoder.
+def language_block_bytes(shape: LanguageShape, *, trained: bool, half: bool, joins_outputs: bool, fused: bool) -> float:
+    """What autograd saves of a token in one block of a Llama-like decoder: that of two norms, attention and the MLP.
 
-    Each of two RMS norms keeps its input in fp32 (4 D); trained, also what its weight is multiplied with (s D) and its
-    output, which the projections read (s D). Attention keeps queries, keys, values, its output (s) and a log-sum of
-    each head (4). The MLP keeps what enters SiLU, what leaves it, and the other factor (3 s I); trained, the product
-    (s I). `copies_output`: SDPA sample by sample joins its outputs in a copy, which a trained output projection keeps.
+    Attention keeps queries, keys, values, its output (s) and a log-sum of each head (4). `joins_outputs`: SDPA sample
+    by sample joins its outputs in a copy, which a trained output projection keeps.
     """
     s = 2 if half else 4
-    norms = 2 * (4 * shape.width + (2 * s * shape.width if trained else 0))
     attention = s * (2 * shape.query + 2 * shape.key) + 4 * shape.heads
-    if copies_output and trained:
+    if joins_outputs and trained:
         attention += s * shape.query
-    return float(norms + attention + s * shape.mlp * (4 if trained else 3))
+    kinds = {"trained": trained, "half": half, "fused": fused}
+    return 2 * norm_bytes(shape, **kinds) + attention + mlp_bytes(shape, **kinds)
+
+
+def norm_bytes(shape: LanguageShape, *, trained: bool, half: bool, fused: bool) -> float:
+    """An RMS norm keeps its input in fp32 (4 D); trained, also what its weight is multiplied with (s D) and its output,
+    which the projections read (s D). `fused`: not the former, but a number for each token (4)."""
+    s = 2 if half else 4
+    if fused:
+        return float(4 * shape.width + 4 + (s * shape.width if trained else 0))
+    return float(4 * shape.width + (2 * s * shape.width if trained else 0))
+
+
+def mlp_bytes(shape: LanguageShape, *, trained: bool, half: bool, fused: bool) -> float:
+    """A gated MLP keeps what enters SiLU, what leaves it unless it is `fused`, and the other factor (s I each);
+    trained, the product (s I)."""
+    s = 2 if half else 4
+    return float(s * shape.mlp * (2 + (not fused) + trained))
 
 
 def compiled_block_bytes(shape: LanguageShape, *, half: bool) -> float:
@@ -239,15 +253,6 @@ def compiled_block_bytes(shape: LanguageShape, *, half: bool) -> float:
     return float(s * (2 * shape.width + 2 * shape.query + 2 * shape.key + 2 * shape.mlp) + 4 * shape.heads)
 
 
-def last_block_saves_bytes(shape: LanguageShape, *, trained: bool, half: bool, on_gpu: bool, compiled: bool) -> float:
-    """What of it the last block does not keep of a token that is not supervised (llava_next/last_block.py): the MLP's,
-    and where attention goes sample by sample (CPU) its queries, outputs and log-sums."""
-    s = 2 if half else 4
-    mlp = s * shape.mlp * (2 if compiled else 4 if trained else 3)
-    attention = 0 if on_gpu else s * shape.query * (3 if trained else 2) + 4 * shape.heads
-    return float(mlp + attention)
-
-
 def language_work_bytes(shape: LanguageShape, *, half: bool) -> float:
     """What the backward pass of a block needs for a token besides: gradients of the MLP's three inner tensors and of
     the stream, twice, and in bf16 a norm's in fp32."""
@@ -255,12 +260,13 @@ def language_work_bytes(shape: LanguageShape, *, half: bool) -> float:
     return float(s * (3 * shape.mlp + 2 * shape.width) + (8 * shape.width if half else 0))
 
 
-def vision_block_bytes(shape: VisionShape, *, half: bool) -> float:
+def vision_block_bytes(shape: VisionShape, *, half: bool, fused: bool) -> float:
     """What autograd saves of a tile's token in one trained block of a tower.
 
     Two layer norms keep input and output (4 W), attention queries, keys, values and output (4 W), the MLP what enters
-    and leaves its activation (2 M), quick GELU its sigmoid besides (M), DINOv2's layer scales what they scale (2 W).
+    and leaves its activation (2 M), quick GELU unless it is `fused` its sigmoid besides (M), DINOv2's layer scales what
+    they scale (2 W).
     """
     s = 2 if half else 4
     widths = 8 + (2 if shape.kind.startswith("dinov2") else 0)
-    return float(s * (widths * shape.width + (3 if shape.quick_gelu else 2) * shape.mlp))
+    return float(s * (widths * shape.width + (3 if shape.quick_gelu and not fused else 2) * shape.mlp))

@@ -26,6 +26,7 @@ class Setting:
         packing: budgets of a row.
         nodes: how many of them.
         compile: parts whose blocks torch.compile translates.
+        attention, elementwise: kernels, as in configs/train.yaml.
     """
 
     engine: dict[str, Any]
@@ -33,6 +34,8 @@ class Setting:
     packing: PackingConfig
     nodes: int
     compile: tuple[str, ...] = ()
+    attention: str = "auto"
+    elementwise: str = "auto"
 
     @property
     def zero(self) -> dict[str, Any]:
@@ -99,7 +102,8 @@ class Setting:
 
 def setting_of(config: RunConfig, nodes: int) -> Setting:
     """The setting that a configuration asks for."""
-    return Setting(config.engine, tuple(config.recompute), config.packing, nodes, tuple(config.compile))
+    kernels = (config.attention, config.elementwise)
+    return Setting(config.engine, tuple(config.recompute), config.packing, nodes, tuple(config.compile), *kernels)
 
 
 def _device(zero: dict[str, Any], key: str) -> str:
