@@ -70,7 +70,7 @@ inline float largest_of(Vector value) {
 inline Vector power_of_2(Vector x) {
     const Vector rounder = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which the low bits then hold
     const Vector lowest = all(-127.0f);
-    x = x > lowest ? x : lowest;
+    x = x < lowest ? lowest : x;  // what is no number stays none
     const Vector rounded = x + rounder;
     const Vector r = x - (rounded - rounder);
     // The polynomial of this degree whose largest relative error for |r| <= 1/2 is smallest (2e-9), by least squares

@@ -153,6 +153,17 @@ def test_large_scores_stay_finite() -> None:
     assert_close(ours[:1], torchs[:1], 1e-4)
 
 
+def test_what_is_no_number_is_not_hidden() -> None:
+    """A key that is none reaches every query that sees it, and nothing else: a step must be stopped by it."""
+    case = Case((10, 30))
+    with torch.no_grad():
+        case.plain[1][17, 0, 3] = float("nan")
+    output = case.ours()[0]
+    assert output[:17].isfinite().all()
+    assert output[17:, 0].isnan().all()
+    assert output[:, 1].isfinite().all()
+
+
 def test_segments_without_queries() -> None:
     """Of the last block only supervised positions ask; a sample without any has zero gradients, not stale memory."""
     case = Case((50, 80))

@@ -75,6 +75,14 @@ def test_swish_far_out() -> None:
     torch.testing.assert_close(of_x.double(), expected, rtol=1e-6, atol=1e-30)
 
 
+def test_what_is_no_number_is_not_hidden() -> None:
+    """It stays in its place, or in its row of a norm."""
+    x = torch.zeros(3, 20)
+    x[1, 5] = float("nan")
+    assert swish(x).isnan().nonzero().tolist() == [[1, 5]]
+    assert rms_norm(x, torch.ones(20), 1e-6).isnan().all(dim=-1).tolist() == [False, True, False]
+
+
 def halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """The formula."""
     a, b = x.chunk(2, dim=-1)
