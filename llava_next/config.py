@@ -36,8 +36,10 @@ AttentionKernel = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_
 """What computes attention inside packed samples; nothing learned depends on it, beyond rounding."""
 
 LinearKernel = Literal["auto", "torch", "onednn"]
-ElementwiseKernel = Literal["auto", "torch", "fused"]
 """Whose products a linear layer on a CPU takes; nothing learned depends on it, beyond rounding."""
+
+ElementwiseKernel = Literal["auto", "torch", "fused"]
+"""What runs norms, gates and rotary embeddings on a CPU; nothing learned depends on it, beyond rounding."""
 
 
 Weights = Literal["pretrained", "random", "init_from"]

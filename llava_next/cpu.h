@@ -92,13 +92,13 @@ inline Vector power_of_2(Vector x) {
 
 constexpr float LOG2_E = 1.44269504f;
 
-// Calls run(task) for each task from 0 on, on at most this many threads; each takes the next one when it is done.
-// `start` is called once on each thread, for the memory that its tasks share.
-template <typename Start, typename Run>
-inline void run_tasks(int64_t num_tasks, int num_threads, Start start, Run run) {
+// Calls run(task, memory) for each task from 0 on, on at most this many threads; each takes the next one when it is done.
+// Tasks of one thread share a ThreadMemory.
+template <typename ThreadMemory, typename Run>
+inline void run_tasks(int64_t num_tasks, int num_threads, Run run) {
     std::atomic<int64_t> next{0};
     auto work = [&] {
-        auto memory = start();
+        ThreadMemory memory;
         for (int64_t task = next++; task < num_tasks; task = next++) run(task, memory);
     };
     const auto num_workers = static_cast<unsigned>(std::min<int64_t>(num_threads, num_tasks));

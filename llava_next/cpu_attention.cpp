@@ -2,8 +2,9 @@
 //
 // The algorithm is FlashAttention's (Dao et al. 2022, arXiv:2205.14135): scores exist for one block of queries and keys
 // at a time, in the cache; the softmax is corrected as larger scores come; the backward pass computes the scores again,
-// from the logarithm of the softmax's divisor. Exponentials and logarithms are to base 2, which the scale makes up for. A task is one head of one segment, and no two tasks write to the same
-// place: the result is the same to the bit on any number of threads.
+// from the logarithm of the softmax's divisor. Exponentials and logarithms are to base 2, which the scale makes up for.
+// A task is one head of one segment, and no two tasks write to the same place: the result is the same to the bit on any
+// number of threads.
 //
 // A query sees the first `seen` keys of its segment: its position + 1 where attention is causal, all of them where it is
 // not. Along a segment's queries `seen` never falls, so what no query of a strip sees is not computed.
@@ -386,9 +387,9 @@ void run_all(const Problem& p, Run run) {
     std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
         return p.key_bounds[a + 1] - p.key_bounds[a] > p.key_bounds[b + 1] - p.key_bounds[b];
     });
-    run_tasks(
-        p.num_segments * p.heads, p.num_threads, [] { return ThreadMemory(); },
-        [&](int64_t i, ThreadMemory& memory) { run(Task(p, order[i / p.heads], i % p.heads), memory); });
+    run_tasks<ThreadMemory>(p.num_segments * p.heads, p.num_threads, [&](int64_t i, ThreadMemory& memory) {
+        run(Task(p, order[i / p.heads], i % p.heads), memory);
+    });
 }
 
 }  // namespace

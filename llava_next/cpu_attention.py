@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from llava_next import native
-from llava_next.native import CompileError
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 _VECTOR = 16
@@ -23,11 +22,7 @@ _VECTOR = 16
 
 def missing() -> str | None:
     """Why it cannot run in this process; None where it can. Compiles it, if it never was."""
-    try:
-        _library()
-    except CompileError as error:
-        return str(error)
-    return None
+    return native.why_not(_library)
 
 
 def is_measured() -> bool:

@@ -1,6 +1,6 @@
 // Norms, gates and the rotary embedding in fp32 on a CPU, each in one pass over memory, and their gradients.
 //
-// Written as torch's single operations each is three to ten passes, which on a CPU cost more than what they compute.
+// Written as torch's single operations each is several passes, which on a CPU cost more than what they compute.
 // Rows are dealt to threads in blocks of a fixed size: the result is the same to the bit on any number of threads.
 //
 // cpu_fused.py compiles, calls and checks: nothing is checked here.
@@ -22,9 +22,9 @@ struct Nothing {};
 // Calls run(first, end) for blocks of `count`.
 template <typename Run>
 void run_blocks(int64_t count, int64_t block, int num_threads, Run run) {
-    run_tasks(
-        (count + block - 1) / block, num_threads, [] { return Nothing(); },
-        [&](int64_t task, Nothing&) { run(task * block, std::min(count, (task + 1) * block)); });
+    run_tasks<Nothing>((count + block - 1) / block, num_threads, [&](int64_t task, Nothing&) {
+        run(task * block, std::min(count, (task + 1) * block));
+    });
 }
 
 // The first `count` of a vector's values; the others are 0, and not stored.
@@ -36,7 +36,7 @@ inline Vector load(const float* at, int64_t count) {
 
 inline void store(float* at, Vector value, int64_t count) { std::memcpy(at, &value, sizeof(float) * count); }
 
-// Calls each(i, of, to) for every vector from `first` to `end`: of(p) loads from p + i, to(p, v) stores there.
+// Calls each(of, put) for every vector from `first` to `end`: of(p) loads the one of an array p, put(p, v) stores it.
 template <typename Each>
 inline void for_vectors(int64_t first, int64_t end, Each each) {
     int64_t i = first;

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from llava_next import native
 from llava_next.config import ElementwiseKernel, ModelError
-from llava_next.native import CompileError
 
 logger = logging.getLogger(__name__)
 
@@ -52,11 +51,7 @@ def takes_fused(kernel: ElementwiseKernel, device: torch.device, dtype: torch.dt
 
 def missing() -> str | None:
     """Why they cannot run in this process; None where they can. Compiles them, if they never were."""
-    try:
-        _library()
-    except CompileError as error:
-        return str(error)
-    return None
+    return native.why_not(_library)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 
@@ -57,6 +58,15 @@ def load(source: Path, instructions: str) -> ctypes.CDLL:
     except OSError as error:
         library.unlink(missing_ok=True)  # or every later start would fail on it
         raise CompileError(f"{library} could not be loaded, and was removed: {error}") from error
+
+
+def why_not(library: Callable[[], ctypes.CDLL]) -> str | None:
+    """What keeps a library from being loaded in this process; None where it can be. Compiles it, if it never was."""
+    try:
+        library()
+    except CompileError as error:
+        return str(error)
+    return None
 
 
 def _compile(source: Path, options: tuple[str, ...], library: Path) -> None:

@@ -71,7 +71,7 @@ ARCHITECTURES = {
     "olmo2": {"RMSNorm", "MLP", "Attention"},
     "starcoder2": {"Attention"},  # layer norms and no gate
     "cohere": {"MLP"},  # it turns neighbours, not halves
-    "gpt_neox": {"Attention"},  # it turns a quarter of each head by itself
+    "gpt_neox": {"Attention"},  # layer norms, no gate; a part of each head is turned
 }
 """What of a decoder's blocks runs by kernels; the rest is left alone."""
 

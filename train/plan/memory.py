@@ -167,9 +167,8 @@ def activations(facts: ModelFacts, setting: Setting, row: Row, *, half: bool, on
     CPU the kernels that a setting chooses are taken to run, as they do where there is a compiler.
     """
     recompute, compiled = setting.recompute, setting.compile
-    own_kernels = not on_gpu and not half
     joins = not on_gpu and (half or setting.attention == "sdpa")
-    fused = own_kernels and setting.elementwise != "torch"
+    fused = not on_gpu and not half and setting.elementwise != "torch"
     trains = {part: count > 0 for part, count in facts.trained.items()}
     s = 2 if half else 4
     language, vision = facts.language, facts.vision
