@@ -4,12 +4,18 @@
 carries: it prints conversations of marked texts, cuts the wording out between them, and then holds the result to the
 chat template on other conversations, character by character. What a `Template` cannot say is refused, never guessed.
 The named templates and their wording are `conversation.py`'s.
+
+The beginning-of-sequence token of a prompt has exactly one source. In the Hugging Face layout it is the chat template:
+an exported tokenizer adds no token, so that `apply_chat_template(tokenize=True)`, the rendered text given to the
+processor, and vLLM all read the prompt of the training. In the authors' layout it is the tokenizer, as in their
+releases. Directories of others may do either; `adds_special_tokens` and `template_of` find out.
 """
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from llava_next.config import ModelError
@@ -40,6 +46,9 @@ _ROUNDS = (
 _BOS = "BOS-5Q7X"
 """Stands for the beginning-of-sequence token while the wording is cut: SmolLM2's is also what opens its turns."""
 
+PRINTED_BOS = "{{ bos_token }}"
+"""What `chat_template` begins with where it prints the beginning-of-sequence token."""
+
 _TEXTS = (
     "What is in the picture?",
     "A red circle, and 2 squares.",
@@ -59,10 +68,25 @@ def template_for(name: str, tokenizer: Any) -> Template:
     return template_of(tokenizer) if name == FROM_TOKENIZER else template_named(name)
 
 
+def adds_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer has to add special tokens to a rendered prompt: not where it begins with the
+    beginning-of-sequence token, as in transformers' own `apply_chat_template(tokenize=True)`."""
+    bos = tokenizer.bos_token
+    return not (bos and text.startswith(bos))
+
+
+def adds_bos(tokenizer: Any) -> bool:
+    """Whether the tokenizer puts the beginning-of-sequence token before a text that has none."""
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("x")["input_ids"][0] == bos
+
+
 def template_of(tokenizer: Any) -> Template:
     """The tokenizer's chat template as a `Template`: the same strings, answers supervised with their end token.
 
-    The beginning-of-sequence token is left to the processor where the chat template prints it once, in front.
+    The beginning-of-sequence token is left to the processor where the chat template prints it once, in front; and
+    where it prints none but the tokenizer, which belongs to a whole vision-language model, adds it. (The tokenizer of a
+    language model alone renders its conversations without adding tokens.)
 
     Raises:
         ModelError: there is no chat template, its answers end with no stop token, or it is none that a `Template`
@@ -72,7 +96,14 @@ def template_of(tokenizer: Any) -> Template:
         raise _refusal(tokenizer, "the tokenizer has no chat template")
     template = _cut(tokenizer)
     _verify(template, tokenizer)
+    if not template.bos and _has_processor(tokenizer) and adds_bos(tokenizer):
+        return replace(template, bos=True)
     return template
+
+
+def _has_processor(tokenizer: Any) -> bool:
+    folder = Path(tokenizer.name_or_path)
+    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
 
 
 def _cut(tokenizer: Any) -> Template:
@@ -204,10 +235,14 @@ def _refusal(tokenizer: Any, why: str) -> ModelError:
     )
 
 
-def chat_template(template: Template) -> str:
+def chat_template(template: Template, *, prints_bos: bool = True) -> str:
     """The template as Jinja, over messages whose content is a string or a list of text and image items.
 
-    Pictures of a turn come first, as `place_image` puts them.
+    Images of a turn come first, as `place_image` puts them.
+
+    Args:
+        prints_bos: print the beginning-of-sequence token of a template that opens with it; otherwise the tokenizer
+            has to add it.
     """
     literal = partial(json.dumps, ensure_ascii=False)  # Jinja does not join the two halves of an escaped emoji
     text = "text_of(message.content)" + (" | trim" if template.trims else "")
@@ -230,8 +265,7 @@ def chat_template(template: Template) -> str:
     answer = turn(template.header + template.answer_format + template.end + template.between)
     return "".join(
         [
-            # Whoever tokenizes the rendered text adds the token itself only where it is not there yet, or never.
-            "{{ bos_token }}" if template.bos else "",
+            PRINTED_BOS if template.bos and prints_bos else "",
             "{%- macro text_of(content) -%}{%- if content is string -%}{{ content }}{%- else -%}",
             "{%- for item in content if item.type == 'image' -%}{{ '<image>' }}{{ '\\n' }}{%- endfor -%}",
             "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}{%- endif -%}",

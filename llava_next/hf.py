@@ -9,6 +9,7 @@ stock processor makes the same view: as a LLaVA-NeXT it would be served tiles th
 """
 
 import copy
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,7 @@ def write_hf_folder(
     config.save_pretrained(folder)
     generation_config(backbone, processor.template).save_pretrained(folder)
     stock_processor(backbone, processor).save_pretrained(folder)
+    write_tokenizer_settings(folder, adds_bos=False)
 
 
 def generation_config(backbone: Backbone, template: Template) -> GenerationConfig:
@@ -213,16 +215,40 @@ def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProces
     return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **words)
 
 
-def serving_tokenizer(backbone: Backbone, template: Template) -> Any:
-    """The tokenizer, made to add no token of its own where the template opens without one, and to call the template's
-    end its end of sequence, as published checkpoints do: some programs (lmms-eval) stop at that token alone."""
+def serving_tokenizer(backbone: Backbone, template: Template, *, adds_bos: bool = False) -> Any:
+    """The tokenizer of an export: pads on the left, as generation in batches needs, and calls the template's end its
+    end of sequence, as published checkpoints do (some programs, such as lmms-eval, stop at that token alone).
+
+    Args:
+        adds_bos: add the beginning-of-sequence token of a template that opens with it. Otherwise the tokenizer adds no
+            special token, and the chat template has to print it (see `chat_template.py`).
+    """
     tokenizer = copy.deepcopy(backbone.tokenizer)
+    tokenizer.padding_side = "left"
     if template.end:
         tokenizer.eos_token = template.end
-    if not template.bos:
-        nothing = processors.TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
-        tokenizer.backend_tokenizer.post_processor = nothing
+    set_post_processor(tokenizer, adds_bos=adds_bos and template.bos)
     return tokenizer
+
+
+def set_post_processor(tokenizer: Any, *, adds_bos: bool) -> None:
+    """Lets a fast tokenizer add its beginning-of-sequence token to each text, or no special token at all."""
+    bos = tokenizer.bos_token if adds_bos else None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A" if bos else "$A",
+        pair=f"{bos} $A $B" if bos else "$A $B",
+        special_tokens=[(bos, tokenizer.bos_token_id)] if bos else [],
+    )
+
+
+def write_tokenizer_settings(folder: Path, *, adds_bos: bool) -> None:
+    """Completes the tokenizer_config.json of a saved tokenizer with what transformers 5 does not save: the padding side
+    where the tokenizer was loaded without one; and `add_bos_token`, which it reads from tokenizer.json, while the Llama
+    tokenizer of older versions adds the token unless this key says otherwise."""
+    path = folder / "tokenizer_config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= {"padding_side": "left", "add_bos_token": adds_bos, "add_eos_token": False}
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:

@@ -4,7 +4,6 @@ The language model's keys stand at the top of the config, the rest is `mm_*`; pi
 Hugging Face's are (height, width). Names are `names.py`'s; weights from such a directory `load.py`'s.
 """
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +15,9 @@ from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedToke
 
 from llava_next.architecture import VOCABULARY_MULTIPLE
 from llava_next.build import Backbone
-from llava_next.chat_template import chat_template
+from llava_next.chat_template import adds_bos, chat_template
 from llava_next.config import ImageMode, ModelError, ProjectorKind
-from llava_next.hf import generation_config, serving_tokenizer
+from llava_next.hf import generation_config, serving_tokenizer, write_tokenizer_settings
 from llava_next.names import original_name
 from llava_next.processor import Processor
 from llava_next.released import ARCHITECTURES
@@ -59,8 +58,9 @@ def of_backbone(
 ) -> OriginalModel:
     """What a run's model is written from; `vision_tower` None names the directory that the run has it from."""
     tower = backbone.config.vision_tower
-    tokenizer = copy.deepcopy(serving_tokenizer(backbone, processor.template))
-    tokenizer.chat_template = chat_template(processor.template)
+    # As the authors' releases: the tokenizer adds the token, which their code and SGLang rely on.
+    tokenizer = serving_tokenizer(backbone, processor.template, adds_bos=True)
+    tokenizer.chat_template = chat_template(processor.template, prints_bos=False)
     return OriginalModel(
         backbone.hf_config.to_dict(),
         backbone.config.projector,
@@ -90,6 +90,7 @@ def write_original_folder(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.generation.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
+    write_tokenizer_settings(folder, adds_bos=adds_bos(model.tokenizer))
     tile = model.config["vision_config"]["image_size"]
     CLIPImageProcessorPil(
         size={"shortest_edge": tile},

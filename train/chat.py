@@ -23,8 +23,8 @@ from transformers import (
 )
 
 from llava_next.anyres import decode
+from llava_next.chat_template import adds_special_tokens
 from llava_next.config import ModelError
-from train.evaluate.answers import wants_special_tokens
 from train.quiet import quiet_libraries
 
 _HELP = "/picture FILE: another picture, a new conversation   /new: a new conversation   /quit, Ctrl-D: the end"
@@ -131,7 +131,7 @@ class Chat:
     def _inputs(self, turns: list[dict[str, Any]], picture: Image.Image | None) -> Any:
         text = self._processor.apply_chat_template(turns, add_generation_prompt=True)
         images = {} if picture is None else {"images": [picture]}
-        special = wants_special_tokens(self._processor, text)
+        special = adds_special_tokens(self._processor.tokenizer, text)
         inputs = self._processor(text=text, return_tensors="pt", add_special_tokens=special, **images)
         return inputs.to(self._model.device, self._model.dtype)
 

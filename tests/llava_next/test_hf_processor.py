@@ -44,7 +44,7 @@ QUESTION, ANSWER, SECOND = "What is in the picture?", "A red circle.", "And its 
 
 
 def _stock_ids(stock: LlavaNextProcessor, picture: bytes, *, rounds: int, system: str | None) -> list[int]:
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    content: list[dict[str, object]] = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     messages: list[dict[str, object]] = [{"role": "user", "content": content}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -52,15 +52,11 @@ def _stock_ids(stock: LlavaNextProcessor, picture: bytes, *, rounds: int, system
         messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER}]})
         messages.append({"role": "user", "content": [{"type": "text", "text": SECOND}]})
     text = stock.apply_chat_template(messages, add_generation_prompt=True)
-    # As transformers' own apply_chat_template(tokenize=True) and vLLM do: bos where the text does not have it.
-    bos = stock.tokenizer.bos_token
-    inputs = stock(
-        images=Image.open(io.BytesIO(picture)),
-        text=text,
-        return_tensors="pt",
-        add_special_tokens=not (bos and text.startswith(bos)),
-    )
-    ids: list[int] = inputs["input_ids"][0].tolist()
+    image = Image.open(io.BytesIO(picture))
+    ids: list[int] = stock(images=image, text=text, return_tensors="pt")["input_ids"][0].tolist()
+    content[0]["image"] = image
+    tokenized = stock.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert tokenized["input_ids"][0] == ids
     return ids
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor, ProcessorMixin
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_recipes.sample import Message
 from data_recipes.store import StoredSample
 from llava_next.anyres import decode
+from llava_next.chat_template import adds_special_tokens
 from llava_next.config import ModelError
 from llava_next.processor import Processor
 from train.evaluate.metrics import score
@@ -33,13 +34,6 @@ class Answer:
     answer: str
     score: float | None
     is_cut: bool
-
-
-def wants_special_tokens(stock: ProcessorMixin, prompt: str) -> bool:
-    """Whether the tokenizer has to add what stands before a text: not where the chat template has written it, as in
-    transformers' own apply_chat_template and in vLLM."""
-    bos = stock.tokenizer.bos_token
-    return not (bos and prompt.startswith(bos))
 
 
 class StockModel:
@@ -98,7 +92,7 @@ class StockModel:
             return_tensors="pt",
             padding=True,
             padding_side="left",
-            add_special_tokens=wants_special_tokens(self._stock, prompts[0]),
+            add_special_tokens=adds_special_tokens(self._stock.tokenizer, prompts[0]),
         )
         self._check(samples, questions, inputs["input_ids"], inputs["attention_mask"])
         inputs = inputs.to(self._device, self._model.dtype)

@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import Backbone, build_model, read_backbone
+from llava_next.chat_template import PRINTED_BOS, adds_bos, adds_special_tokens
 from llava_next.config import PARTS, ImageMode, ModelError
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.first_weights import first_weights
-from llava_next.hf import SECOND_LAYER, as_stock, write_hf_folder
+from llava_next.hf import SECOND_LAYER, as_stock, set_post_processor, write_hf_folder, write_tokenizer_settings
 from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
 from llava_next.names import as_published, without_adapters
@@ -90,6 +91,7 @@ class Source:
             config["dtype"] = str(self.tensors[0].dtype).removeprefix("torch.")
             config.pop("torch_dtype", None)
         (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        _correct_tokenizer(folder)
 
     def single_layer_tensors(self) -> list[LazyTensor]:
         """The tensors without the identity that stands for a linear projector's second layer."""
@@ -119,7 +121,7 @@ class Source:
             self.stock,
             projector_kind(self.stock, self.place),
             self.image_mode,
-            AutoTokenizer.from_pretrained(self.place),
+            _original_tokenizer(self.place),
             GenerationConfig.from_pretrained(self.place),
             vision_tower,
             pixels.image_mean,
@@ -300,6 +302,32 @@ def check_folder(folder: Path, stock: Any) -> None:
             f"{folder}: its tokenizer {has}, and its config.json says image_token_index={stock.image_token_index}; "
             "give it the tokenizer that it was published with"
         )
+
+
+def _original_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a Hugging Face directory for the authors' layout, where it adds the beginning-of-sequence token
+    that our chat templates print otherwise."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    template = tokenizer.chat_template or ""
+    if template.startswith(PRINTED_BOS):
+        tokenizer.chat_template = template.removeprefix(PRINTED_BOS)
+        set_post_processor(tokenizer, adds_bos=True)
+    return tokenizer
+
+
+def _correct_tokenizer(folder: Path) -> None:
+    """Lets a copied tokenizer pad on the left, and add no beginning-of-sequence token where the chat template prints
+    one: rendered text that is given to the processor would have it twice."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    adds = adds_bos(tokenizer)
+    if adds:
+        turn = {"role": "user", "content": [{"type": "text", "text": "x"}]}
+        rendered = AutoProcessor.from_pretrained(folder).apply_chat_template([turn], add_generation_prompt=True)
+        adds = adds_special_tokens(tokenizer, rendered)
+        if not adds:
+            set_post_processor(tokenizer, adds_bos=False)
+            tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    write_tokenizer_settings(folder, adds_bos=adds)
 
 
 def _about(folder: Path) -> dict[str, Any] | None:

@@ -105,15 +105,7 @@ class _Asked:
         self._config = processor.config
         self.example = processor.encode(messages, [self.size_hw], [self._picture])
         prompt, _ = processor.prompt([question], [self.size_hw])
-        self._stock = AutoProcessor.from_pretrained(folder)
-        rendered = self._rendered()
-        self._pixels = self._stock(images=Image.open(io.BytesIO(self._picture)), text=rendered, return_tensors="pt")
-        if self._pixels["input_ids"][0].tolist() != prompt.tolist():
-            raise ModelError(f"{folder}: its processor renders another prompt than training did: {rendered!r}")
-
-    def _rendered(self) -> str:
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is shown?"}]}
-        return str(self._stock.apply_chat_template([turn], add_generation_prompt=True))
+        self._pixels = _stock_inputs(folder, Image.open(io.BytesIO(self._picture)), prompt.tolist())
 
     def stock_logits(self, stock: Any) -> torch.Tensor:
         """At the supervised positions, [L, V]."""
@@ -130,6 +122,32 @@ class _Asked:
     def _batch(self) -> Any:
         config = self._config
         return collate([self.example], tile=config.tile, patches_per_tile=config.patches_per_side**2)
+
+
+def _stock_inputs(folder: Path, image: Image.Image, prompt: list[int]) -> Any:
+    """What the stock processor makes of the question, in both of the ways in which users call it: as one call, and as
+    text that is given back to the processor.
+
+    Raises:
+        ModelError: either gives other ids than the prompt of the training.
+    """
+    stock = AutoProcessor.from_pretrained(folder)
+    words = {"type": "text", "text": "What is shown?"}
+
+    def render(shown: dict[str, Any], **options: Any) -> Any:
+        turn = {"role": "user", "content": [shown, words]}
+        return stock.apply_chat_template([turn], add_generation_prompt=True, **options)
+
+    text = render({"type": "image"}, tokenize=False)
+    inputs = stock(images=image, text=text, return_tensors="pt")
+    tokenized = render({"type": "image", "image": image}, tokenize=True, return_dict=True, return_tensors="pt")
+    for call, ids in (("processor(images, text)", inputs), ("apply_chat_template(tokenize=True)", tokenized)):
+        if ids["input_ids"][0].tolist() != prompt:
+            raise ModelError(
+                f"{folder}: {call} gives another prompt than the training had; rendered: {text!r}; first ids "
+                f"{ids['input_ids'][0, :4].tolist()}, in training {prompt[:4]}"
+            )
+    return inputs
 
 
 def available_bytes(root: Path = Path("/")) -> int:
