@@ -32,6 +32,7 @@ from llava_next.architecture import (
     join_configs,
     read_config,
 )
+from llava_next.chat_template import adds_bos, set_post_processor
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext
@@ -114,6 +115,8 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if tokenizer.is_fast:  # `Processor` refuses another, with its name
+        set_post_processor(tokenizer, adds_bos=adds_bos(tokenizer))
     return tokenizer
 
 

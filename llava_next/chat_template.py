@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tokenizers import processors
+
 from llava_next.config import ModelError
 from llava_next.conversation import (
     FROM_TOKENIZER,
@@ -79,6 +81,17 @@ def adds_bos(tokenizer: Any) -> bool:
     """Whether the tokenizer puts the beginning-of-sequence token before a text that has none."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("x")["input_ids"][0] == bos
+
+
+def set_post_processor(tokenizer: Any, *, adds_bos: bool) -> None:
+    """Lets a fast tokenizer add its beginning-of-sequence token to each text, or no special token at all; and lets it
+    report each token's characters as they are, where a byte-level post-processor may leave out white space."""
+    bos = tokenizer.bos_token if adds_bos else None
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{bos} $A" if bos else "$A",
+        pair=f"{bos} $A $B" if bos else "$A $B",
+        special_tokens=[(bos, tokenizer.bos_token_id)] if bos else [],
+    )
 
 
 def template_of(tokenizer: Any) -> Template:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from tokenizers import processors
 from torch import nn
 from transformers import (
     AutoModelForImageTextToText,
@@ -35,7 +34,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import Backbone, read_tokenizer, refuse_made_up
-from llava_next.chat_template import chat_template
+from llava_next.chat_template import chat_template, set_post_processor
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
 from llava_next.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.disk import Gather, complete_or_absent, whole
@@ -229,16 +228,6 @@ def serving_tokenizer(backbone: Backbone, template: Template, *, adds_bos: bool 
         tokenizer.eos_token = template.end
     set_post_processor(tokenizer, adds_bos=adds_bos and template.bos)
     return tokenizer
-
-
-def set_post_processor(tokenizer: Any, *, adds_bos: bool) -> None:
-    """Lets a fast tokenizer add its beginning-of-sequence token to each text, or no special token at all."""
-    bos = tokenizer.bos_token if adds_bos else None
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A" if bos else "$A",
-        pair=f"{bos} $A $B" if bos else "$A $B",
-        special_tokens=[(bos, tokenizer.bos_token_id)] if bos else [],
-    )
 
 
 def write_tokenizer_settings(folder: Path, *, adds_bos: bool) -> None:

@@ -1,6 +1,6 @@
 """What a directory of a whole model says of itself: its layout, its language model, and how it cuts pictures.
 
-Reads config.json and preprocessor_config.json alone, without torch, so that a configuration can be made of them in a
+Reads config.json and the image processor's file alone, without torch, so that a configuration can be made of them in a
 fraction of a second. Weights are `load.py`'s; the authors' layout is written by `original.py`.
 """
 
@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llava_next.anyres import grids_of_pinpoints
-from llava_next.config import Grid, ModelConfig, ModelError, ProjectorKind
+from llava_next.config import Grid, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig
 
 ARCHITECTURES = {
     "llama": "LlavaLlamaForCausalLM",
@@ -93,14 +95,73 @@ def adopted(model: ModelConfig, directory: Path) -> ModelConfig:
     tower = model.vision_tower
     if isinstance(described.feature_layer, int):  # else load.py says what it is
         tower = replace(tower, feature_layer=described.feature_layer)
-    images = read_json(directory / "preprocessor_config.json")
-    if "image_mean" in images and "image_std" in images:
-        mean, std = (tuple(float(value) for value in images[key]) for key in ("image_mean", "image_std"))
-        if len(mean) != 3 or len(std) != 3:
-            raise ModelError(f"{directory}/preprocessor_config.json: image_mean and image_std have three values each")
-        tower = replace(tower, image_mean=mean, image_std=std)
+    statistics = image_statistics(directory)
+    if statistics is not None:
+        tower = replace(tower, image_mean=statistics[0], image_std=statistics[1])
+    elif not is_original(config):  # that layout names its tower, whose own values are taken
+        raise ModelError(
+            f"{directory}: neither {' nor '.join(_IMAGE_FILES)} has image_mean and image_std, so how images are "
+            "normalized for the tower is not known; add the file that the model was published with"
+        )
     grids = described.grids or model.grids
     return replace(model, vision_tower=tower, grids=grids, projector=described.projector)
+
+
+_IMAGE_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Where transformers 5 and older versions describe the image processor of a directory."""
+
+Colour = tuple[float, float, float]
+
+
+def image_statistics(directory: Path) -> tuple[Colour, Colour] | None:
+    """Mean and standard deviation of the images that a directory's model was trained on, for pixels in [0, 1]; None
+    where no file has them.
+
+    Raises:
+        ModelError: two files disagree; other than three values each; pixels that are scaled in another way.
+    """
+    found: dict[str, tuple[Colour, Colour]] = {}
+    for name in _IMAGE_FILES:
+        values = read_json(directory / name)
+        values = values.get("image_processor", values)
+        if "image_mean" in values and "image_std" in values:
+            found[name] = _statistics(values, directory / name)
+    if len(set(found.values())) > 1:
+        differing = ", ".join(f"{name} has {list(mean)} and {list(std)}" for name, (mean, std) in found.items())
+        raise ModelError(f"{directory}: image_mean and image_std are not the same in both files: {differing}; fix one")
+    return next(iter(found.values()), None)
+
+
+def _statistics(values: Mapping[str, Any], place: Path) -> tuple[Colour, Colour]:
+    colours = []
+    for key in ("image_mean", "image_std"):
+        value = values[key]
+        if not (isinstance(value, list) and len(value) == 3 and all(isinstance(v, int | float) for v in value)):
+            raise ModelError(f"{place}: {key} must be three numbers, got {value!r}")
+        red, green, blue = map(float, value)
+        colours.append((red, green, blue))
+    scale = values.get("rescale_factor", 1 / 255)
+    if not values.get("do_normalize", True) or not values.get("do_rescale", True) or abs(scale * 255 - 1) > 1e-3:
+        raise ModelError(
+            f"{place}: pixels are not scaled to [0, 1] and normalized (do_rescale={values.get('do_rescale', True)}, "
+            f"rescale_factor={scale}, do_normalize={values.get('do_normalize', True)}), which the tower of this model "
+            "needs; only such towers are supported"
+        )
+    return colours[0], colours[1]
+
+
+def check_image_statistics(tower: VisionTowerConfig) -> None:
+    """Raises ModelError where a tower's configuration says other image statistics than the tower's own directory."""
+    published = image_statistics(Path(tower.path))
+    configured = (tower.image_mean, tower.image_std)
+    if published is None or np.allclose(configured, published, rtol=0, atol=1e-6):
+        return
+    keys = ("image_mean", "image_std")
+    overrides = [f"'model.vision_tower.{key}={list(values)}'" for key, values in zip(keys, published, strict=True)]
+    raise ModelError(
+        f"model.vision_tower has image_mean={list(configured[0])} and image_std={list(configured[1])}, and the image "
+        f"processor in {tower.path}, by which the tower was trained, has others; set {' '.join(overrides)}"
+    )
 
 
 def projector_kind(config: Mapping[str, Any], source: Path) -> ProjectorKind:

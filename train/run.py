@@ -22,6 +22,7 @@ from llava_next.costs import step_costs
 from llava_next.hf import write_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
+from llava_next.released import check_image_statistics
 from train import checkpoint, ops, preflight, resume
 from train.answers import LiveAnswers, live_answers
 from train.build import build
@@ -137,6 +138,7 @@ class _Data(NamedTuple):
 def _open_data(config: RunConfig, launch: Launch) -> _Data:
     """What can be known without a process group; every rank opens it, rank 0 makes the length table if need be."""
     stage, store_root = config.stage, Path(config.data.store_root)
+    check_image_statistics(config.model.vision_tower)
     backbone = read_backbone(config.model)
     processor = stage_processor(backbone, stage)
     mixture = Mixture.open(config.mixture, store_root, local_stores(config, launch))

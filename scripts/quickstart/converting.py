@@ -280,6 +280,8 @@ _LLAMA_TOKENIZER: dict[str, Any] = {
     "bos_token": "<s>",
     "eos_token": "</s>",
     "unk_token": "<unk>",
+    "add_bos_token": True,
+    "add_eos_token": False,
     "clean_up_tokenization_spaces": False,
 }
 
@@ -287,10 +289,10 @@ _LLAMA_TOKENIZER: dict[str, Any] = {
 def write_vicuna_tokenizer(source: Path, folder: Path) -> None:
     """Vicuna v1.5's tokenizer (Llama's 32,000 pieces) from the two tables inside a JavaScript file.
 
-    With `legacy: false`, as its directory has it: no word mark behind an end token. Raises ValueError if a table
-    is missing.
+    As its directory has it: `legacy: false` (no word mark behind an end token), and it opens each text with `<s>`.
+    Raises ValueError if a table is missing.
     """
-    from tokenizers import AddedToken, Tokenizer, models
+    from tokenizers import AddedToken, Tokenizer, models, processors
 
     tables = dict(re.findall(r'const (llama_\w+) = "([^"]+)"', source.read_text(encoding="utf-8")))
     if not {"llama_vocab_base64", "llama_merges_binary"} <= tables.keys():
@@ -302,6 +304,9 @@ def write_vicuna_tokenizer(source: Path, folder: Path) -> None:
     model = models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(model)
     tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in pieces[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", _LLAMA_TOKENIZER | {"legacy": False})
 
@@ -330,8 +335,21 @@ def write_qwen_tokenizer(source: Path, folder: Path) -> None:
 
 
 def write_llama3_tokenizer(source: Path, folder: Path) -> None:
-    """Llama-3-Instruct's tokenizer: the package's file as it is, with the published settings and chat template."""
-    (folder / "tokenizer.json").write_bytes(source.read_bytes())
+    """Llama-3-Instruct's tokenizer: the package's file, with the published settings and chat template, and with the
+    published post-processor, which opens each text with `<|begin_of_text|>` (the package's adds no token)."""
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_file(str(source))
+    bos = "<|begin_of_text|>"
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+            ),
+        ]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
     turn = (
         "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>'"
     )

@@ -2,7 +2,9 @@
 what does not fit, is damaged or would run code is told by name.
 """
 
+import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,21 @@ def _model(backbone: Backbone, seed: int = 0, dtype: torch.dtype = torch.float32
 
 def _state(model: LlavaNext) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in live_parameters(model)}
+
+
+def test_a_connector_of_other_image_statistics_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The projector has learned features of images that were normalized in one way. A contract of before the keys were
+    added still loads."""
+    backbone = make_backbone()
+    write_connector(_model(backbone), backbone, tmp_path / "connector")
+    tower = replace(backbone.config.vision_tower, image_mean=(0.5, 0.5, 0.5))
+    other = replace(backbone, config=replace(backbone.config, vision_tower=tower))
+    with pytest.raises(ModelError, match=r"image_mean=\[0\.48.*\[0\.5, 0\.5, 0\.5\]"):
+        load_weights(_model(other), other, tmp_path / "connector")
+    contract = json.loads((tmp_path / "connector" / "contract.json").read_text())
+    older = {key: value for key, value in contract.items() if key not in ("image_mean", "image_std")}
+    (tmp_path / "connector" / "contract.json").write_text(json.dumps(older))
+    assert "connector from" in load_weights(_model(other), other, tmp_path / "connector")
 
 
 @pytest.mark.parametrize("kind", KINDS)

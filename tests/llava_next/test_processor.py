@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from data_recipes.sample import Message
@@ -83,6 +84,18 @@ def test_supervised_text_is_the_answers_and_their_ends(tmp_path: Path, template:
 def test_supervised_text_with_a_real_tokenizer(smollm2_tokenizer: Path, template: str) -> None:
     """The same with SmolLM2's tokenizer, whose merges are those of real text."""
     _check_supervision(_processor(smollm2_tokenizer, template), ANSWERS)
+
+
+def test_labels_do_not_depend_on_a_post_processor(tmp_path: Path) -> None:
+    """A byte-level one may report tokens without their white space; those tokens are supervised all the same."""
+    layouts = []
+    for trims in (False, True):
+        folder = tiny_tokenizer(tmp_path / str(trims), "bytes")
+        engine = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        engine.post_processor = processors.ByteLevel(trim_offsets=trims)
+        engine.save(str(folder / "tokenizer.json"))
+        layouts.append(_processor(folder, "chatml").layout(_rounds("What?", "one\n\n  two \n"), [SIZE]))
+    np.testing.assert_array_equal(layouts[0].labels, layouts[1].labels)
 
 
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])

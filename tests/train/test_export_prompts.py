@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 from llava_next.build import build_model, read_backbone, read_tokenizer
-from llava_next.chat_template import adds_bos, template_of
+from llava_next.chat_template import adds_bos, set_post_processor, template_of
 from llava_next.config import ModelConfig
-from llava_next.hf import set_post_processor, write_hf
+from llava_next.hf import write_hf
 from tests.oracles import real_tokenizers
 from tests.tiny import tiny_model
 from train.compose import to_yaml

@@ -1,5 +1,7 @@
 """A whole model is tuned further from its directory alone: grids, template and processor are its own."""
 
+import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_next.build import build_model, read_backbone
-from llava_next.config import LanguageModelConfig, LoraConfig, ModelConfig, VisionTowerConfig
+from llava_next.config import LanguageModelConfig, LoraConfig, ModelConfig, ModelError, VisionTowerConfig
 from llava_next.hf import published_tensors, write_hf
 from llava_next.model import LlavaNext
 from llava_next.original import of_backbone, write_original_folder
+from llava_next.released import check_image_statistics
 from tests.tiny import tiny_model
 from tests.train import cases
 from tests.train.conftest import StartRanks
@@ -91,6 +94,51 @@ def test_a_finished_model_is_tuned_further(
     assert any("q_proj" in name for name in moved)
     assert any("embed_tokens" in name for name in moved) is not lora
     assert not any("vision_tower" in name for name in moved)
+
+
+@pytest.mark.parametrize("files", [("processor_config.json",), ("preprocessor_config.json",)])
+def test_images_are_normalized_as_the_directory_says(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """In the file of transformers 5, which our exports have, and in the older one; without either, and where both
+    disagree, the start is refused."""
+    parts = tiny_model(tmp_path / "parts", tower="dinov2")
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    config = replace(parts, vision_tower=replace(parts.vision_tower, image_mean=mean, image_std=std))
+    backbone, export = read_backbone(config), tmp_path / "export"
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
+    new, old = export / "processor_config.json", export / "preprocessor_config.json"
+    assert not old.exists()
+    images = json.loads(new.read_text())["image_processor"]
+    if old.name in files:
+        old.write_text(json.dumps(images))
+        new.unlink()
+    overrides = ["experiment=tune", "name=mine", "mixture=llava_next_779k", f"stage.init_from={export}"]
+    tower = load(overrides, folders=False).model.vision_tower
+    assert (tower.image_mean, tower.image_std) == (mean, std)
+    old.write_text(json.dumps(images | {"image_mean": [0.5, 0.5, 0.5]}))
+    if new.name in files:
+        with pytest.raises(ConfigError, match="not the same in both files"):
+            load(overrides, folders=False)
+    for path in (new, old):
+        path.unlink(missing_ok=True)
+    with pytest.raises(ConfigError, match=r"neither processor_config\.json nor preprocessor_config\.json"):
+        load(overrides, folders=False)
+
+
+def test_a_tower_with_other_statistics_than_its_own_is_refused(tmp_path: Path) -> None:
+    """A DINOv2 behind a configuration that has CLIP's values, its default; the overrides in the message are right."""
+    tower = tiny_model(tmp_path / "parts", tower="dinov2").vision_tower
+    check_image_statistics(tower)  # its directory has none
+    own = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (Path(tower.path) / "preprocessor_config.json").write_text(json.dumps(own))
+    with pytest.raises(ModelError, match=r"image_mean=\[0\.48145466") as refused:
+        check_image_statistics(tower)
+    overrides = re.findall(r"'model\.vision_tower\.(\w+)=(\[[^']+\])'", str(refused.value))
+    assert len(overrides) == 2
+    check_image_statistics(replace(tower, **{key: tuple(json.loads(values)) for key, values in overrides}))
+    (Path(tower.path) / "preprocessor_config.json").write_text(json.dumps(own | {"do_normalize": False}))
+    with pytest.raises(ModelError, match="do_normalize=False"):
+        check_image_statistics(tower)
 
 
 def test_the_command_line_takes_them_from_the_directory(tmp_path: Path) -> None:

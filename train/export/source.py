@@ -18,11 +18,11 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoToke
 
 from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import Backbone, build_model, read_backbone
-from llava_next.chat_template import PRINTED_BOS, adds_bos, adds_special_tokens
+from llava_next.chat_template import PRINTED_BOS, adds_bos, adds_special_tokens, set_post_processor
 from llava_next.config import PARTS, ImageMode, ModelError
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.first_weights import first_weights
-from llava_next.hf import SECOND_LAYER, as_stock, set_post_processor, write_hf_folder, write_tokenizer_settings
+from llava_next.hf import SECOND_LAYER, as_stock, write_hf_folder, write_tokenizer_settings
 from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
 from llava_next.names import as_published, without_adapters
