@@ -9,6 +9,10 @@ The beginning-of-sequence token of a prompt has exactly one source. In the Huggi
 an exported tokenizer adds no token, so that `apply_chat_template(tokenize=True)`, the rendered text given to the
 processor, and vLLM all read the prompt of the training. In the authors' layout it is the tokenizer, as in their
 releases. Directories of others may do either; `adds_special_tokens` and `template_of` find out.
+
+The text before, between and after images is tokenized piece by piece in training, as the authors do. A sentencepiece
+tokenizer with `legacy: false` marks the beginning of a word at the start of a text, but not behind a special token; in
+the rendered prompt, which has the token and the images in it, a space stands for that mark (`word_separator`).
 """
 
 import json
@@ -214,6 +218,7 @@ def _pieces(tokenizer: Any, turns: Sequence[MessageLike], *, prompt: bool = Fals
 
 def _print(tokenizer: Any, turns: Sequence[MessageLike], *, prompt: bool = False, **values: Any) -> str:
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
+    values |= {"word_separator": ""}  # of an export's chat template: the text of the training is asked for
     render = partial(tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=prompt, **values)
     try:
         # The clock is taken away: what a date is printed in today is no template tomorrow.
@@ -248,7 +253,15 @@ def _refusal(tokenizer: Any, why: str) -> ModelError:
     )
 
 
-def chat_template(template: Template, *, prints_bos: bool = True) -> str:
+def word_separator(tokenizer: Any) -> str:
+    """What a text needs before it, behind a special token, to be tokenized as it is alone: nothing, or a space."""
+    alone = tokenizer("x", add_special_tokens=False)["input_ids"]
+    behind = tokenizer(f"{IMAGE_PLACEHOLDER} x", add_special_tokens=False)["input_ids"][-len(alone) :]
+    directly = tokenizer(f"{IMAGE_PLACEHOLDER}x", add_special_tokens=False)["input_ids"][-len(alone) :]
+    return " " if behind == alone != directly else ""
+
+
+def chat_template(template: Template, *, prints_bos: bool = True, separator: str = "") -> str:
     """The template as Jinja, over messages whose content is a string or a list of text and image items.
 
     Images of a turn come first, as `place_image` puts them.
@@ -256,6 +269,8 @@ def chat_template(template: Template, *, prints_bos: bool = True) -> str:
     Args:
         prints_bos: print the beginning-of-sequence token of a template that opens with it; otherwise the tokenizer
             has to add it.
+        separator: the tokenizer's `word_separator`. The variable of that name replaces it where a caller of the chat
+            template gives one: with an empty one it prints the text of the training.
     """
     literal = partial(json.dumps, ensure_ascii=False)  # Jinja does not join the two halves of an escaped emoji
     text = "text_of(message.content)" + (" | trim" if template.trims else "")
@@ -276,9 +291,8 @@ def chat_template(template: Template, *, prints_bos: bool = True) -> str:
     if template.caption_only:
         question = f"{literal(IMAGE_PLACEHOLDER)} * ({text}).count({literal(IMAGE_PLACEHOLDER)})"
     answer = turn(template.header + template.answer_format + template.end + template.between)
-    return "".join(
+    body = "".join(
         [
-            PRINTED_BOS if template.bos and prints_bos else "",
             "{%- macro text_of(content) -%}{%- if content is string -%}{{ content }}{%- else -%}",
             "{%- for item in content if item.type == 'image' -%}{{ '<image>' }}{{ '\\n' }}{%- endfor -%}",
             "{%- for item in content if item.type == 'text' -%}{{ item.text }}{%- endfor -%}{%- endif -%}",
@@ -292,3 +306,18 @@ def chat_template(template: Template, *, prints_bos: bool = True) -> str:
             "{%- if add_generation_prompt -%}{{ ", literal(template.header), " }}{%- endif -%}",
         ]
     )  # fmt: skip
+    bos = template.bos and prints_bos
+    if separator:
+        at_start = "" if bos else "not loop.first and "
+        body = "".join(
+            [
+                "{%- set conversation -%}", body, "{%- endset -%}",
+                "{%- for piece in conversation.split('<image>') -%}",
+                "{%- if not loop.first -%}{{ '<image>' }}{%- endif -%}",
+                "{%- if ", at_start, "piece and not piece.startswith(' ') -%}",
+                "{{ word_separator | default(", literal(separator), ") }}{%- endif -%}",
+                "{{ piece }}",
+                "{%- endfor -%}",
+            ]
+        )  # fmt: skip
+    return (PRINTED_BOS if bos else "") + body

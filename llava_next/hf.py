@@ -34,7 +34,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from llava_next.anyres import grids_of_pinpoints
 from llava_next.build import Backbone, read_tokenizer, refuse_made_up
-from llava_next.chat_template import chat_template, set_post_processor
+from llava_next.chat_template import adds_bos, chat_template, set_post_processor, word_separator
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
 from llava_next.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.disk import Gather, complete_or_absent, whole
@@ -101,8 +101,7 @@ def write_hf_folder(
         described.dtype = tensors[0].dtype
     config.save_pretrained(folder)
     generation_config(backbone, processor.template).save_pretrained(folder)
-    stock_processor(backbone, processor).save_pretrained(folder)
-    write_tokenizer_settings(folder, adds_bos=False)
+    save_processor(backbone, processor, folder)
 
 
 def generation_config(backbone: Backbone, template: Template) -> GenerationConfig:
@@ -201,12 +200,13 @@ def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProces
         "image_std": list(tower.image_std),
     }
     strategy = backbone.hf_config.vision_feature_select_strategy
+    tokenizer = serving_tokenizer(backbone, processor.template)
     words: dict[str, Any] = {
-        "tokenizer": serving_tokenizer(backbone, processor.template),
+        "tokenizer": tokenizer,
         "patch_size": backbone.hf_config.vision_config.patch_size,
         "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": 1 if strategy == "default" else 0,
-        "chat_template": chat_template(processor.template),
+        "chat_template": chat_template(processor.template, separator=word_separator(tokenizer)),
     }
     if image_mode != "anyres":
         return LlavaProcessor(LlavaImageProcessorPil(do_pad=image_mode == "pad", **pixels), **words)
@@ -214,29 +214,38 @@ def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProces
     return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **words)
 
 
-def serving_tokenizer(backbone: Backbone, template: Template, *, adds_bos: bool = False) -> Any:
+def save_processor(backbone: Backbone, processor: Processor, folder: Path) -> None:
+    """Writes the files from which `AutoProcessor` loads the stock processor."""
+    stock = stock_processor(backbone, processor)
+    stock.save_pretrained(folder)
+    write_tokenizer_settings(folder, stock.tokenizer)
+
+
+def serving_tokenizer(backbone: Backbone, template: Template, *, opens_text: bool = False) -> Any:
     """The tokenizer of an export: pads on the left, as generation in batches needs, and calls the template's end its
     end of sequence, as published checkpoints do (some programs, such as lmms-eval, stop at that token alone).
 
     Args:
-        adds_bos: add the beginning-of-sequence token of a template that opens with it. Otherwise the tokenizer adds no
-            special token, and the chat template has to print it (see `chat_template.py`).
+        opens_text: add the beginning-of-sequence token of a template that opens with it. Otherwise the tokenizer adds
+            no special token, and the chat template has to print it (see `chat_template.py`).
     """
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.padding_side = "left"
     if template.end:
         tokenizer.eos_token = template.end
-    set_post_processor(tokenizer, adds_bos=adds_bos and template.bos)
+    set_post_processor(tokenizer, adds_bos=opens_text and template.bos)
     return tokenizer
 
 
-def write_tokenizer_settings(folder: Path, *, adds_bos: bool) -> None:
+def write_tokenizer_settings(folder: Path, tokenizer: Any) -> None:
     """Completes the tokenizer_config.json of a saved tokenizer with what transformers 5 does not save: the padding side
-    where the tokenizer was loaded without one; and `add_bos_token`, which it reads from tokenizer.json, while the Llama
-    tokenizer of older versions adds the token unless this key says otherwise."""
+    of one that was loaded without; `legacy`, by which its Llama tokenizer chooses where words begin when it is loaded
+    again; and `add_bos_token`, without which the Llama tokenizer of older versions adds the token."""
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings |= {"padding_side": "left", "add_bos_token": adds_bos, "add_eos_token": False}
+    settings |= {"padding_side": "left", "add_bos_token": adds_bos(tokenizer), "add_eos_token": False}
+    if hasattr(tokenizer, "legacy"):
+        settings["legacy"] = bool(tokenizer.legacy)
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedToke
 
 from llava_next.architecture import VOCABULARY_MULTIPLE
 from llava_next.build import Backbone
-from llava_next.chat_template import adds_bos, chat_template
+from llava_next.chat_template import chat_template, word_separator
 from llava_next.config import ImageMode, ModelError, ProjectorKind
 from llava_next.hf import generation_config, serving_tokenizer, write_tokenizer_settings
 from llava_next.names import original_name
@@ -59,8 +59,8 @@ def of_backbone(
     """What a run's model is written from; `vision_tower` None names the directory that the run has it from."""
     tower = backbone.config.vision_tower
     # As the authors' releases: the tokenizer adds the token, which their code and SGLang rely on.
-    tokenizer = serving_tokenizer(backbone, processor.template, adds_bos=True)
-    tokenizer.chat_template = chat_template(processor.template, prints_bos=False)
+    tokenizer = serving_tokenizer(backbone, processor.template, opens_text=True)
+    tokenizer.chat_template = chat_template(processor.template, prints_bos=False, separator=word_separator(tokenizer))
     return OriginalModel(
         backbone.hf_config.to_dict(),
         backbone.config.projector,
@@ -90,7 +90,7 @@ def write_original_folder(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     model.generation.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
-    write_tokenizer_settings(folder, adds_bos=adds_bos(model.tokenizer))
+    write_tokenizer_settings(folder, model.tokenizer)
     tile = model.config["vision_config"]["image_size"]
     CLIPImageProcessorPil(
         size={"shortest_edge": tile},

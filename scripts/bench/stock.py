@@ -73,22 +73,18 @@ class Collator:
     def __call__(self, records: list[Record]) -> dict[str, torch.Tensor]:
         images = [Image.open(self.folder / record["image"]).convert("RGB") for record in records]
         texts = [self._text(record) for record in records]
-        batch = self.processor(images=images, text=texts, padding=True, return_tensors="pt", add_special_tokens=False)
+        options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
+        batch = self.processor(images=images, text=texts, **options)
         batch["labels"] = torch.stack([self._labels(ids) for ids in batch["input_ids"]])
         self.num_supervised.append(int((batch["labels"] != -100).sum()))
         return dict(batch)
 
     def _text(self, record: Record) -> str:
-        """The prompt, written so that it becomes the very tokens that ours and the authors' trainer have.
-
-        Both tokenize what stands left and right of a picture by itself, and Llama's tokenizers begin a text with a word
-        mark. The stock processor tokenizes the whole prompt at once: there the mark comes of a space.
-        """
+        """The prompt of the exported chat template: the tokens that ours and the authors' trainer have."""
         roles = {"human": "user", "gpt": "assistant"}
         messages = [{"role": roles[turn["from"]], "content": turn["value"]} for turn in record["conversations"]]
         text: str = self.processor.apply_chat_template(messages, tokenize=False)
-        bos = self.processor.tokenizer.bos_token
-        return bos + " " + text.removeprefix(bos).replace("<image>\n", "<image> \n")
+        return text
 
     def _labels(self, ids: torch.Tensor) -> torch.Tensor:
         """From behind each header to the end token after it, which is supervised too."""

@@ -1,5 +1,6 @@
 """The exported processor: transformers' own, fed with the export alone, says what training saw."""
 
+import copy
 import io
 import itertools
 from dataclasses import replace
@@ -9,17 +10,26 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import GenerationConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
 
 from data_recipes.sample import Message
 from llava_next.build import Backbone, build_model, read_backbone, read_tokenizer
+from llava_next.chat_template import template_of
 from llava_next.conversation import TEMPLATES
-from llava_next.hf import write_hf
+from llava_next.hf import save_processor, write_hf, write_tokenizer_settings
 from llava_next.model import LlavaNext
+from llava_next.original import of_backbone
 from llava_next.processor import Processor
 from tests.jinja_shapes import LLAMA_3, MISTRAL, QWEN, ROUNDS_WITH_BOS, VICUNA, ZEPHYR
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row
+from tests.oracles import real_tokenizers
 from tests.tiny import SIZES_HW, TokenizerName, TowerName, encoded_picture
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
@@ -170,3 +180,69 @@ def test_generation_stops_at_the_templates_end(make_backbone: MakeBackbone, tmp_
     vicuna = make_backbone(template="vicuna_v1")
     _write(vicuna, tmp_path / "vicuna")
     assert GenerationConfig.from_pretrained(tmp_path / "vicuna").eos_token_id == ids[1]
+
+
+REAL = [
+    ("vicuna", "vicuna_v1"),
+    ("mistral", "mistral_instruct"),
+    *(
+        pytest.param(name, template, marks=pytest.mark.full)
+        for name, template in (
+            ("vicuna_legacy", "vicuna_v1"),
+            ("vicuna_chatml", "chatml_direct"),
+            ("llama3", "llava_llama_3"),
+            ("qwen", "qwen_1_5"),
+            ("smollm2", "chatml"),
+            # Templates and tokenizers that are not published together.
+            ("vicuna", "mistral_instruct"),
+            ("vicuna_chatml", "chatml"),
+            ("mistral", "vicuna_v1"),
+        )
+    ),
+]
+CONVERSATIONS = [
+    [Message("user", f"<image>\n{QUESTION}")],
+    [Message("user", f"<image>\n{QUESTION}"), Message("assistant", ANSWER), Message("user", SECOND)],
+    [Message("system", "Answer in one word."), Message("user", f"<image>\n{QUESTION}")],
+    [Message("system", "  Two spaces before it."), Message("user", f"<image>\n{QUESTION}")],
+    [Message("user", "No image: 你好?")],
+    [Message("user", "<image> first, then<image><image>\nthree of them")],
+]
+"""With one image, without one, with several inside the text; and texts that a word mark may or may not stand before."""
+
+
+@pytest.mark.parametrize(("name", "template"), REAL)
+def test_real_tokenizers_render_the_prompt_of_the_training(
+    make_backbone: MakeBackbone, tmp_path: Path, name: str, template: str
+) -> None:
+    """The ids of training from the exported processor, by each way of calling it, and from the rendered text in the
+    authors' layout; the exported chat template is read back as the template that it was made of."""
+    tokenizer = real_tokenizers.tokenizer(name)
+    backbone = make_backbone(template=template)
+    hf_config = copy.deepcopy(backbone.hf_config)
+    hf_config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    backbone = replace(backbone, tokenizer=tokenizer, hf_config=hf_config)
+    processor = _processor(backbone)
+    save_processor(backbone, processor, tmp_path / "export")
+    stock = AutoProcessor.from_pretrained(tmp_path / "export")
+    served = of_backbone(backbone, processor).tokenizer
+    served.save_pretrained(tmp_path / "original")
+    write_tokenizer_settings(tmp_path / "original", served)
+    original = AutoTokenizer.from_pretrained(tmp_path / "original")
+    for messages in CONVERSATIONS:
+        if processor.template.system_format is None and messages[0].role == "system":
+            continue
+        num_images = sum(message.text.count("<image>") for message in messages)
+        sizes = list(SIZES_HW[:num_images])
+        images = [Image.new("RGB", (width, height)) for height, width in sizes]
+        ours = processor.prompt(messages, sizes)[0].tolist()
+        turns = [{"role": message.role, "content": message.text} for message in messages]
+        text = stock.apply_chat_template(turns, add_generation_prompt=True)
+        shown = {"images": images} if images else {}
+        assert list(stock(text=text, **shown)["input_ids"][0]) == ours, messages
+        theirs = original(original.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))["input_ids"]
+        layouts = iter(processor.prompt(messages, sizes)[1])
+        widened = [[token] * (next(layouts).num_tokens if token == processor.image_token_id else 1) for token in theirs]
+        assert list(itertools.chain.from_iterable(widened)) == ours, messages
+    again = template_of(read_tokenizer(str(tmp_path / "export")))
+    assert replace(again, name="", released_specials=()) == replace(processor.template, name="", released_specials=())

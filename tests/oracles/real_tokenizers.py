@@ -27,11 +27,15 @@ def tokenizer(name: str) -> Any:
     stands for Nous-Hermes-2-Yi-34B's, which no package has: its settings and end tokens over Vicuna's pieces.
     """
     base = name.split("_")[0]
+    return _load(name, asset("smollm2_six_layers" if base == "smollm2" else f"tokenizer_{base}"))
+
+
+def asset(name: str) -> Path:
+    """A folder of the cache; skips the test where it is absent."""
     root = Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
-    folder = root / ("smollm2_six_layers" if base == "smollm2" else f"tokenizer_{base}")
-    if not (folder / "asset.json").is_file():
-        pytest.skip(f"{folder} is absent; fetch it: {QUICKSTART if base == 'smollm2' else COMMAND}")
-    return _load(name, folder)
+    if not (root / name / "asset.json").is_file():
+        pytest.skip(f"{root / name} is absent; fetch it: {COMMAND if name.startswith('tokenizer_') else QUICKSTART}")
+    return root / name
 
 
 @functools.cache

@@ -76,10 +76,8 @@ class Source:
         return "pad" if getattr(AutoImageProcessor.from_pretrained(self.place), "do_pad", False) else "square"
 
     def write_hf(self, folder: Path, shard_bytes: int) -> None:
-        """Fills the folder with the Hugging Face layout; what describes a directory is taken over as it is."""
-        if not (self.place / "config.json").is_file():
-            assert self.backbone is not None
-            assert self.processor is not None
+        """Fills the folder with the Hugging Face layout; what describes a directory of no known run is copied."""
+        if self.backbone is not None and self.processor is not None:
             write_hf_folder(self.tensors, self.backbone, self.processor, folder, shard_bytes)
             return
         write_shards(self.tensors, folder, shard_bytes)
@@ -319,15 +317,13 @@ def _correct_tokenizer(folder: Path) -> None:
     """Lets a copied tokenizer pad on the left, and add no beginning-of-sequence token where the chat template prints
     one: rendered text that is given to the processor would have it twice."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    adds = adds_bos(tokenizer)
-    if adds:
+    if adds_bos(tokenizer):
         turn = {"role": "user", "content": [{"type": "text", "text": "x"}]}
         rendered = AutoProcessor.from_pretrained(folder).apply_chat_template([turn], add_generation_prompt=True)
-        adds = adds_special_tokens(tokenizer, rendered)
-        if not adds:
+        if not adds_special_tokens(tokenizer, rendered):
             set_post_processor(tokenizer, adds_bos=False)
             tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-    write_tokenizer_settings(folder, adds_bos=adds)
+    write_tokenizer_settings(folder, tokenizer)
 
 
 def _about(folder: Path) -> dict[str, Any] | None:

@@ -1,0 +1,125 @@
+"""Tiny directories in place of the hub's: the real tokenizers, config files with the published keys, random weights.
+
+Everything around them is real: the configurations that are shipped in configs/model/ read them by their own paths.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.oracles import real_tokenizers
+from tests.tiny import MAX_POSITIONS, WIDTH
+
+MODEL_CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "model"
+_SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_POSITIONS,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-05,
+}
+_QWEN = {"model_type": "qwen2", "max_window_layers": 28, "sliding_window": 32768, "use_sliding_window": False}
+_QWEN |= {"rope_theta": 1000000.0, "num_key_value_heads": 2}
+
+
+@dataclass(frozen=True)
+class Family:
+    """Language models of one class, tokenizer and template.
+
+    Attributes:
+        tokenizer: its name in `real_tokenizers`.
+        config: what the published config.json has besides the sizes.
+        members: the other configurations of the same family.
+    """
+
+    tokenizer: str
+    config: dict[str, Any]
+    members: tuple[str, ...] = ()
+
+
+FAMILIES = {
+    "vicuna_7b": Family("vicuna", {"model_type": "llama", "rope_scaling": None}, ("vicuna_13b",)),
+    "hermes_yi_34b": Family("vicuna_chatml", {"model_type": "llama", "rope_theta": 5000000.0}),
+    "llama3_8b": Family("llama3", {"model_type": "llama", "rope_theta": 500000.0, "num_key_value_heads": 2}),
+    "mistral_7b": Family(
+        "mistral", {"model_type": "mistral", "rope_theta": 1000000.0, "sliding_window": None, "num_key_value_heads": 2}
+    ),
+    "qwen1_5_0_5b": Family("qwen", _QWEN | {"tie_word_embeddings": True}),
+    "qwen2_7b": Family(
+        "qwen",
+        _QWEN,
+        ("qwen1_5_7b", "qwen1_5_14b", "qwen1_5_32b", "qwen1_5_72b", "qwen1_5_110b"),
+    ),
+    "smollm2_135m": Family("smollm2", {"model_type": "llama", "tie_word_embeddings": True}, ("quickstart",)),
+}
+"""By the configuration that is run; sizes of one family differ in numbers alone."""
+
+TOWERS = {
+    "clip_vit_l_336": (),
+    "siglip_so400m_384": (),
+    "dinov2_large": ("model.vision_tower.tile=28",),
+    "dinov2_small_70": (),
+}
+"""Towers that are run, and the overrides that go with the tiny directory; `dinov2_small_70` has its real weights."""
+
+
+def write_language_model(name: str, root: Path) -> None:
+    """The directory that configs/model/language_model/NAME.yaml reads, below `root`; skips without its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from llava_next.hf import write_tokenizer_settings
+
+    family = FAMILIES[name]
+    tokenizer = real_tokenizers.tokenizer(family.tokenizer)
+    folder = root / _directory("language_model", name)
+    tokenizer.save_pretrained(folder)
+    write_tokenizer_settings(folder, tokenizer)
+    values = _SIZES | {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id} | family.config
+    (folder / "config.json").write_text(json.dumps(values))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(values))  # as published, not as transformers 5 writes it
+
+
+def write_vision_tower(name: str, root: Path) -> None:
+    """The directory that configs/model/vision_tower/NAME.yaml reads, below `root`."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
+
+    folder = root / _directory("vision_tower", name)
+    torch.manual_seed(1)
+    vision: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "patch_size": 7}
+    text: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
+    narrow = {"intermediate_size": 40}
+    images: dict[str, Any] = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    if name == "clip_vit_l_336":
+        # As published, the directory describes and holds both of CLIP's towers.
+        vision_config = vision | narrow | {"image_size": 28}
+        CLIPModel(CLIPConfig(vision_config=vision_config, text_config=text | narrow)).save_pretrained(folder)
+        mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+        images |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}}
+    elif name == "siglip_so400m_384":
+        vision_config = vision | narrow | {"image_size": 31}  # like 384 and 14, the patch does not divide it
+        SiglipModel(SiglipConfig(vision_config=vision_config, text_config=text | narrow)).save_pretrained(folder)
+        mean = std = [0.5, 0.5, 0.5]
+        images |= {"image_processor_type": "SiglipImageProcessor", "size": {"height": 31, "width": 31}}
+    elif name == "dinov2_large":
+        Dinov2Model(Dinov2Config(**vision, mlp_ratio=2, image_size=42)).save_pretrained(folder)
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+        images |= {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 42}}
+    else:
+        folder.symlink_to(real_tokenizers.asset("dinov2_small"))
+        return
+    (folder / "preprocessor_config.json").write_text(json.dumps(images | {"image_mean": mean, "image_std": std}))
+
+
+def _directory(kind: str, name: str) -> str:
+    path: str = yaml.safe_load((MODEL_CONFIGS / kind / f"{name}.yaml").read_text())["path"]
+    return path.rsplit("}/", 1)[1]

@@ -1,0 +1,124 @@
+"""Every class of language model and tower in configs/model/ goes through both stages, out and in again, by the command
+line, with its real tokenizer.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.tiny import encoded_picture, tiny_mixture
+from tests.train import shipped
+from tests.train.launch import ROOT
+from train.chat import main as chat
+
+QUESTIONS = ("What is in the image?", "Read the text in the image, line by line.")
+SIZES_HW = ((60, 45), (31, 90))
+PAIRS = [
+    ("vicuna_7b", "clip_vit_l_336", "zero2", ""),
+    ("hermes_yi_34b", "dinov2_large", "zero3", "language_model"),
+    ("llama3_8b", "clip_vit_l_336", "zero1", "vision_tower"),
+    ("mistral_7b", "clip_vit_l_336", "zero3", ""),
+    ("qwen1_5_0_5b", "siglip_so400m_384", "zero2", "language_model,vision_tower"),
+    ("qwen2_7b", "clip_vit_l_336", "zero0", ""),
+    ("smollm2_135m", "dinov2_small_70", "zero1", "language_model"),
+]
+"""Language model, tower, engine, recomputed parts."""
+
+
+def test_every_shipped_configuration_is_of_a_family_that_is_run() -> None:
+    """A new file in configs/model/ needs a row here."""
+    families = {name for name, family in shipped.FAMILIES.items() for name in (name, *family.members)}
+    assert families | {"released"} == _files("language_model")
+    assert {*shipped.TOWERS, "dinov2_small_112", "released"} == _files("vision_tower")
+    assert {language_model for language_model, *_ in PAIRS} == shipped.FAMILIES.keys()
+    assert {tower for _, tower, *_ in PAIRS} == shipped.TOWERS.keys()
+
+
+def _files(kind: str) -> set[str]:
+    return {path.stem for path in (shipped.MODEL_CONFIGS / kind).glob("*.yaml")}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("language_model", "tower", "engine", "recompute"), PAIRS, ids=lambda value: value or "none")
+def test_both_stages_export_and_answers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], language_model: str, tower: str, engine: str, recompute: str
+) -> None:
+    """Two steps of each stage; the export of the checkpoint, verified by the program; the Auto classes load it, both
+    ways of prompting agree, and a batch of two answers as one by one."""
+    shipped.write_language_model(language_model, tmp_path)
+    shipped.write_vision_tower(tower, tmp_path)
+    mixture, stores = tiny_mixture(tmp_path, 8)
+    (tmp_path / "configs" / "mixture").mkdir(parents=True)
+    (tmp_path / "configs" / "mixture" / "tiny.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(asdict(mixture)))))
+    command = [
+        *("train", "--config-dir", str(tmp_path / "configs"), "name=pair", f"root={tmp_path}/runs", "mixture=tiny"),
+        *(f"model/language_model={language_model}", f"model/vision_tower={tower}", *shipped.TOWERS[tower]),
+        *(f"data.store_root={stores}", "data.workers=0", "data.length_workers=1", "device=cpu", "timeout_s=60"),
+        *("stage.batch_size=4", "stage.max_length=2048", "packing.max_tokens=2048", "packing.max_tiles=16"),
+        *(f"engine={engine}", "save.every=2"),
+    ]
+    _run(tmp_path, *command, "stage=align")
+    assert (tmp_path / "runs" / "pair" / "align" / "connector" / "contract.json").is_file()
+    _run(tmp_path, *command, "stage=finetune", f"recompute=[{recompute}]")
+    export = tmp_path / "export"
+    told = _run(
+        tmp_path, "train.export", f"{tmp_path}/runs/pair/finetune/checkpoints/step_000002", "--out", str(export)
+    )
+    assert "logits are ours" in told
+    _check_answers(export)
+    picture = tmp_path / "image.png"
+    picture.write_bytes(encoded_picture(0, SIZES_HW[0]))
+    assert chat([str(export), str(picture), "--ask", QUESTIONS[0], "--max-new-tokens", "4"]) == 0
+    assert not capsys.readouterr().err
+
+
+def _run(folder: Path, *command: str) -> str:
+    environment = os.environ | {
+        "LLAVA_NEXT_MODELS": str(folder),
+        "LLAVA_NEXT_CACHE": str(folder),
+        "OMP_NUM_THREADS": "2",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _check_answers(export: Path) -> None:
+    stock = AutoProcessor.from_pretrained(export)
+    model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
+    images = [Image.effect_noise((width, height), 60).convert("RGB") for height, width in SIZES_HW]
+    texts, prompts = [], []
+    for image, question in zip(images, QUESTIONS, strict=True):
+        content: list[dict[str, Any]] = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        turn = [{"role": "user", "content": content}]
+        texts.append(stock.apply_chat_template(turn, add_generation_prompt=True))
+        tokenized = stock.apply_chat_template(turn, add_generation_prompt=True, tokenize=True, return_dict=True)
+        prompts.append(tokenized["input_ids"][0])
+
+    def answers(images: list[Image.Image], texts: list[str]) -> list[list[int]]:
+        inputs = stock(images=images, text=texts, padding=True, return_tensors="pt")
+        rows = [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        assert rows == [list(prompts[texts_all.index(text)]) for text in texts]
+        found = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        return found[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
+
+    texts_all = list(texts)
+    alone = [answers([image], [text])[0] for image, text in zip(images, texts, strict=True)]
+    assert answers(images, texts) == alone
+    bos = stock.tokenizer.bos_token_id
+    if bos is not None and texts[0].startswith(stock.tokenizer.bos_token):
+        assert all(list(prompt[:2]).count(bos) == 1 for prompt in prompts)
