@@ -26,6 +26,7 @@ from llava_next.native import cache_root
 from llava_next.processor import Example, Processor
 from tests.house.readme import commands
 from tests.llava_next.models import row
+from tests.oracles import real_tokenizers
 from tests.tiny import SIZES_HW, TowerName, encoded_picture, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +150,29 @@ def test_vllm_gives_our_log_probabilities(tmp_path: Path, tower: TowerName, imag
     hits = model.score(row(backbone, [answered])).hits
     assert len(found[-1]["answer"]) == 4
     assert hits[-4:].all()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("tokenizer", "template"),
+    [("vicuna", "vicuna_v1"), ("mistral", "mistral_instruct"), ("llama3", "llava_llama_3"), ("qwen", "qwen_1_5")],
+)
+def test_a_chat_request_is_our_prompt_with_a_real_tokenizer(tmp_path: Path, tokenizer: str, template: str) -> None:
+    """The beginning-of-sequence token once, and words begun where training began them."""
+    if not (ENVIRONMENT / ".ready").is_file():
+        pytest.skip("vLLM's environment is not here: ./scripts/vllm_env.sh")
+    real = real_tokenizers.asset(f"tokenizer_{tokenizer}")
+    config = tiny_model(
+        tmp_path / "parts", "clip", template, hidden_size=64, num_attention_heads=2, num_key_value_heads=1
+    )
+    config = replace(config, language_model=replace(config.language_model, tokenizer=str(real)))
+    backbone = read_backbone(config)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=2048)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=1), backbone, processor, tmp_path / "export")
+    _, case = _example(processor, "What is it?", [(45, 61)], tmp_path)
+    (found,) = _vllm(tmp_path / "export", [{"question": "What is this?", "pictures": case["pictures"]}], tmp_path)
+    ids, _ = processor.prompt([Message("user", "<image>\nWhat is this?")], [(45, 61)])
+    assert found["ids"] == ids.tolist()
 
 
 def _authors_count(processor: Processor) -> int:
