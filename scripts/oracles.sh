@@ -102,6 +102,7 @@ if has "$train_py" "$TRAIN_SHA256"; then
     "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" --templates chatml_direct "${check[@]}" || code=1
     PYTHONPATH=$ENV/later "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" \
         --templates qwen_1_5 llava_llama_3 "${check[@]}" || code=1
+    "$python" -W ignore -m scripts.oracles.unreadable --train-py "$train_py" "${check[@]}" || code=1
 fi
 if has "$siglip_py" "$SIGLIP_SHA256"; then
     PYTHONPATH=$ENV/later "$python" -W ignore -m scripts.oracles.squash --siglip-py "$siglip_py" "${check[@]}" || code=1

@@ -188,6 +188,10 @@ def odd_records() -> list[Conversation]:
     return [Conversation(kind, turns) for kind, turns in made.items()]
 
 
+UNREADABLE_RECORDS = (("text", None), ("missing image", "a.png"), ("more text", None), ("last image missing", "b.png"))
+"""Names of records, and of image files that do not exist."""
+
+
 # Where the authors' int() of a float product is one below the whole number (recipe: 16 of 549,552 sizes), where a
 # float decides the grid, and pictures as thin as they come. (height, width)
 _BOUNDARY = (

@@ -36,6 +36,7 @@ RECORD_RULES = {
     "no_labels": "the record is kept and none of its tokens is supervised",
     "blank_answer": "the record is kept and the blank answer is supervised",
     "error_raised": "reading the record raises an exception, which ends the run",
+    "next_record_taken": "the next record is taken in its place",
 }
 """What the authors do with a record that preparation repairs or rejects, by name."""
 

@@ -6,16 +6,18 @@ The fixture is made by ./scripts/oracles.sh, which runs the authors' code in an 
 import json
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from data_recipes.raw.pictures import PictureError, load
 from data_recipes.sample import Reason, Reject, Sample, assemble, check
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
 from llava_next.processor import Processor
 from scripts.oracles.digests import supervised_runs
-from scripts.oracles.inputs import GENERATOR, Conversation, inputs_sha256, odd_records
+from scripts.oracles.inputs import GENERATOR, UNREADABLE_RECORDS, Conversation, inputs_sha256, odd_records
 from tests.oracles.differences import RECORD_RULES
 from tests.oracles.real_tokenizers import tokenizer
 
@@ -34,9 +36,9 @@ CASES: dict[str, tuple[Reason | str, str | None]] = {
 }
 
 
-def _theirs() -> dict[str, dict[str, Any]]:
-    fixture = json.loads((FOLDER / "records.json").read_text(encoding="utf-8"))
-    assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(odd_records())}
+def _theirs(name: str = "records", inputs: Iterable[object] = tuple(odd_records())) -> dict[str, dict[str, Any]]:
+    fixture = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(inputs)}
     found: dict[str, dict[str, Any]] = fixture["records"]
     return found
 
@@ -72,11 +74,33 @@ def test_each_record_is_handled_as_listed(record: Conversation) -> None:
     assert (layout.ids.tolist() == theirs["ids"] and [run] == theirs["supervised"]) == (rule is None)
 
 
-def test_the_table_counts_the_records() -> None:
+def test_an_image_that_cannot_be_read_is_replaced_by_nothing(tmp_path: Path) -> None:
+    """The authors' repository takes the next record, or raises an exception where there is none; preparation rejects
+    the record by its reason."""
+    theirs = _theirs("unreadable", UNREADABLE_RECORDS)
+    assert set(theirs) == {name for name, _ in UNREADABLE_RECORDS}
+    for name, image in UNREADABLE_RECORDS:
+        if image is None:
+            assert theirs[name] == {"taken": name}
+            continue
+        with pytest.raises(PictureError) as raised:
+            load(tmp_path / image)
+        assert raised.value.reason == Reason.PICTURE_MISSING
+    assert theirs["missing image"] == {"taken": "more text"}
+    assert theirs["last image missing"] == {"error": "FileNotFoundError"}
+
+
+def test_the_tables_count_the_records() -> None:
     """differences.md lists each rule with its number of records, and no record is outside the cases."""
-    rows = re.findall(r"^\| `records` \| `(\w+)` \| (\d+) of (\d+) \|", (FOLDER / "differences.md").read_text(), re.M)
-    counts = Counter(rule for _, rule in CASES.values() if rule is not None)
-    assert {rule: int(count) for rule, count, _ in rows} == counts
-    assert set(counts) == set(RECORD_RULES)
-    assert {int(total) for _, _, total in rows} == {len(CASES)} == {len(odd_records())}
+    counts = {
+        "records": Counter(rule for _, rule in CASES.values() if rule is not None),
+        "unreadable": Counter(["next_record_taken", "error_raised"]),
+    }
+    for name, rules in counts.items():
+        pattern = rf"^\| `{name}` \| `(\w+)` \| (\d+) of (\d+) \|"
+        rows = re.findall(pattern, (FOLDER / "differences.md").read_text(), re.MULTILINE)
+        assert {rule: int(count) for rule, count, _ in rows} == rules
+        inputs = odd_records() if name == "records" else UNREADABLE_RECORDS
+        assert {int(total) for _, _, total in rows} == {len(inputs)}
+    assert set().union(*counts.values()) == set(RECORD_RULES)
     assert set(_theirs()) == set(CASES)
