@@ -241,6 +241,7 @@ def cut_tiles(
     tile: int,
     *,
     pad_colour: tuple[int, int, int] | None = None,
+    squash: bool = False,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """The views of one RGB picture: uint8 [num_tiles, tile, tile, 3], base view first, then row by row.
@@ -249,6 +250,7 @@ def cut_tiles(
     (square).
 
     Args:
+        squash: a single view is the whole image resized to a square (image mode squash), as the base view is.
         out: where they are written, if given: a contiguous array of that shape.
 
     Raises:
@@ -261,11 +263,13 @@ def cut_tiles(
         )
     if out is None:
         out = np.empty((layout.num_tiles, tile, tile, 3), dtype=np.uint8)
-    if layout.grid is None:
+    if layout.grid is None and not squash:
         view = _centre_crop(image, tile) if pad_colour is None else _padded_square(image, tile, pad_colour)
         out[0] = np.asarray(view)
         return out
     out[0] = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
+    if layout.grid is None:
+        return out
     rows, cols = layout.grid
     top, left, bottom, right = box_on_canvas(layout.size_hw, (rows * tile, cols * tile))
     shown = np.asarray(image.resize((right - left, bottom - top), Image.Resampling.BICUBIC))

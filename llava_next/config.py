@@ -20,9 +20,10 @@ Grid = tuple[int, int]
 AUTHORS_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
 """The five grids of the released configurations, in the authors' order (ties go to the first)."""
 
-ImageMode = Literal["anyres", "square", "pad"]
+ImageMode = Literal["anyres", "square", "pad", "squash"]
 """anyres: a base view and the tiles of the best grid. square: one centre-cropped view (LLaVA-1.5, stage 1). pad: one
-view of the whole picture, made square with the tower's mean colour (LLaVA-1.5, stage 2)."""
+view of the whole picture, made square with the tower's mean colour (LLaVA-1.5, stage 2). squash: one view of the whole
+image, resized to a square without keeping its aspect ratio (LLaVA-NeXT with a SigLIP tower, stage 1)."""
 
 ProjectorKind = Literal["mlp2x_gelu", "linear"]
 """What turns a tower's feature into a token. mlp2x_gelu: linear, GELU, linear (LLaVA-1.5 and later). linear: one linear

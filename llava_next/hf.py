@@ -208,10 +208,39 @@ def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProces
         "num_additional_image_tokens": 1 if strategy == "default" else 0,
         "chat_template": chat_template(processor.template, separator=word_separator(tokenizer)),
     }
+    if image_mode == "squash":  # resized to height and width, whatever the aspect ratio, as SigLIP's own processor does
+        pixels |= {"size": {"height": backbone.tile, "width": backbone.tile}, "do_center_crop": False}
     if image_mode != "anyres":
         return LlavaProcessor(LlavaImageProcessorPil(do_pad=image_mode == "pad", **pixels), **words)
     grids = backbone.hf_config.image_grid_pinpoints
     return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **words)
+
+
+def stock_image_mode(model_type: str, images: Any, source: Path) -> ImageMode:
+    """The image mode whose views a stock model's image processor makes; `stock_processor` read backwards.
+
+    Args:
+        model_type: of the directory's config, llava_next or llava.
+        images: the image processor; of a LLaVA one of LLaVA's, CLIP's or SigLIP's.
+        source: the directory, for messages.
+
+    Raises:
+        ModelError: its view is not one of ours: not a square, or a crop of an image that was resized to a square.
+    """
+    if model_type == "llava_next":
+        return "anyres"
+    if getattr(images, "do_pad", False):
+        return "pad"
+    height, width = images.size.get("height"), images.size.get("width")
+    if height is None or width is None:  # the short side is resized, then the centre is cropped
+        return "square"
+    cropped = images.crop_size if getattr(images, "do_center_crop", False) else images.size
+    if height != width or (cropped["height"], cropped["width"]) != (height, width):
+        raise ModelError(
+            f"{source}: its image processor resizes to {height} x {width} and crops to {cropped['height']} x "
+            f"{cropped['width']} (height x width), which is no image mode; set its size and crop_size to one square"
+        )
+    return "squash"
 
 
 def save_processor(backbone: Backbone, processor: Processor, folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
 from llava_next.architecture import VOCABULARY_MULTIPLE
 from llava_next.build import Backbone
@@ -92,12 +92,12 @@ def write_original_folder(
     model.tokenizer.save_pretrained(folder)
     write_tokenizer_settings(folder, model.tokenizer)
     tile = model.config["vision_config"]["image_size"]
-    CLIPImageProcessorPil(
-        size={"shortest_edge": tile},
-        crop_size={"height": tile, "width": tile},
-        image_mean=list(model.image_mean),
-        image_std=list(model.image_std),
-    ).save_pretrained(folder)
+    square, colours = {"height": tile, "width": tile}, {"image_mean": model.image_mean, "image_std": model.image_std}
+    colours = {key: list(values) for key, values in colours.items()}
+    if model.image_mode == "squash":
+        SiglipImageProcessorPil(size=square, **colours).save_pretrained(folder)
+    else:
+        CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size=square, **colours).save_pretrained(folder)
 
 
 def original_tensors(tensors: Sequence[LazyTensor], model: OriginalModel) -> list[LazyTensor]:
@@ -132,6 +132,11 @@ def original_config(model: OriginalModel, dtype: torch.dtype) -> dict[str, Any]:
     and the other keys of the language model, mm_hidden_size, mm_vision_tower (with `clip` or `siglip` in it),
     mm_vision_select_layer, mm_vision_select_feature, mm_patch_merge_type, image_aspect_ratio, image_grid_pinpoints,
     image_token_index.
+
+    image_aspect_ratio `square` says that the image processor alone makes the view. SGLang takes that of the directory,
+    which crops the centre (CLIP's, image mode square) or resizes the whole image to a square (SigLIP's, squash). The
+    authors' code takes the one of its tower: CLIP's crops, SigLIP's (LLaVA-VL/LLaVA-NeXT) resizes, and neither can do
+    what the other does.
     """
     text, vision = model.config["text_config"], model.config["vision_config"]
     if text["model_type"] not in ARCHITECTURES:
@@ -152,7 +157,7 @@ def original_config(model: OriginalModel, dtype: torch.dtype) -> dict[str, Any]:
         "bos_token_id": model.generation.bos_token_id,
         "eos_token_id": model.generation.eos_token_id,
         "image_token_index": model.config["image_token_index"],
-        "image_aspect_ratio": model.image_mode,
+        "image_aspect_ratio": "square" if model.image_mode == "squash" else model.image_mode,
         "mm_hidden_size": vision["hidden_size"],
         "mm_patch_merge_type": "spatial_unpad" if anyres else "flat",
         "mm_projector_type": model.kind,

@@ -175,7 +175,8 @@ class Processor:
         start = 0
         for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True):
             view = tiles[start : start + image.num_tiles]
-            cut_tiles(decode(picture), image, tile, pad_colour=self.config.pad_colour, out=view)
+            squash = self.config.image_mode == "squash"
+            cut_tiles(decode(picture), image, tile, pad_colour=self.config.pad_colour, squash=squash, out=view)
             start += image.num_tiles
         return Example(layout, tiles)
 

@@ -5,19 +5,24 @@
 #   ./scripts/oracles.sh [--check]
 #
 # --check     writes nothing: tells whether the fixtures in tests/oracles are what the authors' code says now
-# The authors' code is the package llava-torch, in an environment of its own: it wants old versions. The templates
-# that came later (Llama-3, Qwen, ChatML's repaired labels) are in their repository only: one file of it, at a commit
-# and with a hash written here. Where GitHub cannot be reached and the file is not given, those fixtures stay as they are.
+# The authors' code is the package llava-torch, in an environment of its own: it wants old versions. What came later
+# (the templates of Llama-3 and Qwen, ChatML's repaired labels, SigLIP towers) is in their repository only: two files of
+# it, at a commit and with hashes written here. Where GitHub cannot be reached and a file is not given, the fixtures that
+# are made with it stay as they are.
 #
 # LLAVA_NEXT_CACHE     where assets and the environment are kept (default: ~/.cache/llava_next)
-# LLAVA_NEXT_TRAIN_PY  that file, llava/train/train.py of LLaVA-VL/LLaVA-NeXT, where it lies already
+# LLAVA_NEXT_TRAIN_PY  one of them, llava/train/train.py of LLaVA-VL/LLaVA-NeXT, if there is a copy already
+# LLAVA_NEXT_SIGLIP_PY the other, llava/model/multimodal_encoder/siglip_encoder.py
 # ORACLE_PYTHON        Python 3.11 or 3.12 for the environment (default: the first of python3.11 python3.12)
 # TORCH_CPU_INDEX      where CPU wheels of torch come from, where pip would take a CUDA build
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 COMMIT=df179663ae8b83207df100a1f7af24caec633ff9
-SHA256=29a796981630025ffa9adf9f009108810f3582095d453c3f9113c2f38a80fa41
+TRAIN_PY=llava/train/train.py
+TRAIN_SHA256=29a796981630025ffa9adf9f009108810f3582095d453c3f9113c2f38a80fa41
+SIGLIP_PY=llava/model/multimodal_encoder/siglip_encoder.py
+SIGLIP_SHA256=09b0e16ed6f0281d86f39fb2ad1c938cb684d8df5272f8b952c3f9e41156cfc3
 # What the authors' packages of early 2024 run with (the first), and what their repository named when it learnt
 # Llama-3 and Qwen (the second, put in front of the first).
 PINS=(transformers==4.36.2 tokenizers==0.15.2 accelerate==0.21.0 numpy==1.26.4 pillow==13.0.0 sentencepiece==0.2.3
@@ -50,20 +55,25 @@ ours=${LLAVA_NEXT_PYTHON:-.venv/bin/python}
 "$ours" scripts/quickstart/assets.py --cache "$CACHE" --set tokenizers
 
 train_py=${LLAVA_NEXT_TRAIN_PY:-$CACHE/downloads/llava_next_train_${COMMIT:0:8}.py}
-has_train_py() { [[ -f $train_py && $(sha256sum "$train_py" | cut -d' ' -f1) == "$SHA256" ]]; }
-if ! has_train_py && [[ -n ${LLAVA_NEXT_TRAIN_PY:-} ]]; then
-    stop "LLAVA_NEXT_TRAIN_PY=$train_py is not llava/train/train.py of commit $COMMIT (sha256 $SHA256)"
-elif ! has_train_py; then
-    url=https://raw.githubusercontent.com/LLaVA-VL/LLaVA-NeXT/$COMMIT/llava/train/train.py
-    mkdir -p "$(dirname "$train_py")"
-    if curl --fail --silent --location --max-time 60 --output "$train_py.partial" "$url" &&
-        mv "$train_py.partial" "$train_py" && has_train_py; then
-        say "oracles: fetched llava/train/train.py of LLaVA-NeXT ${COMMIT:0:8}, sha256 is right"
+siglip_py=${LLAVA_NEXT_SIGLIP_PY:-$CACHE/downloads/llava_next_siglip_encoder_${COMMIT:0:8}.py}
+has() { [[ -f $1 && $(sha256sum "$1" | cut -d' ' -f1) == "$2" ]]; }
+
+# ensure FILE PATH SHA256 VARIABLE: fetches PATH of the repository to FILE, unless VARIABLE names FILE.
+ensure() {
+    local file=$1 path=$2 sha256=$3 variable=$4 url=https://raw.githubusercontent.com/LLaVA-VL/LLaVA-NeXT/$COMMIT/$2
+    if has "$file" "$sha256"; then return; fi
+    [[ -z ${!variable:-} ]] || stop "$variable=$file is not $path of commit $COMMIT (sha256 $sha256)"
+    mkdir -p "$(dirname "$file")"
+    if curl --fail --silent --location --max-time 60 --output "$file.partial" "$url" &&
+        mv "$file.partial" "$file" && has "$file" "$sha256"; then
+        say "oracles: fetched $path of LLaVA-NeXT ${COMMIT:0:8}, sha256 is right"
     else
-        rm -f "$train_py" "$train_py.partial"
-        say "oracles: $url could not be had; the fixtures that are made with it stay as they are"
+        rm -f "$file" "$file.partial"
+        say "oracles: $url could not be fetched; the fixtures that are made with it stay as they are"
     fi
-fi
+}
+ensure "$train_py" "$TRAIN_PY" "$TRAIN_SHA256" LLAVA_NEXT_TRAIN_PY
+ensure "$siglip_py" "$SIGLIP_PY" "$SIGLIP_SHA256" LLAVA_NEXT_SIGLIP_PY
 
 # --------------------------------------------------------------------------------------------------- the environment
 
@@ -82,15 +92,20 @@ started=$SECONDS
 python=$ENV/bin/python
 code=0
 "$python" -W ignore -m scripts.oracles.anyres "${check[@]}" || code=1
+"$python" -W ignore -m scripts.oracles.loaded "${check[@]}" || code=1
 "$python" -W ignore -m scripts.oracles.prompts "${check[@]}" || code=1
 "$python" -W ignore -m scripts.oracles.gradients "${check[@]}" || code=1
 "$python" -W ignore -m scripts.oracles.steps "${check[@]}" || code=1
 "$ours" -m scripts.oracles.our_steps "${check[@]}" || code=1
 "$python" -W ignore -m scripts.oracles.draw_steps "${check[@]}" || code=1
-if has_train_py; then
+if has "$train_py" "$TRAIN_SHA256"; then
     "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" --templates chatml_direct "${check[@]}" || code=1
     PYTHONPATH=$ENV/later "$python" -W ignore -m scripts.oracles.later_prompts --train-py "$train_py" \
         --templates qwen_1_5 llava_llama_3 "${check[@]}" || code=1
+    "$python" -W ignore -m scripts.oracles.unreadable --train-py "$train_py" "${check[@]}" || code=1
+fi
+if has "$siglip_py" "$SIGLIP_SHA256"; then
+    PYTHONPATH=$ENV/later "$python" -W ignore -m scripts.oracles.squash --siglip-py "$siglip_py" "${check[@]}" || code=1
 fi
 say "oracles: done in $((SECONDS - started)) s; compare with: python -m pytest tests/oracles"
 exit $code

@@ -80,12 +80,15 @@ def compose() -> RunConfig | None:
 
 def _recipe_used(hydra_config: DictConfig) -> str:
     """Where the stage's numbers come from, as a sentence; Hydra itself names a recipe that is not there, too."""
-    choice = hydra_config.runtime.choices.get("recipe")
+    choices = hydra_config.runtime.choices
+    choice, of_tower = choices.get("recipe"), choices.get("recipe/vision_tower")
     folders = [Path(source.path) for source in hydra_config.runtime.config_sources if source.schema == "file"]
     if any((folder / "recipe" / f"{choice}.yaml").is_file() for folder in folders):
         sentence = f"recipe {choice}.yaml (its comments say which numbers are published and which assumed)"
     else:
         sentence = f"no recipe {choice}.yaml: the numbers are the stage's own"
+    if any((folder / "recipe" / "vision_tower" / f"{of_tower}.yaml").is_file() for folder in folders):
+        sentence += f"; changed for this vision tower by vision_tower/{of_tower}.yaml"
     typed = [override for override in hydra_config.overrides.task if override.lstrip("+~").startswith("stage.")]
     return f"{sentence}; changed by hand: {' '.join(typed)}" if typed else sentence
 

@@ -78,7 +78,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
             _note_start(config, world, data.table, first_step, loaded)
         last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
         with closing(RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)) as log:
-            log.say(_opening(config, world, data.table, planner.num_steps, loaded))
+            log.say(_opening(config, world, data, planner.num_steps, loaded))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
                 held, asked = evaluated(config, data.mixture, data.backbone, data.processor, planner)
@@ -226,15 +226,20 @@ def _note_start(config: RunConfig, world: World, table: LengthTable, first_step:
 def _opening(
     config: RunConfig,
     world: World,
-    table: LengthTable,
+    data: _Data,
     num_steps: int,
     origin: str,
 ) -> str:
-    stage = config.stage
+    stage, table = config.stage, data.table
     left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
     lines = [f"{config.run_dir}: stage {stage.name}, {origin}"]
     if config.recipe:
         lines.append(config.recipe)
+    if stage.image_mode == "square" and data.backbone.hf_config.vision_config.model_type.startswith("siglip"):
+        lines.append(
+            "stage.image_mode=square crops the centre of every image; for a SigLIP tower the authors resize the whole "
+            "image to a square: stage.image_mode=squash"
+        )
     lines.append(
         f"{len(table):,} samples{left_out}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
         f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}; data {table.fingerprint[:12]}"

@@ -172,6 +172,26 @@ def captions() -> list[Conversation]:
     return made
 
 
+def odd_records() -> list[Conversation]:
+    """Records that preparation repairs or rejects, each with one round that is in order."""
+    question, answer = Turn("human", "What is shown?"), Turn("gpt", "A red bicycle.")
+    made = {
+        "first turn is an answer": (Turn("gpt", "Hello."), question, answer),
+        "last turn is a question": (question, answer, Turn("human", "And behind it?")),
+        "empty answer": (question, answer, Turn("human", "And behind it?"), Turn("gpt", "")),
+        "white space for an answer": (question, answer, Turn("human", "And behind it?"), Turn("gpt", "  ")),
+        "no answer": (question,),
+        "two questions": (Turn("human", "Look."), question, answer),
+        "two answers": (question, answer, Turn("gpt", "And a wall.")),
+        "unknown speaker": (question, answer, Turn("human", "And?"), Turn("narrator", "A wall.")),
+    }
+    return [Conversation(kind, turns) for kind, turns in made.items()]
+
+
+UNREADABLE_RECORDS = (("text", None), ("missing image", "a.png"), ("more text", None), ("last image missing", "b.png"))
+"""Names of records, and of image files that do not exist."""
+
+
 # Where the authors' int() of a float product is one below the whole number (recipe: 16 of 549,552 sizes), where a
 # float decides the grid, and pictures as thin as they come. (height, width)
 _BOUNDARY = (
@@ -210,9 +230,14 @@ PICTURES_HW = (
 """(height, width) of the pictures whose tiles are compared; with the authors' grids they choose each of them."""
 
 
-def picture_bytes(index: int) -> bytes:
-    """RGB noise of `PICTURES_HW[index]`, row by row: every pixel of a tile shows a wrong filter or offset."""
-    height, width = PICTURES_HW[index]
+SQUASHED_HW = (*PICTURES_HW, (480, 640), (640, 480), (2, 150), (3, 150), (150, 3), (900, 12), (384, 384))
+"""(height, width) of the images whose single view for a SigLIP tower is compared."""
+
+
+def picture_bytes(index: int, size_hw: tuple[int, int] | None = None) -> bytes:
+    """RGB noise of a size, by default `PICTURES_HW[index]`, row by row: every pixel of a tile shows a wrong filter or
+    offset."""
+    height, width = size_hw or PICTURES_HW[index]
     return hashlib.shake_256(f"picture {index}".encode()).digest(height * width * 3)
 
 

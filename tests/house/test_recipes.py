@@ -105,6 +105,24 @@ def test_numbers_are_the_published_ones(language_model: str, stage: str) -> None
     assert config.model.grids == AUTHORS_GRIDS
 
 
+@pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
+def test_stage_1_shows_siglip_the_whole_image(language_model: str) -> None:
+    """With a SigLIP tower the authors' stage 1 resizes the whole image to a square, whatever the language model; all
+    else is the language model's recipe, and what is typed wins."""
+    words = (f"model/language_model={language_model}", "stage=align", "model/vision_tower=siglip_so400m_384")
+    config = composed(*words)
+    assert recipe_of(config) == PUBLISHED[language_model, "align"]._replace(image_mode="squash")
+    assert composed(*words, "stage.image_mode=square").stage.image_mode == "square"
+    assert composed(*words[:2], "model/vision_tower=dinov2_large").stage.image_mode == "square"
+
+
+def test_every_recipe_of_a_tower_is_found_by_a_run() -> None:
+    """Its name is <vision_tower>_<stage>, of a tower and a stage that there are."""
+    known = {f"{tower}_{stage}" for tower in choices("model/vision_tower") for stage in STAGES}
+    assert choices("recipe/vision_tower") == {"siglip_so400m_384_align"}
+    assert choices("recipe/vision_tower") <= known
+
+
 def test_every_published_backbone_has_both_recipes_and_a_row_here() -> None:
     """No recipe file is outside the table, and none of the table is missing (which Hydra would not say)."""
     files = {f"{model}_{stage}" for model, stage in PUBLISHED}

@@ -12,6 +12,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llava_next import anyres
 from llava_next.anyres import (
@@ -224,6 +225,24 @@ def test_square_mode_equals_the_clip_processor() -> None:
         np.testing.assert_array_equal(
             cut_tiles(picture, layout, TILE), expected.transpose(0, 2, 3, 1), err_msg=str(size)
         )
+
+
+@pytest.mark.parametrize("size", [*PICTURES_HW, (480, 640), (1, 1), (1, 97), (97, 1), (3, 50), (40, 1500), (1100, 31)])
+def test_squash_mode_equals_the_stock_processors(size: tuple[int, int]) -> None:
+    """The whole image resized to a square, bit for bit as SiglipImageProcessorPil and as the LlavaImageProcessorPil of
+    an export; one tile, no newline, and the same view as AnyRes' base view."""
+    square = {"height": TILE, "width": TILE}
+    plain: dict[str, Any] = {"size": square, "do_rescale": False, "do_normalize": False}
+    layout = image_layout(size, mode="squash", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE)
+    assert (layout.num_tiles, layout.num_tokens) == (1, SIDE * SIDE)
+    np.testing.assert_array_equal(layout.token_sources(), np.arange(SIDE * SIDE))
+    picture = _noise(size, sum(size))
+    view = cut_tiles(picture, layout, TILE, squash=True)
+    assert view.shape == (1, TILE, TILE, 3)
+    for stock in (SiglipImageProcessorPil(**plain), LlavaImageProcessorPil(do_center_crop=False, **plain)):
+        expected = np.asarray(stock(picture, return_tensors="np")["pixel_values"])
+        np.testing.assert_array_equal(view, expected.transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(view[0], cut_tiles(picture, _layout(size), TILE)[0])
 
 
 def _padded(picture: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

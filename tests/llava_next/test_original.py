@@ -1,14 +1,18 @@
 """The authors' layout: names, config and pinpoints as the released checkpoints have them, and back, bit for bit."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, AutoTokenizer, LlavaConfig
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaConfig
 
+from data_recipes.sample import Message
 from llava_next.build import Backbone, build_model
 from llava_next.config import ImageMode, ModelError
 from llava_next.hf import published_tensors
@@ -17,6 +21,7 @@ from llava_next.model import LlavaNext, live_parameters
 from llava_next.original import num_rows, of_backbone, original_config, write_original_folder
 from scripts.oracles import tiny_model
 from tests.llava_next.conftest import MakeBackbone
+from tests.tiny import encoded_picture
 
 RATES = {"vision_tower": 2.0e-6, "projector": 2.0e-5}
 
@@ -194,6 +199,29 @@ def test_a_llava_1_5_has_neither_tower_nor_newline(make_backbone: MakeBackbone, 
         kept = name.startswith(("hf.model.vision_tower", "hf.model.image_newline"))
         rows = backbone.hf_config.image_token_index if "embed_tokens" in name or "lm_head" in name else len(tensor)
         assert torch.equal(tensor[:rows], (before if kept else wanted)[name][:rows]), name
+
+
+@pytest.mark.parametrize("size", [(33, 50), (50, 33), (1, 70)])
+@pytest.mark.parametrize("mode", ["square", "squash"])
+def test_the_image_processor_decides_between_crop_and_squash(
+    make_backbone: MakeBackbone, tmp_path: Path, mode: ImageMode, size: tuple[int, int]
+) -> None:
+    """image_aspect_ratio is `square` for both, and the directory's image processor, which SGLang calls, makes the same
+    pixels as training."""
+    backbone = make_backbone("siglip")
+    _write(backbone, tmp_path / "original", image_mode=mode)
+    config = json.loads((tmp_path / "original" / "config.json").read_text())
+    assert (config["image_aspect_ratio"], config["mm_patch_merge_type"]) == ("square", "flat")
+    picture = encoded_picture(5, size)
+    messages = [Message("user", "<image>\nWhat?"), Message("assistant", "A circle.")]
+    ours = backbone.processor(template=None, image_mode=mode, max_length=4096)
+    tiles = ours.encode(messages, [size], [picture]).tiles
+    theirs = AutoImageProcessor.from_pretrained(tmp_path / "original")
+    image = Image.open(io.BytesIO(picture))
+    plain = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(tiles, np.asarray(plain).transpose(0, 2, 3, 1))
+    tower = backbone.config.vision_tower
+    assert (tuple(theirs.image_mean), tuple(theirs.image_std)) == (tower.image_mean, tower.image_std)
 
 
 def test_a_linear_projector_has_the_authors_one_layer(make_backbone: MakeBackbone, tmp_path: Path) -> None:

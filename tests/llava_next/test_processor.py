@@ -1,7 +1,8 @@
 """Messages and sizes become ids, labels and counts; the same layout with and without pixels."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 from data_recipes.sample import Message
 from llava_next.anyres import image_layout
 from llava_next.build import read_tokenizer
-from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig
+from llava_next.config import AUTHORS_GRIDS, ImageMode, ModelError, ProcessorConfig
 from llava_next.conversation import TEMPLATES, Segment
 from llava_next.processor import IGNORE, Processor, RejectReason, SampleLayout, SampleRejected
 from tests.tiny import PATCHES_PER_SIDE, SIZES_HW, TILE, TokenizerName, encoded_picture, tiny_tokenizer
@@ -23,10 +24,12 @@ NUM_IMAGE_TOKENS = image_layout(
 ).num_tokens
 
 
-def _processor(tokenizer_path: Path, template: str, max_length: int = 4096, image_mode: str = "anyres") -> Processor:
+def _processor(
+    tokenizer_path: Path, template: str, max_length: int = 4096, image_mode: ImageMode = "anyres"
+) -> Processor:
     config = ProcessorConfig(
         template=template,
-        image_mode="anyres" if image_mode == "anyres" else "square",
+        image_mode=image_mode,
         grids=AUTHORS_GRIDS,
         tile=TILE,
         patches_per_side=PATCHES_PER_SIDE,
@@ -163,8 +166,8 @@ def test_mistral_supervises_the_space_before_the_end(tmp_path: Path) -> None:
     assert processor.tokenizer.decode(layout.labels[layout.labels != IGNORE]) == " Blue. </s>"
 
 
-@pytest.mark.parametrize("image_mode", ["anyres", "square"])
-def test_counts_without_pixels_are_the_counts_with_pixels(tmp_path: Path, image_mode: str) -> None:
+@pytest.mark.parametrize("image_mode", ["anyres", "square", "squash"])
+def test_counts_without_pixels_are_the_counts_with_pixels(tmp_path: Path, image_mode: ImageMode) -> None:
     """`encode` is `layout` plus tiles: same ids, labels and counts; as many tiles as counted, of every grid."""
     processor = _processor(tiny_tokenizer(tmp_path), "chatml", image_mode=image_mode)
     for number, size in enumerate(SIZES_HW):
@@ -258,6 +261,7 @@ def test_fingerprint_follows_all_that_decides_an_encoding(tmp_path: Path) -> Non
             {"max_length": 4095},
             {"template": "qwen_1_5"},
             {"image_mode": "square"},
+            {"image_mode": "squash"},
             {"grids": AUTHORS_GRIDS[::-1]},
             {"tile": 42},
             {"patches_per_side": 2},
@@ -267,6 +271,22 @@ def test_fingerprint_follows_all_that_decides_an_encoding(tmp_path: Path) -> Non
     fingerprints = [processor.fingerprint for processor in (base, *changed)]
     assert len(set(fingerprints)) == len(fingerprints)
     assert _processor(path, "chatml").fingerprint == base.fingerprint
+
+
+@pytest.mark.parametrize(("image_mode", "pad_colour"), [("anyres", None), ("square", None), ("pad", (122, 116, 104))])
+def test_the_fingerprint_of_earlier_versions_is_kept(
+    tmp_path: Path, image_mode: ImageMode, pad_colour: tuple[int, int, int] | None
+) -> None:
+    """What is hashed of a configuration has the same keys and values as before there was another image mode, so that a
+    length table and a checkpoint of then still fit."""
+    base = _processor(tiny_tokenizer(tmp_path), "chatml")
+    processor = Processor(base.tokenizer, replace(base.config, image_mode=image_mode, pad_colour=pad_colour))
+    colour = "null" if pad_colour is None else "[122, 116, 104]"
+    assert json.dumps(asdict(processor.config), sort_keys=True) == (
+        '{"grids": [[2, 1], [1, 2], [2, 2], [1, 3], [3, 1]], '
+        f'"image_mode": "{image_mode}", "max_length": 4096, "pad_colour": {colour}, "patches_per_side": 4, '
+        '"rounding": "exact", "template": "chatml", "tile": 28, "unmask_special_tokens": false}'
+    )
 
 
 def test_a_prompt_ends_where_the_answer_begins(tmp_path: Path) -> None:

@@ -11,12 +11,20 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+    LlavaForConditionalGeneration,
+    LlavaImageProcessorPil,
+    LlavaProcessor,
+    SiglipImageProcessorPil,
+)
 
 from data_recipes.sample import Message
 from llava_next.build import Backbone, build_model
-from llava_next.config import ImageMode, ProjectorKind
-from llava_next.hf import read_hf, write_hf
+from llava_next.config import ImageMode, ModelError, ProjectorKind
+from llava_next.hf import read_hf, stock_image_mode, write_hf
 from llava_next.load import load_weights
 from llava_next.model import LlavaNext, live_parameters
 from llava_next.processor import Example, Processor
@@ -30,6 +38,8 @@ CASES: list[tuple[TowerName, ImageMode, ProjectorKind]] = [
     ("clip", "square", "linear"),
     ("siglip", "pad", "linear"),
     ("siglip", "square", "mlp2x_gelu"),
+    ("siglip", "squash", "mlp2x_gelu"),
+    ("clip", "squash", "linear"),
     ("dinov2", "pad", "mlp2x_gelu"),
 ]
 cases = pytest.mark.parametrize(("tower", "mode", "kind"), CASES)
@@ -79,6 +89,47 @@ def test_the_stock_model_sees_what_training_saw(
             logits = stock(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, batch.target_positions]
             states, head = model._target_states(batch)
         torch.testing.assert_close(states @ head.T, logits, rtol=1e-5, atol=1e-6)
+
+
+THIN_HW = [(1, 9), (9, 1), (3, 40), (500, 20)]
+"""Where transformers guesses the channels of an array from its shape; it must not with an image."""
+
+
+@pytest.mark.parametrize("size", [*SIZES_HW, *THIN_HW])
+def test_the_stock_processor_squashes_alike(make_backbone: MakeBackbone, tmp_path: Path, size: tuple[int, int]) -> None:
+    """The exported processor resizes the whole image to a square: equal bytes, before it normalises them."""
+    _, processor, _ = _written(make_backbone, tmp_path / "export", "siglip", "squash", "mlp2x_gelu")
+    theirs = AutoProcessor.from_pretrained(tmp_path / "export").image_processor
+    picture = encoded_picture(3, size)
+    messages = [Message("user", f"<image>\n{QUESTION}"), Message("assistant", "A red circle.")]
+    tiles = processor.encode(messages, [size], [picture]).tiles
+    image = Image.open(io.BytesIO(picture))
+    plain = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(tiles, np.asarray(plain).transpose(0, 2, 3, 1))
+
+
+@cases
+def test_the_image_mode_is_read_from_the_directory(
+    make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName, mode: ImageMode, kind: ProjectorKind
+) -> None:
+    """What a directory's processor does names the image mode that it was written for."""
+    _written(make_backbone, tmp_path / "export", tower, mode, kind)
+    images = AutoProcessor.from_pretrained(tmp_path / "export").image_processor
+    assert stock_image_mode("llava", images, tmp_path) == mode
+
+
+def test_published_image_processors_have_an_image_mode() -> None:
+    """CLIP's crops the centre and SigLIP's resizes to a square, as in published LLaVA directories; a crop of a squashed
+    image, or a view that is no square, is refused with its sizes."""
+    square = {"height": 28, "width": 28}
+    assert stock_image_mode("llava", SiglipImageProcessorPil(size=square), Path("there")) == "squash"
+    assert stock_image_mode("llava", CLIPImageProcessorPil(size={"shortest_edge": 28}), Path("there")) == "square"
+    same = LlavaImageProcessorPil(size=square, crop_size=square)
+    assert stock_image_mode("llava", same, Path("there")) == "squash"
+    for size, crop in ((square, {"height": 14, "width": 14}), ({"height": 28, "width": 42}, None)):
+        odd = LlavaImageProcessorPil(size=size, crop_size=crop, do_center_crop=crop is not None)
+        with pytest.raises(ModelError, match=r"there: .*28 x (28|42) and crops to (14 x 14|28 x 42)"):
+            stock_image_mode("llava", odd, Path("there"))
 
 
 @cases

@@ -13,7 +13,7 @@ from typing import Any
 from data_recipes.sample import Message
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
 from llava_next.conversation import IMAGE_PLACEHOLDER, Segment, Template, place_image, template_named
-from llava_next.processor import Processor
+from llava_next.processor import Processor, SampleRejected
 from scripts.oracles.digests import IGNORE, IMAGE
 from scripts.oracles.inputs import Conversation, Turn
 
@@ -26,8 +26,22 @@ RULES = {
     "special_tokens_everywhere": "special tokens are supervised, also those of system text and questions",
     "one_token_early": "every supervised range begins and ends one token too early",
     "sample_ignored": "no token of the sample is supervised",
+    "cut_in_an_answer": "a sample that is too long ends at the maximum length and not with its last whole answer",
+    "kept_unfinished": "a sample of which no answer ends within the maximum length is kept, and ends there",
 }
 """What the authors do, by name; in the order in which they are tried."""
+
+
+RECORD_RULES = {
+    "no_labels": "the record is kept and none of its tokens is supervised",
+    "blank_answer": "the record is kept and the blank answer is supervised",
+    "error_raised": "reading the record raises an exception, which ends the run",
+    "next_record_taken": "the next record is taken in its place",
+}
+"""What the authors do with a record that preparation repairs or rejects, by name."""
+
+_NO_LIMIT = 100_000
+"""A maximum length that no conversation has."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +110,11 @@ class _WordMarks:
 class Comparison:
     """Our ids and labels of one template and tokenizer, under any set of rules."""
 
-    def __init__(self, template: str, tokenizer: Any, rules: Sequence[str]) -> None:
-        self.rules = tuple(rules)
+    def __init__(self, template: str, tokenizer: Any, rules: Sequence[str], max_length: int = _NO_LIMIT) -> None:
+        self.rules, self.max_length = tuple(rules), max_length
         self._template, self._tokenizer = template, tokenizer
-        self._processors: dict[frozenset[str], Processor] = {}
-        self._encoded: dict[tuple[int, frozenset[str]], tuple[list[int], list[int]]] = {}
+        self._processors: dict[tuple[frozenset[str], int], Processor] = {}
+        self._encoded: dict[tuple[int, frozenset[str], int], tuple[list[int], list[int]]] = {}
 
     def subsets(self) -> Iterator[frozenset[str]]:
         """Sets of this template's rules, smaller ones first."""
@@ -108,12 +122,10 @@ class Comparison:
             yield from map(frozenset, combinations(self.rules, size))
 
     def encode(self, record: Conversation, rules: frozenset[str]) -> tuple[list[int], list[int]]:
-        """Ids, IMAGE at a picture's place, and labels of a record."""
+        """Ids, IMAGE at a picture's place, and labels of a record; none of a record that is rejected."""
         on_labels = rules & {"special_tokens_everywhere", "one_token_early", "sample_ignored"}
-        key = (id(record), rules - on_labels)
-        if key not in self._encoded:
-            self._encoded[key] = self._tokens(record, rules - on_labels)
-        ids, labels = self._encoded[key]
+        of_length = rules & {"cut_in_an_answer", "kept_unfinished"}
+        ids, labels = self._cut(record, rules - on_labels - of_length, of_length)
         if "special_tokens_everywhere" in rules:
             special = {self._id(text) for text in template_named(self._template).released_specials}
             labels = [token if token in special else label for token, label in zip(ids, labels, strict=True)]
@@ -124,31 +136,50 @@ class Comparison:
             labels = [IGNORE] * len(labels)
         return ids, labels
 
+    def _cut(
+        self, record: Conversation, rules: frozenset[str], of_length: frozenset[str]
+    ) -> tuple[list[int], list[int]]:
+        """A record within the maximum length, as ours cuts or rejects it, or as `of_length` says."""
+        whole, ours = (self._kept(record, rules, length) for length in (_NO_LIMIT, self.max_length))
+        if len(whole[0]) > self.max_length and ("cut_in_an_answer" if ours[0] else "kept_unfinished") in of_length:
+            return whole[0][: self.max_length], whole[1][: self.max_length]
+        return ours
+
+    def _kept(self, record: Conversation, rules: frozenset[str], max_length: int) -> tuple[list[int], list[int]]:
+        key = (id(record), rules, max_length)
+        if key not in self._encoded:
+            self._encoded[key] = self._tokens(record, rules, max_length)
+        return self._encoded[key]
+
     def _id(self, text: str) -> int:
         (token,) = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return int(token)
 
-    def _tokens(self, record: Conversation, rules: frozenset[str]) -> tuple[list[int], list[int]]:
-        processor = self._processor(rules)
+    def _tokens(self, record: Conversation, rules: frozenset[str], max_length: int) -> tuple[list[int], list[int]]:
+        processor = self._processor(rules, max_length)
         messages = [
             Message("user" if turn.speaker == "human" else "assistant", _written(turn, record, rules))
             for turn in record.turns
         ]
         num_images = sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages)
-        layout = processor.layout(messages, [(1, 1)] * num_images)
+        try:
+            layout = processor.layout(messages, [(1, 1)] * num_images)
+        except SampleRejected:
+            return [], []
         ids = [IMAGE if token == layout.image_token_id else int(token) for token in layout.ids]
         return ids, [int(label) for label in layout.labels]
 
-    def _processor(self, rules: frozenset[str]) -> Processor:
+    def _processor(self, rules: frozenset[str], max_length: int = _NO_LIMIT) -> Processor:
         """Ours for no rule. One patch a picture: a picture is one token, as before the authors' model widens it."""
-        if rules not in self._processors:
+        key = rules, max_length
+        if key not in self._processors:
             config = ProcessorConfig(
                 template=self._template,
                 image_mode="square",
                 grids=AUTHORS_GRIDS,
                 tile=336,
                 patches_per_side=1,
-                max_length=100_000,
+                max_length=max_length,
             )
             marked = "word_mark_before_space" in rules
             processor = Processor(_WordMarks(self._tokenizer) if marked else self._tokenizer, config)
@@ -156,8 +187,8 @@ class Comparison:
                 ours: dict[str, Any] = asdict(template_named(self._template))
                 whole = "whole_assistant_message" in rules
                 processor.template = _AuthorsTemplate(**ours, whole_assistant_message=whole)
-            self._processors[rules] = processor
-        return self._processors[rules]
+            self._processors[key] = processor
+        return self._processors[key]
 
 
 def _written(turn: Turn, record: Conversation, rules: frozenset[str]) -> str:

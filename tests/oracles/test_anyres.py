@@ -9,19 +9,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
-from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, image_layout
+from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
 from llava_next.config import AUTHORS_GRIDS, ImageMode
 from scripts.oracles.digests import BLOCK, block_digests, bytes_digest, numbers_digest, size_line
-from scripts.oracles.inputs import GENERATOR, PICTURES_HW, inputs_sha256, picture_bytes, sizes_hw
+from scripts.oracles.image_files import image_files
+from scripts.oracles.inputs import GENERATOR, PICTURES_HW, SQUASHED_HW, inputs_sha256, picture_bytes, sizes_hw
 
 FOLDER = Path(__file__).parent
 HINT = "make the fixtures again: ./scripts/oracles.sh"
 TILE, SIDE = 336, 24
 MEAN_COLOUR = (122, 116, 104)
 """int(255 * mean) of CLIP: what the authors pad with."""
+SIGLIP_TILE = 384
+SIGLIP_YAML = Path(__file__).parents[2] / "configs" / "model" / "vision_tower" / "siglip_so400m_384.yaml"
 
 Layout = Callable[[SizeHW], ImageLayout]
 
@@ -48,6 +53,14 @@ def _line(layout: ImageLayout) -> str:
     kept_hw = (rows[1] - rows[0], cols[1] - cols[0])
     first = rows[0] * layout.grid[1] * SIDE + cols[0] if min(kept_hw) else -1
     return size_line(layout.size_hw, layout.grid, kept_hw, first, layout.num_tokens)
+
+
+def _listed(fixture: str, rule: str) -> tuple[int, int]:
+    """How many pictures of how many differences.md names under a rule."""
+    text = (FOLDER / "differences.md").read_text(encoding="utf-8")
+    row = re.search(rf"`{fixture}` \| `{rule}` \| (\d+) of (\d+) ", text)
+    assert row is not None, (fixture, rule)
+    return int(row[1]), int(row[2])
 
 
 def _listed_sizes() -> set[tuple[int, int]]:
@@ -115,11 +128,57 @@ def test_tile_pixels_are_the_authors(index: int) -> None:
         assert bytes_digest(single.tobytes()) == theirs["square"]
 
 
+@pytest.mark.parametrize("index", range(len(SQUASHED_HW)))
+def test_squashed_pixels_are_the_authors(index: int) -> None:
+    """Bit for bit, before normalisation: the single view of the authors' SigLIP tower, whose size, mean and standard
+    deviation are those of the tower's YAML file."""
+    fixture = _fixture("squash_pixels", SQUASHED_HW)
+    tower = yaml.safe_load(SIGLIP_YAML.read_text(encoding="utf-8"))
+    assert (fixture["mean"], fixture["std"]) == (tower["image_mean"], tower["image_std"])
+    assert fixture["size"] == [SIGLIP_TILE, SIGLIP_TILE]
+    theirs = fixture["pictures"][index]
+    size = height, width = SQUASHED_HW[index]
+    pixels = picture_bytes(index, size)
+    view = _squashed(Image.frombytes("RGB", (width, height), pixels))
+    if height == 1:  # rule `height_taken_for_channels`: one channel, which their three means do not fit
+        assert re.search("1 elements.* got 3", theirs["error"])
+    elif height == 3:  # the same rule: rows are the channels of an image as high as this one is wide
+        assert bytes_digest(view.tobytes()) != theirs["squash"]
+        rows = np.frombuffer(pixels, dtype=np.uint8).reshape(3, width, 3)
+        misread = _squashed(Image.fromarray(np.ascontiguousarray(rows.transpose(1, 2, 0))))
+        assert bytes_digest(misread.tobytes()) == theirs["squash"]
+    else:
+        assert bytes_digest(view.tobytes()) == theirs["squash"]
+
+
+@pytest.mark.parametrize("index", range(len(image_files())), ids=lambda index: image_files()[index].kind)
+def test_image_files_are_read_as_the_authors_but_for_the_listed_rules(index: int) -> None:
+    """EXIF orientation, transparency and 16-bit values change what our tower sees; without the one that a file has, its
+    view is the authors' bit for bit."""
+    files = image_files()
+    theirs = _fixture("image_files", [file.about for file in files])["square"][index]
+    assert _digest_of_view(decode(files[index].data)) != theirs
+    assert _digest_of_view(decode(files[index].plain)) == theirs
+    num_listed, num_files = _listed("image_files", files[index].rule)
+    assert num_listed == sum(file.rule == files[index].rule for file in files)
+    assert num_files == len(files)
+
+
+def _digest_of_view(image: Image.Image) -> str:
+    view = cut_tiles(image, _ours((image.height, image.width), "square"), TILE)[0]
+    return bytes_digest(view.tobytes())
+
+
+def _squashed(image: Image.Image) -> np.ndarray:
+    layout = image_layout(
+        (image.height, image.width), mode="squash", grids=AUTHORS_GRIDS, tile=SIGLIP_TILE, patches_per_side=27
+    )
+    return cut_tiles(image, layout, SIGLIP_TILE, squash=True)[0]
+
+
 def test_the_pictures_choose_every_grid() -> None:
     """No grid of the authors' list is left out, and as many pictures are one pixel high as are listed."""
     assert {_ours(size).grid for size in PICTURES_HW} == set(AUTHORS_GRIDS)
-    listed = re.search(
-        r"`anyres_pixels` \| `height_taken_for_channels` \| (\d+) of (\d+) ", (FOLDER / "differences.md").read_text()
-    )
-    assert listed is not None
-    assert (int(listed[1]), int(listed[2])) == (sum(height == 1 for height, _ in PICTURES_HW), len(PICTURES_HW))
+    misread = {"anyres_pixels": (PICTURES_HW, (1,)), "squash_pixels": (SQUASHED_HW, (1, 3))}
+    for fixture, (sizes, heights) in misread.items():
+        assert _listed(fixture, "height_taken_for_channels") == (sum(h in heights for h, _ in sizes), len(sizes))

@@ -16,9 +16,10 @@ import pytest
 from llava_next.config import ModelError
 from llava_next.conversation import TEMPLATES
 from scripts.oracles.digests import IGNORE, numbers_digest, supervised_runs
+from scripts.oracles.image_files import image_files
 from scripts.oracles.inputs import GENERATOR, captions, conversations, inputs_sha256
 from tests.jinja_shapes import MISTRAL, QWEN, VICUNA
-from tests.oracles.differences import RULES, Comparison
+from tests.oracles.differences import RECORD_RULES, RULES, Comparison
 from tests.oracles.real_tokenizers import NAMES, tokenizer
 
 FOLDER = Path(__file__).parent
@@ -30,6 +31,7 @@ CASES: dict[str, tuple[str, ...]] = {
     "plain__vicuna": PACKAGE,
     "vicuna_v1__vicuna": PACKAGE,
     "vicuna_v1__vicuna_legacy": PACKAGE,
+    "vicuna_v1__vicuna__cut": (*PACKAGE, "cut_in_an_answer", "kept_unfinished"),
     "mistral_instruct__mistral": PACKAGE,
     "chatml_direct__vicuna_chatml": (*PACKAGE, "one_token_early"),
     "chatml_direct__vicuna_chatml__later": ("picture_line_as_written", "word_mark_before_space", "sample_ignored"),
@@ -61,9 +63,15 @@ def test_every_prompt_fixture_is_compared() -> None:
     assert there == set(CASES)
     text = (FOLDER / "differences.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)
-    of_pictures = {("anyres_sizes", "authors_rounding"), ("anyres_pixels", "height_taken_for_channels")}
+    of_pictures = {
+        ("anyres_sizes", "authors_rounding"),
+        *((fixture, "height_taken_for_channels") for fixture in ("anyres_pixels", "squash_pixels")),
+        *(("image_files", file.rule) for file in image_files()),
+    }
+    of_records = {("records", rule) for rule in RECORD_RULES if rule != "next_record_taken"}
+    of_records |= {("unreadable", rule) for rule in ("next_record_taken", "error_raised")}
     assert {rule for name, rule in rows if name in there} == set(RULES)
-    assert {(name, rule) for name, rule in rows if name not in there} == of_pictures
+    assert {(name, rule) for name, rule in rows if name not in there} == of_pictures | of_records
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -72,13 +80,16 @@ def test_ids_and_labels_are_the_authors(name: str) -> None:
     fixture = _fixture(name)
     records = captions() if fixture["template"] == "plain" else conversations()
     assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(records)}, HINT
-    comparison = Comparison(fixture["template"], tokenizer(fixture["tokenizer"]), CASES[name])
+    limit = {"max_length": fixture["max_length"]} if "max_length" in fixture else {}
+    comparison = Comparison(fixture["template"], tokenizer(fixture["tokenizer"]), CASES[name], **limit)
     used: Counter[str] = Counter()
+    num_unsupervised = 0
     for index, (record, theirs) in enumerate(zip(records, fixture["digests"], strict=True)):
         for rules in comparison.subsets():
             ids, labels = comparison.encode(record, rules)
             if f"{numbers_digest(ids)} {numbers_digest(labels)}" == theirs:
                 used.update(rules)
+                num_unsupervised += "kept_unfinished" in rules and not supervised_runs(labels)
                 break
         else:
             ids, labels = comparison.encode(record, frozenset())
@@ -88,6 +99,8 @@ def test_ids_and_labels_are_the_authors(name: str) -> None:
                 f"\nours: {ids} supervised {supervised_runs(labels)}\ntheirs: {whole}"
             )
     assert dict(used) == _listed()[name], "the table in differences.md tells other numbers"
+    if "kept_unfinished" in used:
+        assert f"{num_unsupervised} of them supervise no token" in (FOLDER / "differences.md").read_text()
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -140,7 +140,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model.language_model.template": "nope"},
         ["model.language_model.template", "'nope'", "vicuna_v1"],
     ),
-    "image mode": ({"stage.image_mode": "round"}, ["stage.image_mode", "'anyres', 'square' or 'pad'", "'round'"]),
+    "image mode": (
+        {"stage.image_mode": "round"},
+        ["stage.image_mode", "'anyres', 'square', 'pad' or 'squash'", "'round'"],
+    ),
     "projector": ({"model.projector": "mlp3x_gelu"}, ["model.projector", "'mlp2x_gelu' or 'linear'", "'mlp3x_gelu'"]),
     "schedule": ({"stage.schedule": "linear"}, ["stage.schedule", "'linear'"]),
     "no grids": ({"model.grids": []}, ["model.grids", "at least one"]),
@@ -228,7 +231,7 @@ def test_engine_keys_that_the_run_owns_are_refused(tiny_parts: RunConfig, key: s
         checked(tiny_parts, {f"engine.{key}": {}})
 
 
-@pytest.mark.parametrize("mode", ["square", "pad"])
+@pytest.mark.parametrize("mode", ["square", "pad", "squash"])
 def test_single_views_need_one_tile(tiny_parts: RunConfig, mode: str) -> None:
     """Where pictures are one view, a row of one tile is enough, and there is no newline to learn."""
     config = checked(tiny_parts, {"packing.max_tiles": 1, "stage.image_mode": mode})

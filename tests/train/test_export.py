@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
 from llava_next.build import build_model, read_backbone
-from llava_next.config import LoraConfig, ProjectorKind
+from llava_next.config import ImageMode, LoraConfig, ProjectorKind
 from llava_next.hf import write_hf
 from llava_next.model import set_trained_parts
 from tests.llava_next.models import pretrained
@@ -28,6 +28,7 @@ from train.checkpoint import RunState, config_path
 from train.compose import to_yaml
 from train.config import RunConfig, SaveConfig
 from train.export.__main__ import main
+from train.export.source import open_source
 from train.export.verify import available_bytes
 from train.weights import trained_weights
 
@@ -85,6 +86,42 @@ def test_an_export_from_a_checkpoint_is_the_runs_own(
     for fact in (f"{num_ranks} rank(s), ZeRO {zero_stage}", "m" * 64, "CC BY \\| 4.0", "not stated", "vLLM: yes"):
         assert fact in card
     assert "learning rate of vision_tower | 0.0001" in card
+
+
+@pytest.mark.full
+def test_a_squashing_siglip_exports_and_reloads(
+    start_ranks: Start, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on squashed images behind a SigLIP tower and exported from the checkpoint: the verification with stock
+    transformers passes, and the directory alone, without its run, is still exported as squashing."""
+    model = tiny_model(tmp_path / "parts", "siglip")
+    config = cases.with_stage(replace(run_config, model=model), image_mode="squash")
+    config, place = _trained(start_ranks, config, 1, 0)
+    assert main([str(place)]) == 0, capsys.readouterr().err
+    assert "logits are ours" in capsys.readouterr().out
+    assert "image_mode | squash" in (config.run_dir / "exports" / "step_000004_hf" / "README.md").read_text()
+    shutil.copytree(config.run_dir / "export", tmp_path / "alone")
+    source = open_source(tmp_path / "alone", None)
+    assert (source.config, source.image_mode) == (None, "squash")
+
+
+@pytest.mark.parametrize("mode", get_args(ImageMode))
+def test_a_directory_without_its_run_keeps_its_image_mode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: ImageMode
+) -> None:
+    """The mode is read from the directory's image processor; in the authors' layout it is their value, and the card
+    says that their code cannot squash for a CLIP tower."""
+    backbone = read_backbone(tiny_model(tmp_path / "parts"))
+    processor = backbone.processor(template=None, image_mode=mode, max_length=4096)
+    export, out = tmp_path / "export", tmp_path / "original"
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
+    assert open_source(export, None).image_mode == mode
+    command = [str(export), "--format", "original", "--out", str(out), "--vision-tower", "some/clip"]
+    assert main(command) == 0, capsys.readouterr().err
+    value = json.loads((out / "config.json").read_text())["image_aspect_ratio"]
+    assert value == ("square" if mode == "squash" else mode)
+    authors = "no, it crops the centre" if mode == "squash" else "yes"
+    assert f"the authors' code (llava): {authors}" in (out / "README.md").read_text()
 
 
 @pytest.mark.full

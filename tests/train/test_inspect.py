@@ -91,7 +91,7 @@ def test_bytes_that_are_no_character_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size_hw", SIZES_HW)
-@pytest.mark.parametrize("mode", ["anyres", "pad", "square"])
+@pytest.mark.parametrize("mode", ["anyres", "pad", "square", "squash"])
 def test_edges_and_kept_part_are_the_pixels_own(tmp_path: Path, size_hw: tuple[int, int], mode: ImageMode) -> None:
     """Of a white picture, the canvas is white inside the edge that is drawn and padding outside, and what is kept holds
     all of the picture that tokens show."""
@@ -116,6 +116,9 @@ def test_edges_and_kept_part_are_the_pixels_own(tmp_path: Path, size_hw: tuple[i
     elif mode == "square":
         top, left, bottom, right = canvas.kept
         assert np.array_equal(canvas.pixels[top:bottom, left:right], example.tiles[0])
+    elif mode == "squash":
+        assert np.array_equal(canvas.pixels, example.tiles[0])
+        assert canvas.picture == canvas.kept == (0, 0, TILE, TILE)
     else:
         assert np.array_equal(canvas.pixels, example.tiles[0])
         assert not outside.any() or (canvas.pixels[outside].mean() < 200)

@@ -7,11 +7,12 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.tiny import HostilePickle
+from tests.tiny import HostilePickle, tiny_vision_tower
 from tests.train.launch import Program, finish, kill_all, ranks_of
 from train.compose import load_yaml
 from train.config import RunConfig
@@ -97,6 +98,32 @@ def test_a_run_starts_from_the_authors_connector(program: Program, tiny_parts: R
     said = f"starts with the projector (mlp2x_gelu, float16) from {file}: it has no image_newline, which starts fresh"
     assert said in output
     assert said in log
+
+
+@pytest.mark.full
+def test_a_siglip_tower_is_shown_whole_images(program: Program, tmp_path: Path) -> None:
+    """The shipped SigLIP tower trains stage 1 on squashed images and the start names the file that says so. A SigLIP
+    tower of one's own crops, and the start names the setting that does not; a run that has begun with one of the two
+    does not go on with the other."""
+    tower = tiny_vision_tower(tmp_path / "siglip", "siglip")
+    own = (f"model.vision_tower.path={tower}", "model.vision_tower.weights=random", "max_steps=1", "save.every=1")
+    shipped = ("stage=align", "model/vision_tower=siglip_so400m_384", *own)
+    code, output = program.run("plain", "name=shipped_siglip", *shipped)
+    assert code == 0, output
+    assert "vision_tower/siglip_so400m_384_align.yaml" in output
+    assert "crops the centre" not in output
+    assert load_yaml(program.root / "shipped_siglip" / "align" / "config.yaml").stage.image_mode == "squash"
+    mine = ("name=own_siglip", "stage=align", *own)
+    code, output = program.run("plain", *mine)
+    assert code == 0, output
+    assert "changed for this vision tower" not in output
+    assert "stage.image_mode=square crops the centre" in output
+    code, output = program.run("plain", *mine, "stage.image_mode=squash")
+    assert code == 2, output
+    assert "stage.image_mode was square, is squash" in output
+    code, output = program.run("plain", *mine, "max_steps=2")
+    assert code == 0, output
+    assert "resumed from" in output
 
 
 @pytest.mark.full

@@ -19,7 +19,7 @@ from data_recipes.store import read_manifest
 from llava_next.build import Backbone
 from llava_next.config import ImageMode, LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
 from llava_next.conversation import FROM_TOKENIZER
-from llava_next.hf import read_hf
+from llava_next.hf import read_hf, stock_image_mode
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
 from train.compose import load_yaml
@@ -148,9 +148,7 @@ def _described(export: Path) -> tuple[ModelConfig, ImageMode]:
         mean, std = tuple(images.image_mean), tuple(images.image_std)
     except (OSError, ValueError, AttributeError, json.JSONDecodeError) as error:
         raise ModelError(f"{export} is no directory of a model with its processor: {error}") from error
-    image_mode: ImageMode = (
-        "anyres" if kind == "llava_next" else "pad" if getattr(images, "do_pad", False) else "square"
-    )
+    image_mode = stock_image_mode(kind, images, export)
     name = export.resolve().name
     language_model = LanguageModelConfig(name, str(export), FROM_TOKENIZER)
     return ModelConfig(language_model, VisionTowerConfig(name, str(export), image_mean=mean, image_std=std)), image_mode

@@ -48,7 +48,12 @@ def servers(source: Source, layout: str) -> Iterator[str]:
             yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' lets it resize pictures as training did'
         yield "SGLang and the authors' code: no, export with --format original"
         return
-    yield "the authors' code (llava): " + ("yes" if tower == "clip_vision_model" else f"no, its tower is a {tower}")
+    if tower != "clip_vision_model":
+        yield f"the authors' code (llava): no, its tower is a {tower}"
+    elif source.image_mode == "squash":
+        yield "the authors' code (llava): no, it crops the centre of images for CLIP, and this model saw whole images"
+    else:
+        yield "the authors' code (llava): yes"
     if tower not in _SERVED_TOWERS:
         yield f"SGLang: no, it knows CLIP and SigLIP towers, and this one is a {tower}"
     elif linear:

@@ -22,7 +22,7 @@ from llava_next.chat_template import PRINTED_BOS, adds_bos, adds_special_tokens,
 from llava_next.config import PARTS, ImageMode, ModelError
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.first_weights import first_weights
-from llava_next.hf import SECOND_LAYER, as_stock, write_hf_folder, write_tokenizer_settings
+from llava_next.hf import SECOND_LAYER, as_stock, stock_image_mode, write_hf_folder, write_tokenizer_settings
 from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, live_parameters, set_trained_parts
 from llava_next.names import as_published, without_adapters
@@ -71,9 +71,7 @@ class Source:
         """What its pictures are shown as."""
         if self.config is not None:
             return self.config.stage.image_mode
-        if self.stock["model_type"] == "llava_next":
-            return "anyres"
-        return "pad" if getattr(AutoImageProcessor.from_pretrained(self.place), "do_pad", False) else "square"
+        return stock_image_mode(self.stock["model_type"], AutoImageProcessor.from_pretrained(self.place), self.place)
 
     def write_hf(self, folder: Path, shard_bytes: int) -> None:
         """Fills the folder with the Hugging Face layout; what describes a directory of no known run is copied."""

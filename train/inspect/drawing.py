@@ -113,6 +113,8 @@ def canvas_of(image: ImageLayout, tiles: np.ndarray, encoded: bytes, config: Pro
     if config.image_mode == "pad":
         top, left, bottom, right = (line * size // max(image.size_hw) for line in box_in_square(image.size_hw))
         return Canvas(tiles[0], (top, left, bottom, right), (0, 0, size, size))
+    if config.image_mode == "squash":
+        return Canvas(tiles[0], (0, 0, size, size), (0, 0, size, size))
     (height, width), kept = centre_box(image.size_hw, size)
     pixels = np.asarray(decode(encoded).resize((width, height), Image.Resampling.BICUBIC))
     return Canvas(pixels, (0, 0, height, width), kept)

@@ -3,7 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from tests.train.cases import tiny_run, with_stage
 from tests.train.evaluate.learned import ANSWERS, Learned
 from train.compose import to_yaml
 from train.evaluate.__main__ import main
+from train.evaluate.subject import of_directory
 
 
 def _result(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -86,6 +87,19 @@ def test_a_directory_is_evaluated_on_stores(
     assert "shapes" in capsys.readouterr().out
     assert main([*command, "--out", str(out), "--metric", "shapes=none"]) == 0
     assert _result(out)[0]["by_source"]["shapes"]["score"] is None
+
+
+@pytest.mark.parametrize("mode", get_args(ImageMode))
+def test_a_directory_says_how_its_images_are_shown(tmp_path: Path, mode: ImageMode) -> None:
+    """Without a run, images are encoded in the mode that the directory's processor has."""
+    backbone = read_backbone(tiny_model(tmp_path / "models", "siglip"))
+    processor = backbone.processor(template=None, image_mode=mode, max_length=512)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
+    store = tiny_store(tmp_path, "tiny", tiny_samples(3))
+    subject = of_directory(tmp_path / "export", [store], torch.device("cpu"), num=1, seed=0, chosen={})
+    found, trained = subject.processor.config, processor.config
+    assert (found.image_mode, found.pad_colour) == (mode, trained.pad_colour)
+    assert (found.tile, found.patches_per_side, found.grids) == (trained.tile, trained.patches_per_side, trained.grids)
 
 
 def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:
