@@ -11,15 +11,15 @@ from typing import Any
 from transformers import AutoConfig, LlavaNextConfig, PretrainedConfig
 
 from llava_next.config import ModelConfig, ModelError
+from llava_next.language_models import check_rope, refuse_unsupported, write_rope
 from llava_next.released import PROJECTOR_ACTS, is_original, language_model_values, read_json
+from llava_next.towers import num_prefix_tokens, tower_config
 
 LANGUAGE_MODEL, VISION_TOWER = "model.language_model", "model.vision_tower"
 """The parts whose configs are read, as a configuration names them."""
 
 VOCABULARY_MULTIPLE = 64
 """The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
-
-_TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,13 @@ def join_configs(
         image_token, pad_token: their numbers.
 
     Raises:
-        ModelError: a tile of another size than the tower's own that its patch does not divide.
+        ModelError: a tower or a language model that is not supported, or a tile of another size than the tower's own
+            that its patch does not divide.
     """
     tower = config.vision_tower
-    vision = getattr(vision, "vision_config", vision)  # a CLIP or SigLIP directory describes both of its towers
+    check_rope(text)
+    refuse_unsupported(text)
+    vision = tower_config(vision)
     if tower.tile is not None:
         # A tower may leave a strip of its own size unseen (SigLIP's 27 patches of 14 in 384 pixels), not of another.
         if tower.tile % vision.patch_size and tower.tile != vision.image_size:
@@ -90,7 +93,7 @@ def join_configs(
         text_config=text,
         image_token_index=image_token,
         vision_feature_layer=tower.feature_layer,
-        vision_feature_select_strategy="full" if vision.model_type in _TOWERS_WITHOUT_CLASS_TOKEN else "default",
+        vision_feature_select_strategy="default" if num_prefix_tokens(vision) else "full",
         # transformers reads pinpoints as (height, width): the authors' order of grids, in pixels.
         image_grid_pinpoints=[[r * vision.image_size, c * vision.image_size] for r, c in config.grids],
         image_seq_length=patches * patches,
@@ -127,6 +130,8 @@ def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedCon
 def replace_keys(config: PretrainedConfig, overrides: dict[str, Any], key: str) -> None:
     """Writes the overrides of a part into its config. Raises ModelError where it has no such key."""
     for name, value in overrides.items():
+        if write_rope(config, name, value):
+            continue
         if not hasattr(config, name):
             raise ModelError(f"{key}.overrides: {config.model_type} has no key {name!r}")
         setattr(config, name, value)

@@ -5,6 +5,7 @@ needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`
 time, without a model around them, `first_weights.py`'s.
 """
 
+import copy
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, Mo
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
+from llava_next.towers import tower_config
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,8 @@ def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
     if config.weights != "pretrained":
         with _unless_loaded(config.weights):
             return AutoModel.from_config(vision, dtype=dtype)
-    native = AutoConfig.from_pretrained(config.path)
-    native = getattr(native, "vision_config", native)
+    native = copy.deepcopy(vision)  # overrides and all, at the size of the weights
+    native.image_size = tower_config(AutoConfig.from_pretrained(config.path)).image_size
     try:
         tower, found = AutoModel.from_pretrained(config.path, config=native, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -22,6 +22,7 @@ from llava_next.costs import step_costs
 from llava_next.hf import write_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
+from llava_next.towers import unsupported_by_stock
 from train import checkpoint, ops, preflight, resume
 from train.answers import LiveAnswers, live_answers
 from train.build import build
@@ -77,7 +78,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
             _note_start(config, world, data.table, first_step, loaded)
         last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
         with closing(RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)) as log:
-            log.say(_opening(config, world, data.table, planner.num_steps, loaded))
+            log.say(_opening(config, world, data, planner.num_steps, loaded))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
                 held, asked = evaluated(config, data.mixture, data.backbone, data.processor, planner)
@@ -224,11 +225,11 @@ def _note_start(config: RunConfig, world: World, table: LengthTable, first_step:
 def _opening(
     config: RunConfig,
     world: World,
-    table: LengthTable,
+    data: _Data,
     num_steps: int,
     origin: str,
 ) -> str:
-    stage = config.stage
+    stage, table = config.stage, data.table
     left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
     lines = [f"{config.run_dir}: stage {stage.name}, {origin}"]
     if config.recipe:
@@ -237,6 +238,9 @@ def _opening(
         f"{len(table):,} samples{left_out}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
         f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}; data {table.fingerprint[:12]}"
     )
+    why_not = unsupported_by_stock(data.backbone.hf_config.vision_config)
+    if why_not is not None:
+        lines.append(f"stock transformers will load the export of this model, but cannot run it: {why_not}")
     return "\n".join(lines)
 
 

@@ -22,6 +22,10 @@ from train.evaluate.metrics import score
 from train.evaluate.pictures import Question
 
 
+ONLY_LOSSES = "python -m train.evaluate --generate 0 measures its losses, and evaluate.answers asks it in training"
+"""What is left for a model that stock transformers loads and cannot run."""
+
+
 @dataclass(frozen=True)
 class Answer:
     """What was answered; `is_cut`: it ran into the limit of new tokens. `score` is None where nothing can be said."""
