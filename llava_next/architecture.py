@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlavaNextConfig, PretrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, LlavaNextConfig, PretrainedConfig
 
 from llava_next.config import ModelConfig, ModelError
 from llava_next.language_models import check_rope, refuse_unsupported, write_rope
@@ -110,21 +111,38 @@ def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedCon
     `join_configs`).
 
     Raises:
-        ModelError: no config lies there, or it has no such key.
+        ModelError: no config lies there, or one of another program's model_type, or it has no such key.
     """
     check_directory(path, key + ".path")
     own = read_json(Path(path) / "config.json")
+    kind = own.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and not is_original(own):
+        raise ModelError(
+            f"{key}.path: {path} is of model_type {kind}, which transformers {transformers.__version__} does not have, "
+            "and code from a model's folder is never run; give a model of transformers' own"
+        )
     try:
         if is_original(own):
             config = AutoConfig.for_model(**language_model_values(own, Path(path)))
         else:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}.path: no config.json could be read in {path}: {error}") from error
     if key == LANGUAGE_MODEL:
         config = getattr(config, "text_config", config)
     replace_keys(config, overrides, key)
     return config
+
+
+def refuse_whole_model(path: str) -> None:
+    """Raises ModelError where a language model's weights would be read from the folder of a model with a tower."""
+    own = read_json(Path(path) / "config.json")
+    if "text_config" in own or is_original(own):
+        raise ModelError(
+            f"model.language_model.path: {path} is a whole model (model_type {own.get('model_type')}), from which no "
+            "language model is taken alone; give the folder of the language model, or tune a whole LLaVA with "
+            f"experiment=tune stage.init_from={path}"
+        )
 
 
 def replace_keys(config: PretrainedConfig, overrides: dict[str, Any], key: str) -> None:

@@ -32,6 +32,7 @@ from llava_next.architecture import (
     check_directory,
     join_configs,
     read_config,
+    refuse_whole_model,
 )
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
 from llava_next.conversation import IMAGE_PLACEHOLDER
@@ -80,12 +81,14 @@ def read_backbone(config: ModelConfig) -> Backbone:
     """Reads both configs and the tokenizer, adds the image token, and derives what follows from them.
 
     Raises:
-        ModelError: a directory or file that is not there, or a tile of another size than the tower's own that its
-            patch does not divide.
+        ModelError: a directory or file that is not there, a model that is not supported, or a tile of another size
+            than the tower's own that its patch does not divide.
     """
     check_grids(config.grids)
     language, tower = config.language_model, config.vision_tower
     text = read_config(language.path, language.overrides, LANGUAGE_MODEL)
+    if language.weights == "pretrained":
+        refuse_whole_model(language.path)
     vision = read_config(tower.path, tower.overrides, VISION_TOWER)
     tokenizer = read_tokenizer(language.tokenizer_path)
     hf_config = join_configs(
@@ -107,7 +110,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """
     check_directory(path, "model.language_model.tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.language_model.tokenizer: no tokenizer could be read in {path}: {error}") from error
     if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():

@@ -42,7 +42,9 @@ def servers(source: Source, layout: str) -> Iterator[str]:
     linear = source.stock.get("projector_hidden_act") == "linear"
     if layout == "hf":
         why_not = unsupported_by_stock(vision)
-        yield "transformers: yes" if why_not is None else f"transformers: it loads the weights and cannot run: {why_not}"
+        yield (
+            "transformers: yes" if why_not is None else f"transformers: it loads the weights and cannot run: {why_not}"
+        )
         if not family.served:
             yield f"vLLM: no, its LLaVA knows CLIP, SigLIP and Pixtral towers, and this one is a {tower}"
         elif linear:
