@@ -8,6 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from llava_next.released import ARCHITECTURES
 from llava_next.towers import TOWER_FAMILIES, unsupported_by_stock
 from train.config import RunConfig
 from train.export.source import Source
@@ -39,6 +40,7 @@ def servers(source: Source, layout: str) -> Iterator[str]:
     """What loads the export, and what does not, as sentences."""
     vision = AutoConfig.for_model(**source.stock["vision_config"])
     tower, family = vision.model_type, TOWER_FAMILIES[vision.model_type]
+    language = source.stock["text_config"]["model_type"]
     linear = source.stock.get("projector_hidden_act") == "linear"
     if layout == "hf":
         why_not = unsupported_by_stock(vision)
@@ -49,6 +51,8 @@ def servers(source: Source, layout: str) -> Iterator[str]:
             yield f"vLLM: no, its LLaVA knows CLIP, SigLIP and Pixtral towers, and this one is a {tower}"
         elif linear:
             yield "vLLM: no, it knows no linear projector"
+        elif language not in ARCHITECTURES:
+            yield f"vLLM: not tried with a language model of type {language}; its LLaVA takes those that vLLM has"
         else:
             yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' lets it resize pictures as training did'
         yield "SGLang and the authors' code: no, export with --format original"
