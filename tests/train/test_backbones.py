@@ -140,10 +140,11 @@ def test_a_start_refuses_with_one_sentence(tmp_path: Path, change: Any, word: st
 
 @pytest.mark.full
 def test_the_printed_length_is_accepted(tmp_path: Path) -> None:
-    """The advice about LongRoPE, followed to its end: the run trains."""
-    model = tiny_model(tmp_path / "models")
+    """The advice about LongRoPE, followed to its end: the run trains; on two ranks, behind a tower with registers, whose
+    rotary tables the second rank has from the first."""
+    model = tiny_model(tmp_path / "models", "dinov3")
     _phi3(model)
     mixture, store_root = tiny_mixture(tmp_path / "data", 16)
     program = Program(tiny_run(model, mixture, store_root, tmp_path / "outputs"), tmp_path)
-    code, output = program.run("plain", "name=short", "stage.init_from=null", "stage.max_length=256", "max_steps=1")
+    code, output = program.run("torchrun", "name=short", "stage.init_from=null", "stage.max_length=256", "max_steps=1")
     assert code == 0, output
