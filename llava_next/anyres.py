@@ -72,12 +72,19 @@ class ImageLayout:
         return np.concatenate([base, np.concatenate([kept, newline], axis=1).ravel()])
 
 
-def grids_of_pinpoints(pinpoints_hw: Sequence[Sequence[int]], tile: int) -> tuple[Grid, ...]:
+def grids_of_pinpoints(pinpoints_hw: Sequence[Sequence[int]], tile: int | Sequence[int]) -> tuple[Grid, ...]:
     """Grids in tiles from the pixels that a configuration on disk lists, (height, width) each.
 
+    Args:
+        tile: side of the tower's images, as its config has it: a number, or one for each side.
+
     Raises:
-        ModelError: a side is no multiple of the tile; names the pinpoint, the rule and the way out.
+        ModelError: a side is no multiple of the tile, or the tile is not square; names the rule and the way out.
     """
+    if not isinstance(tile, int):
+        if len(set(tile)) != 1:
+            raise ModelError(f"the tower's image_size is {list(tile)}, and tiles are square; give a square tower")
+        tile = tile[0]
     for pinpoint in pinpoints_hw:
         if len(pinpoint) != 2 or any(side < tile or side % tile for side in pinpoint):
             raise ModelError(

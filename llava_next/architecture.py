@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, LlavaNextConfig, PretrainedConfig
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, LlavaNextConfig, PretrainedConfig
 
 from llava_next.config import ModelConfig, ModelError
+from llava_next.language_models import check_rope, refuse_unsupported, write_rope
 from llava_next.released import PROJECTOR_ACTS, is_original, language_model_values, read_json
+from llava_next.towers import num_prefix_tokens, tower_config
 
 LANGUAGE_MODEL, VISION_TOWER = "model.language_model", "model.vision_tower"
 """The parts whose configs are read, as a configuration names them."""
 
 VOCABULARY_MULTIPLE = 64
 """The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
-
-_TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,13 @@ def join_configs(
         image_token, pad_token: their numbers.
 
     Raises:
-        ModelError: a tile of another size than the tower's own that its patch does not divide.
+        ModelError: a tower or a language model that is not supported, or a tile of another size than the tower's own
+            that its patch does not divide.
     """
     tower = config.vision_tower
-    vision = getattr(vision, "vision_config", vision)  # a CLIP or SigLIP directory describes both of its towers
+    check_rope(text)
+    refuse_unsupported(text)
+    vision = tower_config(vision)
     if tower.tile is not None:
         # A tower may leave a strip of its own size unseen (SigLIP's 27 patches of 14 in 384 pixels), not of another.
         if tower.tile % vision.patch_size and tower.tile != vision.image_size:
@@ -90,7 +94,7 @@ def join_configs(
         text_config=text,
         image_token_index=image_token,
         vision_feature_layer=tower.feature_layer,
-        vision_feature_select_strategy="full" if vision.model_type in _TOWERS_WITHOUT_CLASS_TOKEN else "default",
+        vision_feature_select_strategy="default" if num_prefix_tokens(vision) else "full",
         # transformers reads pinpoints as (height, width): the authors' order of grids, in pixels.
         image_grid_pinpoints=[[r * vision.image_size, c * vision.image_size] for r, c in config.grids],
         image_seq_length=patches * patches,
@@ -107,15 +111,21 @@ def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedCon
     `join_configs`).
 
     Raises:
-        ModelError: no config lies there, or it has no such key.
+        ModelError: no config lies there, or one of another program's model_type, or it has no such key.
     """
     check_directory(path, key + ".path")
     own = read_json(Path(path) / "config.json")
+    kind = own.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and not is_original(own):
+        raise ModelError(
+            f"{key}.path: {path} is of model_type {kind}, which transformers {transformers.__version__} does not have, "
+            "and code from a model's folder is never run; give a model of transformers' own"
+        )
     try:
         if is_original(own):
             config = AutoConfig.for_model(**language_model_values(own, Path(path)))
         else:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"{key}.path: no config.json could be read in {path}: {error}") from error
     if key == LANGUAGE_MODEL:
@@ -124,9 +134,22 @@ def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedCon
     return config
 
 
+def refuse_whole_model(path: str) -> None:
+    """Raises ModelError where a language model's weights would be read from the folder of a model with a tower."""
+    own = read_json(Path(path) / "config.json")
+    if "text_config" in own or is_original(own):
+        raise ModelError(
+            f"model.language_model.path: {path} is a whole model (model_type {own.get('model_type')}), from which no "
+            "language model is taken alone; give the folder of the language model, or tune a whole LLaVA with "
+            f"experiment=tune stage.init_from={path}"
+        )
+
+
 def replace_keys(config: PretrainedConfig, overrides: dict[str, Any], key: str) -> None:
     """Writes the overrides of a part into its config. Raises ModelError where it has no such key."""
     for name, value in overrides.items():
+        if write_rope(config, name, value):
+            continue
         if not hasattr(config, name):
             raise ModelError(f"{key}.overrides: {config.model_type} has no key {name!r}")
         setattr(config, name, value)

@@ -3,7 +3,7 @@
 A row holds several samples; no token attends to another sample's. The kernel is execution: torch's own variable-length
 flash attention on CUDA, this package's on a CPU (cpu_attention.py), one SDPA call per segment elsewhere, FlashAttention
 2 or 3 where it is installed and asked for. What this does not implement (sliding windows, softcapping, sinks) is
-refused when the model is built, never ignored.
+refused when the model is built (language_models.py), never ignored.
 """
 
 import importlib
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, PretrainedConfig
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llava_next import cpu_attention
@@ -304,26 +304,3 @@ def check_kernel(kernel: AttentionKernel, device: torch.device, dtype: torch.dty
             raise ModelError(f"attention=varlen: {why_not}; choose attention=auto or attention=sdpa")
     elif kernel == "auto" and dtype == torch.float32 and cpu_attention.is_measured():
         _is_compiled()
-
-
-def refuse_unsupported(config: PretrainedConfig) -> None:
-    """Raises ModelError if the language model attends in a way that this module does not implement."""
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
-        raise ModelError(
-            f"{config.model_type} attends in a sliding window of {config.sliding_window} tokens, which packed "
-            "attention does not implement; set sliding_window: null in model.language_model.overrides if every "
-            "sample is shorter"
-        )
-    # A sliding layer without a window (above) is full; one that carries a state would carry it to the next sample.
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ModelError(f"{config.model_type} has {min(kinds)} layers, which do not stay inside packed samples")
-    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-        if getattr(config, key, None):
-            raise ModelError(f"{config.model_type} uses {key}, which packed attention does not implement")
-    for key in ("logit_scale", "logits_scaling"):
-        scale = getattr(config, key, None)
-        if scale not in (None, 1):
-            raise ModelError(f"{config.model_type} scales its logits ({key}={scale}), which LLaVA-NeXT's head does not")
-    if "gpt_oss" in config.model_type:
-        raise ModelError(f"{config.model_type} uses attention sinks, which packed attention does not implement")

@@ -5,6 +5,7 @@ needs configs and no weights. Directories of whole LLaVA-NeXT models are `hf.py`
 time, without a model around them, `first_weights.py`'s.
 """
 
+import copy
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -31,12 +32,14 @@ from llava_next.architecture import (
     check_directory,
     join_configs,
     read_config,
+    refuse_whole_model,
 )
 from llava_next.chat_template import adds_bos, set_post_processor
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
 from llava_next.conversation import IMAGE_PLACEHOLDER
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
+from llava_next.towers import tower_config
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,14 @@ def read_backbone(config: ModelConfig) -> Backbone:
     """Reads both configs and the tokenizer, adds the image token, and derives what follows from them.
 
     Raises:
-        ModelError: a directory or file that is not there, or a tile of another size than the tower's own that its
-            patch does not divide.
+        ModelError: a directory or file that is not there, a model that is not supported, or a tile of another size
+            than the tower's own that its patch does not divide.
     """
     check_grids(config.grids)
     language, tower = config.language_model, config.vision_tower
     text = read_config(language.path, language.overrides, LANGUAGE_MODEL)
+    if language.weights == "pretrained":
+        refuse_whole_model(language.path)
     vision = read_config(tower.path, tower.overrides, VISION_TOWER)
     tokenizer = read_tokenizer(language.tokenizer_path)
     hf_config = join_configs(
@@ -106,7 +111,7 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     """
     check_directory(path, "model.language_model.tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"model.language_model.tokenizer: no tokenizer could be read in {path}: {error}") from error
     if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
@@ -255,8 +260,8 @@ def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
     if config.weights != "pretrained":
         with _unless_loaded(config.weights):
             return AutoModel.from_config(vision, dtype=dtype)
-    native = AutoConfig.from_pretrained(config.path)
-    native = getattr(native, "vision_config", native)
+    native = copy.deepcopy(vision)  # overrides and all, at the size of the weights
+    native.image_size = tower_config(AutoConfig.from_pretrained(config.path)).image_size
     try:
         tower, found = AutoModel.from_pretrained(config.path, config=native, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from transformers import PretrainedConfig
 
 from llava_next.config import ProjectorKind
+from llava_next.towers import mlp_shape
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def step_costs(
     """
     width, hidden = vision.hidden_size, language.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2
-    mlp = getattr(vision, "intermediate_size", None) or int(width * getattr(vision, "mlp_ratio", 4))
-    layer = patches * (8 * width * width + 4 * width * mlp) + 4 * patches * patches * width
+    mlp, matrices = mlp_shape(vision)
+    layer = patches * (8 * width * width + 2 * matrices * width * mlp) + 4 * patches * patches * width
     passes = 1 + (0 if not trains_tower else 1 if "vision_tower" in adapted else 2)
     tower = num_vision_layers * layer * passes
     projected = width * hidden + (hidden * hidden if projector == "mlp2x_gelu" else 0)

@@ -44,6 +44,7 @@ from llava_next.names import published_name
 from llava_next.processor import Processor
 from llava_next.released import projector_kind
 from llava_next.tensors import LazyTensor, given, write_shards
+from llava_next.towers import tower_config
 
 NEWLINE = "image_newline"
 SECOND_LAYER = ("multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias")
@@ -320,8 +321,11 @@ def wrapped(stock: PreTrainedModel, config: ModelConfig, source: Path) -> LlavaN
         source: for messages.
 
     Raises:
-        ModelError: another model; grids that are no multiples of its tile; a projector that is none of ours.
+        ModelError: another model; a tower that is not supported; grids that are no multiples of its tile; a projector
+            that is none of ours.
     """
+    if isinstance(stock, LlavaForConditionalGeneration | LlavaNextForConditionalGeneration):
+        tower_config(stock.config.vision_config)
     if isinstance(stock, LlavaForConditionalGeneration):
         hf = _with_newline(stock, config.grids)
     elif isinstance(stock, LlavaNextForConditionalGeneration):

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
+from transformers import AutoModel, LlavaNextForConditionalGeneration, PreTrainedModel
 
-from llava_next.attention import refuse_unsupported, register, register_for_tower
+from llava_next.attention import register, register_for_tower
 from llava_next.batch import Batch
 from llava_next.config import PARTS, AttentionKernel, ModelError
+from llava_next.language_models import refuse_unsupported
 from llava_next.last_block import run_at_targets
 from llava_next.loss import token_losses
 from llava_next.names import is_adapter
+from llava_next.towers import num_prefix_tokens
 
 
 class LossSums(NamedTuple):
@@ -74,6 +76,7 @@ class LlavaNext(nn.Module):
         super().__init__()
         refuse_unsupported(hf.config.text_config)
         _refuse_dropout(hf)
+        _check_feature_rows(hf)
         if hf.lm_head.bias is not None:
             raise ModelError(f"{hf.config.text_config.model_type} has a biased head, LLaVA-NeXT's has no bias")
         hf.model.language_model.set_attn_implementation(register(attention))
@@ -141,8 +144,8 @@ class LlavaNext(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens before the patches (the class token), as the select strategy of the published models drops them."""
-        return 1 if self.hf.config.vision_feature_select_strategy == "default" else 0
+        """Tokens before the patches: the class token and the register tokens."""
+        return num_prefix_tokens(self.hf.config.vision_config)
 
     def _target_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """States that predict the supervised tokens, [L, D], and the head's weight, [V, D]."""
@@ -180,6 +183,24 @@ def _refuse_dropout(hf: LlavaNextForConditionalGeneration) -> None:
                     f"model.{part}: {config.model_type} drops activations at random ({key}={value}), and a step would "
                     f"no longer be a function of its samples; set {key}: 0.0 in model.{part}.overrides"
                 )
+
+
+def _check_feature_rows(hf: LlavaNextForConditionalGeneration) -> None:
+    """Raises ModelError unless the tower gives a blank tile the rows that image tokens are counted by: its prefix
+    tokens, then one row for each patch. Shapes alone: a tower of this config runs on the meta device."""
+    vision = hf.config.vision_config
+    tile, prefix = vision.image_size, num_prefix_tokens(vision)
+    patches = (tile // vision.patch_size) ** 2
+    with torch.device("meta"), torch.no_grad():
+        tower = AutoModel.from_config(vision)
+        states = tower(pixel_values=torch.empty(1, 3, tile, tile, dtype=tower.dtype), output_hidden_states=True)
+    rows = int(states.hidden_states[-1].shape[1])
+    if rows != prefix + patches:
+        raise ModelError(
+            f"model.vision_tower: a {vision.model_type} gives a tile of {tile} pixels {rows} rows of features, and "
+            f"{prefix} prefix tokens and {patches} patches of {vision.patch_size} pixels were expected; give it the "
+            "config.json that describes it"
+        )
 
 
 def part_of(name: str) -> str:

@@ -9,9 +9,7 @@ SGLang read.
 import re
 
 from llava_next.config import ProjectorKind
-
-_TOWERS_WITH_PREFIX = ("clip_vision_model", "siglip_vision_model", "siglip2_vision_model")
-"""Towers whose published checkpoints say `vision_tower.vision_model.`, which today's module tree leaves out."""
+from llava_next.towers import TOWER_FAMILIES
 
 BASE = ".base_layer."
 """What stands in a live name between a layer with an adapter and its own tensors; published names know of no adapter
@@ -40,7 +38,7 @@ AUTHORS_PROJECTORS: dict[ProjectorKind, set[str]] = {
 
 def published_name(live: str, tower_type: str) -> str:
     """The name in the published Hugging Face layout of a parameter of `LlavaNext` (`hf.model...`)."""
-    tower = "vision_tower.vision_model." if tower_type in _TOWERS_WITH_PREFIX else "vision_tower."
+    tower = TOWER_FAMILIES[tower_type].published_prefix
     if live in _LINEAR:
         return live.removeprefix("hf.model.").replace("projector.", "projector.linear_1.")
     for prefix, published in (
@@ -55,18 +53,10 @@ def published_name(live: str, tower_type: str) -> str:
     raise KeyError(live)
 
 
-_DINOV2 = (
-    (".attention.q_proj.", ".attention.attention.query."),
-    (".attention.k_proj.", ".attention.attention.key."),
-    (".attention.v_proj.", ".attention.attention.value."),
-    (".attention.o_proj.", ".attention.output.dense."),
-)
-"""Today's module tree, and the names that DINOv2 was published under, which every version of transformers reads."""
-
-
 def _own_tower_name(name: str, tower_type: str) -> str:
-    if tower_type == "dinov2" and name.startswith("vision_tower."):
-        for today, published in _DINOV2:
+    """The name that a tower's tensor was published under, which every version of transformers reads."""
+    if name.startswith("vision_tower."):
+        for today, published in TOWER_FAMILIES[tower_type].published:
             name = name.replace(today, published)
     return name
 
@@ -126,7 +116,7 @@ def as_published(name: str, tower_type: str) -> str:
     name = _DECODER.sub("language_model.model.", name)
     if name.startswith("lm_head."):
         return "language_model." + name
-    prefix = "vision_tower.vision_model."
-    if tower_type in _TOWERS_WITH_PREFIX and name.startswith("vision_tower.") and not name.startswith(prefix):
+    prefix = TOWER_FAMILIES[tower_type].published_prefix
+    if name.startswith("vision_tower.") and not name.startswith(prefix):
         return prefix + name.removeprefix("vision_tower.")
     return _own_tower_name(name, tower_type)

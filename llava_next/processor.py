@@ -7,6 +7,7 @@ counts them. Rows and batches are `batch.py`'s.
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -105,6 +106,7 @@ class Processor:
             _single_id(tokenizer, self.template.end, f"end token of template {config.template}")
         self._released_ids = self._find_released_ids()
         self._opening_ids = self._find_opening_ids()
+        self._special_text = _special_text(tokenizer)
 
     def _find_opening_ids(self) -> list[int]:
         bos = self.tokenizer.bos_token_id
@@ -187,6 +189,16 @@ class Processor:
         images = tuple(self._image_layout(size) for size in sizes_hw)
         ids, _, _ = self._tokens(self._render(messages), images)
         return ids, images
+
+    def special_texts(self, messages: Sequence[MessageLike]) -> set[str]:
+        """Special tokens whose text is in the messages' own text.
+
+        The tokenizer makes the token of it, as in the authors' code: an end token written in an answer ends that answer
+        for the model. The image placeholder is none of them.
+        """
+        if self.template.caption_only:
+            messages = [message for message in messages if message.role == "assistant"]  # questions are not rendered
+        return {text for message in messages for text in self._special_text.findall(message.text)}
 
     def _render(self, messages: Sequence[MessageLike]) -> list[Segment]:
         if not self.config.unmask_special_tokens:
@@ -271,6 +283,14 @@ class Processor:
                 return index
             remaining -= image.num_tokens
         return len(images)
+
+
+def _special_text(tokenizer: Any) -> re.Pattern[str]:
+    """Matches the text of every special token but the image placeholder."""
+    added = tokenizer.added_tokens_decoder.values()
+    texts = {token.content for token in added if token.special and token.content} - {IMAGE_PLACEHOLDER}
+    # The longest first, as the tokenizer matches; with no text at all, what matches nothing.
+    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 def _single_id(tokenizer: Any, text: str, what: str) -> int:

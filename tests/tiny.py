@@ -20,7 +20,7 @@ from data_recipes.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
 
-TowerName = Literal["clip", "siglip", "dinov2"]
+TowerName = Literal["clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2", "ijepa"]
 TokenizerName = Literal["bytes", "metaspace"]
 
 TILE = 28
@@ -141,7 +141,15 @@ def tiny_language_model(
 
 def tiny_vision_tower(folder: Path, tower: TowerName = "clip") -> Path:
     """A directory with the `config.json` of a three-layer tower for tiles of 4 x 4 patches; no weights."""
-    from transformers import CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
+    from transformers import (
+        Aimv2VisionConfig,
+        CLIPVisionConfig,
+        Dinov2Config,
+        Dinov2WithRegistersConfig,
+        DINOv3ViTConfig,
+        IJepaConfig,
+        SiglipVisionConfig,
+    )
 
     sizes: dict[str, Any] = {
         "hidden_size": 24,
@@ -150,12 +158,22 @@ def tiny_vision_tower(folder: Path, tower: TowerName = "clip") -> Path:
         "image_size": TILE,
         "patch_size": PATCH,
     }
-    if tower == "clip":
-        config: Any = CLIPVisionConfig(intermediate_size=40, **sizes)
-    elif tower == "siglip":
-        config = SiglipVisionConfig(intermediate_size=40, **sizes)
-    else:
-        config = Dinov2Config(mlp_ratio=2, **sizes)
+    config: Any
+    match tower:
+        case "clip":
+            config = CLIPVisionConfig(intermediate_size=40, **sizes)
+        case "siglip":
+            config = SiglipVisionConfig(intermediate_size=40, **sizes)
+        case "dinov2":
+            config = Dinov2Config(mlp_ratio=2, **sizes)
+        case "dinov2_with_registers":
+            config = Dinov2WithRegistersConfig(mlp_ratio=2, num_register_tokens=4, **sizes)
+        case "dinov3":
+            config = DINOv3ViTConfig(intermediate_size=40, num_register_tokens=4, **sizes)
+        case "aimv2":
+            config = Aimv2VisionConfig(intermediate_size=40, **sizes)
+        case "ijepa":
+            config = IJepaConfig(intermediate_size=40, **sizes)
     config.save_pretrained(folder)
     return folder
 

@@ -11,10 +11,11 @@ import torch.distributed as dist
 from torch import nn
 
 from llava_next.attention import check_kernel
-from llava_next.build import Backbone, build_model
+from llava_next.build import Backbone, build_model, skeleton
 from llava_next.config import PARTS, ModelError
 from llava_next.cpu_fused import takes_fused
 from llava_next.kernels import compile_blocks, use_fused, use_liger, use_onednn
+from llava_next.language_models import check_positions
 from llava_next.linear import takes_onednn
 from llava_next.load import load_weights
 from llava_next.lora import add_adapters
@@ -49,6 +50,8 @@ def build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: i
 
 
 def _read(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> tuple[LlavaNext, str]:
+    if world.is_main:
+        check_positions(skeleton(backbone).model.language_model, config.stage.max_length)
     model = build_model(
         backbone,
         dtype=world.dtype,

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     StoppingCriteria,
@@ -25,6 +26,8 @@ from transformers import (
 from llava_next.anyres import decode
 from llava_next.chat_template import adds_special_tokens
 from llava_next.config import ModelError
+from llava_next.towers import unsupported_by_stock
+from train.evaluate.answers import ONLY_LOSSES
 from train.quiet import quiet_libraries
 
 _HELP = "/picture FILE: another picture, a new conversation   /new: a new conversation   /quit, Ctrl-D: the end"
@@ -70,6 +73,10 @@ class Chat:
             )
         dtype = "auto" if device.type == "cuda" else torch.float32
         try:
+            vision = getattr(AutoConfig.from_pretrained(place), "vision_config", None)
+            why_not = None if vision is None else unsupported_by_stock(vision)
+            if why_not is not None:
+                raise ModelError(f"{place} cannot answer in stock transformers: {why_not}; {ONLY_LOSSES}")
             self._processor = AutoProcessor.from_pretrained(place)
             model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
         except (OSError, ValueError) as error:

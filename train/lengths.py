@@ -50,6 +50,9 @@ class LengthTable:
     folder: Path
     rejects: dict[str, int]
     num_rounds_cut: int
+    special_texts: dict[str, dict[str, int]] | None = None
+    """By source and special token the kept samples whose own text has that token's text, and so the token; None for a
+    table that was made before they were counted."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -110,7 +113,7 @@ def open_table(
             f"stage.max_length={processor.config.max_length} leaves no sample of mixture {mixture.config.name} "
             f"({reasons}); raise it, or look at {place / 'quarantine.jsonl'}"
         )
-    table = LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"])
+    table = LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"], about.get("special_texts"))
     _refuse_lost_sources(mixture, table)
     return table
 
@@ -170,7 +173,7 @@ def _write(
     _remove_leftovers(partial)
     beat = _beat(place)
     beat.touch()
-    rejects, cut = Counter[str](), 0
+    rejects, cut, special_texts = Counter[str](), 0, dict[str, Counter[str]]()
     with (
         tqdm(
             total=mixture.num_samples, desc="lengths", unit="sample", disable=not show_progress, mininterval=0.5
@@ -178,11 +181,13 @@ def _write(
         (partial / "rows.raw").open("wb") as rows_file,
         (partial / "quarantine.jsonl").open("w") as quarantine,
     ):
-        for rows, rejected, rounds_cut in _count_all(mixture, processor, num_workers):
+        for rows, rejected, rounds_cut, special in _count_all(mixture, processor, num_workers):
             rows.tofile(rows_file)
             quarantine.writelines(json.dumps(reject) + "\n" for reject in rejected)
             rejects.update(str(reject["reason"]) for reject in rejected)
             cut += rounds_cut
+            for source, counts in special.items():
+                special_texts.setdefault(source, Counter()).update(counts)
             bar.update(len(rows) + len(rejected))
             for sign_of_life in (beat, partial):
                 os.utime(sign_of_life)
@@ -193,6 +198,7 @@ def _write(
         "processor": processor.fingerprint,
         "rejects": dict(sorted(rejects.items())),
         "num_rounds_cut": cut,
+        "special_texts": {source: dict(sorted(counts.items())) for source, counts in sorted(special_texts.items())},
     }
     (partial / "table.json").write_text(json.dumps(about, indent=1) + "\n")
     try:
@@ -223,7 +229,7 @@ def _remove_leftovers(own: Path) -> None:
             shutil.rmtree(partial, ignore_errors=True)
 
 
-_Counted = tuple[np.ndarray, list[dict[str, object]], int]
+_Counted = tuple[np.ndarray, list[dict[str, object]], int, dict[str, Counter[str]]]
 
 _shared: tuple[Mixture, Processor] | None = None
 
@@ -260,7 +266,7 @@ def _count(numbers: range) -> _Counted:
     mixture, processor = _shared
     rows: list[tuple[int, int, int, int, int]] = []
     rejects: list[dict[str, object]] = []
-    cut = 0
+    cut, special = 0, dict[str, Counter[str]]()
     for number in numbers:
         text = mixture.text(number)
         try:
@@ -280,6 +286,9 @@ def _count(numbers: range) -> _Counted:
                 f"sample {text.id!r} of source {text.source}: {error}; prepare the source again"
             ) from error
         cut += layout.num_rounds_cut
+        found = processor.special_texts(text.messages)
+        if found:
+            special.setdefault(text.source, Counter()).update(found)
         rows.append(
             (
                 number,
@@ -289,4 +298,4 @@ def _count(numbers: range) -> _Counted:
                 int(mixture.source_ids[number]),
             )
         )
-    return np.array(rows, dtype=ROW), rejects, cut
+    return np.array(rows, dtype=ROW), rejects, cut, special

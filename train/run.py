@@ -23,6 +23,7 @@ from llava_next.hf import write_hf
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
 from llava_next.released import check_image_statistics
+from llava_next.towers import unsupported_by_stock
 from train import checkpoint, ops, preflight, resume
 from train.answers import LiveAnswers, live_answers
 from train.build import build
@@ -201,6 +202,7 @@ def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> Non
         "rejects": table.rejects,
         "rejects_by_source": table.rejects_by_source(),
         "num_rounds_cut": table.num_rounds_cut,
+        "special_texts": table.special_texts,
     }
     (run_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n")
     (run_dir / "quarantine.jsonl").write_bytes(table.quarantine.read_bytes())
@@ -244,6 +246,17 @@ def _opening(
         f"{len(table):,} samples{left_out}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
         f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}; data {table.fingerprint[:12]}"
     )
+    for source, counts in (table.special_texts or {}).items():
+        tokens = ", ".join(f"{count:,} {text}" for text, count in counts.items())
+        lines.append(
+            f"source {source}: samples whose text has a special token of the tokenizer written in it, which they are "
+            f"trained on as that token: {tokens}"
+        )
+    if table.special_texts is None:
+        lines.append(f"special tokens written in samples were not counted in {table.folder}: remove it to count them")
+    why_not = unsupported_by_stock(data.backbone.hf_config.vision_config)
+    if why_not is not None:
+        lines.append(f"stock transformers will load the export of this model, but cannot run it: {why_not}")
     return "\n".join(lines)
 
 

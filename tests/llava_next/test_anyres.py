@@ -356,6 +356,9 @@ def test_grids_of_pinpoints() -> None:
     for tile in (336, 384):
         pinpoints = [[rows * tile, cols * tile] for rows, cols in AUTHORS_GRIDS]
         assert grids_of_pinpoints(pinpoints, tile) == AUTHORS_GRIDS
+        assert grids_of_pinpoints(pinpoints, [tile, tile]) == AUTHORS_GRIDS
+    with pytest.raises(ModelError, match=r"image_size is \[336, 384\]"):
+        grids_of_pinpoints([[336, 672]], [336, 384])
 
 
 @pytest.mark.parametrize("pinpoint", [[672, 340], [168, 336], [0, 336], [336]])

@@ -1,4 +1,4 @@
-"""Attention inside segments, and the language models that it must refuse."""
+"""Attention inside segments."""
 
 import sys
 from types import ModuleType
@@ -7,22 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    BambaConfig,
-    CohereConfig,
-    Gemma2Config,
-    GptOssConfig,
-    GraniteConfig,
-    Llama4TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    PretrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3NextConfig,
-)
 
-from llava_next.attention import refuse_unsupported, register, segment_attention
+from llava_next.attention import register, segment_attention
 from llava_next.batch import Segments
 from llava_next.config import ModelError
 
@@ -94,43 +80,6 @@ def test_without_segments_it_stops() -> None:
         segment_attention(torch.nn.Module(), *_qkv(torch.float32), None)
     with pytest.raises(ValueError, match="dropout"):
         segment_attention(torch.nn.Module(), *_qkv(torch.float32), None, dropout=0.1, segments=_segments())
-
-
-@pytest.mark.parametrize(
-    ("config", "word"),
-    [
-        (MistralConfig(sliding_window=4096), "sliding window of 4096"),
-        (Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0), "sliding window of 64"),
-        (Gemma2Config(sliding_window=None), "softcapping"),
-        (GptOssConfig(sliding_window=None), "sinks"),
-        (Llama4TextConfig(), "chunked_attention layers"),
-        (Qwen3NextConfig(), "linear_attention layers"),
-        (BambaConfig(), "linear_attention layers"),
-        (CohereConfig(), r"logit_scale=0\.0625"),
-        (GraniteConfig(logits_scaling=8.0), r"logits_scaling=8\.0"),
-    ],
-    ids=lambda value: getattr(value, "model_type", None),
-)
-def test_what_is_not_implemented_is_refused(config: PretrainedConfig, word: str) -> None:
-    """Windows, softcapping, sinks, states that outlive a sample, scaled logits: told by name, never ignored."""
-    with pytest.raises(ModelError, match=word):
-        refuse_unsupported(config)
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(),
-        MistralConfig(sliding_window=None),
-        Qwen2Config(use_sliding_window=False),
-        Qwen3Config(),
-        GraniteConfig(logits_scaling=1.0),
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_full_attention_passes(config: PretrainedConfig) -> None:
-    """The published backbones are not refused."""
-    refuse_unsupported(config)
 
 
 def _flash_by_sdpa(

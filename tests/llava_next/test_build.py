@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel, PhiConfig
+from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
 from llava_next.architecture import VOCABULARY_MULTIPLE
 from llava_next.build import build_model, read_backbone, read_tokenizer, skeleton
-from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig
+from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig, Weights
 from llava_next.conversation import IMAGE_PLACEHOLDER
+from llava_next.hf import write_hf
 from llava_next.model import LlavaNext, live_parameters
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, pretrained, row
-from tests.tiny import PATCH, TILE, TowerName, tiny_model, tiny_tokenizer
+from tests.tiny import PATCH, TILE, WIDTH, TowerName, tiny_model, tiny_tokenizer
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
 KINDS: tuple[ProjectorKind, ...] = ("mlp2x_gelu", "linear")
@@ -370,8 +371,37 @@ def test_a_tokenizer_gets_an_image_token_once(tmp_path: Path) -> None:
 
 def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
     """LLaVA-NeXT's head has none: the bias would be lost in silence, here and in the export."""
-    config = tiny_model(tmp_path)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    PhiConfig(vocab_size=520, **sizes).save_pretrained(config.language_model.path)
+    hf = skeleton(read_backbone(tiny_model(tmp_path)))
+    hf.lm_head = torch.nn.Linear(hf.lm_head.in_features, hf.lm_head.out_features, device="meta")
     with pytest.raises(ModelError, match="biased head"):
-        build_model(read_backbone(config), dtype=torch.float32, seed=0)
+        LlavaNext(hf, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
+
+
+@pytest.mark.parametrize("weights", ["pretrained", "init_from"])
+def test_a_whole_model_is_no_language_model(make_backbone: MakeBackbone, tmp_path: Path, weights: Weights) -> None:
+    """Its language model's weights are not read from there, and that is one sentence; its config alone may be."""
+    backbone = make_backbone()
+    model = build_model(backbone, dtype=torch.float32, seed=0)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    write_hf(model, backbone, processor, tmp_path / "whole")
+    language = replace(backbone.config.language_model, path=str(tmp_path / "whole"), weights=weights)
+    config = replace(backbone.config, language_model=language)
+    if weights == "init_from":
+        assert read_backbone(config).hf_config.text_config.hidden_size == WIDTH
+        return
+    with pytest.raises(ModelError, match=r"model\.language_model\.path: .*whole.* is a whole model"):
+        read_backbone(config)
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_a_config_with_code_of_its_own_is_refused(tmp_path: Path, part: str) -> None:
+    """A model_type that transformers does not have, as InternViT's, with code in its folder: refused, nothing is run or
+    asked."""
+    config = tiny_model(tmp_path)
+    folder = Path(getattr(config, part).path)
+    (folder / "code.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\n")
+    own = {"model_type": "intern_vit_6b", "auto_map": {"AutoConfig": "code.Config"}, "image_size": [448, 448]}
+    (folder / "config.json").write_text(json.dumps(own))
+    with pytest.raises(ModelError, match=rf"model\.{part}\.path: .* model_type intern_vit_6b"):
+        read_backbone(config)
+    assert not (tmp_path / "it_ran").exists()

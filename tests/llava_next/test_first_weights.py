@@ -66,6 +66,10 @@ def _compare(
         ("clip", False, torch.bfloat16),
         ("siglip", False, torch.float32),
         ("dinov2", True, torch.bfloat16),
+        ("dinov2_with_registers", False, torch.float32),
+        ("dinov3", False, torch.float32),
+        ("aimv2", False, torch.float32),
+        ("ijepa", False, torch.float32),
     ],
 )
 def test_published_directories_are_read_as_they_lie(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from tests.llava_next.models import (
 from tests.tiny import TowerName, tiny_model
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
+EVERY_TOWER: tuple[TowerName, ...] = get_args(TowerName)
 
 
 def _model(backbone: Backbone, dtype: torch.dtype = torch.float32, parts: Sequence[str] = PARTS) -> LlavaNext:
@@ -239,7 +241,7 @@ def test_tied_embeddings_equal_stock(make_backbone: MakeBackbone, tied: bool) ->
 
 
 @pytest.mark.parametrize("kind", ["empty", "text_only"])
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", EVERY_TOWER)
 def test_rows_without_pictures_give_zero_gradients(make_backbone: MakeBackbone, tower: TowerName, kind: str) -> None:
     """Never None: ranks would wait for one another's gradients. The tower's are zero, and loss sums are right."""
     backbone = make_backbone(tower)
@@ -256,7 +258,7 @@ def test_rows_without_pictures_give_zero_gradients(make_backbone: MakeBackbone, 
 
 
 @pytest.mark.parametrize("layer", [-1, -2, 1])
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", EVERY_TOWER)
 def test_every_trained_parameter_has_a_gradient(make_backbone: MakeBackbone, tower: TowerName, layer: int) -> None:
     """A trained but unused tensor would still decay: with pictures in the row none is without a gradient."""
     backbone = _with_layer(make_backbone(tower), layer)
@@ -352,7 +354,7 @@ def test_tiles_are_normalised_as_the_stock_processor_does(make_backbone: MakeBac
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("tower", EVERY_TOWER)
 def test_recompute_changes_nothing(make_backbone: MakeBackbone, tower: TowerName) -> None:
     """The same losses and bit-equal gradients; and fewer tensors kept, or it would be in name only."""
     backbone = make_backbone(tower)

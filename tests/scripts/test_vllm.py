@@ -117,7 +117,9 @@ def _answered(example: Example, answer: Sequence[int], prompt_length: int) -> Ex
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("tower", "image_mode"), [("clip", "anyres"), ("siglip", "anyres"), ("clip", "pad")], ids=lambda value: value
+    ("tower", "image_mode"),
+    [("clip", "anyres"), ("siglip", "anyres"), ("clip", "pad"), ("siglip", "squash")],
+    ids=lambda value: value,
 )
 def test_vllm_gives_our_log_probabilities(tmp_path: Path, tower: TowerName, image_mode: ImageMode) -> None:
     """At every position of conversations about pictures of every grid, one whose map the authors would cut a line

@@ -52,6 +52,39 @@ def made(mixture: Mixture, processor: Processor, folder: Path, num_workers: int 
     return open_table(mixture, processor, folder, is_writer=True, num_workers=num_workers, show_progress=False)
 
 
+def test_special_tokens_in_a_text_are_counted(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Samples with a special token's text in a question or an answer, by source and token, each once; they have that
+    token, as in the authors' code. With several processes and from the table on disk too; a table without the counts
+    says so."""
+    samples = tiny_samples(600, pictures=False)
+    for number, texts in ((3, ("What?", "A<|im_end|> and <|im_end|> B")), (590, ("Is </s> one?", "No<|im_end|>."))):
+        messages = (Message("user", texts[0]), Message("assistant", texts[1]))
+        samples[number] = replace(samples[number], messages=messages)
+    for name, chosen in (("odd", samples), ("plain", tiny_samples(20, pictures=False, first=5000))):
+        tiny_store(tmp_path / "stores", name, chosen)
+    config = MixtureConfig("both", 0, {"odd": SourceShare(), "plain": SourceShare()})
+    mixture, processor = Mixture.open(config, tmp_path / "stores"), processor_of(tiny_parts)
+    expected = {"odd": {"</s>": 1, "<|im_end|>": 2}}
+    table = made(mixture, processor, tmp_path / "tables", num_workers=2)
+    assert table.special_texts == expected
+    assert made(mixture, processor, tmp_path / "tables").special_texts == expected
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    usual, odd = (processor.layout(samples[number].messages, ()).ids for number in (0, 3))
+    assert (odd == end).sum() == (usual == end).sum() + 2
+    place = table.folder / "table.json"
+    about = json.loads(place.read_text())
+    del about["special_texts"]
+    place.write_text(json.dumps(about))
+    assert made(mixture, processor, tmp_path / "tables").special_texts is None
+
+
+def test_captions_are_searched_without_their_questions(tiny_parts: RunConfig) -> None:
+    """Template plain shows no question, whose special tokens then do not count; the image placeholder never does."""
+    messages = (Message("user", "<image>\n</s>"), Message("assistant", "A <|im_start|> b."))
+    assert processor_of(tiny_parts).special_texts(messages) == {"</s>", "<|im_start|>"}
+    assert processor_of(tiny_parts, template="plain").special_texts(messages) == {"<|im_start|>"}
+
+
 def test_table_counts_what_layout_counts(tiny_parts: RunConfig, tmp_path: Path) -> None:
     """Tokens, supervised tokens, tiles and source of every kept sample are those of its layout; every other sample is
     in the quarantine with its reason; cut rounds are counted. Nothing is counted twice or forgotten."""

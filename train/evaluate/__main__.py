@@ -23,8 +23,9 @@ from data_recipes.sample import DataError
 from data_recipes.store import StoredSample
 from llava_next.config import ModelError
 from llava_next.costs import step_costs
+from llava_next.towers import unsupported_by_stock
 from train.config import ConfigError
-from train.evaluate.answers import Answer, StockModel
+from train.evaluate.answers import ONLY_LOSSES, Answer, StockModel
 from train.evaluate.pictures import Accuracy, Question, answer_all, questions_of, summarize, that_fit, with_one_picture
 from train.evaluate.report import SourceReport, as_result, format_tables
 from train.evaluate.subject import Subject, of_directory, of_run
@@ -66,6 +67,9 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[Answer]]
     find = of_run if is_run else of_directory
     chosen = dict(pair.split("=", 1) for pair in options.metric)
     subject = find(options.place, options.store, device, num=options.num, seed=options.seed, chosen=chosen)
+    why_not = unsupported_by_stock(subject.backbone.hf_config.vision_config)
+    if why_not is not None and options.generate != 0:
+        raise ModelError(f"{subject.export} cannot answer in stock transformers: {why_not}; {ONLY_LOSSES}")
     losses, held_out = _losses(subject)
     asked: dict[str, tuple[list[StoredSample], list[Question], int]] = {}
     hits: dict[str, _Hits] = {}

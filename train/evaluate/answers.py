@@ -22,6 +22,9 @@ from llava_next.processor import Processor
 from train.evaluate.metrics import score
 from train.evaluate.pictures import Question
 
+ONLY_LOSSES = "python -m train.evaluate --generate 0 measures its losses, and evaluate.answers asks it in training"
+"""What is left for a model that stock transformers loads and cannot run."""
+
 
 @dataclass(frozen=True)
 class Answer:

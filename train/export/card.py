@@ -6,11 +6,13 @@ Owns the wording; the facts are the run's configuration and its data.json.
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from transformers import AutoConfig
+
+from llava_next.released import ARCHITECTURES
+from llava_next.towers import TOWER_FAMILIES, unsupported_by_stock
 from train.config import RunConfig
 from train.export.source import Source
 from train.versions import versions
-
-_SERVED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 
 
 def card(source: Source, layout: str, checks: Sequence[str]) -> str:
@@ -36,25 +38,32 @@ def card(source: Source, layout: str, checks: Sequence[str]) -> str:
 
 def servers(source: Source, layout: str) -> Iterator[str]:
     """What loads the export, and what does not, as sentences."""
-    tower = source.stock["vision_config"]["model_type"]
+    vision = AutoConfig.for_model(**source.stock["vision_config"])
+    tower, family = vision.model_type, TOWER_FAMILIES[vision.model_type]
+    language = source.stock["text_config"]["model_type"]
     linear = source.stock.get("projector_hidden_act") == "linear"
     if layout == "hf":
-        yield "transformers: yes"
-        if tower not in _SERVED_TOWERS:
+        why_not = unsupported_by_stock(vision)
+        yield (
+            "transformers: yes" if why_not is None else f"transformers: it loads the weights and cannot run: {why_not}"
+        )
+        if not family.served:
             yield f"vLLM: no, its LLaVA knows CLIP, SigLIP and Pixtral towers, and this one is a {tower}"
         elif linear:
             yield "vLLM: no, it knows no linear projector"
+        elif language not in ARCHITECTURES:
+            yield f"vLLM: not tried with a language model of type {language}; its LLaVA takes those that vLLM has"
         else:
             yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' lets it resize pictures as training did'
         yield "SGLang and the authors' code: no, export with --format original"
         return
-    if tower != "clip_vision_model":
+    if not family.authors:
         yield f"the authors' code (llava): no, its tower is a {tower}"
     elif source.image_mode == "squash":
         yield "the authors' code (llava): no, it crops the centre of images for CLIP, and this model saw whole images"
     else:
         yield "the authors' code (llava): yes"
-    if tower not in _SERVED_TOWERS:
+    if not family.served:
         yield f"SGLang: no, it knows CLIP and SigLIP towers, and this one is a {tower}"
     elif linear:
         yield "SGLang: no, it knows projectors of two layers"

@@ -30,6 +30,7 @@ from llava_next.original import OriginalModel, of_backbone
 from llava_next.processor import Processor
 from llava_next.released import is_original, projector_kind
 from llava_next.tensors import LazyTensor, read_folder, write_shards
+from llava_next.towers import tower_config
 from train import checkpoint, resume
 from train.compose import load_yaml
 from train.config import ConfigError, RunConfig
@@ -282,7 +283,8 @@ def _of_folder(folder: Path, dtype: torch.dtype | None, config: RunConfig | None
 
 def check_folder(folder: Path, stock: Any) -> None:
     """Raises ModelError where a Hugging Face directory contradicts itself: its grids and its tower's tile, its
-    tokenizer and its image token."""
+    tokenizer and its image token; or where its tower is not supported."""
+    tower_config(stock.vision_config)
     if hasattr(stock, "image_grid_pinpoints"):
         try:
             grids_of_pinpoints(stock.image_grid_pinpoints, stock.vision_config.image_size)

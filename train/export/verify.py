@@ -22,6 +22,7 @@ from llava_next.hf import wrapped
 from llava_next.model import LlavaNext
 from llava_next.processor import Processor
 from llava_next.tensors import LazyTensor, read_folder
+from llava_next.towers import unsupported_by_stock
 from train.export.source import Source
 
 TOLERANCE = 1e-4
@@ -66,6 +67,9 @@ def verify_logits(folder: Path, source: Source) -> str:
     problems = {key: value for key, value in found.items() if value}
     if problems:
         raise ModelError(f"{folder}: stock transformers does not load it whole: {problems}")
+    why_not = unsupported_by_stock(stock.config.vision_config)
+    if why_not is not None:
+        return f"stock transformers loads it whole; logits NOT compared, because it cannot run: {why_not}"
     if source.config is None or source.processor is None or source.backbone is None:
         return "stock transformers loads it whole; logits NOT compared: no run is known that says how it is prompted"
     processor = source.backbone.processor(

@@ -13,8 +13,10 @@ from llava_next.architecture import Architecture, join_configs, read_config, rep
 from llava_next.build import read_backbone, skeleton
 from llava_next.config import ModelConfig, ModelError
 from llava_next.costs import StepCosts, step_costs
+from llava_next.language_models import check_positions
 from llava_next.lora import add_adapters
 from llava_next.model import LlavaNext, num_parameters, part_of, set_trained_parts
+from llava_next.towers import mlp_shape
 from train.config import RunConfig
 from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS, num_tokens
 
@@ -128,6 +130,7 @@ def model_facts(architecture: Architecture, config: RunConfig) -> ModelFacts:
     """
     tower = architecture.config.vision_tower
     hf = skeleton(architecture)
+    check_positions(hf.model.language_model, config.stage.max_length)
     model = LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std, attention="sdpa")
     add_adapters(model, config.lora, seed=config.seed)
     set_trained_parts(model, config.stage.rates)
@@ -180,7 +183,7 @@ def vision_shape(vision: PretrainedConfig, num_layers: int, num_prefix: int) -> 
     return VisionShape(
         kind=vision.model_type,
         width=width,
-        mlp=int(getattr(vision, "intermediate_size", None) or width * getattr(vision, "mlp_ratio", 4)),
+        mlp=mlp_shape(vision)[0],
         layers=num_layers,
         patches=(vision.image_size // vision.patch_size) ** 2,
         prefix=num_prefix,

@@ -263,9 +263,9 @@ def vision_block_bytes(shape: VisionShape, *, half: bool, fused: bool) -> float:
     """What autograd saves of a tile's token in one trained block of a tower.
 
     Two layer norms keep input and output (4 W), attention queries, keys, values and output (4 W), the MLP what enters
-    and leaves its activation (2 M), quick GELU unless it is `fused` its sigmoid besides (M), DINOv2's layer scales what
+    and leaves its activation (2 M), quick GELU unless it is `fused` its sigmoid besides (M), DINO's layer scales what
     they scale (2 W).
     """
     s = 2 if half else 4
-    widths = 8 + (2 if shape.kind.startswith("dinov2") else 0)
+    widths = 8 + (2 if shape.kind.startswith("dinov") else 0)
     return float(s * (widths * shape.width + (3 if shape.quick_gelu and not fused else 2) * shape.mlp))

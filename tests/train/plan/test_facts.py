@@ -73,7 +73,7 @@ def test_a_folder_on_disk_is_read_instead(tiny_parts: RunConfig) -> None:
     """Frozen parts are frozen here as in a run; the tower's upper layer is apart."""
     architecture = read_architecture(tiny_parts.model)
     assert hasattr(architecture, "tokenizer")
-    stage = SimpleNamespace(rates={"projector": 1e-3})
+    stage = SimpleNamespace(rates={"projector": 1e-3}, max_length=512)
     facts = model_facts(architecture, SimpleNamespace(stage=stage, model=tiny_parts.model, lora=None, seed=0))  # type: ignore[arg-type]
     assert facts.language.width == 32
     assert facts.vision.layers == 2
