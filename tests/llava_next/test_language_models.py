@@ -1,6 +1,7 @@
 """Language models: a sample in a packed row is the sample alone for every admitted architecture; the others, and what a
 config can break, are refused with advice that works."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -229,14 +230,22 @@ def test_the_2024_spelling_of_rope(
     tmp_path: Path, overrides: dict[str, Any], expected: dict[str, Any], theta: float
 ) -> None:
     """`rope_scaling` with `type` or `rope_type`, and `rope_theta`, are what today's `rope_parameters` says: the same
-    model, built."""
+    model, built; in overrides and in a config.json of that year."""
     config = _config(tmp_path, "llama")
+    place = Path(config.language_model.path) / "config.json"
+    written = json.loads(place.read_text())
+    del written["rope_parameters"]
+    then = replace(config, language_model=replace(config.language_model, path=str(tmp_path / "then"),
+                   tokenizer=config.language_model.path))  # fmt: skip
+    (tmp_path / "then").mkdir()
+    (tmp_path / "then" / "config.json").write_text(json.dumps({**written, "rope_theta": 10000.0, **overrides}))
     today = {"rope_theta": theta, **expected, **({"factor": 2.0} if expected["rope_type"] == "linear" else {})}
     models = []
-    for each in (overrides, {"rope_parameters": today}):
-        backbone = read_backbone(_with_overrides(config, **each))
+    for each in (_with_overrides(config, **overrides), _with_overrides(config, rope_parameters=today), then):
+        backbone = read_backbone(each)
         models.append(build_model(backbone, dtype=torch.float32, seed=3).hf.model.language_model)
     assert torch.equal(models[0].rotary_emb.inv_freq, models[1].rotary_emb.inv_freq)
+    assert torch.equal(models[0].rotary_emb.inv_freq, models[2].rotary_emb.inv_freq)
     first = models[0].rotary_emb.inv_freq[-1] * theta ** (1 - 2 / 8)
     assert float(first) == pytest.approx(0.5 if expected["rope_type"] == "linear" else 1.0)
 
