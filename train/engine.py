@@ -123,6 +123,16 @@ def zero_stage(config: RunConfig) -> int:
     return int(config.engine.get("zero_optimization", {}).get("stage", 0))
 
 
+def release_gathered(engine: deepspeed.DeepSpeedEngine) -> None:
+    """ZeRO-3: frees every parameter that is gathered or in flight. Every rank must call it; elsewhere it does nothing.
+
+    Between steps all parameters must be divided. A forward pass without a backward pass ends with parameters in flight,
+    prefetched for the backward pass, and DeepSpeed's loading of a checkpoint ends with small ones whole: `gathered`
+    would read what has not arrived, and the next step's order of modules would not be the recorded one.
+    """
+    engine.empty_partition_cache()
+
+
 @contextmanager
 def gathered(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Inside, these parameters are whole on every rank, whatever the ZeRO stage."""

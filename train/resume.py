@@ -25,7 +25,7 @@ from train import checkpoint
 from train.checkpoint import RunState
 from train.compose import to_yaml
 from train.config import ConfigError, RunConfig
-from train.engine import zero_stage
+from train.engine import release_gathered, zero_stage
 from train.optim import parameter_groups, set_rates
 from train.universal import ParameterStates, copy_weights, parameter_states, set_states
 from train.versions import versions
@@ -164,6 +164,7 @@ class Resumption:
             set_states(engine, self.states, world)
             for state in engine.basic_optimizer.state.values():  # one counter each: a shared one would run ahead
                 state["step"] = torch.full_like(state["step"], float(self.state.updates))
+        release_gathered(engine)
         self._check_groups(engine, fresh, config)
         return self.state.step
 
