@@ -69,19 +69,20 @@ def reference(config: RunConfig) -> Report:
 
 
 def _train(config: RunConfig, resumed: RunConfig | None, report: Report) -> None:
-    last = len(STEPS) if resumed is None else LAST_BEFORE_SAVE
     with built(config) as parts:
         if resumed is None:  # not otherwise: it would divide again what an engine starts with gathered
             report.before = weights(parts)
         step = _Stepper(parts, report)
-        for number in range(last):
+        for number in range(LAST_BEFORE_SAVE):
             if number == LAST_BEFORE_SAVE - 1:
-                step.evaluate()
+                step.evaluate("evaluation")
             step(number)
+        step.evaluate("evaluation before a save")
         if resumed is None:
+            for number in range(LAST_BEFORE_SAVE, len(STEPS)):
+                step(number)
             report.after = weights(parts)
             return
-        step.evaluate()  # a checkpoint may follow at once
         with _recorded(report, "save"):
             _save(parts, LAST_BEFORE_SAVE)
     with _recorded(report, "resume"), built(resumed, goes_on=True) as parts:
@@ -129,7 +130,7 @@ class _Stepper:
             sums = outcome.agreement.sums.tolist()
             phase.values = [sum(sums[:num_sources]) / plan.divisor, outcome.update.grad_norm]
 
-    def evaluate(self) -> None:
+    def evaluate(self, name: str) -> None:
         """The trainer's evaluation, with answers of the live model."""
         from train.run import evaluated
 
@@ -140,7 +141,7 @@ class _Stepper:
         )
         answers: list[Any] = []
         trainer.log.answers = lambda _, said: answers.extend(said)  # type: ignore[method-assign, assignment]
-        with _recorded(self._report, "evaluation") as phase:
+        with _recorded(self._report, name) as phase:
             found = trainer._evaluate(config.evaluate.every, 0)
             phase.values = [found[key] for key in sorted(found) if key.startswith("eval/")]
             phase.values += [float(token) for answer in answers for token in answer.ids]
