@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import combinations, product
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -31,12 +31,18 @@ LORA = {
     "vision_tower": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),
     "language_model": LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")),
 }
+RECOMPUTE: dict[str, tuple[Literal["vision_tower", "language_model"], ...]] = {
+    "nothing": (),
+    "language_model": ("language_model",),
+    "vision_tower": ("vision_tower",),
+    "both": ("language_model", "vision_tower"),
+}
 FACTORS: dict[str, tuple[Any, ...]] = {
     "size": (2, 3, 4),
     "stage": (3, 2, 1, 0),
     "resumes_at": ("the same stage", "another stage"),
     "offload": (False, True),
-    "recompute": ("", "language_model", "vision_tower", "language_model vision_tower"),
+    "recompute": tuple(RECOMPUTE),
     "trains": ("all", "adapters", "connector"),
 }
 
@@ -73,7 +79,7 @@ def covering() -> Iterator[Case]:
 
 TABLE = tuple(covering())
 QUICK = (
-    Case(2, 3, "the same stage", False, "language_model vision_tower", "all"),
+    Case(2, 3, "the same stage", False, "both", "all"),
     Case(2, 3, "another stage", False, "language_model", "adapters"),
 )
 
@@ -93,7 +99,7 @@ def _config(base: RunConfig, case: Case, stage: int) -> RunConfig:
     return replace(
         config,
         engine=_engine(stage, case.offload),
-        recompute=tuple(case.recompute.split()),
+        recompute=RECOMPUTE[case.recompute],
         lora=LORA if case.trains == "adapters" else None,
     )
 
@@ -118,7 +124,7 @@ def references(start_ranks: StartRanks, base: RunConfig) -> dict[str, Report]:
     """By what trains: the same steps on one rank, without ZeRO, recompute and resume."""
     found = {}
     for trains in FACTORS["trains"]:
-        case = Case(1, 0, "", False, "", trains)
+        case = Case(1, 0, "", False, "nothing", trains)
         config = replace(_config(base, case, 0), name=f"reference_{trains}")
         [found[trains]] = start_ranks(1).run(contract_cases.run_phases, config, None, TIMEOUT_S)
         assert not found[trains].error
@@ -184,9 +190,9 @@ def test_unlike_rows_issue_the_same_collectives(
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("stage", "recompute"), [(3, ("language_model",)), (2, ())])
+@pytest.mark.parametrize(("stage", "recompute"), [(3, "language_model"), (2, "nothing")])
 def test_compiled_blocks_issue_the_same_collectives(
-    start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], stage: int, recompute: tuple[str, ...]
+    start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], stage: int, recompute: str
 ) -> None:
     """With real compiled code, recomputed or not: ranks compile at other times, and issue the same collectives."""
     if shutil.which("g++") is None:
@@ -195,7 +201,7 @@ def test_compiled_blocks_issue_the_same_collectives(
         base,
         name=f"compiled_{stage}",
         engine=_engine(stage, False),
-        recompute=recompute,
+        recompute=RECOMPUTE[recompute],
         compile=("language_model", "vision_tower"),
         timeout_s=COMPILE_TIMEOUT_S,
     )
