@@ -81,6 +81,7 @@ def _train(config: RunConfig, resumed: RunConfig | None, report: Report) -> None
         if resumed is None:
             for number in range(LAST_BEFORE_SAVE, len(STEPS)):
                 step(number)
+            step.evaluate("evaluation at the end")
             report.after = weights(parts)
             return
         with _recorded(report, "save"):
@@ -90,7 +91,8 @@ def _train(config: RunConfig, resumed: RunConfig | None, report: Report) -> None
         step = _Stepper(parts, report)
         for number in range(LAST_BEFORE_SAVE, len(STEPS)):
             step(number)
-        report.after = weights(parts)
+        step.evaluate("evaluation at the end")
+        report.after = weights(parts)  # gathered as the result's writers gather them
 
 
 class _Stepper:
