@@ -33,7 +33,8 @@ _ENVIRONMENT = {
     "TORCH_FR_BUFFER_SIZE": "5000",  # torch's flight recorder: `cases.recorded_collectives` reads it
 }
 _PRELOADED = [
-    *("train.run", "train.__main__", "deepspeed", "tests.train.cases", "tests.train.disasters"),
+    *("train.run", "train.__main__", "deepspeed"),
+    *("tests.train.cases", "tests.train.contract_cases", "tests.train.replica_cases", "tests.train.disasters"),
     "deepspeed.runtime.zero.muon.original_muon",  # every engine asks for it, and it asks for torch's whole compiler
 ]
 GRACE_S = 10.0

@@ -15,6 +15,7 @@ Sealing, names and sums are `sealed.py`'s, going on from a checkpoint is `resume
 import json
 import logging
 import shutil
+import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -25,8 +26,8 @@ import deepspeed
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from train import sealed
-from train.config import SaveConfig
-from train.world import World, barrier, share
+from train.config import ConfigError, SaveConfig
+from train.world import World, barrier, from_main, share
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ _HARMLESS = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
 }
+LAG_PATIENCE_S = 90.0
+"""How long a rank waits to see a checkpoint that rank 0 sees: NFS keeps what it knows of a folder up to a minute."""
 _STATE, _CONFIG = "run_state.json", "config.yaml"
 
 
@@ -187,13 +190,20 @@ class Saver:
 def find_sound(folder: Path, world: World) -> Path | None:
     """The newest checkpoint whose files are what was written, or None. Every rank must call it; each reads a share.
 
-    A damaged one is named, gets `.damaged` behind its name, and the one before it is tried.
+    Rank 0 says which ones there are. A damaged one is named, gets `.damaged` behind its name, and the one before it is
+    tried.
+
+    Raises:
+        ConfigError: a rank does not see a checkpoint that rank 0 sees; names the rank and its host.
     """
-    if world.is_main:
+
+    def listed() -> list[Path]:
         _finish_sealed(folder)
         remove_unfinished(folder)
-    barrier(world)
-    for place in reversed(complete(folder)):
+        return complete(folder)
+
+    for place in reversed(from_main(world, listed)):
+        _wait_until_seen(place, world)
         found = [told for told in share(world, damage(place, world.rank, world.size)) if told]
         if not found:
             return place
@@ -204,6 +214,24 @@ def find_sound(folder: Path, world: World) -> Path | None:
             place.rename(aside)
         barrier(world)
     return None
+
+
+def _wait_until_seen(place: Path, world: World) -> None:
+    """Gives a network file system time to show a checkpoint to every rank: one that lags is not damaged."""
+    deadline_s = time.monotonic() + LAG_PATIENCE_S
+    while not sealed.is_whole(place) and time.monotonic() < deadline_s:
+        time.sleep(0.5)
+    blind = [each for each in share(world, None if sealed.is_whole(place) else _who(world)) if each]
+    if blind:
+        raise ConfigError(
+            f"{place} is there on rank 0 and not on {', '.join(blind)} after {LAG_PATIENCE_S:.0f} s: the run's folder "
+            "(root) must be one that all nodes share; mount it there, choose another root=..., or start again if that "
+            "file system only lags"
+        )
+
+
+def _who(world: World) -> str:
+    return f"rank {world.rank} ({socket.gethostname()})"
 
 
 def damage(place: Path, rank: int = 0, num_ranks: int = 1) -> str:

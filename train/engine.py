@@ -18,6 +18,7 @@ from train.build import fill_in, send_buffers
 from train.config import ConfigError, RunConfig
 from train.optim import parameter_groups
 from train.quiet import muted_stdout
+from train.replicas import check_replicas, compare_sums, tensor_sums
 from train.world import World
 
 
@@ -85,6 +86,7 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
             dist_init_required=False,
         )
     _add_gradients_in_one_pass(engine.optimizer)
+    check_replicas(model, world)
     return engine
 
 
@@ -102,25 +104,48 @@ def _add_gradients_in_one_pass(optimizer: Any) -> None:
 
 def _divide(model: LlavaNext, dictionary: dict[str, Any], world: World) -> None:
     """ZeRO-3: each parameter in its turn goes from rank 0 to all devices and is cut there into the ranks' shares. Never
-    is more than one module's whole on a device, nor a second copy of the model on a host."""
+    is more than one module's whole on a device, nor a second copy of the model on a host.
+
+    Raises:
+        ReplicaError: the shares, gathered again, are not what rank 0 held.
+    """
     seen: dict[nn.Parameter, nn.Parameter] = {}
     divided: Any = None  # a parameter that DeepSpeed has given its own methods
-    for module in model.modules():
+    names: list[str] = []
+    sources, sums = [], []
+    for prefix, module in model.named_modules():
         fill_in(module, torch.device("cpu"), seen)
-        whole = [parameter for parameter in module.parameters(recurse=False) if not hasattr(parameter, "ds_id")]
-        if not whole:
+        own = [(name, each) for name, each in module.named_parameters(recurse=False) if not hasattr(each, "ds_id")]
+        if not own:
             continue
+        whole = [parameter for _, parameter in own]
+        names += [f"{prefix}.{name}" for name, _ in own]
+        sources.append(tensor_sums(parameter.to(world.device) for parameter in whole) if world.is_main else None)
         if divided is None:
             with muted_stdout():
                 deepspeed.zero.Init(module=nn.ParameterList(whole), config_dict_or_path=dictionary, dtype=world.dtype)
             divided = whole[0]
         else:
             divided.convert_to_zero_parameters(param_list=whole)
+        with gathered(whole):
+            sums.append(tensor_sums(whole))
+    source = torch.cat([each for each in sources if each is not None]) if world.is_main else None
+    compare_sums(names, torch.cat(sums), world, source)
 
 
 def zero_stage(config: RunConfig) -> int:
     """The ZeRO stage that the configuration asks for."""
     return int(config.engine.get("zero_optimization", {}).get("stage", 0))
+
+
+def release_gathered(engine: deepspeed.DeepSpeedEngine) -> None:
+    """ZeRO-3: frees every parameter that is gathered or in flight. Every rank must call it; elsewhere it does nothing.
+
+    Between steps all parameters must be divided. A forward pass without a backward pass ends with parameters in flight,
+    prefetched for the backward pass, and DeepSpeed's loading of a checkpoint ends with small ones whole: `gathered`
+    would read what has not arrived, and the next step's order of modules would not be the recorded one.
+    """
+    engine.empty_partition_cache()
 
 
 @contextmanager

@@ -7,6 +7,7 @@ checkpoint: they come from `init_from`, as at the first start, and are compared 
 
 import hashlib
 import os
+import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,11 +26,12 @@ from train import checkpoint
 from train.checkpoint import RunState
 from train.compose import to_yaml
 from train.config import ConfigError, RunConfig
-from train.engine import zero_stage
+from train.engine import release_gathered, zero_stage
 from train.optim import parameter_groups, set_rates
+from train.replicas import check_replicas
 from train.universal import ParameterStates, copy_weights, parameter_states, set_states
 from train.versions import versions
-from train.world import World, barrier, share
+from train.world import World, barrier, from_main, share
 
 FREE = (
     # How it is computed, and how much of it.
@@ -164,6 +166,8 @@ class Resumption:
             set_states(engine, self.states, world)
             for state in engine.basic_optimizer.state.values():  # one counter each: a shared one would run ahead
                 state["step"] = torch.full_like(state["step"], float(self.state.updates))
+        release_gathered(engine)
+        check_replicas(engine.module, world)
         self._check_groups(engine, fresh, config)
         return self.state.step
 
@@ -203,14 +207,19 @@ def opened(
     if place is None:
         yield None
         return
-    state = checkpoint.read_state(place)
-    refuse_another_run(place, state, data_fingerprint, config, world)
-    checkpoint.refuse_code(place)
+
+    def read() -> tuple[RunState, str]:
+        state = checkpoint.read_state(place)
+        refuse_another_run(place, state, data_fingerprint, config, world)
+        checkpoint.refuse_code(place)
+        return state, secrets.token_hex(4)
+
+    state, token = from_main(world, read)
     if state.layout == layout(config, world):
         yield Resumption(place, state, None)
         return
     names = [name for group in _named_groups(model, config) for name in group]
-    scratch = place.with_name(place.name + ".universal")
+    scratch = place.with_name(f"{place.name}.universal_{token}")  # a killed conversion's may still be seen by a rank
     with parameter_states(place / checkpoint.ENGINE, scratch, world, state.layout["zero_stage"], names) as states:
         copy_weights(model, states)
         yield Resumption(place, state, states)

@@ -6,6 +6,7 @@ Owns the rules, so that a mistake costs a second and not a queue slot. The first
 
 import importlib.util
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,60 @@ _ENGINE_OWNED = {
     "managed_gradient_accumulation": "nothing: micro-steps vary from step to step",
     "data_types": "precision",
     "communication_data_type": "precision",
+}
+_ENGINE_REFUSED = {
+    "gradient_allreduce_op": "it multiplies every gradient by the number of ranks, or is the default",
+    "prescale_gradients": "gradients are reduced in fp32 already, where it changes nothing but rounding",
+    "gradient_predivide_factor": "gradients are reduced in fp32 already, where it changes nothing but rounding",
+    "sequence_parallel_size": "it changes the number of ranks that DeepSpeed averages over",
+    "data_parallel_size": "DeepSpeed does not read it",
+    "tensor_parallel": "it wants the same batch on every rank of a group; shard by engine=zero3",
+    "activation_checkpointing": "this model does not use DeepSpeed's; set recompute=[language_model]",
+    "compile": "set compile=[language_model]",
+    "torch_autocast": "it changes the precision; set precision",
+}
+"""Keys of DeepSpeed's dictionary that are met in published ones, and why each has no place here."""
+
+ZERO_KEYS: dict[str, tuple[int, ...]] = {
+    "stage": (0, 1, 2, 3),
+    "overlap_comm": (2, 3),  # at 1 DeepSpeed refuses it where micro-steps vary from step to step
+    "contiguous_gradients": (1, 2, 3),
+    "reduce_scatter": (1, 2, 3),
+    "reduce_bucket_size": (1, 2, 3),
+    "allgather_bucket_size": (1, 2),
+    "use_multi_rank_bucket_allreduce": (1, 2),
+    "round_robin_gradients": (1, 2),
+    "offload_optimizer": (1, 2, 3),
+    "offload_param": (3,),
+    "sub_group_size": (3,),
+    "stage3_prefetch_bucket_size": (3,),
+    "stage3_param_persistence_threshold": (3,),
+    "stage3_model_persistence_threshold": (3,),
+    "stage3_max_live_parameters": (3,),
+    "stage3_max_reuse_distance": (3,),
+    "stage3_use_all_reduce_for_fetch_params": (3,),
+    "zero_hpz_partition_size": (3,),
+}
+"""Keys of DeepSpeed's `zero_optimization` that may be set, and the stages at which DeepSpeed 0.19.8 reads them. Each is
+shown to leave the weights as they are (tests/train/test_engine_keys.py)."""
+
+OFFLOAD_KEYS = ("device", "pin_memory")
+"""Keys of `offload_optimizer` and `offload_param` that may be set; pinned memory has an effect on a GPU only."""
+
+_ZERO_REFUSED = {
+    "leaf_module": "it changes which modules DeepSpeed gathers together and has trained other weights in silence",
+    "allgather_partitions": "DeepSpeed does not read it",
+    "zenflow": "it applies gradients of earlier steps",
+    "zero_quantized_weights": "it rounds the weights",
+    "zero_quantized_nontrainable_weights": "it rounds the weights",
+    "zero_quantized_gradients": "it rounds the gradients",
+    "compute_grad_norm": "the run logs the norm and clips by it",
+    "stage3_gather_16bit_weights_on_model_save": "the run writes its result from divided weights, too",
+    "elastic_checkpoint": "checkpoints are resumed on any ranks without it",
+    "load_from_fp32_weights": "checkpoints are resumed on any ranks without it",
+    "ignore_unused_parameters": "every row runs every part, so there are none",
+    "cpu_offload": "DeepSpeed has renamed it; set offload_optimizer: {device: cpu}",
+    "cpu_offload_param": "DeepSpeed has renamed it; set offload_param: {device: cpu}",
 }
 
 
@@ -153,15 +208,51 @@ def _check_lora(lora: dict[str, LoraConfig], stage: StageConfig) -> None:
 
 
 def _check_engine(engine: dict[str, Any]) -> None:
-    for key, owner in _ENGINE_OWNED.items():
-        if key in engine:
-            raise ConfigError(f"engine.{key} is the run's own, set by {owner}; remove it from the engine's dictionary")
+    """Only keys that are known to have an effect, and none on what is learned."""
+    for key in engine:
+        if key in _ENGINE_OWNED:
+            raise ConfigError(
+                f"engine.{key} is the run's own, set by {_ENGINE_OWNED[key]}; remove it from the engine's dictionary"
+            )
+        if key != "zero_optimization":
+            raise _refused_key(f"engine.{key}", _ENGINE_REFUSED.get(key), ("zero_optimization",))
     zero = engine.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"engine.zero_optimization must be a dictionary with a `stage`, got {zero!r}")
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"engine.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    for key, value in zero.items():
+        name = f"engine.zero_optimization.{key}"
+        if key not in ZERO_KEYS:
+            allowed = (known for known, stages in ZERO_KEYS.items() if stage in stages)
+            raise _refused_key(name, _ZERO_REFUSED.get(key), allowed)
+        if stage not in ZERO_KEYS[key]:
+            stages = " and ".join(str(number) for number in ZERO_KEYS[key])
+            raise ConfigError(
+                f"{name}={value} has no effect at ZeRO stage {stage}, only at {stages}; remove it, or choose "
+                f"engine=zero{ZERO_KEYS[key][-1]}"
+            )
+        if key.startswith("offload_"):
+            _check_offload(name, value)
+
+
+def _refused_key(name: str, why: str | None, allowed: Iterable[str]) -> ConfigError:
+    reason = why or "it is not among the keys that are tested to change nothing that is learned"
+    return ConfigError(f"{name} is refused: {reason}; remove it. Keys that may be set: {', '.join(allowed)}")
+
+
+def _check_offload(name: str, offload: Any) -> None:
+    if not isinstance(offload, dict) or "device" not in offload:
+        raise ConfigError(f"{name} must be a dictionary with a `device`, got {offload!r}; set {name}.device=cpu")
+    for key in offload:
+        if key not in OFFLOAD_KEYS:
+            raise _refused_key(f"{name}.{key}", None, OFFLOAD_KEYS)
+    if offload["device"] not in ("none", "cpu"):
+        raise ConfigError(
+            f"{name}.device must be none or cpu, got {offload['device']!r}: DeepSpeed's NVMe operator is not tested "
+            f"with this program; set {name}.device=cpu"
+        )
 
 
 def check_folders(config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 The order at the start is fixed: resume, else `init_from`, else fresh parts.
 """
 
+import hashlib
 import json
 import logging
 import shutil
@@ -37,6 +38,7 @@ from train.local import local_stores
 from train.log import RunLog, start_logging
 from train.optim import format_part_table, part_table
 from train.progress import sample_names
+from train.replicas import compare_starts
 from train.trainer import Trainer
 from train.versions import versions
 from train.watch import Watch
@@ -74,6 +76,7 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                 blank = blank_row(data.processor).to(world.device)
                 first_step = resumption.load(engine, blank, frozen, world, config)
                 num_skipped = first_step - resumption.state.updates
+        compare_starts(_outcome(config, data.table, place, loaded, first_step, num_skipped), world)
         if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
             _write_about(config, data.mixture, data.table)
             _note_start(config, world, data.table, first_step, loaded)
@@ -115,6 +118,22 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     "command with a larger max_steps, or null, goes on"
                 )
         barrier(world)
+
+
+def _outcome(
+    config: RunConfig, table: LengthTable, place: Path | None, loaded: str, first_step: int, num_skipped: int
+) -> dict[str, object]:
+    """What every rank must have come to by itself before the first step."""
+    resumed = "fresh" if place is None else loaded
+    return {
+        "configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12],
+        "data fingerprint": table.fingerprint,
+        "length table": f"{len(table)} samples, {hashlib.sha256(table.rows.tobytes()).hexdigest()[:12]}",
+        "checkpoint to resume from": place,
+        "outcome of the resume": resumed,
+        "first step": first_step,
+        "steps that were left out": num_skipped,
+    }
 
 
 def _start(config: RunConfig, launch: Launch) -> World:

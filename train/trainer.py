@@ -20,6 +20,7 @@ from train.answers import LiveAnswers
 from train.checkpoint import Saver
 from train.compose import to_yaml
 from train.config import RunConfig
+from train.engine import release_gathered
 from train.guard import StepGuard
 from train.heldout import HeldOut
 from train.loader import Planner, StepPlan
@@ -211,6 +212,7 @@ class Trainer:
             started = time.monotonic()
             self.log.answers(done - 1, self.live_answers.ask(self.engine, self.world, enter))
             found["perf/evaluate_s"] += time.monotonic() - started
+        release_gathered(self.engine)
         return found
 
     def _save_is_due(self, done: int, last_step: int) -> bool:

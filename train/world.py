@@ -197,6 +197,28 @@ def share(world: World, value: _Value) -> list[_Value]:
     return values
 
 
+def from_main(world: World, action: Callable[[], _Value]) -> _Value:
+    """What `action` returns on rank 0, on every rank; what it raises there, all raise.
+
+    For what ranks would otherwise read from a shared folder one by one: a network file system may show each of them
+    another state of it.
+    """
+    value: Any = None
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            value = action()
+        except Exception as raised:
+            error = raised
+    told: list[Any] = [(value, error)]
+    if world.size > 1:
+        dist.broadcast_object_list(told, src=0, group=world.host_group)
+    value, error = told[0]
+    if error is not None:
+        raise error
+    return value  # type: ignore[no-any-return]
+
+
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch says so: its CPU allocator has no type of its own for it."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)

@@ -50,7 +50,9 @@ def tiny_run(model: ModelConfig, mixture: MixtureConfig, store_root: Path, root:
 
 def zero(stage: int) -> dict[str, Any]:
     """DeepSpeed's dictionary for a ZeRO stage; small buckets and a small threshold, so that all of it is exercised."""
-    options: dict[str, Any] = {"stage": stage, "reduce_bucket_size": 20_000}
+    options: dict[str, Any] = {"stage": stage}
+    if stage > 0:
+        options |= {"reduce_bucket_size": 20_000}
     if stage == 2:
         options |= {"overlap_comm": True, "contiguous_gradients": True, "allgather_bucket_size": 20_000}
     if stage == 3:
@@ -493,17 +495,19 @@ def recorded_collectives() -> Iterator[list[Collective]]:
     """
     before = {entry["record_id"] for entry in _flight_records()}
     seen: list[Collective] = []
-    yield seen
-    seen += [
-        Collective(
-            tuple(entry["process_group"]),
-            entry["profiling_name"],
-            tuple(tuple(size) for size in (*entry["input_sizes"], *entry["output_sizes"])),
-            (*entry["input_dtypes"], *entry["output_dtypes"]),
-        )
-        for entry in _flight_records()
-        if entry["record_id"] not in before
-    ]
+    try:
+        yield seen
+    finally:  # where ranks differ, what was issued so far tells where
+        seen += [
+            Collective(
+                tuple(entry["process_group"]),
+                entry["profiling_name"],
+                tuple(tuple(size) for size in (*entry["input_sizes"], *entry["output_sizes"])),
+                (*entry["input_dtypes"], *entry["output_dtypes"]),
+            )
+            for entry in _flight_records()
+            if entry["record_id"] not in before
+        ]
 
 
 def _flight_records() -> list[dict[str, Any]]:

@@ -1,0 +1,116 @@
+"""What ranks do in the tests of replicas: a tensor is changed on one of them, or a folder is seen late."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from tests.train.cases import built, train
+from train.config import RunConfig
+
+
+def _refused(action: Callable[[], Any], error: type[Exception]) -> str:
+    try:
+        action()
+    except error as raised:
+        return str(raised)
+    raise AssertionError("it was not refused")
+
+
+def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
+    """A start in which one rank receives another value of a parameter or buffer; the words of the error."""
+    import deepspeed
+    import torch
+
+    from train.replicas import ReplicaError, tensor_sums
+    from train.world import read_launch
+
+    initialize = deepspeed.initialize
+
+    def change(tensor: torch.Tensor) -> None:
+        with torch.no_grad():
+            tensor.view(-1)[tensor.numel() // 2] += 2.0**-20
+
+    def start() -> None:
+        with built(config):
+            pass
+
+    def initialized(*, model: Any, **options: Any) -> Any:
+        made = initialize(model=model, **options)
+        held = dict([*model.named_parameters(), *model.named_buffers()])
+        change(held[name].data)
+        return made
+
+    gathers = 0
+
+    def gathered_sums(tensors: Any) -> torch.Tensor:  # of ZeRO-3: a module's parameters, gathered
+        nonlocal gathers
+        tensors, gathers = list(tensors), gathers + 1
+        if gathers == 5:
+            change(tensors[0].data)
+        return tensor_sums(tensors)
+
+    with ExitStack() as patches:
+        if read_launch().rank == rank:
+            if name:
+                patches.enter_context(patch("deepspeed.initialize", initialized))
+            else:
+                patches.enter_context(patch("train.engine.tensor_sums", gathered_sums))
+        return _refused(start, ReplicaError)
+
+
+def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s: float, patience_s: float) -> Any:
+    """Goes on from the run's checkpoints, of which one rank does not see the newest for a while: the record of the
+    rest of the run, or the words of the error."""
+    from train import sealed
+    from train.config import ConfigError
+    from train.world import read_launch
+
+    is_whole, began_s = sealed.is_whole, time.monotonic()
+
+    def lagging(place: Path) -> bool:
+        return is_whole(place) and (place.name != hidden or time.monotonic() - began_s > lag_s)
+
+    with ExitStack() as patches:
+        patches.enter_context(patch("train.checkpoint.LAG_PATIENCE_S", patience_s))
+        if read_launch().rank == rank:
+            patches.enter_context(patch("train.sealed.is_whole", lagging))
+        try:
+            return train(config)
+        except ConfigError as error:
+            return str(error)
+
+
+def compare_unlike_starts(value: dict[int, int]) -> str:
+    """Ranks that are about to begin at unlike steps; the words of the error."""
+    import torch.distributed as dist
+
+    from train.replicas import ReplicaError, compare_starts
+
+    world = _world()
+    return _refused(lambda: compare_starts({"first step": value[dist.get_rank()]}, world), ReplicaError)
+
+
+def unlike_errors() -> tuple[int, str]:
+    """What `from_main` gives every rank: rank 0's value, and rank 0's error."""
+    from train.config import ConfigError
+    from train.world import from_main
+
+    world = _world()
+
+    def fail() -> None:
+        raise ConfigError(f"of rank {world.rank}")
+
+    return from_main(world, lambda: world.rank), _refused(lambda: from_main(world, fail), ConfigError)
+
+
+def _world() -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from train.world import World
+
+    rank = dist.get_rank()
+    return World(rank, rank, dist.get_world_size(), torch.device("cpu"), torch.float32, dist.group.WORLD)
