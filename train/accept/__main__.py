@@ -107,6 +107,7 @@ def _accept(options: argparse.Namespace, ranks: Any, launcher: str, started_s: f
 
 def _check_usage(options: argparse.Namespace, out: Path, num_ranks: int) -> None:
     """Makes the folder. Raises ConfigError for what is wrong about the command line."""
+    from train.accept.hardware import base_hardware
     from train.compose import load
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -115,6 +116,8 @@ def _check_usage(options: argparse.Namespace, out: Path, num_ranks: int) -> None
         raise ConfigError(f"--own-ranks is from 1 to the {num_ranks} ranks of this start, got {options.own_ranks}")
     if options.minutes <= 0 or options.timeout_s < 1:
         raise ConfigError(f"--minutes and --timeout-s must be above 0, got {options.minutes} and {options.timeout_s}")
+    if options.hardware_base is not None:
+        base_hardware(options.hardware_base, "", 0.0)
     if options.overrides:
         load(["name=own", *options.overrides], str(options.config_dir) if options.config_dir else None)
     out.mkdir(parents=True, exist_ok=True)

@@ -52,14 +52,14 @@ class NotRun(Exception):
 
 @dataclass
 class Device:
-    """What a rank runs on: "cpu", or the GPU's name, with the memory that programs see."""
+    """What a rank runs on: "CPU", or the GPU's name, with the memory that programs see."""
 
     name: str
     memory_gib: float = 0.0
 
     @property
     def is_gpu(self) -> bool:
-        return self.name != "cpu"
+        return self.name != "CPU"
 
 
 @dataclass
@@ -225,7 +225,7 @@ def find_device(ranks: Ranks, out: Path) -> Device:
         PhaseError: a rank's child could not ask.
     """
     if not any(ranks.gather(torch.cuda.is_available())):
-        return Device("cpu")
+        return Device("CPU")
     code = (
         "import json, os, torch; n = torch.cuda.device_count(); k = int(os.environ['LOCAL_RANK']) if n > 1 else 0; "
         "p = torch.cuda.get_device_properties(k); print(json.dumps([p.name, p.total_memory / 2**30]))"

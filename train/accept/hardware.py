@@ -21,7 +21,7 @@ def base_hardware(name: str | None, device_name: str, memory_gib: float) -> str:
     """The file whose numbers stand where nothing is measured: the one that is named, or the device's.
 
     Args:
-        device_name: "cpu", or as CUDA reports it.
+        device_name: "CPU", or as CUDA reports it.
 
     Raises:
         ConfigError: there is no such file, or none is this device's.
@@ -34,7 +34,7 @@ def base_hardware(name: str | None, device_name: str, memory_gib: float) -> str:
         return name
     for candidate in known:
         values = yaml.safe_load((folder / f"{candidate}.yaml").read_text())
-        if device_name == values["device"] == "cpu":
+        if device_name == "CPU" and values["device"] == "cpu":
             return candidate
         same_memory = abs(values["memory_gib"] / max(memory_gib, 1e-9) - 1) < 0.05
         if values["device"] == "cuda" and same_memory and values["bf16_tflops"] == peak_tflops(device_name):

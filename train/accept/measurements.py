@@ -26,8 +26,8 @@ def export(bench: Bench) -> Finding:
     """`python -m train.export` of a checkpoint, on rank 0's host; it compares tensors and logits itself."""
     if bench.checkpoint is None:
         raise NotRun("no resumed run has left a checkpoint")
-    target = bench.out / "export"
-    command = [sys.executable, "-m", "train.export", str(bench.checkpoint), "--out", str(target)]
+    place, target = bench.checkpoint, bench.out / "export"
+    command = [sys.executable, "-m", "train.export", str(place), "--out", str(target)]
     logs = bench.out / "logs" / "export"
     left_s = bench.left_s()
     ended = run_children(bench.ranks, command, num_ranks=1, limit_s=min(300.0, left_s), logs=logs)
@@ -39,8 +39,8 @@ def export(bench: Bench) -> Finding:
     def said() -> Finding:
         lines = [line.strip() for line in (logs / "rank_000.log").read_text().splitlines() if line.strip()]
         unverified = [line for line in lines if "NOT " in line]
-        summary = f"{bench.checkpoint} verified by the export program"
-        return Finding(f"{Path(summary).name}", {"lines": lines}, problem="\n".join(unverified))
+        summary = f"{place.name} of {bench.ranks.size} ranks exported; the program has verified it"
+        return Finding(summary, {"lines": lines}, problem="\n".join(unverified))
 
     return bench.ranks.on_main(said)
 

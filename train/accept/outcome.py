@@ -4,6 +4,7 @@ Standard library only. The report is the one source of the "Verified on" table: 
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -96,10 +97,11 @@ def write_report(path: Path, checks: Sequence[Check], about: Mapping[str, Any], 
 
 
 def replaced(value: Any, hidden: Mapping[str, str]) -> Any:
-    """A plain value in which every text has some parts replaced, dictionary keys included."""
+    """A plain value in which some words and paths are replaced in every text, dictionary keys included."""
     if isinstance(value, str):
         for text in sorted(hidden, key=len, reverse=True):
-            value = value.replace(text, hidden[text])
+            # Whole ones only: a host may be called "vm".
+            value = re.sub(rf"(?<![\w-]){re.escape(text)}(?![\w-])", lambda _, text=text: hidden[text], value)
         return value
     if isinstance(value, Mapping):
         return {replaced(key, hidden): replaced(item, hidden) for key, item in value.items()}
