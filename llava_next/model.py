@@ -160,8 +160,8 @@ class LlavaNext(nn.Module):
             position_ids=batch.position_ids,
             use_cache=False,
             segments=batch.segments,
-            # A row without targets runs the last block as every other row does, at position 0, whose state is not used.
-            targets=batch.target_positions if len(batch.target_positions) else batch.target_positions.new_zeros(1),
+            # A row without any runs whole: its block's weights, too, want their (zero) gradients on every rank.
+            targets=batch.target_positions if len(batch.target_positions) else None,
         ).last_hidden_state
         return states[0, batch.target_positions], self.hf.lm_head.weight
 
