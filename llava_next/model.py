@@ -9,7 +9,7 @@ Reading and writing directories is `hf.py`'s; which parts train is the caller's 
 """
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from transformers import LlavaNextForConditionalGeneration, PreTrainedModel
 
 from llava_next.attention import refuse_unsupported, register, register_for_tower
-from llava_next.batch import Batch
+from llava_next.batch import Batch, Segments
 from llava_next.config import PARTS, AttentionKernel, ModelError
 from llava_next.last_block import run_at_targets
 from llava_next.loss import token_losses
@@ -155,15 +155,25 @@ class LlavaNext(nn.Module):
         else:
             # Every part of every rank takes part in every micro-step, or ranks would wait for one another's gradients.
             embeds = embeds + table.sum() * 0
+        targets, segments = _last_block_positions(batch)
         states = model.language_model(
-            inputs_embeds=embeds,
-            position_ids=batch.position_ids,
-            use_cache=False,
-            segments=batch.segments,
-            # A row without any runs whole: its block's weights, too, want their (zero) gradients on every rank.
-            targets=batch.target_positions if len(batch.target_positions) else None,
+            inputs_embeds=embeds, position_ids=batch.position_ids, use_cache=False, segments=segments, targets=targets
         ).last_hidden_state
         return states[0, batch.target_positions], self.hf.lm_head.weight
+
+
+def _last_block_positions(batch: Batch) -> tuple[torch.Tensor, Segments]:
+    """Positions at which the last block runs, int64 [L] with L at least 1, and the segments that count them.
+
+    A row without a target runs at position 0, whose output nothing reads. The autograd graph of a block must not depend
+    on the row: recompute ends at the last tensor that the graph saved, so another graph would gather other modules
+    under ZeRO-3 than the other ranks do, and all would wait for ever. It also gives every weight its zero gradient.
+    """
+    targets, segments = batch.target_positions, batch.segments
+    if len(targets):
+        return targets, segments
+    num_targets = (1, *(0 for _ in segments.lengths[1:]))
+    return targets.new_zeros(1), replace(segments, num_targets=num_targets)
 
 
 def _likeliest(states: torch.Tensor, head_weight: torch.Tensor) -> torch.Tensor:

@@ -2,15 +2,17 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import llava_next.model
 from llava_next.build import Backbone, build_model
-from llava_next.config import PARTS
+from llava_next.config import PARTS, AttentionKernel
 from llava_next.last_block import run_at_targets
 from llava_next.model import LlavaNext, set_recompute, set_trained_parts
+from llava_next.processor import IGNORE
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, gradients, mixed, row, worst_difference
 
@@ -70,15 +72,56 @@ def test_only_what_is_read_runs(make_backbone: MakeBackbone) -> None:
     assert len(seen) == 7 * len(layers)
 
 
-def test_a_row_without_targets_runs_whole(make_backbone: MakeBackbone) -> None:
-    """After a row that has some: nothing of that row is left over, and all weights get their zeros."""
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+@pytest.mark.parametrize("again", [False, True], ids=["kept", "recomputed"])
+def test_a_row_without_targets_gives_zero_gradients(
+    make_backbone: MakeBackbone, *, again: bool, attention: AttentionKernel
+) -> None:
+    """A row without samples, and rows whose samples have no target: every weight gets a gradient, and it is zero, also
+    after a row with targets. The states of other positions are read by nothing."""
+    backbone = make_backbone()
+    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8, attention=attention)
+    set_trained_parts(model, PARTS)
+    set_recompute(model, ("language_model",) if again else ())
+    examples = [encoded(backbone, [(45, 61)]).example, encoded(backbone, [], seed=1).example]
+    silent = [
+        replace(example, layout=replace(example.layout, labels=np.full_like(example.layout.labels, IGNORE)))
+        for example in examples
+    ]
+    model(row(backbone, examples))
+    for each in ([], silent[1:], silent):
+        model.zero_grad(set_to_none=True)
+        total, by_source, tokens = model(row(backbone, each))
+        total.backward()
+        assert (float(total.detach()), float(by_source.abs().sum()), int(tokens.sum())) == (0.0, 0.0, 0)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert len(trained) > 30
+        assert not any(parameter.grad is None or parameter.grad.any() for parameter in trained)
+
+
+@pytest.mark.parametrize("part", ["language_model", "vision_tower"])
+def test_recompute_runs_the_same_modules_for_every_row(make_backbone: MakeBackbone, part: str) -> None:
+    """ZeRO-3 gathers a module's weights when it begins and frees them when it ends, in the second forward pass too:
+    which modules those are depends neither on images nor on targets, or ranks with unlike rows would hang."""
     backbone = make_backbone()
     model = _model(backbone)
-    model(row(backbone, [encoded(backbone, []).example]))
-    model(row(backbone, []))[0].backward()
-    last = [parameter.grad for parameter in model.hf.model.language_model.layers[-1].parameters()]
-    assert len(last) == 9
-    assert not any(gradient is None or gradient.any() for gradient in last)
+    set_recompute(model, (part,))
+    events: list[tuple[str, str]] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: events.append(("begins", name)))
+        module.register_forward_hook(lambda *_, name=name: events.append(("ends", name)))
+    image = encoded(backbone, [(45, 61), (20, 20)]).example
+    silent = replace(image, layout=replace(image.layout, labels=np.full_like(image.layout.labels, IGNORE)))
+    found = []
+    for examples in ([image], [encoded(backbone, []).example], [silent], []):
+        events.clear()
+        total = model(row(backbone, examples))[0]
+        once = len(events)
+        total.backward()
+        assert once < len(events)
+        found.append(list(events))
+    for each in found[1:]:
+        assert each == found[0]
 
 
 class _Experts(nn.Module):
