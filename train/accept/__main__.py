@@ -6,8 +6,8 @@
     torchrun --standalone --nproc-per-node 8 -m train.accept --out DIR experiment=mine
     python -m train.accept --table docs/verified
 
-Trains small generated models by the real program on one and on all ranks and compares losses and weights at ZeRO 1 to 3;
-kills a run and resumes it on half of the ranks; exports; measures links, saving and speed. DIR is on a file system
+Trains small generated models by the real program, on one and on all ranks, and compares losses and weights at ZeRO 1 to
+3; kills a run and resumes it on half of the ranks; exports; measures links, saving and speed. DIR is on a file system
 that all nodes share. It gets report.json, the logs, and a hardware file for the planner. Overrides of `python -m train`
 add a check of one's own configuration. The exit code is 0 where every check has passed, 1 where one has not or was not
 run, and 2 for a mistake in the command line.

@@ -101,7 +101,9 @@ class Bench:
         """The model of the speed check, by the device's memory."""
         if not self.device.is_gpu:
             return NARROW_SLICE
-        return WIDE_SLICE if self.device.memory_gib >= _SMALL_GPU_GIB else replace(WIDE_SLICE, layers=2, max_tokens=4096)
+        return (
+            WIDE_SLICE if self.device.memory_gib >= _SMALL_GPU_GIB else replace(WIDE_SLICE, layers=2, max_tokens=4096)
+        )
 
     def run_dir(self, name: str) -> Path:
         """The folder of a child run of the trainer."""

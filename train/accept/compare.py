@@ -18,9 +18,9 @@ from llava_next.tensors import read_folder
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4, "weights": 1e-5, "tensor": 1e-3}
 """Largest relative difference of a step's loss, of a step's gradient norm, of a part's weights, of one tensor."""
 WHY = (
-    "fp32 sums in another order: 6e-8 an addition, 1e-7 to 1e-6 in a loss. AdamW divides by the gradient's own size, so "
-    "an element whose gradient is near zero moves by the noise: small in a part, more in a bias that began at zero. Key "
-    "biases are left out: softmax does not depend on them, their true gradient is zero"
+    "fp32 sums in another order: 6e-8 an addition, 1e-7 to 1e-6 in a loss. AdamW divides by the gradient's own size, "
+    "so an element whose gradient is near zero moves by the noise: little in a part, more in a bias that began at 0. "
+    "Key biases are left out: softmax does not depend on them, their true gradient is zero"
 )
 _NOISE = "k_proj.bias"
 
@@ -83,7 +83,9 @@ def _weights_difference(ours: Path, theirs: Path) -> dict[str, Any]:
             norms = float((mine - reference).norm()), float(reference.norm())
             of_tensors[name] = _ratio(*norms)
             sums[name.removeprefix("model.").partition(".")[0]].append(norms)
-    of_parts = {part: _ratio(*(math.hypot(*column) for column in zip(*norms, strict=True))) for part, norms in sums.items()}
+    of_parts = {
+        part: _ratio(*(math.hypot(*column) for column in zip(*norms, strict=True))) for part, norms in sums.items()
+    }
     worst = max(of_tensors, key=lambda name: of_tensors[name])
     return {
         "weights": max(of_parts.values()),

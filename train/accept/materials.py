@@ -90,7 +90,7 @@ def write_materials(folder: Path, num_ranks: int, slice_: Slice) -> None:
     for name, shape in (("accept", tiny), ("accept_wide", slice_)):
         _write_model(folder, name, shape)
     for name, sources in (("accept", (IMAGES, CHATS)), ("accept_wide", (WIDE,))):
-        _write_yaml(folder, "mixture", name, {"name": name, "seed": 0, "sources": {source: None for source in sources}})
+        _write_yaml(folder, "mixture", name, {"name": name, "seed": 0, "sources": dict.fromkeys(sources)})
 
 
 def _write_model(folder: Path, name: str, shape: Slice) -> None:

@@ -3,13 +3,10 @@
 import json
 import shutil
 import sys
-import time
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-from train import sealed
 from train.accept.bench import Bench, NotRun
 from train.accept.children import run_children
 from train.accept.compare import read_metrics

@@ -101,7 +101,7 @@ def replaced(value: Any, hidden: Mapping[str, str]) -> Any:
     if isinstance(value, str):
         for text in sorted(hidden, key=len, reverse=True):
             # Whole ones only: a host may be called "vm".
-            value = re.sub(rf"(?<![\w-]){re.escape(text)}(?![\w-])", lambda _, text=text: hidden[text], value)
+            value = hidden[text].join(re.split(rf"(?<![\w-]){re.escape(text)}(?![\w-])", value))
         return value
     if isinstance(value, Mapping):
         return {replaced(key, hidden): replaced(item, hidden) for key, item in value.items()}

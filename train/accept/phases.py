@@ -165,11 +165,11 @@ def own_runs(bench: Bench, *, words: Sequence[str], num_ranks: int) -> Finding:
             return Finding(problem=f"on {size} ranks: {bench.problem_of(ended, name)}")
 
     def compared() -> Finding:
-        folders = [next((bench.out / "runs" / name).glob("*/metrics.jsonl")).parent for name in names]
-        starts = json.loads((folders[0] / "starts.jsonl").read_text().splitlines()[-1])
+        own, fewer = [next((bench.out / "runs" / name).glob("*/metrics.jsonl")).parent for name in names]
+        starts = json.loads((own / "starts.jsonl").read_text().splitlines()[-1])
         exact = starts["dtype"] == "float32"
         tolerances = {key: TOLERANCES[key] for key in ("loss", "grad_norm")} if exact else _BF16_LOSS
-        found = compare_runs(*folders, tolerances, weights=False)
+        found = compare_runs(own, fewer, tolerances, weights=False)
         why = WHY if exact else _WHY_BF16
         return Finding(found.summary, found.numbers, tolerances, why, found.problem)
 

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from train.world import Launch, free_port, read_launch, set_environment
 
@@ -35,7 +36,7 @@ class Ranks:
 
     launch: Launch
     hosts: list[str]
-    store: dist.Store
+    store: Store
     address: str
 
     @property
@@ -91,10 +92,8 @@ def join(patience_s: float) -> Ranks:
     """
     launch = read_launch()
     set_environment(launch)
-    dist.init_process_group(
-        "gloo", rank=launch.rank, world_size=launch.size, timeout=timedelta(seconds=patience_s)
-    )
-    store = dist.PrefixStore("accept", distributed_c10d._get_default_store())
+    dist.init_process_group("gloo", rank=launch.rank, world_size=launch.size, timeout=timedelta(seconds=patience_s))
+    store = PrefixStore("accept", distributed_c10d._get_default_store())
     hosts: list[Any] = [None] * launch.size
     dist.all_gather_object(hosts, socket.gethostname())
     address = [_own_address(os.environ["MASTER_ADDR"]) if len(set(hosts)) > 1 else "127.0.0.1"]

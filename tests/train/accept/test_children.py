@@ -48,6 +48,7 @@ def wait_until_gone(pid: int) -> None:
 
 
 def test_a_child_that_succeeds(ranks: Ranks, tmp_path: Path) -> None:
+    """Exit code 0 is a success; what it printed is in its log."""
     ended = run_children(ranks, [sys.executable, "-c", "print(1)"], num_ranks=1, limit_s=60, logs=tmp_path)
     assert ended.succeeded
     assert ended.codes == [0]
@@ -55,6 +56,7 @@ def test_a_child_that_succeeds(ranks: Ranks, tmp_path: Path) -> None:
 
 
 def test_a_child_that_fails_is_reported_with_its_last_words(ranks: Ranks, tmp_path: Path) -> None:
+    """The exit code and the end of the log are reported."""
     command = [sys.executable, "-c", "import sys; print('no such thing'); sys.exit(3)"]
     ended = run_children(ranks, command, num_ranks=1, limit_s=60, logs=tmp_path)
     assert not ended.succeeded
@@ -62,6 +64,7 @@ def test_a_child_that_fails_is_reported_with_its_last_words(ranks: Ranks, tmp_pa
 
 
 def test_a_child_that_hangs_is_killed_with_its_own_children(ranks: Ranks, tmp_path: Path) -> None:
+    """After its time limit neither it nor a process that it started is left."""
     ended = run_children(ranks, [sys.executable, "-c", LONG], num_ranks=1, limit_s=2, logs=tmp_path)
     assert (ended.timed_out, ended.killed, ended.codes) == (True, False, [-9])
     assert ended.seconds < 20
@@ -69,6 +72,7 @@ def test_a_child_that_hangs_is_killed_with_its_own_children(ranks: Ranks, tmp_pa
 
 
 def test_a_child_is_killed_on_request(ranks: Ranks, tmp_path: Path) -> None:
+    """Which is no time-out, and no success."""
     log = tmp_path / "rank_000.log"
     ended = run_children(
         ranks,
@@ -122,6 +126,7 @@ def test_environment_of_a_child() -> None:
 
 
 def test_an_error_of_the_main_rank_is_every_ranks(ranks: Ranks) -> None:
+    """What rank 0 computes has one outcome: a value, or an error."""
     with pytest.raises(PhaseError, match="ZeroDivisionError"):
         ranks.on_main(lambda: 1 // 0)
     assert ranks.on_main(os.getpid) == os.getpid()
@@ -137,4 +142,5 @@ def test_an_error_of_the_main_rank_is_every_ranks(ranks: Ranks) -> None:
     ],
 )
 def test_launcher_is_recognised(env: dict[str, str], expected: str) -> None:
+    """By the variables that only this launcher sets."""
     assert launcher_name(env) == expected

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def checks(*statuses: Status) -> list[Check]:
+    """One check for each status."""
     return [Check(f"check{number}", "a with b", status) for number, status in enumerate(statuses)]
 
 
@@ -45,10 +46,11 @@ def test_verdict(statuses: Sequence[Status], word: str, is_passed: bool) -> None
 
 
 def test_report_hides_what_it_is_told_to(tmp_path: Path) -> None:
-    found = [Check("a", "", "failed", numbers={"of node7": ["/x/out/runs"]}, reason="rank 1 (node7): /x/out/logs")]
-    write_report(tmp_path / "report.json", found, {"devices": {"CPU": 1}}, {"node7": "host0", "/x/out": "DIR"})
+    """Names of hosts and folders are replaced in every text, words that only contain them are not."""
+    found = [Check("a", "", "failed", numbers={"of vm": ["/x/out/runs"]}, reason="rank 1 (vm), not vmlinux: /x/out/l")]
+    write_report(tmp_path / "report.json", found, {"devices": {"CPU": 1}}, {"vm": "host0", "/x/out": "DIR"})
     text = (tmp_path / "report.json").read_text()
-    assert "node7" not in text
+    assert "rank 1 (host0), not vmlinux" in text
     assert "/x/out" not in text
     report = json.loads(text)
     assert report["passed"] is False
@@ -56,6 +58,7 @@ def test_report_hides_what_it_is_told_to(tmp_path: Path) -> None:
 
 
 def report_of(statuses: Sequence[Status], **changes: Any) -> dict[str, Any]:
+    """What the table reads of a report."""
     about = {"ranks": 4, "nodes": [{"host": "a", "ranks": 4}], "devices": {"CPU": 4}, "launcher": "torchrun"}
     names = [{"name": check.name, "status": check.status} for check in checks(*statuses)]
     return {"accept": 1, "when": "2026-11-30T10:00:00+00:00", **about, "checks": names, **changes}
@@ -76,6 +79,7 @@ def test_table_says_what_was_covered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{}", "[]", "no JSON", '{"accept": 1}', '{"accept": 99}'])
 def test_table_refuses_other_files(tmp_path: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With exit code 2 and the name of the file."""
     file = tmp_path / "other.json"
     file.write_text(text)
     assert main(["--table", str(file)]) == 2
@@ -86,6 +90,8 @@ def test_table_refuses_other_files(tmp_path: Path, text: str, capsys: pytest.Cap
 
 
 def links(num_hosts: int) -> dict[str, Any]:
+    """Measured links: 300 GB/s inside a host, 40 between two, by the slower collective and the largest message."""
+
     def group(num_ranks: int, gb_s: float, latency_us: float) -> dict[str, Any]:
         sizes = [{"bytes": 1, "seconds": 1.0, "gb_s": 0.1}, {"bytes": 2, "seconds": 1.0, "gb_s": gb_s}]
         faster = [{**size, "gb_s": 2 * size["gb_s"]} for size in sizes]
@@ -112,6 +118,7 @@ def test_planner_reckons_with_what_was_measured(tmp_path: Path) -> None:
 
 
 def test_one_node_says_nothing_about_the_network() -> None:
+    """Only the link inside the host is measured there."""
     found = measured_keys({"num_hosts": 1, "groups": {"one_host": links(1)["groups"]["one_host"]}})
     assert found == {"link_gb_s": pytest.approx(300.0 / LINK_SHARE), "link_latency_us": 2.0}
 
@@ -120,6 +127,7 @@ def test_one_node_says_nothing_about_the_network() -> None:
     ("name", "device", "value"), [("a1000", "CPU", "a1000"), (None, "NVIDIA X1", "NVIDIA X1"), (None, "CUDA", "CUDA")]
 )
 def test_an_unknown_machine_needs_a_base(name: str | None, device: str, value: str) -> None:
+    """A file that is not there, or a device of which there is none, is an error with its name."""
     with pytest.raises(ConfigError, match=value):
         base_hardware(name, device, 96.0)
     assert base_hardware("a100_80g", "NVIDIA X1", 96.0) == "a100_80g"
@@ -131,6 +139,7 @@ def test_an_unknown_machine_needs_a_base(name: str | None, device: str, value: s
 
 def write_run(folder: Path, *, loss: float = 2.0, norm: float = 1.0, steps: int = 3, scale: float = 1.0,
               samples: int = 8, key_bias: float = 0.1) -> Path:  # fmt: skip
+    """A run of three steps with an export of three tensors."""
     (folder / "export").mkdir(parents=True)
     line = {"train/loss": loss, "train/grad_norm": norm, "train/samples": samples}
     line |= {f"train/{key}": 1 for key in ("supervised_tokens", "input_tokens", "tiles")}
@@ -158,6 +167,7 @@ def write_run(folder: Path, *, loss: float = 2.0, norm: float = 1.0, steps: int 
     ],
 )
 def test_comparison(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    """What differs by rounding is equal, key biases are not compared, everything else is found."""
     ours, theirs = write_run(tmp_path / "ours", **changes), write_run(tmp_path / "theirs")
     found = compare_runs(ours, theirs, TOLERANCES, weights=True)
     assert (problem in found.problem) if problem else not found.problem, found

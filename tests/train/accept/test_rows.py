@@ -1,4 +1,4 @@
-"""Owns the proof that the generated order holds the rows that the checks are about, and that the last step is ragged."""
+"""Owns the proof that the generated order holds the rows that the checks are about, and a last step that is ragged."""
 
 from pathlib import Path
 
