@@ -21,13 +21,18 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from train.accept.outcome import Check, passed, report_files, verdict, verified_table, write_report
 from train.config import ConfigError
 
+if TYPE_CHECKING:
+    from train.accept.ranks import Ranks
+
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_SHARED_S = 20.0
+"""How long a new folder may take to show on the other hosts of a network file system."""
 _MARGIN_S = 900.0
 """How much longer than the whole time the ranks wait for each other: whoever is late then is gone."""
 
@@ -53,16 +58,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (PhaseError, ConfigError) as error:
         if ranks.is_main:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
     finally:
         leave()
 
 
-def _accept(options: argparse.Namespace, ranks: Any, launcher: str, started_s: float) -> int:
+def _accept(options: argparse.Namespace, ranks: "Ranks", launcher: str, started_s: float) -> int:
     """Checks the command line on rank 0, runs the phases, writes the report.
 
     Raises:
-        PhaseError: a mistake in the command line.
+        ConfigError: a mistake in the command line.
+        PhaseError: a rank cannot ask for its device.
     """
     from train.accept.bench import Bench, find_device
     from train.accept.hardware import base_hardware
@@ -71,6 +77,7 @@ def _accept(options: argparse.Namespace, ranks: Any, launcher: str, started_s: f
     out = options.out.resolve()
     own = [*(["--config-dir", str(options.config_dir.resolve())] if options.config_dir else []), *options.overrides]
     ranks.on_main(lambda: _check_usage(options, out, ranks.size))
+    _check_shared(out, ranks)
     device = find_device(ranks, out)
     base = ranks.on_main(lambda: base_hardware(options.hardware_base, device.name, device.memory_gib))
     bench = Bench(ranks, device, out, options.timeout_s, started_s + 60 * options.minutes)
@@ -121,6 +128,20 @@ def _check_usage(options: argparse.Namespace, out: Path, num_ranks: int) -> None
     if options.overrides:
         load(["name=own", *options.overrides], str(options.config_dir) if options.config_dir else None)
     out.mkdir(parents=True, exist_ok=True)
+
+
+def _check_shared(out: Path, ranks: "Ranks") -> None:
+    """Raises ConfigError on every rank where a host does not see the folder that rank 0 has made."""
+    deadline_s = time.monotonic() + _SHARED_S
+    while not out.is_dir() and time.monotonic() < deadline_s:
+        time.sleep(0.5)
+    missing = sorted(
+        {host for host, is_there in zip(ranks.hosts, ranks.gather(out.is_dir()), strict=True) if not is_there}
+    )
+    if missing:
+        raise ConfigError(
+            f"--out {out} is not there on {', '.join(missing)}; name a folder on a file system that all nodes share"
+        )
 
 
 def _versions() -> dict[str, str]:

@@ -6,6 +6,7 @@ time limit; when it is over, or soon after a rank has failed, what is left of th
 
 import math
 import os
+import shlex
 import signal
 import subprocess
 import time
@@ -82,6 +83,9 @@ def run_children(
     port = fresh_port(ranks)
     key = f"child/{port}/{ranks.on_main(time.time_ns)}"
     log = logs / f"rank_{ranks.rank:03d}.log"
+    if ranks.is_main:
+        logs.mkdir(parents=True, exist_ok=True)
+        (logs / "command.txt").write_text(f"{shlex.join(command)}\n")  # to start it by hand
     code, timed_out, killed, started = 0, False, False, time.monotonic()
     if ranks.rank < num_ranks:
         env = child_environment(

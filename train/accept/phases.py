@@ -19,6 +19,7 @@ from train.accept.outcome import Check, Finding
 from train.accept.ranks import PhaseError
 from train.accept.rows import count_kinds
 from train.checkpoint import place_name
+from train.config import ConfigError
 
 REFERENCE = "one_rank"
 _LEAST_S = 20.0
@@ -77,7 +78,7 @@ def run_phases(bench: Bench, chosen: Sequence[Phase]) -> Iterator[Check]:
     """The checks, each as soon as it is done. Every rank must take them all."""
     try:
         bench.prepare()
-    except PhaseError as error:
+    except (PhaseError, ConfigError) as error:
         for phase in chosen:
             yield Check(phase.name, phase.compared, "not run", reason=f"the materials could not be made: {error}")
         return
@@ -89,7 +90,7 @@ def run_phases(bench: Bench, chosen: Sequence[Phase]) -> Iterator[Check]:
             found = phase.run(bench)
         except NotRun as error:
             yield Check(phase.name, phase.compared, "not run", time.monotonic() - started, reason=str(error))
-        except PhaseError as error:
+        except (PhaseError, ConfigError) as error:
             yield Check(phase.name, phase.compared, "failed", time.monotonic() - started, reason=str(error))
         else:
             yield Check(

@@ -5,7 +5,6 @@ A gloo group of the program's own, without CUDA: its processes only start other 
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from train.config import ConfigError
 from train.world import Launch, free_port, read_launch, set_environment
 
 _Value = TypeVar("_Value")
@@ -69,17 +69,20 @@ class Ranks:
         """What rank 0 computes, on every rank. Every rank must call it.
 
         Raises:
-            PhaseError: the action raised an exception on rank 0.
+            ConfigError: the action raised one on rank 0: a mistake of the user's.
+            PhaseError: it raised another exception.
         """
-        answer: list[Any] = [None, ""]
+        answer: list[Any] = [None, None]
         if self.is_main:
             try:
                 answer[0] = action()
+            except ConfigError as error:
+                answer[1] = error
             except Exception as error:
-                answer[1] = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                answer[1] = PhaseError(f"{type(error).__name__}: {' '.join(str(error).split())}")
         dist.broadcast_object_list(answer, src=0)
-        if answer[1]:
-            raise PhaseError(answer[1])
+        if answer[1] is not None:
+            raise answer[1]
         value: _Value = answer[0]
         return value
 
@@ -135,8 +138,3 @@ def launcher_name(env: Mapping[str, str] = os.environ) -> str:
     if "RANK" not in env and "SLURM_STEP_ID" in env:
         return "srun"
     return "none" if "RANK" not in env else "environment"
-
-
-def own_arguments() -> list[str]:
-    """The program's arguments, without what the deepspeed launcher adds."""
-    return [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
