@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.train.launch import ROOT, finish
+from tests.train.test_two_hosts import ADDRESSES, hosts  # noqa: F401  (a fixture)
 from train.plan.hardware import check_hardware
 
 BIN = Path(sys.executable).parent
@@ -205,3 +206,29 @@ def test_slurm_job(tmp_path: Path) -> None:
     report = report_in(out)
     assert (report["launcher"], report["ranks"]) == ("srun", 2)
     assert statuses(report) == dict.fromkeys(QUICK, "passed")
+
+
+@pytest.mark.full
+def test_two_hosts(tmp_path: Path, hosts: tuple[list[str], list[str]]) -> None:  # noqa: F811
+    """Two ranks on each of two hosts with names and a network of their own: child runs meet across it, and the hardware
+    file has both the links inside a host and the network between them."""
+    spaces, links = hosts
+    out, hidden = tmp_path / "out", ("SLURM_PROCID", "DS_ACCELERATOR")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    env |= {"WORLD_SIZE": "4", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29871", "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in range(4):
+        host = rank // 2
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "GLOO_SOCKET_IFNAME": links[host]}
+        command = f'hostname node{host} && exec "{sys.executable}" -m train.accept --out "{out}" --quick'
+        words = ["ip", "netns", "exec", spaces[host], "unshare", "--uts", "sh", "-c", command]
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        processes.append(subprocess.Popen(words, cwd=ROOT, env=env | own, start_new_session=True, **pipes))
+    ended = [finish(process, 400) for process in processes]
+    assert [code for code, _ in ended] == [0] * 4, ended
+    report = report_in(out)
+    assert report["nodes"] == [{"host": "node0", "ranks": 2}, {"host": "node1", "ranks": 2}]
+    assert "2 x 2 CPU (4 ranks" in report["verdict"]
+    measured = report["checks"][-1]["numbers"]["measured"]
+    assert {"link_gb_s", "link_latency_us", "network_gb_s", "network_latency_us"} <= measured.keys()
+    assert measured["gpus_per_node"] == 2
