@@ -32,7 +32,7 @@ FULL = [
 ]
 
 
-def launch(launcher: str, num_ranks: int, *arguments: str, timeout_s: float = 300, **more: str) -> tuple[int, str]:
+def launch(launcher: str, num_ranks: int, *arguments: str, timeout_s: float = 900, **more: str) -> tuple[int, str]:
     """Exit code and output of the program on so many ranks."""
     words = {
         "plain": [sys.executable, "-m"],
@@ -86,23 +86,13 @@ def test_two_ranks_pass(tmp_path: Path) -> None:
     assert hardware.gpus_per_node == 2
 
 
-@pytest.mark.parametrize(
-    ("arguments", "value"),
-    [
-        (["--out", "{}"], "{}"),
-        (["--out", "{}/new", "--hardware-base", "a1000"], "a1000"),
-        (["--out", "{}/new", "--own-ranks", "3"], "3"),
-        (["--out", "{}/new", "max_steps=0", "mixture=lcs_558k"], "max_steps"),
-    ],
-)
-def test_mistakes_end_with_two(tmp_path: Path, arguments: list[str], value: str) -> None:
-    """A folder that is in use, a name that is not there, and what `python -m train` would refuse."""
+def test_a_mistake_ends_with_two(tmp_path: Path) -> None:
+    """One sentence with the value, printed once; nothing is written."""
     (tmp_path / "something").touch()
-    words = [word.format(tmp_path) for word in arguments]
-    code, output = launch("plain", 1, *words)
+    code, output = launch("plain", 1, "--out", str(tmp_path))
     assert code == 2, output
     assert output.startswith("error: ")
-    assert value.format(tmp_path) in output
+    assert str(tmp_path) in output
     assert [path.name for path in tmp_path.iterdir()] == ["something"]
 
 
@@ -151,6 +141,7 @@ def test_own_configuration(tmp_path: Path) -> None:
     assert (check["name"], check["status"], check["numbers"]["steps"]) == ("own", "passed", 3)
 
 
+@pytest.mark.full
 def test_what_does_not_fit_is_not_passed(tmp_path: Path) -> None:
     """Without time nothing runs, and the verdict says so."""
     out = tmp_path / "out"
@@ -201,7 +192,7 @@ def test_slurm_job(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    code, output = finish(process, 300)
+    code, output = finish(process, 900)
     assert code == 0, output
     report = report_in(out)
     assert (report["launcher"], report["ranks"]) == ("srun", 2)
@@ -224,7 +215,7 @@ def test_two_hosts(tmp_path: Path, hosts: tuple[list[str], list[str]]) -> None: 
         words = ["ip", "netns", "exec", spaces[host], "unshare", "--uts", "sh", "-c", command]
         pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes.append(subprocess.Popen(words, cwd=ROOT, env=env | own, start_new_session=True, **pipes))
-    ended = [finish(process, 400) for process in processes]
+    ended = [finish(process, 900) for process in processes]
     assert [code for code, _ in ended] == [0] * 4, ended
     report = report_in(out)
     assert report["nodes"] == [{"host": "node0", "ranks": 2}, {"host": "node1", "ranks": 2}]
