@@ -58,11 +58,12 @@ def compare_runs(run_dir: Path, reference_dir: Path, tolerances: dict[str, float
             return Difference(numbers, f"{key} differs from the reference's: the steps are not the same samples")
     if weights:
         numbers |= _weights_difference(run_dir / "export", reference_dir / "export")
+    problems = []
     for name, most in tolerances.items():
         if name in numbers and not numbers[name] <= most:
             at = f" ({numbers['worst_tensor']})" if name == "tensor" else ""
-            return Difference(numbers, f"{name} differs by {numbers[name]:.1e}{at}, tolerated is {most:.0e}")
-    return Difference(numbers, "")
+            problems.append(f"{name} differs by {numbers[name]:.1e}{at}, tolerated is {most:.0e}")
+    return Difference(numbers, "; ".join(problems))
 
 
 def _relative(ours: float | None, theirs: float | None) -> float:
