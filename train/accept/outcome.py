@@ -124,7 +124,7 @@ def verified_table(files: Sequence[Path]) -> str:
     Raises:
         ValueError: a file that is neither; the message names it.
     """
-    header = ("verified on", "date", "checks", "what was covered", "report")
+    header = ("verified on", "date", "software", "checks", "what was covered", "report")
     rows = [_row(file) for file in files]
     lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *rows)]
     return "\n".join(lines)
@@ -151,13 +151,17 @@ def _report_row(report: Mapping[str, Any], name: str) -> tuple[str, ...]:
     covered = ", ".join(check["name"] for check in report["checks"] if check["status"] == "passed")
     if report["ranks"] == 1:
         covered += " (one rank: nothing between ranks)"
-    return where, report["when"][:10], outcome, covered, name
+    versions = report["versions"]
+    software = f"torch {versions['torch']}, deepspeed {versions['deepspeed']}, commit {versions['code']}"
+    return where, report["when"][:10], software, outcome, covered, name
 
 
 def _bench_row(result: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    competitors = ", ".join(result["results"]["competitors"])
+    competitors = "; ".join(result["results"]["competitors"])
+    machine = result["machine"]
     covered = f"step bench on one GPU ({competitors}); nothing between ranks"
-    return f"1 x {result['machine']['device']}", result["when"][:10], "no checks", covered, name
+    software = f"torch {machine['torch']}, deepspeed {machine['deepspeed']}"
+    return f"1 x {machine['device']}", result["when"][:10], software, "no checks", covered, name
 
 
 def _first_line(text: str) -> str:

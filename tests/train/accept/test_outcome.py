@@ -59,7 +59,13 @@ def test_report_hides_what_it_is_told_to(tmp_path: Path) -> None:
 
 def report_of(statuses: Sequence[Status], **changes: Any) -> dict[str, Any]:
     """What the table reads of a report."""
-    about = {"ranks": 4, "nodes": [{"host": "a", "ranks": 4}], "devices": {"CPU": 4}, "launcher": "torchrun"}
+    about: dict[str, Any] = {
+        "ranks": 4,
+        "nodes": [{"host": "a", "ranks": 4}],
+        "devices": {"CPU": 4},
+        "launcher": "torchrun",
+    }
+    about |= {"versions": {"torch": "2.13.0", "deepspeed": "0.19.8", "code": "abc"}}
     names = [{"name": check.name, "status": check.status} for check in checks(*statuses)]
     return {"accept": 1, "when": "2026-11-30T10:00:00+00:00", **about, "checks": names, **changes}
 
