@@ -1,6 +1,7 @@
 """Owns the proof that the page's "Verified on" table is what the reports say, and that they name no machine."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,7 +17,7 @@ def test_table_is_made_from_the_reports() -> None:
 
 
 @pytest.mark.parametrize("file", report_files(FILES[:1]), ids=lambda file: file.name)
-def test_reports_name_no_machine(file) -> None:  # type: ignore[no-untyped-def]
+def test_reports_name_no_machine(file: Path) -> None:
     """Hosts are numbered, and folders are left out; the commit that was tested is named."""
     report = json.loads(file.read_text())
     assert [node["host"] for node in report["nodes"]] == [f"host{number}" for number in range(len(report["nodes"]))]
