@@ -5,20 +5,17 @@ tokenizer that transformers loads from disk, directories with a `config.json`, p
 fetched. torch is imported only where a model is described, so that tests of configuration stay quick.
 """
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-from PIL import Image
 
 from data_recipes.config import MixtureConfig, SourceShare
 from data_recipes.sample import Message, Sample
 from data_recipes.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from train.accept.materials import encoded_image
 
 TowerName = Literal["clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2", "ijepa"]
 TokenizerName = Literal["bytes", "metaspace"]
@@ -199,14 +196,7 @@ def tiny_model(
     )
 
 
-def encoded_picture(seed: int, size_hw: tuple[int, int], file_format: str = "PNG") -> bytes:
-    """A picture of coarse coloured noise, other bytes for another seed."""
-    height, width = size_hw
-    coarse = np.random.default_rng(seed).integers(0, 256, (height // 4 + 1, width // 4 + 1, 3), dtype=np.uint8)
-    image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
-    stream = io.BytesIO()
-    image.save(stream, file_format)
-    return stream.getvalue()
+encoded_picture = encoded_image
 
 
 class HostilePickle:

@@ -82,12 +82,7 @@ def start(config: RunConfig, launch: Launch) -> World:
     device = choose_device(config, launch)
     if device.type == "cpu":
         keep_freed_memory()
-    env = os.environ
-    env.setdefault("RANK", str(launch.rank))
-    env.setdefault("LOCAL_RANK", str(launch.local_rank))
-    env.setdefault("WORLD_SIZE", str(launch.size))
-    env.setdefault("MASTER_ADDR", slurm_head(env) or "127.0.0.1")
-    env.setdefault("MASTER_PORT", str(slurm_port(env) if launch.size > 1 else _free_port()))
+    set_environment(launch)
     timeout = timedelta(seconds=config.timeout_s)
     # NCCL aborts the process when it times out, with nobody's name: `watch.py` is to speak first.
     nccl_timeout = timeout + timedelta(seconds=60)
@@ -102,6 +97,16 @@ def start(config: RunConfig, launch: Launch) -> World:
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     dtype = choose_dtype(config, device)
     return World(launch.rank, launch.local_rank, launch.size, device, dtype, host_group)
+
+
+def set_environment(launch: Launch) -> None:
+    """Sets the variables that torch and DeepSpeed read at a start, where the launcher has not."""
+    env = os.environ
+    env.setdefault("RANK", str(launch.rank))
+    env.setdefault("LOCAL_RANK", str(launch.local_rank))
+    env.setdefault("WORLD_SIZE", str(launch.size))
+    env.setdefault("MASTER_ADDR", slurm_head(env) or "127.0.0.1")
+    env.setdefault("MASTER_PORT", str(slurm_port(env) if launch.size > 1 else free_port()))
 
 
 def choose_device(config: RunConfig, launch: Launch) -> torch.device:
@@ -274,7 +279,8 @@ def _gpu_number(local_rank: int, num_gpus: int) -> int:
     return local_rank
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this host that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

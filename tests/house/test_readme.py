@@ -136,11 +136,11 @@ def check_launcher(words: list[str]) -> None:
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        assert get_args_parser().parse_args(words[1:]).training_script == "train"
+        assert get_args_parser().parse_args(words[1:]).training_script in ("train", "train.accept")
     if words[0] == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 
-        assert parse_args(words[1:]).user_script == "train"
+        assert parse_args(words[1:]).user_script in ("train", "train.accept")
 
 
 def check_arguments(words: list[str], configs: Path) -> None:
