@@ -140,7 +140,7 @@ def test_a_start_refuses_with_one_sentence(tmp_path: Path, change: Any, word: st
 
 @pytest.mark.full
 def test_the_printed_length_is_accepted(tmp_path: Path) -> None:
-    """The advice about LongRoPE, followed to its end: the run trains. On two ranks, a tower with registers: the
+    """The advice about LongRoPE, followed to its end: the run trains. On two ranks, with a tower with registers: the
     second rank has both rotary tables from the first."""
     model = tiny_model(tmp_path / "models", "dinov3")
     _phi3(model)
