@@ -47,11 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_USAGE
         return 0
+    import torch
+
     from train.accept.ranks import PhaseError, join, launcher_name, leave
     from train.quiet import quiet_libraries
 
     started_s, launcher = time.monotonic(), launcher_name()
-    quiet_libraries(on_cpu=True)
+    quiet_libraries(on_cpu=not torch.cuda.is_available())  # child runs inherit what it sets
     ranks = join(60 * options.minutes + _MARGIN_S)
     try:
         return _accept(options, ranks, launcher, started_s)
@@ -79,7 +81,9 @@ def _accept(options: argparse.Namespace, ranks: "Ranks", launcher: str, started_
     ranks.on_main(lambda: _check_usage(options, out, ranks.size))
     _check_shared(out, ranks)
     device = find_device(ranks, out)
-    base = ranks.on_main(lambda: base_hardware(options.hardware_base, device.name, device.memory_gib))
+    base = ""
+    if ranks.size > 1:
+        base = ranks.on_main(lambda: base_hardware(options.hardware_base, device.name, device.memory_gib))
     bench = Bench(ranks, device, out, options.timeout_s, started_s + 60 * options.minutes)
     facts = ranks.gather((socket.gethostname(), device.name, _versions()))
     own = own if options.overrides else []

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from train.accept.bench import Bench, Device, NotRun
 from train.accept.children import child_environment, run_children
 from train.accept.ranks import PhaseError, Ranks, join, launcher_name, leave
 
@@ -71,6 +72,16 @@ def test_a_child_that_hangs_is_killed_with_its_own_children(ranks: Ranks, tmp_pa
     wait_until_gone(int((tmp_path / "rank_000.log").read_text()))
 
 
+def test_a_run_that_the_end_of_the_time_cuts_off_has_not_failed(ranks: Ranks, tmp_path: Path) -> None:
+    """It is reported as not run; one that exceeds its own limit has failed."""
+    server = ["http.server", "0", "--bind", "127.0.0.1"]
+    bench = Bench(ranks, Device("CPU"), tmp_path, timeout_s=60, deadline_s=time.monotonic() + 2)
+    with pytest.raises(NotRun):
+        bench.run("server", server, 1, limit_s=60)
+    bench.deadline_s += 600
+    assert bench.problem_of(bench.run("server", server, 1, limit_s=1), "server")
+
+
 def test_a_child_is_killed_on_request(ranks: Ranks, tmp_path: Path) -> None:
     """Which is no time-out, and no success."""
     log = tmp_path / "rank_000.log"
@@ -90,7 +101,8 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """A launcher ends its ranks by SIGTERM: what they have started ends too."""
     log = tmp_path / "log"
     parent = (
-        "import os, sys; from train.accept.children import Child; "
+        "import os, sys; from train.accept.bench import Bench, Device, NotRun
+from train.accept.children import Child; "
         f"log = open({str(log)!r}, 'wb'); "
         f"Child([sys.executable, '-c', {LONG!r}], dict(os.environ), log.fileno()).close()"
     )
