@@ -188,7 +188,7 @@ def test_unlike_rows_issue_the_same_collectives(
 
 
 def test_compile_is_refused_at_zero_3(base: RunConfig) -> None:
-    """Six blocks reach torch.compile's limit there (two make 60 graphs, against 8 at ZeRO-2): refused, with ways out."""
+    """Six blocks reach torch.compile's limit there (two make 60 graphs, and 8 at ZeRO-2): refused."""
     config = replace(base, compile=("language_model",))
     check_values(config)
     with pytest.raises(ConfigError, match=r"compile=\[language_model\] .*ZeRO stage 3.*compile=\[\], or engine=zero2"):
