@@ -106,6 +106,12 @@ def check_values(config: RunConfig) -> None:
         )
     _check_lora(config.lora or {}, config.stage)
     _check_engine(config.engine)
+    if config.compile and config.engine.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            f"compile=[{','.join(config.compile)}] does not go with ZeRO stage 3: DeepSpeed gathers every module by "
+            "hooks, so torch.compile translates each block anew and stops the run at its limit; choose compile=[], or "
+            "engine=zero2"
+        )
 
 
 def _check_rates(stage: StageConfig) -> None:
