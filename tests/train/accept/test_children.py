@@ -101,8 +101,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """A launcher ends its ranks by SIGTERM: what they have started ends too."""
     log = tmp_path / "log"
     parent = (
-        "import os, sys; from train.accept.bench import Bench, Device, NotRun
-from train.accept.children import Child; "
+        "import os, sys; from train.accept.children import Child; "
         f"log = open({str(log)!r}, 'wb'); "
         f"Child([sys.executable, '-c', {LONG!r}], dict(os.environ), log.fileno()).close()"
     )
