@@ -27,7 +27,6 @@ from llava_next.anyres import decode
 from llava_next.chat_template import adds_special_tokens
 from llava_next.config import ModelError
 from llava_next.towers import unsupported_by_stock
-from train.evaluate.answers import ONLY_LOSSES
 from train.quiet import quiet_libraries
 
 _HELP = "/picture FILE: another picture, a new conversation   /new: a new conversation   /quit, Ctrl-D: the end"
@@ -76,9 +75,14 @@ class Chat:
             vision = getattr(AutoConfig.from_pretrained(place), "vision_config", None)
             why_not = None if vision is None else unsupported_by_stock(vision)
             if why_not is not None:
-                raise ModelError(f"{place} cannot answer in stock transformers: {why_not}; {ONLY_LOSSES}")
+                raise ModelError(
+                    f"{place} cannot answer in stock transformers: {why_not}; its losses are measured by "
+                    f"`python -m train.evaluate {export} --generate 0`"
+                )
             self._processor = AutoProcessor.from_pretrained(place)
             model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
+        except ModelError:
+            raise
         except (OSError, ValueError) as error:
             raise ModelError(f"{place} could not be loaded: {' '.join(str(error).split())}") from error
         self._model = model.to(device).eval()
