@@ -187,6 +187,20 @@ def test_unlike_rows_issue_the_same_collectives(
     _assert_learns_the_same(reports, references[case.trains])
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["nothing", "both"])
+def test_compiled_blocks_issue_the_same_collectives(
+    start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], recompute: str
+) -> None:
+    """Both parts by torch.compile at ZeRO-2: rows of unlike lengths are compiled anew, on each rank when it meets one."""
+    case = Case(2, 2, "the same stage", False, recompute, "all")
+    config = replace(
+        _config(base, case, case.stage), name=f"compiled_{recompute}", compile=("vision_tower", "language_model")
+    )
+    reports = _run(start_ranks(case.size), config, config, timeout_s=200)
+    _assert_learns_the_same(reports, references[case.trains])
+
+
 def test_compile_is_refused_at_zero_3(base: RunConfig) -> None:
     """Six blocks reach torch.compile's limit there (two make 60 graphs, and 8 at ZeRO-2): refused."""
     config = replace(base, compile=("language_model",))
