@@ -192,7 +192,7 @@ def test_unlike_rows_issue_the_same_collectives(
 def test_compiled_blocks_issue_the_same_collectives(
     start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], recompute: str
 ) -> None:
-    """Both parts by torch.compile at ZeRO-2: rows of unlike lengths are compiled anew, on each rank when it meets one."""
+    """Both parts by torch.compile at ZeRO-2: rows of new lengths are compiled by each rank when it meets them."""
     case = Case(2, 2, "the same stage", False, recompute, "all")
     config = replace(
         _config(base, case, case.stage), name=f"compiled_{recompute}", compile=("vision_tower", "language_model")
