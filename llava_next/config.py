@@ -2,7 +2,7 @@
 
 Owns the dataclasses that name a language model, a vision tower and what joins them. Standard library only, so that
 a configuration can be read and refused in a fraction of a second, before torch is imported. Building the model is
-`model.py`'s; encoding samples is `processor.py`'s.
+`llava_next.py`'s; encoding samples is `processor.py`'s.
 """
 
 import importlib.util

@@ -107,7 +107,7 @@ trap 'exit 143' TERM
 # once, in one process, while assets are fetched and drawn. A process group of its own, so that it ends whole.
 start_ops() {
     mkdir -p "$OUT"
-    setsid python -m train.ops >"$OUT/ops.log" 2>&1 &
+    setsid python -m train.engine.deepspeed_ops >"$OUT/ops.log" 2>&1 &
     ops=$!
     background+=("$ops")
     say "      goes on in the background (log: $OUT/ops.log)"

@@ -269,12 +269,12 @@ def _serve(seat: _Seat, pipe: Connection) -> None:
 def _join_group() -> None:
     import torch
 
-    from train import ops
-    from train.quiet import quiet_libraries
+    from train.distributed.quiet import quiet_libraries
+    from train.engine import deepspeed_ops
 
     torch.set_num_threads(1)
     quiet_libraries(on_cpu=True)
-    ops.ensure_built()
+    deepspeed_ops.ensure_built()
     import deepspeed
 
     # A collective that waits longer than any case may take is a hang; the harness tells of it first.

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from data_recipes.config import MixtureConfig, SourceShare
-from data_recipes.sample import Message, Sample
-from data_recipes.source import SourceInfo
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
+from data_recipes.schema.sample import Message, Sample
+from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from train.accept.materials import encoded_image

@@ -17,11 +17,11 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from train.compose import check, explain
-from train.config import CONFIG_DIR, ConfigError, RunConfig
+from train.config.compose import check, explain
+from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
 
 if TYPE_CHECKING:
-    from train.watch import Watch
+    from train.supervision.watchdog import Watch
 
 EXIT_USAGE = 2
 """A mistake in the configuration or the data it names: running it again cannot help."""
@@ -97,15 +97,15 @@ def execute(config: RunConfig) -> int:
     """Runs a checked configuration; returns the exit code, unless the run fails: then this process ends here."""
     import torch
 
-    from train.quiet import quiet_libraries
+    from train.distributed.quiet import quiet_libraries
 
     quiet_libraries(on_cpu=config.device == "cpu" or not torch.cuda.is_available())
-    from data_recipes.sample import DataError
+    from data_recipes.schema.sample import DataError
     from llava_next.config import ModelError
+    from train.distributed.world import leave, read_launch
     from train.run import run
+    from train.supervision.watchdog import Watch
     from train.trainer import Interrupted
-    from train.watch import Watch
-    from train.world import leave, read_launch
 
     launch = read_launch()
     watch = Watch(config.run_dir, launch, config.timeout_s)

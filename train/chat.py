@@ -1,7 +1,7 @@
 """`python -m train.chat EXPORT [PICTURE]`: a conversation about a picture, in the terminal, as the model writes it.
 
 What answers is stock transformers with what the export brings: its model, its processor, its chat template. A line is
-a question; an empty one is not asked. Owns the conversation; what a picture is, is `llava_next.anyres.decode`'s.
+a question; an empty one is not asked. Owns the conversation; what a picture is, is `llava_next.inputs.anyres.decode`'s.
 """
 
 import argparse
@@ -23,11 +23,11 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from llava_next.anyres import decode
-from llava_next.chat_template import adds_special_tokens
 from llava_next.config import ModelError
-from llava_next.towers import unsupported_by_stock
-from train.quiet import quiet_libraries
+from llava_next.inputs.anyres import decode
+from llava_next.inputs.chat_template import adds_special_tokens
+from llava_next.model.towers import unsupported_by_stock
+from train.distributed.quiet import quiet_libraries
 
 _HELP = "/picture FILE: another picture, a new conversation   /new: a new conversation   /quit, Ctrl-D: the end"
 

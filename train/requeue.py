@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from train.__main__ import EXIT_USAGE, compose
-from train.config import ConfigError
+from train.config.schema import ConfigError
 
 MOST_WITHOUT_PROGRESS = 3
 """The run is given up after so many starts in a row that saved no new step."""

@@ -16,33 +16,36 @@ from typing import NamedTuple
 
 import torch
 
-from data_recipes.mixture import Mixture
-from llava_next.build import Backbone, read_backbone
-from llava_next.connector import write_connector
-from llava_next.costs import step_costs
-from llava_next.hf import write_hf
-from llava_next.model import LlavaNext
-from llava_next.processor import Processor
-from llava_next.released import check_image_statistics
-from llava_next.towers import unsupported_by_stock
-from train import checkpoint, ops, preflight, resume
-from train.answers import LiveAnswers, live_answers
-from train.build import build
-from train.compose import to_yaml
-from train.config import RunConfig
-from train.engine import gathered, start_engine
-from train.heldout import HeldOut, hold_out, of_mixture
-from train.lengths import LengthTable, check_budgets, open_table
-from train.loader import Planner, batches, blank_row, stage_processor
-from train.local import local_stores
-from train.log import RunLog, start_logging
-from train.optim import format_part_table, part_table
-from train.progress import sample_names
-from train.replicas import compare_starts
+from data_recipes.mixture.mixture import Mixture
+from llava_next.formats.connector import write_connector
+from llava_next.formats.hugging_face import write_hf
+from llava_next.inputs.processor import Processor
+from llava_next.model.build import Backbone, read_backbone
+from llava_next.model.flops import step_costs
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.released import check_image_statistics
+from llava_next.model.towers import unsupported_by_stock
+from train.checkpoint import resume
+from train.checkpoint import saver as checkpoint
+from train.config.compose import to_yaml
+from train.config.schema import RunConfig
+from train.data.length_table import LengthTable, check_budgets, open_table
+from train.data.loader import Planner, batches, blank_row, stage_processor
+from train.data.local_stores import local_stores
+from train.distributed.versions import versions
+from train.distributed.world import Launch, World, barrier, start
+from train.engine import deepspeed_ops
+from train.engine.deepspeed import gathered, start_engine
+from train.engine.optimizer import format_part_table, part_table
+from train.engine.replicas import compare_starts
+from train.engine.sharded_model import build
+from train.observability.run_log import RunLog, start_logging
+from train.supervision import preflight
+from train.supervision.rank_progress import sample_names
+from train.supervision.watchdog import Watch
 from train.trainer import Trainer
-from train.versions import versions
-from train.watch import Watch
-from train.world import Launch, World, barrier, start
+from train.validation.held_out import HeldOut, hold_out, of_mixture
+from train.validation.live_answers import LiveAnswers, live_answers
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +142,7 @@ def _outcome(
 def _start(config: RunConfig, launch: Launch) -> World:
     """The process group, after what must be there before it and with what must be right about it."""
     if config.device != "cuda" and not torch.cuda.is_available():
-        ops.ensure_built(say=launch.local_rank == 0)
+        deepspeed_ops.ensure_built(say=launch.local_rank == 0)
     world = start(config, launch)
     if config.preflight != "off":
         preflight.check(config, world)

@@ -12,26 +12,26 @@ from functools import partial
 import deepspeed
 import torch
 
-from data_recipes.mixture import Mixture
-from llava_next.batch import Batch
-from llava_next.model import LossSums
-from train import resume
-from train.answers import LiveAnswers
-from train.checkpoint import Saver
-from train.compose import to_yaml
-from train.config import RunConfig
-from train.engine import release_gathered
-from train.guard import StepGuard
-from train.heldout import HeldOut
-from train.loader import Planner, StepPlan
-from train.log import RunLog
-from train.metrics import StepMetrics, StepOutcome
-from train.optim import schedule_factor, set_rates
-from train.profiling import StepProfiler
-from train.progress import Progress
-from train.step_errors import StepCheck, StepError
-from train.stop import StopSignal
-from train.world import World, agree, is_out_of_memory
+from data_recipes.mixture.mixture import Mixture
+from llava_next.inputs.batch import Batch
+from llava_next.model.llava_next import LossSums
+from train.checkpoint import resume
+from train.checkpoint.saver import Saver
+from train.config.compose import to_yaml
+from train.config.schema import RunConfig
+from train.data.loader import Planner, StepPlan
+from train.distributed.world import World, agree, is_out_of_memory
+from train.engine.deepspeed import release_gathered
+from train.engine.optimizer import schedule_factor, set_rates
+from train.engine.step_guard import StepGuard
+from train.observability.profiler import StepProfiler
+from train.observability.run_log import RunLog
+from train.observability.step_metrics import StepMetrics, StepOutcome
+from train.supervision.rank_progress import Progress
+from train.supervision.step_errors import StepCheck, StepError
+from train.supervision.stop_signal import StopSignal
+from train.validation.held_out import HeldOut
+from train.validation.live_answers import LiveAnswers
 
 
 class Interrupted(Exception):

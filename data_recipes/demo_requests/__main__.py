@@ -4,7 +4,7 @@
     python -m data_recipes.demo_requests answer --out DIR --answers FILE...
 
 Owns: the command line, the output folder, the tables of what was left out and why, exit codes.
-Leaves: the logs to `logs.py`, what may not go on to `screen.py` and `duplicates.py`, the batch files to `batch.py`.
+Leaves: the logs to `logs.py`, what may not go on to `screen.py` and `duplicates.py`, the batch files to `request_files.py`.
 
 `collect` writes OUT/requests/requests_NNN.jsonl, which you hand to a batch service of your choice; OUT/images; and
 OUT/kept.jsonl, which a person should look through: lines taken out of it are not used. `answer` writes
@@ -21,13 +21,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data_recipes.demo_requests.batch import BatchOptions, BatchWriter, Kept, read_answers
 from data_recipes.demo_requests.duplicates import SeenRequests
 from data_recipes.demo_requests.logs import Drop, LeftOut, Request, read_requests
+from data_recipes.demo_requests.request_files import BatchOptions, BatchWriter, Kept, read_answers
 from data_recipes.demo_requests.screen import has_term, only_pixels, private, read_terms
+from data_recipes.raw.image_files import PictureError, load
 from data_recipes.raw.json_records import iter_records
-from data_recipes.raw.pictures import PictureError, load
-from data_recipes.sample import IMAGE_PLACEHOLDER, DataError
+from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:

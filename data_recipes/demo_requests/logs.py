@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.raw.json_records import iter_records
-from data_recipes.sample import IMAGE_PLACEHOLDER, DataError, Reject
+from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError, Reject
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
 # What the demo says in place of an answer when its moderation stops an input.

@@ -1,7 +1,7 @@
 """What must not go on: personal data in a text, and what somebody objected to.
 
 Owns: the patterns, the operator's list of unsafe terms, pixels without what a camera wrote beside them.
-Leaves: reading logs and answers to `logs.py` and `batch.py`.
+Leaves: reading logs and answers to `logs.py` and `request_files.py`.
 
 Patterns find what looks like an address or a number. They find no names and no faces, and they drop harmless texts too:
 the first is why a person must look through what is kept, the second costs little.
@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image, ImageOps
 
 from data_recipes.demo_requests.logs import Drop
-from data_recipes.sample import DataError
+from data_recipes.schema.sample import DataError
 
 _EMAIL = re.compile(r"[\w.+-]+\s?(?:@|\(at\)|\[at\])\s?[\w-]+(?:\.[\w-]+)+", re.IGNORECASE)
 # Digits in groups, as cards and telephones are written. The ends must not go on as a word or a decimal.

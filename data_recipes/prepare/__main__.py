@@ -22,20 +22,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from data_recipes.disk import only_one
-from data_recipes.mixture import Mixture, read_mixture
+from data_recipes.mixture.mixture import Mixture, read_mixture
 from data_recipes.prepare import summary
 from data_recipes.prepare.manifest import write_manifest
-from data_recipes.prepare.parts import read_together
+from data_recipes.prepare.shared_files import read_together
 from data_recipes.prepare.slices import merge_slices, read_slices, slice_writer
 from data_recipes.prepare.space import Need, check_space
 from data_recipes.prepare.work import Work, find_work, survey_work, tell_that_it_stands
-from data_recipes.raw.picture_pool import PicturePool
-from data_recipes.sample import DataError
-from data_recipes.source import read_source
+from data_recipes.raw.image_pool import PicturePool
+from data_recipes.schema.sample import DataError
+from data_recipes.schema.source import read_source
+from data_recipes.store.durable import only_one
 from data_recipes.writing.progress import Progress
+from data_recipes.writing.store_tables import RejectedError, StoreReport
 from data_recipes.writing.stream import WHOLE, Loaded, Mark, NumberedStream, Slice, StreamChangedError
-from data_recipes.writing.tables import RejectedError, StoreReport
 from data_recipes.writing.writer import StoreWriter, finish_interrupted, read_inputs, write_records
 
 

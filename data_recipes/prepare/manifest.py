@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_recipes.mixture import Mixture
-from data_recipes.source import NOT_STATED
-from data_recipes.store import Store
+from data_recipes.mixture.mixture import Mixture
+from data_recipes.schema.source import NOT_STATED
+from data_recipes.store.reader import Store
 
 FOLDER = "mixtures"
 

@@ -19,13 +19,13 @@ from typing import Any, ClassVar
 import datasets
 from datasets import Features, List, Value
 
-from data_recipes.raw.pictures import LoadedPicture, PictureInfo
-from data_recipes.sample import DataError, Message, Reason, Reject, Sample
-from data_recipes.source import SourceInfo
-from data_recipes.store import read_manifest
+from data_recipes.raw.image_files import LoadedPicture, PictureInfo
+from data_recipes.schema.sample import DataError, Message, Reason, Reject, Sample
+from data_recipes.schema.source import SourceInfo
+from data_recipes.store.reader import read_manifest
 from data_recipes.writing.progress import Progress
+from data_recipes.writing.store_tables import StoreReport, StoreTables
 from data_recipes.writing.stream import Loaded, Mark, Slice
-from data_recipes.writing.tables import StoreReport, StoreTables
 from data_recipes.writing.writer import StoreWriter, read_inputs, write_records
 
 

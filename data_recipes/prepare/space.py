@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.sample import DataError, Reject
+from data_recipes.schema.sample import DataError, Reject
 from data_recipes.writing.progress import readable
 from data_recipes.writing.stream import WHOLE, Named, Slice
 

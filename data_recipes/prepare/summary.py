@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from data_recipes.mixture import Mixture
+from data_recipes.mixture.mixture import Mixture
 from data_recipes.prepare.manifest import published_and_found
-from data_recipes.source import NOT_STATED, SourceInfo
-from data_recipes.store import read_manifest
+from data_recipes.schema.source import NOT_STATED, SourceInfo
+from data_recipes.store.reader import read_manifest
 
 
 def print_sources(sources: Sequence[SourceInfo], stores: Path) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_recipes.raw.questions import LETTER_ANSWER, ONE_SENTENCE_CAPTION, SHORT_ANSWER
-from data_recipes.sample import DataError
+from data_recipes.schema.sample import DataError
 
 
 @dataclass(frozen=True)

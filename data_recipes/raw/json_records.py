@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from data_recipes.sample import DataError, Reason, Reject
+from data_recipes.schema.sample import DataError, Reason, Reject
 
 _CHUNK_CHARACTERS = 1 << 20
 _MAX_RECORD_CHARACTERS = 64 << 20

@@ -12,8 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_recipes.raw.pictures import PictureError, inside
-from data_recipes.sample import DataError, Reason, Reject
+from data_recipes.raw.image_files import PictureError, inside
+from data_recipes.schema.sample import DataError, Reason, Reject
 
 # Published shards hold up to a gigabyte of pictures: no more is held than a page of the file and a few rows.
 _ROWS_AT_ONCE = 16

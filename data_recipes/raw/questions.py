@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.raw.pictures import PictureError, inside
-from data_recipes.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
+from data_recipes.raw.image_files import PictureError, inside
+from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
 
 # The wordings of the released sets (recipe 4.3).
 SHORT_ANSWER = "Answer the question using a single word or phrase."

@@ -18,9 +18,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_recipes.raw.pictures import PictureError, inside, load
+from data_recipes.raw.image_files import PictureError, inside, load
 from data_recipes.raw.questions import LETTER_ANSWER, merge, multiple_choice
-from data_recipes.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_recipes.raw.json_records import iter_records
 from data_recipes.raw.questions import Question, one_conversation_a_picture, question
-from data_recipes.sample import DataError, Reject, Sample
+from data_recipes.schema.sample import DataError, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:

@@ -7,10 +7,10 @@ captions a picture. One of them, chosen by hash, answers the prompt of the relea
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_recipes.raw.image_files import PictureError, inside
 from data_recipes.raw.json_records import iter_records
-from data_recipes.raw.pictures import PictureError, inside
 from data_recipes.raw.questions import ONE_SENTENCE_CAPTION, merge, pick_by_hash
-from data_recipes.sample import Reason, Reject, Sample
+from data_recipes.schema.sample import Reason, Reject, Sample
 
 
 def samples(root: Path, split: str = "train2014") -> Iterator[Sample | Reject]:

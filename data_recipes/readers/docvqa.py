@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_recipes.raw.json_records import iter_records
 from data_recipes.raw.questions import Question, one_conversation_a_picture, question
-from data_recipes.sample import Reason, Reject, Sample
+from data_recipes.schema.sample import Reason, Reject, Sample
 
 
 def samples(root: Path, annotations: str = "train_v1.0.json") -> Iterator[Sample | Reject]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_recipes.raw.json_records import iter_records
 from data_recipes.raw.questions import by_hash, merge
-from data_recipes.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 
 
 def samples(

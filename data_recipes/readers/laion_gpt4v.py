@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_recipes.raw.image_files import PictureError, inside
 from data_recipes.raw.parquet_records import find_shards, iter_rows
-from data_recipes.raw.pictures import PictureError, inside
 from data_recipes.raw.questions import merge, pick_by_hash
-from data_recipes.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 
 
 def samples(root: Path, prompts: Sequence[str], extension: str = "jpg") -> Iterator[Sample | Reject]:

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.raw.components import component_of, find_table
+from data_recipes.raw.image_files import PictureError
 from data_recipes.raw.json_records import iter_records
 from data_recipes.raw.parquet_records import picture_of
-from data_recipes.raw.pictures import PictureError
-from data_recipes.sample import Reason, Reject, Sample, assemble
+from data_recipes.schema.sample import Reason, Reject, Sample, assemble
 
 
 def samples(

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data_recipes.raw.image_files import PictureError
 from data_recipes.raw.json_records import iter_records
 from data_recipes.raw.parquet_records import picture_of
-from data_recipes.raw.pictures import PictureError
 from data_recipes.readers.llava_json import record_id
-from data_recipes.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
+from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
 
 
 def samples(root: Path, annotations: str, image_root: str = ".") -> Iterator[Sample | Reject]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_recipes.raw.parquet_records import find_shards, iter_rows
 from data_recipes.readers.messages_jsonl import conversation
-from data_recipes.sample import Reject, Sample
+from data_recipes.schema.sample import Reject, Sample
 
 
 def samples(root: Path, shards: str = "**/*.parquet", image_root: str = ".") -> Iterator[Sample | Reject]:

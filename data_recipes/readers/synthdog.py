@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_recipes.raw.image_files import PictureError, inside
 from data_recipes.raw.json_records import iter_records
-from data_recipes.raw.pictures import PictureError, inside
 from data_recipes.raw.questions import OCR, merge
-from data_recipes.sample import Reason, Reject, Sample
+from data_recipes.schema.sample import Reason, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:

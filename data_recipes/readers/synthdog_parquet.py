@@ -6,10 +6,10 @@ What a page's `ground_truth` holds is `synthdog.py`'s.
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_recipes.raw.image_files import PictureError
 from data_recipes.raw.parquet_records import find_shards, iter_rows, picture_of
-from data_recipes.raw.pictures import PictureError
 from data_recipes.readers.synthdog import page
-from data_recipes.sample import Reject, Sample
+from data_recipes.schema.sample import Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:

@@ -2,7 +2,7 @@
 
 Owns: the folder that plain `datasets.load_from_disk` opens (Arrow shards, `state.json`, `dataset_info.json`),
 the digest of every shard, and getting bytes safely onto the disk.
-Leaves: what the rows mean, and when a shard ends, to `tables.py`.
+Leaves: what the rows mean, and when a shard ends, to `store_tables.py`.
 
 `Dataset.save_to_disk` writes the same folder, but from a dataset that exists already: pictures would be
 written twice.

@@ -2,7 +2,7 @@
 
 Owns: the index, a file beside the tables and not a dictionary, so that a million records need no more memory
 than ten thousand; and that index and progress are saved together or not at all.
-Leaves: what to do about a repetition, and what progress is, to `tables.py`.
+Leaves: what to do about a repetition, and what progress is, to `store_tables.py`.
 """
 
 import json

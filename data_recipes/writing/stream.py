@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_recipes.raw.picture_pool import PicturePool
-from data_recipes.raw.pictures import LoadedPicture
-from data_recipes.sample import Reject, Sample, check
+from data_recipes.raw.image_files import LoadedPicture
+from data_recipes.raw.image_pool import PicturePool
+from data_recipes.schema.sample import Reject, Sample, check
 
 Loaded = tuple[Sample, list[LoadedPicture]] | Reject
 

@@ -1,7 +1,7 @@
 """Making a store: beside its place first, gone on with where an earlier start was stopped, renamed when it is whole.
 
 Owns: `<store>.partial`, several stores out of one stream, the share of rejects that is too much.
-Leaves: what is in the folder to `tables.py`, reading it to `store.py`, which sources need work to `prepare/`.
+Leaves: what is in the folder to `store_tables.py`, reading it to `reader.py`, which sources need work to `prepare/`.
 
 At any moment a store is complete or absent. What is being made lies in `<store>.partial` and stays there when the
 program is stopped, by Ctrl-C, by a full disk or by a kill: the next start goes on from its last checkpoint.
@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_recipes.disk import swap_in
-from data_recipes.raw.picture_pool import PicturePool
-from data_recipes.sample import Reject, Sample
-from data_recipes.source import SourceInfo, describe
-from data_recipes.store import FORMAT, read_manifest
+from data_recipes.raw.image_pool import PicturePool
+from data_recipes.schema.sample import Reject, Sample
+from data_recipes.schema.source import SourceInfo, describe
+from data_recipes.store.durable import swap_in
+from data_recipes.store.reader import FORMAT, read_manifest
 from data_recipes.writing.progress import Progress
 from data_recipes.writing.seen import remove_index
+from data_recipes.writing.store_tables import RejectedError, StoreReport, StoreTables
 from data_recipes.writing.stream import Loaded, Mark, NumberedStream, StreamChangedError
-from data_recipes.writing.tables import RejectedError, StoreReport, StoreTables
 
 Records = Callable[[Mapping[str, Mark]], Iterator[tuple[str, Mark, Loaded | None]]]
 """The stream behind each source's mark; at its end each source's last mark, and None."""

@@ -23,9 +23,9 @@ from job import gemm_tflops
 from results import RESULTS, machine_facts, save, table
 from torch import nn
 
-from llava_next.attention import segment_attention, tile_attention
-from llava_next.batch import Segments
 from llava_next.config import AttentionKernel
+from llava_next.inputs.batch import Segments
+from llava_next.kernels.attention import segment_attention, tile_attention
 
 KERNELS: tuple[AttentionKernel, ...] = ("varlen", "sdpa")
 

@@ -2,8 +2,8 @@
 
     python scripts/bench/balance.py [--steps 200]
 
-Lengths are drawn as the published 779K mixture is thought to have them (data_recipes/published.py), cut at 4,096
-tokens; costs are those of CLIP ViT-L/14-336 and Vicuna-7B, every part trained. Ours is `train.packing.deal`; beside it
+Lengths are drawn as the published 779K mixture is thought to have them (data_recipes/schema/published.py), cut at 4,096
+tokens; costs are those of CLIP ViT-L/14-336 and Vicuna-7B, every part trained. Ours is `train.data.packing.deal`; beside it
 stand longest-processing-time alone, and what a stock trainer does: random batches of four, padded to their longest. No
 clock decides anything here: the numbers are the same on every machine.
 """
@@ -17,13 +17,13 @@ import numpy.typing as npt
 from results import machine_facts, save, table
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from data_recipes.order import samples_of_step
-from data_recipes.published import draw_shapes
-from llava_next.anyres import image_layout
+from data_recipes.mixture.order import samples_of_step
+from data_recipes.schema.published import draw_shapes
 from llava_next.config import AUTHORS_GRIDS
-from llava_next.costs import StepCosts, step_costs
-from train import packing
-from train.config import PackingConfig
+from llava_next.inputs.anyres import image_layout
+from llava_next.model.flops import StepCosts, step_costs
+from train.config.schema import PackingConfig
+from train.data import packing
 
 Array = npt.NDArray[np.int64]
 NUM_SAMPLES = 779_278

@@ -26,7 +26,7 @@ from profiling import profile_table
 from results import RESULTS, machine_facts, save, table
 from runs import BenchError, Competitor, check_same_work, run_all, samples_per_s, vicuna_tokenizer
 
-from train.rates import DENSE_BF16_TFLOPS, peak_tflops
+from train.observability.rates import DENSE_BF16_TFLOPS, peak_tflops
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "plain": {},

@@ -58,8 +58,8 @@ def measure_tiles(num_pictures: int, rounds: int = 5) -> Result:
     from input_materials import TILE, layout_of, pictures
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-    from llava_next.anyres import cut_tiles, decode, resized_hw
     from llava_next.config import AUTHORS_GRIDS
+    from llava_next.inputs.anyres import cut_tiles, decode, resized_hw
 
     stock = LlavaNextImageProcessorPil(
         size={"shortest_edge": TILE},
@@ -170,7 +170,7 @@ def write_lengths(folder: Path, num_samples: int, num_workers: int) -> Result:
     """One table, in this process."""
     from input_materials import open_mixture, processor
 
-    from train.lengths import open_table
+    from train.data.length_table import open_table
 
     mixture, ours = open_mixture(folder, "text", num_samples), processor()
     before, started, cpu = memory_mib("VmHWM"), time.monotonic(), cpu_seconds()
@@ -224,11 +224,11 @@ def measure_plan(folder: Path, num_ranks: int = 32) -> Result:
 
 def plan_epoch(path: Path, num_ranks: int) -> Result:
     """All plans of one rank, one after the other, as a run makes them. Costs are rounded ones of a 7B model."""
-    from data_recipes.published import SOURCES
-    from llava_next.costs import StepCosts
-    from train.config import PackingConfig, StageConfig
-    from train.lengths import LengthTable
-    from train.loader import Planner
+    from data_recipes.schema.published import SOURCES
+    from llava_next.model.flops import StepCosts
+    from train.config.schema import PackingConfig, StageConfig
+    from train.data.length_table import LengthTable
+    from train.data.loader import Planner
 
     table = LengthTable(np.load(path, mmap_mode="r"), "published", path.parent, {}, 0)
     stage = StageConfig("finetune", {"projector": 1e-3}, batch_size=128, max_length=4096)

@@ -17,10 +17,10 @@ from typing import Any
 from input_materials import open_mixture, pictures, processor, write_mixture
 from results import memory_mib, table
 
-from llava_next.costs import StepCosts
-from train.config import DataConfig, PackingConfig, StageConfig
-from train.lengths import open_table
-from train.loader import Planner, batches
+from llava_next.model.flops import StepCosts
+from train.config.schema import DataConfig, PackingConfig, StageConfig
+from train.data.length_table import open_table
+from train.data.loader import Planner, batches
 
 READ_DELAY_S = 0.005
 

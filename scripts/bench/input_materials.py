@@ -1,7 +1,7 @@
 """What the input bench reads: real pictures at the mixture's sizes, real text in conversations of its length.
 
 Owns: pictures and text from the quickstart's assets (`python scripts/quickstart/assets.py`), the stores made of them,
-and a length table of any size from `data_recipes.published`. Deterministic. Measuring is `input.py`'s.
+and a length table of any size from `data_recipes.schema.published`. Deterministic. Measuring is `input.py`'s.
 """
 
 import io
@@ -13,17 +13,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_recipes.config import MixtureConfig, SourceShare
-from data_recipes.mixture import Mixture
-from data_recipes.published import SOURCES, draw_shapes
-from data_recipes.sample import Message, Sample
-from data_recipes.source import SourceInfo
+from data_recipes.mixture.mixture import Mixture
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
+from data_recipes.schema.published import SOURCES, draw_shapes
+from data_recipes.schema.sample import Message, Sample
+from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
-from llava_next.anyres import ImageLayout, decode, image_layout
-from llava_next.build import read_tokenizer
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
-from llava_next.processor import Processor
-from train.lengths import ROW
+from llava_next.inputs.anyres import ImageLayout, decode, image_layout
+from llava_next.inputs.processor import Processor
+from llava_next.model.build import read_tokenizer
+from train.data.length_table import ROW
 
 TILE, PATCHES_PER_SIDE = 336, 24
 ASSETS = Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
@@ -108,7 +108,7 @@ def processor() -> Processor:
 
 
 def write_published_rows(path: Path, num_samples: int) -> None:
-    """The length table's rows of the published mixture, as `train.lengths` keeps them."""
+    """The length table's rows of the published mixture, as `train.data.length_table` keeps them."""
     shapes = draw_shapes(num_samples)
     rows = np.zeros(num_samples, dtype=ROW)
     rows["sample"], rows["source"] = np.arange(num_samples), shapes.sources

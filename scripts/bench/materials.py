@@ -24,13 +24,12 @@ from job import CLIP_NORM, LEARNING_RATE, TEMPLATE, Job
 from samples import SizeHW, draw
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from data_recipes.config import MixtureConfig, SourceShare
-from data_recipes.mixture import Mixture
-from data_recipes.order import samples_of_step
-from data_recipes.sample import Sample
-from data_recipes.source import SourceInfo
+from data_recipes.mixture.mixture import Mixture
+from data_recipes.mixture.order import samples_of_step
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
+from data_recipes.schema.sample import Sample
+from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
-from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import (
     AttentionKernel,
     ElementwiseKernel,
@@ -39,11 +38,12 @@ from llava_next.config import (
     ModelConfig,
     VisionTowerConfig,
 )
-from llava_next.hf import write_hf
-from llava_next.processor import Processor, SampleRejected
-from train.config import CONFIG_DIR, DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig
-from train.lengths import LengthTable, open_table
-from train.loader import stage_processor
+from llava_next.formats.hugging_face import write_hf
+from llava_next.inputs.processor import Processor, SampleRejected
+from llava_next.model.build import Backbone, build_model, read_backbone
+from train.config.schema import CONFIG_DIR, DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig
+from train.data.length_table import LengthTable, open_table
+from train.data.loader import stage_processor
 
 STORE = "bench"
 

@@ -16,20 +16,20 @@ from profiling import TowerClock, longest_operations, marked_input, seconds_by_k
 from torch.profiler import ProfilerActivity, profile
 from transformers.initialization import no_init_weights
 
-from llava_next.build import build_model, read_backbone
-from llava_next.load import load_weights
-from llava_next.model import set_recompute, set_trained_parts
-from train import ops
-from train.build import set_kernels
-from train.config import RunConfig
-from train.engine import start_engine
-from train.loader import StepPlan, batches, stage_processor
-from train.log import RunLog
-from train.optim import set_rates
-from train.quiet import quiet_libraries
+from llava_next.formats.load import load_weights
+from llava_next.model.build import build_model, read_backbone
+from llava_next.model.llava_next import set_recompute, set_trained_parts
+from train.config.schema import RunConfig
+from train.data.loader import StepPlan, batches, stage_processor
+from train.distributed.quiet import quiet_libraries
+from train.distributed.world import World, leave, read_launch, start
+from train.engine import deepspeed_ops
+from train.engine.deepspeed import start_engine
+from train.engine.optimizer import set_rates
+from train.engine.sharded_model import set_kernels
+from train.observability.run_log import RunLog
 from train.run import make_planner
 from train.trainer import Trainer
-from train.world import World, leave, read_launch, start
 
 
 def main(job: Job) -> None:
@@ -38,7 +38,7 @@ def main(job: Job) -> None:
     use_threads(job.threads)
     config = run_config(Path(job.folder), job)
     if job.device == "cpu":
-        ops.ensure_built()
+        deepspeed_ops.ensure_built()
     world = start(config, read_launch())
     try:
         outcome = Outcome(gemm_tflops=gemm_tflops(job.device))

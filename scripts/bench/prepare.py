@@ -31,12 +31,12 @@ import numpy as np
 from PIL import Image
 from results import machine_facts, memory_mib, save, table
 
-from data_recipes.config import MixtureConfig, SourceShare
-from data_recipes.mixture import Mixture
+from data_recipes.mixture.mixture import Mixture
 from data_recipes.prepare.__main__ import main as prepare
+from data_recipes.raw.image_files import load
 from data_recipes.raw.json_records import iter_records
-from data_recipes.raw.pictures import load
-from data_recipes.sample import Message, Reject, Sample
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
+from data_recipes.schema.sample import Message, Reject, Sample
 
 ASSETS = Path("~/.cache/llava_next").expanduser()
 SIZES_HW = {"0.3 MP": (480, 640), "2 MP": (1224, 1632)}

@@ -16,7 +16,7 @@ from typing import Any
 
 from job import Job, Outcome
 
-from llava_next.native import cache_root
+from llava_next.kernels.cpu.compile import cache_root
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]

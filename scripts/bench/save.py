@@ -39,7 +39,7 @@ class Subject:
         import deepspeed
         import torch
 
-        from train.world import World
+        from train.distributed.world import World
 
         layers = max(1, round(millions * 1e6 / WIDTH**2))
         model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
@@ -97,13 +97,13 @@ class Subject:
         return {"waited_s": time.monotonic() - started}
 
     def _saver(self) -> Any:
-        from train.checkpoint import Saver
-        from train.config import SaveConfig
+        from train.checkpoint.saver import Saver
+        from train.config.schema import SaveConfig
 
         return Saver(self.folder / "ours", self.world, SaveConfig(keep=1))
 
     def _state(self, number: int) -> Any:
-        from train.checkpoint import RunState
+        from train.checkpoint.saver import RunState
 
         return RunState(number, "", {}, "float32", [], number, {}, {})
 
@@ -151,11 +151,11 @@ def main() -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     import deepspeed
 
-    from train import ops
-    from train.quiet import quiet_libraries
+    from train.distributed.quiet import quiet_libraries
+    from train.engine import deepspeed_ops
 
     quiet_libraries(on_cpu=True)
-    ops.ensure_built()
+    deepspeed_ops.ensure_built()
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     with TemporaryDirectory(dir=args.folder) as folder:
         subject = Subject(args.millions, Path(folder))

@@ -2,8 +2,8 @@
 
     python scripts/bench/scale.py [--quick]
 
-Measured here, with the code that every rank runs: the order of an epoch (data_recipes/order.py) by number of samples,
-in seconds and memory; the deal of one step (train/packing.py) by number of ranks. Planned (train/plan): step time,
+Measured here, with the code that every rank runs: the order of an epoch (data_recipes/mixture/order.py) by number of samples,
+in seconds and memory; the deal of one step (train/data/packing.py) by number of ranks. Planned (train/plan): step time,
 memory and communication of Vicuna-7B's stage 2 on H100 nodes, ZeRO-3, with the published batch of 128 and with four
 samples a rank. Lengths are the published mixture's. Every rank deals every step, on its own processor, beside the step.
 
@@ -23,11 +23,11 @@ import yaml
 from job import MemoryMark
 from results import RESULTS, machine_facts, save, table
 
-from data_recipes import order
-from train.compose import load
-from train.config import CONFIG_DIR, RunConfig
-from train.lengths import ROW
-from train.packing import deal
+from data_recipes.mixture import order
+from train.config.compose import load
+from train.config.schema import CONFIG_DIR, RunConfig
+from train.data.length_table import ROW
+from train.data.packing import deal
 from train.plan.estimate import StagePlanner
 from train.plan.facts import ModelFacts, model_facts, read_architecture
 from train.plan.hardware import Hardware, check_hardware

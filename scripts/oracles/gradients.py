@@ -3,7 +3,7 @@
     python -m scripts.oracles.gradients [--check]      inside the oracle environment (scripts/oracles.sh)
 
 Their tower runs without gradients, so it has none here; ours is compared with stock transformers' instead
-(tests/llava_next/test_model.py).
+(tests/llava_next/model/test_llava_next.py).
 """
 
 import argparse

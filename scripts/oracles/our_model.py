@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_next.build import Backbone, build_model, read_backbone
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from llava_next.model import LlavaNext, live_parameters
-from llava_next.names import published_name
+from llava_next.formats.names import published_name
+from llava_next.model.build import Backbone, build_model, read_backbone
+from llava_next.model.llava_next import LlavaNext, live_parameters
 from scripts.oracles import tiny_model
 
 

@@ -22,7 +22,7 @@ import yaml
 
 from data_recipes.prepare import __main__ as prepare
 from llava_next.config import PARTS
-from llava_next.hf import write_hf
+from llava_next.formats.hugging_face import write_hf
 from scripts.oracles import our_model, tiny_model, tiny_runs
 from scripts.oracles.fixtures import save
 from scripts.oracles.tiny_runs import RUNS, Run

@@ -1,7 +1,7 @@
 """What the tiny model is given on both sides: raw folders of pictures and conversations, gradient cases, three runs.
 
 Imported by the programs of the oracle environment and by ours. Every run is twenty optimizer steps; the order of its
-samples is the one that `data_recipes.order` draws, which needs numpy alone.
+samples is the one that `data_recipes.mixture.order` draws, which needs numpy alone.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from data_recipes.order import samples_of_step
+from data_recipes.mixture.order import samples_of_step
 from scripts.oracles import tiny_model
 
 ImageMode = Literal["anyres", "square"]

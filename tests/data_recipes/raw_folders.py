@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from data_recipes.sample import Message, Reject, Sample
-from data_recipes.source import SourceInfo
-from data_recipes.store import Store
+from data_recipes.schema.sample import Message, Reject, Sample
+from data_recipes.schema.source import SourceInfo
+from data_recipes.store.reader import Store
 from data_recipes.writing.writer import write_store
 from tests.data_recipes.merged_records import MERGED, coco, record
 

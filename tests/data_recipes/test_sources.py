@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_recipes.mixture import Mixture, read_mixture
+from data_recipes.mixture.mixture import Mixture, read_mixture
 from data_recipes.prepare.__main__ import main
 from data_recipes.raw.components import TABLES
-from data_recipes.sample import DataError, Reject, Sample, check
-from data_recipes.source import SourceInfo, describe, read_source
+from data_recipes.schema.sample import DataError, Reject, Sample, check
+from data_recipes.schema.source import SourceInfo, describe, read_source
 from tests.data_recipes.merged_records import MERGED
 from tests.data_recipes.raw_folders import put, write_messages, write_source
 

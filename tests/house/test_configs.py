@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from train.compose import load
-from train.config import RunConfig
+from train.config.compose import load
+from train.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"

@@ -19,8 +19,8 @@ def loaded_by(modules: list[str], watched: tuple[str, ...]) -> list[str]:
 
 
 def test_config_is_checked_before_torch_is_loaded() -> None:
-    """A wrong key is told within seconds: train.config brings none of the heavy packages."""
-    assert loaded_by(["train.config"], HEAVY) == []
+    """A wrong key is told within seconds: train.config.schema brings none of the heavy packages."""
+    assert loaded_by(["train.config.schema"], HEAVY) == []
 
 
 def test_model_words_are_plain() -> None:

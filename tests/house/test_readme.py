@@ -30,7 +30,7 @@ from tests.house.readme import (
     script_of,
     yaml_files,
 )
-from train.compose import load
+from train.config.compose import load
 from train.plan.__main__ import planned_stages
 
 OWN_PACKAGES = {"train", "llava_next", "data_recipes"}

@@ -14,8 +14,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from llava_next.config import AUTHORS_GRIDS, ModelConfig
-from train.compose import check
-from train.config import CONFIG_DIR, RunConfig
+from train.config.compose import check
+from train.config.schema import CONFIG_DIR, RunConfig
 
 STAGES = ("align", "finetune")
 TOWERS = ("clip_vit_l_336", "dinov2_large", "siglip_so400m_384")
@@ -269,7 +269,7 @@ def test_another_architecture_builds_without_python(
     """Llama, Mistral and Qwen2 behind each tower become a model and a processor from the YAML files alone."""
     import torch
 
-    from llava_next.build import build_model, read_backbone
+    from llava_next.model.build import build_model, read_backbone
 
     config = stand_in(tmp_path, architecture, language_model, tower)
     backbone = read_backbone(config.model)
@@ -285,7 +285,7 @@ def test_another_architecture_builds_without_python(
 
 def picture_question() -> list[Any]:
     """One question on one picture, with its answer."""
-    from data_recipes.sample import Message
+    from data_recipes.schema.sample import Message
 
     return [Message("user", "<image>\nWhat is in the picture?"), Message("assistant", "A red circle.")]
 
@@ -302,7 +302,7 @@ def test_a_published_siglip_loads_whole_at_its_tile(tmp_path: Path, tile: int | 
     import torch
     from transformers import AutoModel
 
-    from llava_next.build import build_model, read_backbone
+    from llava_next.model.build import build_model, read_backbone
 
     config = stand_in(tmp_path, "Qwen2Config", "qwen2_7b", "siglip_so400m_384")
     folder = write_tower(tmp_path / "published", "siglip_so400m_384", with_weights=True)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from llava_next.build import Backbone, read_backbone
 from llava_next.config import ModelConfig, ProjectorKind
+from llava_next.model.build import Backbone, read_backbone
 from tests.tiny import TokenizerName, TowerName, tiny_model
 
 MakeBackbone = Callable[..., Backbone]

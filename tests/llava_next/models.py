@@ -21,12 +21,12 @@ from transformers import (
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from data_recipes.sample import Message
-from llava_next.batch import Batch, collate
-from llava_next.build import Backbone, read_backbone
+from data_recipes.schema.sample import Message
 from llava_next.config import ImageMode, ModelConfig
-from llava_next.model import LlavaNext, live_parameters, part_of
-from llava_next.processor import Example
+from llava_next.inputs.batch import Batch, collate
+from llava_next.inputs.processor import Example
+from llava_next.model.build import Backbone, read_backbone
+from llava_next.model.llava_next import LlavaNext, live_parameters, part_of
 from tests.tiny import TowerName, encoded_picture, tiny_model
 
 

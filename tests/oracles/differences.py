@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
-from data_recipes.sample import Message
+from data_recipes.schema.sample import Message
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
-from llava_next.conversation import IMAGE_PLACEHOLDER, Segment, Template, place_image, template_named
-from llava_next.processor import Processor, SampleRejected
+from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, Segment, Template, place_image, template_named
+from llava_next.inputs.processor import Processor, SampleRejected
 from scripts.oracles.digests import IGNORE, IMAGE
 from scripts.oracles.inputs import Conversation, Turn
 

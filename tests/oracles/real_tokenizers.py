@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from llava_next.build import read_tokenizer
+from llava_next.model.build import read_tokenizer
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 NAMES = ("vicuna", "vicuna_legacy", "vicuna_chatml", "mistral", "llama3", "qwen", "smollm2")

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from llava_next.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
 from llava_next.config import AUTHORS_GRIDS, ImageMode
+from llava_next.inputs.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
 from scripts.oracles.digests import BLOCK, block_digests, bytes_digest, numbers_digest, size_line
 from scripts.oracles.image_files import image_files
 from scripts.oracles.inputs import GENERATOR, PICTURES_HW, SQUASHED_HW, inputs_sha256, picture_bytes, sizes_hw

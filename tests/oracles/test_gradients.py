@@ -2,7 +2,7 @@
 square and AnyRes, and a padded micro-batch of theirs against a packed row of ours.
 
 The fixture is made by ./scripts/oracles.sh, which runs the authors' code in an environment of its own. Their tower runs
-without gradients: the tower's are compared with stock transformers' in tests/llava_next/test_model.py.
+without gradients: the tower's are compared with stock transformers' in tests/llava_next/model/test_llava_next.py.
 """
 
 import io
@@ -14,12 +14,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_recipes.sample import Message
-from llava_next.batch import collate
-from llava_next.build import Backbone
-from llava_next.model import LlavaNext, part_of
-from llava_next.names import published_name
-from llava_next.processor import Example
+from data_recipes.schema.sample import Message
+from llava_next.formats.names import published_name
+from llava_next.inputs.batch import collate
+from llava_next.inputs.processor import Example
+from llava_next.model.build import Backbone
+from llava_next.model.llava_next import LlavaNext, part_of
 from scripts.oracles import our_model, tiny_model, tiny_runs
 from scripts.oracles.digests import IGNORE, IMAGE, numbers_digest
 from scripts.oracles.inputs import GENERATOR, inputs_sha256

@@ -1,7 +1,7 @@
 """The authors' own classes load what we write in their layout, and we load what they write: the same logits.
 
 Runs them in the environment that ./scripts/oracles.sh makes (LLAVA_NEXT_CACHE, or ~/.cache/llava_next); without it the
-tests are skipped. The other tests of the layout are in tests/llava_next/test_original.py.
+tests are skipped. The other tests of the layout are in tests/llava_next/formats/test_original.py.
 """
 
 import io
@@ -15,14 +15,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_recipes.sample import Message
-from llava_next.batch import Batch, collate
-from llava_next.build import Backbone, build_model
-from llava_next.hf import published_tensors
-from llava_next.load import load_weights
-from llava_next.model import LlavaNext
-from llava_next.original import of_backbone, write_original_folder
-from llava_next.processor import Example, Processor
+from data_recipes.schema.sample import Message
+from llava_next.formats.hugging_face import published_tensors
+from llava_next.formats.load import load_weights
+from llava_next.formats.original import of_backbone, write_original_folder
+from llava_next.inputs.batch import Batch, collate
+from llava_next.inputs.processor import Example, Processor
+from llava_next.model.build import Backbone, build_model
+from llava_next.model.llava_next import LlavaNext
 from scripts.oracles import our_model, tiny_model, tiny_runs
 from scripts.oracles.digests import IMAGE
 from tests.tiny import encoded_picture

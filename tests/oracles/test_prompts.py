@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from llava_next.config import ModelError
-from llava_next.conversation import TEMPLATES
+from llava_next.inputs.conversation import TEMPLATES
 from scripts.oracles.digests import IGNORE, numbers_digest, supervised_runs
 from scripts.oracles.image_files import image_files
 from scripts.oracles.inputs import GENERATOR, captions, conversations, inputs_sha256

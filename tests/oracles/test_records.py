@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from data_recipes.raw.pictures import PictureError, load
-from data_recipes.sample import Reason, Reject, Sample, assemble, check
+from data_recipes.raw.image_files import PictureError, load
+from data_recipes.schema.sample import Reason, Reject, Sample, assemble, check
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
-from llava_next.processor import Processor
+from llava_next.inputs.processor import Processor
 from scripts.oracles.digests import supervised_runs
 from scripts.oracles.inputs import GENERATOR, UNREADABLE_RECORDS, Conversation, inputs_sha256, odd_records
 from tests.oracles.differences import RECORD_RULES

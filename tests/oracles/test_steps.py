@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from llava_next.model import set_trained_parts
-from llava_next.names import published_name
+from llava_next.formats.names import published_name
+from llava_next.model.llava_next import set_trained_parts
 from scripts.oracles import our_model, our_steps, tiny_model, tiny_runs
 from scripts.oracles.inputs import GENERATOR, inputs_sha256
 from scripts.oracles.our_steps import OurSide
 from scripts.oracles.tiny_runs import NUM_STEPS, RUNS, Run
 from tests.ranks import Ranks
 from tests.train import cases
-from train.compose import load
-from train.config import StageConfig
-from train.optim import parameter_groups
+from train.config.compose import load
+from train.config.schema import StageConfig
+from train.engine.optimizer import parameter_groups
 
 FOLDER = Path(__file__).parent
 README = FOLDER.parents[1] / "README.md"

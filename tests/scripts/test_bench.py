@@ -114,7 +114,7 @@ def test_gpu_bench_on_a_gpu(load: Load, tokenizer: Path, tmp_path: Path) -> None
 def test_the_authors_trainer_does_the_same_work(load: Load) -> None:
     """Their first loss is ours, their tower frozen and ours too."""
     runs, step, materials = load("runs"), load("step"), load("materials")
-    tokenizer = load("llava_next.native").cache_root() / "tokenizer_vicuna"
+    tokenizer = load("llava_next.kernels.cpu.compile").cache_root() / "tokenizer_vicuna"
     if step.AUTHORS_4.lacks or not tokenizer.is_dir():
         pytest.skip(step.AUTHORS_4.lacks or f"there is no {tokenizer}")
     with materials.prepared(materials.SHAPES["tiny"], tokenizer, tiny_job(load)) as job:

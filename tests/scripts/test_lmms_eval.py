@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_recipes.sample import Sample
+from data_recipes.schema.sample import Sample
 from tests.tiny import tiny_samples, tiny_store
 from tests.train.evaluate.learned import learn
 

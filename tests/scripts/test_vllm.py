@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 
-from data_recipes.sample import Message
-from llava_next.batch import Batch
-from llava_next.build import Backbone, build_model, read_backbone
+from data_recipes.schema.sample import Message
 from llava_next.config import ImageMode
-from llava_next.hf import write_hf
-from llava_next.model import LlavaNext
-from llava_next.native import cache_root
-from llava_next.processor import Example, Processor
+from llava_next.formats.hugging_face import write_hf
+from llava_next.inputs.batch import Batch
+from llava_next.inputs.processor import Example, Processor
+from llava_next.kernels.cpu.compile import cache_root
+from llava_next.model.build import Backbone, build_model, read_backbone
+from llava_next.model.llava_next import LlavaNext
 from tests.house.readme import commands
 from tests.llava_next.models import row
 from tests.oracles import real_tokenizers

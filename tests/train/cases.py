@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from data_recipes.config import MixtureConfig
+from data_recipes.schema.mixture_config import MixtureConfig
 from llava_next.config import ModelConfig
-from train.config import DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig
+from train.config.schema import DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig
 
 Array = npt.NDArray[Any]
 RATES: dict[str, float | None] = {"vision_tower": 1.0e-4, "projector": 1.0e-3, "language_model": 5.0e-4}
@@ -123,16 +123,16 @@ class Parts:
 @contextmanager
 def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
     """The parts of a run on this rank, and the engine's end. `goes_on`: from its newest sound checkpoint, if any."""
-    from data_recipes.mixture import Mixture
-    from llava_next.build import read_backbone
-    from train.build import build
-    from train.checkpoint import find_sound
-    from train.engine import start_engine
-    from train.lengths import open_table
-    from train.loader import blank_row
-    from train.resume import frozen_sums, opened
+    from data_recipes.mixture.mixture import Mixture
+    from llava_next.model.build import read_backbone
+    from train.checkpoint.resume import frozen_sums, opened
+    from train.checkpoint.saver import find_sound
+    from train.data.length_table import open_table
+    from train.data.loader import blank_row
+    from train.distributed.world import read_launch, start
+    from train.engine.deepspeed import start_engine
+    from train.engine.sharded_model import build
     from train.run import make_planner
-    from train.world import read_launch, start
 
     launch = read_launch()
     stage = config.stage
@@ -186,11 +186,11 @@ def train_parts(
 
     `stop_after` asks this process to stop in the step of that number, as a signal would; `seen` then holds the record.
     """
-    from llava_next.model import part_of
-    from train.loader import StepPlan, batches
-    from train.log import RunLog
-    from train.metrics import StepOutcome
-    from train.optim import part_table
+    from llava_next.model.llava_next import part_of
+    from train.data.loader import StepPlan, batches
+    from train.engine.optimizer import part_table
+    from train.observability.run_log import RunLog
+    from train.observability.step_metrics import StepOutcome
     from train.run import evaluated
     from train.trainer import Trainer
 
@@ -248,7 +248,7 @@ def train_parts(
 
 def weights(parts: Parts) -> dict[str, Array]:
     """Every parameter, whole, on rank 0; every rank must ask."""
-    from train.engine import gathered
+    from train.engine.deepspeed import gathered
 
     found = {}
     for name, parameter in parts.model.named_parameters():
@@ -316,9 +316,9 @@ def train_and_ask(config: RunConfig, last_step: int) -> tuple[Record, list[Any]]
 
 
 def _write(parts: Parts) -> None:
-    from llava_next.connector import write_connector
-    from llava_next.hf import write_hf
-    from train.engine import gathered
+    from llava_next.formats.connector import write_connector
+    from llava_next.formats.hugging_face import write_hf
+    from train.engine.deepspeed import gathered
 
     target = parts.config.run_dir / parts.config.stage.result if parts.world.is_main else None
     if parts.config.stage.result == "connector":
@@ -346,7 +346,7 @@ def train_write_and_look(config: RunConfig, num_samples: int) -> list[float]:
 
 def alone(mixture: Any, processor: Any, num_samples: int) -> Iterator[Any]:
     """The first samples of a mixture, each a batch."""
-    from llava_next.batch import collate
+    from llava_next.inputs.batch import collate
 
     for number in range(num_samples):
         sample = mixture.sample(number)
@@ -376,7 +376,7 @@ def held_out_loss(config: RunConfig) -> float:
 
 def _mean_loss(parts: Parts, samples: list[Any]) -> float:
     """Of samples that are run one at a time, weighed as the stage weighs its tokens."""
-    from llava_next.batch import collate
+    from llava_next.inputs.batch import collate
 
     means, tokens = [], []
     for sample in samples:
@@ -404,7 +404,7 @@ KINDS = ("text", "pictures", "nothing")
 
 def unequal_step(config: RunConfig) -> Unequal:
     """One step in which every rank holds something else than its neighbour: text, pictures, nothing at all."""
-    from llava_next.model import num_parameters
+    from llava_next.model.llava_next import num_parameters
 
     with built(config) as parts:
         ranks = range(parts.world.size)
@@ -462,9 +462,9 @@ def _plan_of_kinds(parts: Parts, of_ranks: list[list[str]]) -> Any:
 def _step(parts: Parts, plan: Any) -> Any:
     """One step of the trainer over the rows of `plan`."""
     parts.config.run_dir.mkdir(parents=True, exist_ok=True)  # as the run does
-    from train.loader import Rows
-    from train.log import RunLog
-    from train.optim import set_rates
+    from train.data.loader import Rows
+    from train.engine.optimizer import set_rates
+    from train.observability.run_log import RunLog
     from train.trainer import Trainer
 
     encode = Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
@@ -562,7 +562,7 @@ def silent_source(config: RunConfig, all_of_them: bool) -> tuple[str, bool, list
 
 
 def _refused(parts: Parts, plan: Any) -> tuple[str, bool]:
-    from train.step_errors import StepError
+    from train.supervision.step_errors import StepError
 
     before = weights(parts)
     try:
@@ -582,10 +582,10 @@ def run_with_fault(config: RunConfig, rank: int, fault: str) -> int:
     `data`: the worker of its loader sleeps for ever over a picture. The others are the model's, at its row of number
     `FAULTY_ROW`: it sleeps, the process is stopped or killed, or something raises.
     """
-    from data_recipes.mixture import Mixture
-    from llava_next.model import LlavaNext
+    from data_recipes.mixture.mixture import Mixture
+    from llava_next.model.llava_next import LlavaNext
     from train.__main__ import execute
-    from train.world import read_launch
+    from train.distributed.world import read_launch
 
     if read_launch().rank == rank and fault == "data":
 
@@ -626,7 +626,7 @@ def _at_call(owner: Any, name: str, number: int, strike: Any) -> None:
 
 def sleep_for_ever(stuck: int) -> None:
     """One rank never comes."""
-    from train.world import read_launch
+    from train.distributed.world import read_launch
 
     if read_launch().rank == stuck:
         time.sleep(3600)
@@ -674,7 +674,7 @@ def resume_without_room(config: RunConfig) -> None:
     from unittest.mock import patch
 
     full = shutil.disk_usage("/")._replace(free=0)
-    with patch("train.universal.shutil.disk_usage", lambda _: full), built(config, goes_on=True):
+    with patch("train.checkpoint.universal.shutil.disk_usage", lambda _: full), built(config, goes_on=True):
         pass
 
 
@@ -682,7 +682,8 @@ def resume_hostile(config: RunConfig) -> None:
     """Goes on from a checkpoint in which a file was replaced, sums included, by one that runs code when unpickled."""
     import torch
 
-    from train import checkpoint, sealed
+    from train.checkpoint import atomic_folder
+    from train.checkpoint import saver as checkpoint
 
     class Hostile:
         def __reduce__(self) -> Any:
@@ -693,7 +694,7 @@ def resume_hostile(config: RunConfig) -> None:
     [file] = (place / "engine").glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Hostile()}, file)
     sums = json.loads((place / "sums.json").read_text())
-    sums[f"engine/{file.name}"] = sealed.file_sum(file)
+    sums[f"engine/{file.name}"] = atomic_folder.file_sum(file)
     (place / "sums.json").write_text(json.dumps(sums))
     with built(config, goes_on=True):
         pass
@@ -713,9 +714,9 @@ def train_deterministically(config: RunConfig) -> tuple[list[float], bool]:
 
 def save_untrained(config: RunConfig) -> None:
     """A checkpoint of what the run starts with, before its first step."""
-    from train.checkpoint import Saver
-    from train.compose import to_yaml
-    from train.resume import run_state
+    from train.checkpoint.resume import run_state
+    from train.checkpoint.saver import Saver
+    from train.config.compose import to_yaml
 
     with built(config) as parts:
         saver = Saver(config.run_dir / "checkpoints", parts.world, config.save)
@@ -726,9 +727,9 @@ def save_untrained(config: RunConfig) -> None:
 
 def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
     """The names in the checkpoint folder after each of four saves."""
-    from train.checkpoint import Saver
-    from train.compose import to_yaml
-    from train.resume import run_state
+    from train.checkpoint.resume import run_state
+    from train.checkpoint.saver import Saver
+    from train.config.compose import to_yaml
 
     folder = config.run_dir / "checkpoints"
     with built(config) as parts:
@@ -748,8 +749,8 @@ def resume_elsewhere(config: RunConfig, frozen: bool = False) -> Record:
 
     import torch
 
-    from llava_next.build import build_model
-    from llava_next.model import set_trained_parts
+    from llava_next.model.build import build_model
+    from llava_next.model.llava_next import set_trained_parts
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         model = build_model(*args, **kwargs)
@@ -760,5 +761,5 @@ def resume_elsewhere(config: RunConfig, frozen: bool = False) -> Record:
                     parameter.add_(1.0)
         return model
 
-    with patch("train.build.build_model", spoiled):
+    with patch("train.engine.sharded_model.build_model", spoiled):
         return train(config)

@@ -9,7 +9,7 @@ import pytest
 from tests.ranks import Ranks
 from tests.tiny import tiny_mixture, tiny_model
 from tests.train.cases import tiny_run
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 NUM_SAMPLES = 40

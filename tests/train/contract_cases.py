@@ -13,7 +13,7 @@ from unittest.mock import patch
 import numpy as np
 
 from tests.train.cases import Array, Collective, Parts, built, recorded_collectives, weights
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 NUM_ROWS = 5
 """Rows of a step that hold samples; blank rows fill the micro-steps of the ranks."""
@@ -54,7 +54,7 @@ def run_phases(config: RunConfig, resumed: RunConfig | None, timeout_s: int) -> 
     report = Report()
     config.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with _timeout(timeout_s), patch("llava_next.loss.CHUNK_LOGITS", 16 * 520):
+        with _timeout(timeout_s), patch("llava_next.model.loss.CHUNK_LOGITS", 16 * 520):
             _train(config, resumed, report)
     except RuntimeError:
         import traceback
@@ -99,9 +99,9 @@ class _Stepper:
     """Trains steps of unlike rows by one trainer."""
 
     def __init__(self, parts: Parts, report: Report) -> None:
-        from train.loader import Rows
-        from train.log import RunLog
-        from train.optim import set_rates
+        from train.data.loader import Rows
+        from train.engine.optimizer import set_rates
+        from train.observability.run_log import RunLog
         from train.trainer import Trainer
 
         self._parts, self._report = parts, report
@@ -174,9 +174,9 @@ def _deal(kinds: list[str], num_ranks: int, shift: int) -> list[list[str | None]
 
 
 def _save(parts: Parts, step: int) -> None:
-    from train.checkpoint import Saver
-    from train.compose import to_yaml
-    from train.resume import run_state
+    from train.checkpoint.resume import run_state
+    from train.checkpoint.saver import Saver
+    from train.config.compose import to_yaml
 
     saver = Saver(parts.config.run_dir / "checkpoints", parts.world, parts.config.save)
     state = run_state(step, parts.table.fingerprint, parts.config, parts.world, parts.engine, parts.frozen)
@@ -198,7 +198,7 @@ def _recorded(report: Report, name: str) -> Iterator[Phase]:
 
 @contextmanager
 def _timeout(seconds: int) -> Iterator[None]:
-    """A collective of the default group waits that long; `train.world.start` gives the others the run's timeout."""
+    """A collective of the default group waits that long; `train.distributed.world.start` gives the others the run's timeout."""
     from torch.distributed import distributed_c10d
 
     kept: Callable[[timedelta], Any] = distributed_c10d._set_pg_timeout

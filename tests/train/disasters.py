@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.train.moments import ACTS, OF_EVERY_RANK, at_act, at_phase, at_sample, later, watch_acts
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 # ---------------------------------------------------------------------------------------------------- kills
 
@@ -161,7 +161,7 @@ def run_with_jumping_clock(config: RunConfig) -> int:
 
 def run_and_ask_twice(config: RunConfig) -> int:
     """Ctrl-C in the second step, and again while it takes its time."""
-    from train.stop import StopSignal
+    from train.supervision.stop_signal import StopSignal
 
     StopSignal.SAME_REQUEST_S = 0.1
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from tests.train.cases import Parts, built, weights
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 Fault = Literal["gradient", "loss", "memory"]
 FAULTY_STEP = 1
@@ -29,10 +29,10 @@ class Seen:
 
 def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) -> Seen:
     """Trains all steps; in step `FAULTY_STEP` rank 1 (or the only one) has the fault."""
-    from train.loader import StepPlan, batches
-    from train.log import RunLog
-    from train.metrics import StepOutcome
-    from train.step_errors import OutOfMemory, StepError
+    from train.data.loader import StepPlan, batches
+    from train.observability.run_log import RunLog
+    from train.observability.step_metrics import StepOutcome
+    from train.supervision.step_errors import OutOfMemory, StepError
     from train.trainer import Trainer
 
     seen = Seen()

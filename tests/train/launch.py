@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_S = 180.0

@@ -32,7 +32,7 @@ OF_EVERY_RANK = ("half", "sync", "open sums_rank_.json")
 
 def at_phase(phase: str, number: int, strike: Callable[[], None]) -> None:
     """Calls `strike` when this rank enters a phase that it has entered `number` times before."""
-    from train.progress import Progress
+    from train.supervision.rank_progress import Progress
 
     enter, calls = Progress.enter, itertools.count()
 
@@ -46,7 +46,7 @@ def at_phase(phase: str, number: int, strike: Callable[[], None]) -> None:
 
 def at_sample(number: int, strike: Callable[[], None]) -> None:
     """Calls `strike` in the process that reads, before it reads its sample of this number."""
-    from data_recipes.mixture import Mixture
+    from data_recipes.mixture.mixture import Mixture
 
     sample, calls = Mixture.sample, itertools.count()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 FAULTS = ("none", "versions", "configuration", "run folder", "data", "network")
 
@@ -24,9 +24,9 @@ def verdict(config: RunConfig, fault: str, elsewhere: Path) -> str:
     """
     from dataclasses import replace
 
-    from train import preflight
-    from train.versions import versions
-    from train.world import read_launch, start
+    from train.distributed.versions import versions
+    from train.distributed.world import read_launch, start
+    from train.supervision import preflight
 
     world, home = start(config, read_launch()), Path.cwd()
     try:
@@ -64,7 +64,7 @@ def rehearsed(config: RunConfig) -> tuple[list[int], str]:
     import io
 
     from tests.train.cases import built
-    from train.preflight import fullest_row, rehearse
+    from train.supervision.preflight import fullest_row, rehearse
 
     with built(config) as parts, contextlib.redirect_stderr(io.StringIO()) as said:
         rehearse(config, parts.world, parts.engine, parts.mixture, parts.table, parts.processor)
@@ -78,8 +78,8 @@ def _hang(config: RunConfig) -> dict[str, str]:
 
 def at_the_start(config: RunConfig, fault: str) -> int:
     """A whole run, in which rank 1 does not come to the first meeting, or does not come back from its files."""
-    from train import preflight
     from train.__main__ import execute
+    from train.supervision import preflight
 
     preflight.PATIENCE_S = 2.0
     if os.environ["RANK"] == "1":

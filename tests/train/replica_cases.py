@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 from tests.train.cases import built, train
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 
 def _refused(action: Callable[[], Any], error: type[Exception]) -> str:
@@ -24,8 +24,8 @@ def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
     import deepspeed
     import torch
 
-    from train.replicas import ReplicaError, tensor_sums
-    from train.world import read_launch
+    from train.distributed.world import read_launch
+    from train.engine.replicas import ReplicaError, tensor_sums
 
     initialize = deepspeed.initialize
 
@@ -57,26 +57,26 @@ def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
             if name:
                 patches.enter_context(patch("deepspeed.initialize", initialized))
             else:
-                patches.enter_context(patch("train.engine.tensor_sums", gathered_sums))
+                patches.enter_context(patch("train.engine.deepspeed.tensor_sums", gathered_sums))
         return _refused(start, ReplicaError)
 
 
 def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s: float, patience_s: float) -> Any:
     """Goes on from the run's checkpoints, of which one rank does not see the newest for a while: the record of the
     rest of the run, or the words of the error."""
-    from train import sealed
-    from train.config import ConfigError
-    from train.world import read_launch
+    from train.checkpoint import atomic_folder
+    from train.config.schema import ConfigError
+    from train.distributed.world import read_launch
 
-    is_whole, began_s = sealed.is_whole, time.monotonic()
+    is_whole, began_s = atomic_folder.is_whole, time.monotonic()
 
     def lagging(place: Path) -> bool:
         return is_whole(place) and (place.name != hidden or time.monotonic() - began_s > lag_s)
 
     with ExitStack() as patches:
-        patches.enter_context(patch("train.checkpoint.LAG_PATIENCE_S", patience_s))
+        patches.enter_context(patch("train.checkpoint.saver.LAG_PATIENCE_S", patience_s))
         if read_launch().rank == rank:
-            patches.enter_context(patch("train.sealed.is_whole", lagging))
+            patches.enter_context(patch("train.checkpoint.atomic_folder.is_whole", lagging))
         try:
             return train(config)
         except ConfigError as error:
@@ -87,7 +87,7 @@ def compare_unlike_starts(value: dict[int, int]) -> str:
     """Ranks that are about to begin at unlike steps; the words of the error."""
     import torch.distributed as dist
 
-    from train.replicas import ReplicaError, compare_starts
+    from train.engine.replicas import ReplicaError, compare_starts
 
     world = _world()
     return _refused(lambda: compare_starts({"first step": value[dist.get_rank()]}, world), ReplicaError)
@@ -95,8 +95,8 @@ def compare_unlike_starts(value: dict[int, int]) -> str:
 
 def unlike_errors() -> tuple[int, str]:
     """What `from_main` gives every rank: rank 0's value, and rank 0's error."""
-    from train.config import ConfigError
-    from train.world import from_main
+    from train.config.schema import ConfigError
+    from train.distributed.world import from_main
 
     world = _world()
 
@@ -110,7 +110,7 @@ def _world() -> Any:
     import torch
     import torch.distributed as dist
 
-    from train.world import World
+    from train.distributed.world import World
 
     rank = dist.get_rank()
     return World(rank, rank, dist.get_world_size(), torch.device("cpu"), torch.float32, dist.group.WORLD)

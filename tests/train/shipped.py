@@ -73,7 +73,7 @@ def write_language_model(name: str, root: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from llava_next.hf import write_tokenizer_settings
+    from llava_next.formats.hugging_face import write_tokenizer_settings
 
     family = FAMILIES[name]
     tokenizer = real_tokenizers.tokenizer(family.tokenizer)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from transformers import AutoConfig, Phi3Config, Siglip2VisionConfig
 
-from data_recipes.config import MixtureConfig, SourceShare
-from data_recipes.sample import Message
-from llava_next.build import build_model, read_backbone
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
+from data_recipes.schema.sample import Message
 from llava_next.config import ModelConfig
-from llava_next.hf import write_hf
-from tests.llava_next.test_language_models import SIZES
+from llava_next.formats.hugging_face import write_hf
+from llava_next.model.build import build_model, read_backbone
+from tests.llava_next.model.test_language_models import SIZES
 from tests.tiny import encoded_picture, tiny_mixture, tiny_model, tiny_samples, tiny_store
 from tests.train.cases import tiny_run
 from tests.train.launch import Program

@@ -12,14 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from train.compose import to_yaml
-from train.config import RunConfig, SaveConfig
+from train.config.compose import to_yaml
+from train.config.schema import RunConfig, SaveConfig
 
 _RUN = """
 import sys
 from pathlib import Path
 from train.__main__ import execute
-from train.compose import load_yaml
+from train.config.compose import load_yaml
 sys.exit(execute(load_yaml(Path(sys.argv[1]))))
 """
 

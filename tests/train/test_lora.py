@@ -12,20 +12,20 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file
 
-from data_recipes.mixture import Mixture
-from llava_next.build import read_backbone
+from data_recipes.mixture.mixture import Mixture
 from llava_next.config import LoraConfig
-from llava_next.hf import read_hf
-from llava_next.names import is_adapter
+from llava_next.formats.hugging_face import read_hf
+from llava_next.formats.names import is_adapter
+from llava_next.model.build import read_backbone
 from tests.ranks import RankError
 from tests.train import cases
 from tests.train.cases import with_stage, zero
 from tests.train.conftest import StartRanks
-from train import checkpoint
-from train.compose import check, composed_from, to_yaml
-from train.config import ConfigError, RunConfig, SaveConfig
+from train.checkpoint import saver as checkpoint
+from train.config.compose import check, composed_from, to_yaml
+from train.config.schema import ConfigError, RunConfig, SaveConfig
+from train.data.loader import stage_processor
 from train.export.__main__ import main
-from train.loader import stage_processor
 from train.plan.facts import model_facts
 
 pytest.importorskip("peft")

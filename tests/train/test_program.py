@@ -14,8 +14,8 @@ import pytest
 
 from tests.tiny import HostilePickle, tiny_vision_tower
 from tests.train.launch import Program, finish, kill_all, ranks_of
-from train.compose import load_yaml
-from train.config import RunConfig
+from train.config.compose import load_yaml
+from train.config.schema import RunConfig
 
 FRESH = "stage.init_from=null"
 LONG = (FRESH, "stage.epochs=12", "save.every=0")  # 37 steps
@@ -71,7 +71,7 @@ def test_a_run_starts_from_the_authors_connector(program: Program, tiny_parts: R
     and in the log. One that would run a command is refused with one sentence and exit code 2, and runs none."""
     import torch
 
-    from llava_next.build import build_model, read_backbone
+    from llava_next.model.build import build_model, read_backbone
 
     model = build_model(read_backbone(tiny_parts.model), dtype=torch.float16, seed=5).hf.model
     numbers = {"linear_1": 0, "linear_2": 2}

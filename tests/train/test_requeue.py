@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from train import requeue
-from train.config import RunConfig
+from train.config.schema import RunConfig
 
 
 def asked(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> int:

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from llava_next import cpu_fused
+from llava_next.kernels.cpu import elementwise as cpu_fused
 from tests.ranks import Ranks
 from tests.tiny import tiny_mixture, tiny_model
 from tests.train import cases
 from tests.train.cases import Record, aligning, relative_difference, with_stage, zero
-from train.config import PackingConfig, RunConfig
+from train.config.schema import PackingConfig, RunConfig
 
 StartRanks = Callable[[int], Ranks]
 BUDGETS = {

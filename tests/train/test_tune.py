@@ -11,17 +11,17 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_next.build import build_model, read_backbone
 from llava_next.config import LanguageModelConfig, LoraConfig, ModelConfig, ModelError, VisionTowerConfig
-from llava_next.hf import published_tensors, write_hf
-from llava_next.model import LlavaNext
-from llava_next.original import of_backbone, write_original_folder
-from llava_next.released import check_image_statistics
+from llava_next.formats.hugging_face import published_tensors, write_hf
+from llava_next.formats.original import of_backbone, write_original_folder
+from llava_next.model.build import build_model, read_backbone
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.released import check_image_statistics
 from tests.tiny import tiny_model
 from tests.train import cases
 from tests.train.conftest import StartRanks
-from train.compose import check, load, to_yaml
-from train.config import ConfigError, RunConfig
+from train.config.compose import check, load, to_yaml
+from train.config.schema import ConfigError, RunConfig
 
 GRIDS = ((1, 2), (3, 1))
 """Not the authors', so that they can only come from the directory."""

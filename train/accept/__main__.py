@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.accept.outcome import Check, passed, report_files, verdict, verified_table, write_report
-from train.config import ConfigError
+from train.config.schema import ConfigError
 
 if TYPE_CHECKING:
     from train.accept.ranks import Ranks
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from train.accept.ranks import PhaseError, join, launcher_name, leave
-    from train.quiet import quiet_libraries
+    from train.distributed.quiet import quiet_libraries
 
     started_s, launcher = time.monotonic(), launcher_name()
     quiet_libraries(on_cpu=not torch.cuda.is_available())  # child runs inherit what it sets
@@ -73,7 +73,7 @@ def _accept(options: argparse.Namespace, ranks: "Ranks", launcher: str, started_
         PhaseError: a rank cannot ask for its device.
     """
     from train.accept.bench import Bench, find_device
-    from train.accept.hardware import base_hardware
+    from train.accept.measured_hardware import base_hardware
     from train.accept.phases import phases, run_phases
 
     out = options.out.resolve()
@@ -118,8 +118,8 @@ def _accept(options: argparse.Namespace, ranks: "Ranks", launcher: str, started_
 
 def _check_usage(options: argparse.Namespace, out: Path, num_ranks: int) -> None:
     """Makes the folder. Raises ConfigError for what is wrong about the command line."""
-    from train.accept.hardware import base_hardware
-    from train.compose import load
+    from train.accept.measured_hardware import base_hardware
+    from train.config.compose import load
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"--out {out} must be a new or an empty folder; name another one")
@@ -152,8 +152,8 @@ def _versions() -> dict[str, str]:
     """Versions, the commit and the hash of this checkout's Python files."""
     import torch
 
-    from train.preflight import code_hash
-    from train.versions import versions
+    from train.distributed.versions import versions
+    from train.supervision.preflight import code_hash
 
     return versions() | {"code_hash": code_hash(), "cuda": str(torch.version.cuda)}
 

@@ -12,8 +12,8 @@ import torch
 from train.accept.children import Ended, run_children
 from train.accept.materials import NARROW_SLICE, WIDE_SLICE, Sizes, Slice, sizes_for, write_materials
 from train.accept.ranks import PhaseError, Ranks
-from train.accept.rows import Kinds, choose_seed
-from train.compose import load
+from train.accept.row_coverage import Kinds, choose_seed
+from train.config.compose import load
 
 _TINY = (
     "model/language_model=accept",

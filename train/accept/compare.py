@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llava_next.tensors import read_folder
+from llava_next.formats.tensors import read_folder
 
 TOLERANCES = {"loss": 1e-5, "grad_norm": 1e-4, "weights": 1e-5, "tensor": 1e-3}
 """Largest relative difference of a step's loss, of a step's gradient norm, of a part's weights, of one tensor."""

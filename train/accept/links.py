@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.world import read_launch, set_environment
+from train.distributed.world import read_launch, set_environment
 
 _SMALL = 2**13
 """Bytes of the message whose time is taken for latency."""

@@ -14,8 +14,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from data_recipes.sample import Message, Sample
-from data_recipes.source import SourceInfo
+from data_recipes.schema.sample import Message, Sample
+from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.config import LanguageModelConfig, VisionTowerConfig
 

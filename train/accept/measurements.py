@@ -10,9 +10,9 @@ from typing import Any
 from train.accept.bench import Bench, NotRun
 from train.accept.children import run_children
 from train.accept.compare import read_metrics
-from train.accept.hardware import measured_keys, write_hardware
+from train.accept.measured_hardware import measured_keys, write_hardware
 from train.accept.outcome import Finding
-from train.checkpoint import place_name
+from train.checkpoint.saver import place_name
 
 HARDWARE_NAME = "measured"
 _SLICE = "slice"

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from train import sealed
 from train.accept.bench import Bench, NotRun
 from train.accept.compare import TOLERANCES, WHY, compare_runs, read_metrics
 from train.accept.measurements import bandwidth, export, hardware, save, speed
 from train.accept.outcome import Check, Finding
 from train.accept.ranks import PhaseError
-from train.accept.rows import count_kinds
-from train.checkpoint import place_name
-from train.config import ConfigError
+from train.accept.row_coverage import count_kinds
+from train.checkpoint import atomic_folder
+from train.checkpoint.saver import place_name
+from train.config.schema import ConfigError
 
 REFERENCE = "one_rank"
 _LEAST_S = 20.0
@@ -137,7 +137,7 @@ def resume(bench: Bench, *, name: str, engine: str) -> Finding:
     half = max(1, bench.ranks.size // 2)
     saves = ("save.every=2", "save.keep=9")
     ended = bench.train_tiny(
-        name, engine, bench.ranks.size, *saves, limit_s=bench.limit_s, kill_when=partial(sealed.is_whole, first)
+        name, engine, bench.ranks.size, *saves, limit_s=bench.limit_s, kill_when=partial(atomic_folder.is_whole, first)
     )
     if not ended.killed:
         problem = bench.problem_of(ended, name) or "the run ended before it could be killed"

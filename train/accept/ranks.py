@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from train.config import ConfigError
-from train.world import Launch, free_port, read_launch, set_environment
+from train.config.schema import ConfigError
+from train.distributed.world import Launch, free_port, read_launch, set_environment
 
 _Value = TypeVar("_Value")
 

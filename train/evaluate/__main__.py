@@ -19,18 +19,26 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_recipes.sample import DataError
-from data_recipes.store import StoredSample
+from data_recipes.schema.sample import DataError
+from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
-from llava_next.costs import step_costs
-from llava_next.towers import unsupported_by_stock
-from train.config import ConfigError
+from llava_next.model.flops import step_costs
+from llava_next.model.towers import unsupported_by_stock
+from train.config.schema import ConfigError
+from train.distributed.quiet import quiet_libraries
 from train.evaluate.answers import ONLY_LOSSES, Answer, StockModel
-from train.evaluate.pictures import Accuracy, Question, answer_all, questions_of, summarize, that_fit, with_one_picture
-from train.evaluate.report import SourceReport, as_result, format_tables
-from train.evaluate.subject import Subject, of_directory, of_run
-from train.heldout import HeldOut, hold_out
-from train.quiet import quiet_libraries
+from train.evaluate.evaluated_model import Subject, of_directory, of_run
+from train.evaluate.image_questions import (
+    Accuracy,
+    Question,
+    answer_all,
+    questions_of,
+    summarize,
+    that_fit,
+    with_one_picture,
+)
+from train.evaluate.results import SourceReport, as_result, format_tables
+from train.validation.held_out import HeldOut, hold_out
 
 _Hits = tuple[list[Question], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 

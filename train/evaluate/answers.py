@@ -13,14 +13,14 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data_recipes.sample import Message
-from data_recipes.store import StoredSample
-from llava_next.anyres import decode
-from llava_next.chat_template import adds_special_tokens
+from data_recipes.schema.sample import Message
+from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
-from llava_next.processor import Processor
+from llava_next.inputs.anyres import decode
+from llava_next.inputs.chat_template import adds_special_tokens
+from llava_next.inputs.processor import Processor
+from train.evaluate.image_questions import Question
 from train.evaluate.metrics import score
-from train.evaluate.pictures import Question
 
 ONLY_LOSSES = "python -m train.evaluate --generate 0 measures its losses, and evaluate.answers asks it in training"
 """What is left for a model that stock transformers loads and cannot run."""

@@ -1,7 +1,7 @@
 """How right an answer is: the metrics that the benchmarks of each kind publish, as functions of two texts.
 
 Each takes an answer and the accepted truths and returns a score from 0 (wrong) to 1 (right); where a truth is none that
-it can judge, None. `score` finds one by the name that a source's YAML gives (`data_recipes.source.METRICS`).
+it can judge, None. `score` finds one by the name that a source's YAML gives (`data_recipes.schema.source.METRICS`).
 """
 
 import re

@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 
 from llava_next.config import ModelError
-from llava_next.disk import complete_or_absent
-from llava_next.original import original_tensors, write_original_folder
-from train.checkpoint import SaveFormatError
-from train.config import ConfigError
-from train.export.card import card, servers
-from train.export.source import Source, open_source
+from llava_next.formats.atomic import complete_or_absent
+from llava_next.formats.original import original_tensors, write_original_folder
+from train.checkpoint.saver import SaveFormatError
+from train.config.schema import ConfigError
+from train.distributed.quiet import quiet_libraries
+from train.export.export_card import card, servers
+from train.export.exported_model import Source, open_source
 from train.export.verify import verify_logits, verify_tensors
-from train.quiet import quiet_libraries
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
 

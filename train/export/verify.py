@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from data_recipes.sample import Message
-from llava_next.batch import collate
+from data_recipes.schema.sample import Message
 from llava_next.config import ModelError
-from llava_next.hf import wrapped
-from llava_next.model import LlavaNext
-from llava_next.processor import Processor
-from llava_next.tensors import LazyTensor, read_folder
-from llava_next.towers import unsupported_by_stock
-from train.export.source import Source
+from llava_next.formats.hugging_face import wrapped
+from llava_next.formats.tensors import LazyTensor, read_folder
+from llava_next.inputs.batch import collate
+from llava_next.inputs.processor import Processor
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.towers import unsupported_by_stock
+from train.export.exported_model import Source
 
 TOLERANCE = 1e-4
 """‖a - b‖ / ‖b‖ of logits in fp32: two orders of the same sums, over dozens of layers."""

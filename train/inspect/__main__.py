@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from data_recipes.sample import DataError
+from data_recipes.schema.sample import DataError
 from llava_next.config import ModelError
-from train.config import ConfigError
-from train.inspect.page import write_page
+from train.config.schema import ConfigError
+from train.distributed.quiet import quiet_libraries
 from train.inspect.replay import replay, table
-from train.inspect.subject import Subject, of_run, of_store, of_store_like
-from train.quiet import quiet_libraries
+from train.inspect.sample_set import Subject, of_run, of_store, of_store_like
+from train.inspect.samples_page import write_page
 
 _NUM_OF_STORE = 16
 

@@ -1,6 +1,6 @@
 """A picture as the vision tower sees it, as inline SVG: its canvas with what is cut, padded and dropped, and its tiles.
 
-Owns how that looks. Every number comes from `llava_next.anyres`; the pixels are the sample's own tiles.
+Owns how that looks. Every number comes from `llava_next.inputs.anyres`; the pixels are the sample's own tiles.
 """
 
 import base64
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from llava_next.anyres import Box, ImageLayout, box_in_square, box_on_canvas, centre_box, decode
 from llava_next.config import ProcessorConfig
+from llava_next.inputs.anyres import Box, ImageLayout, box_in_square, box_on_canvas, centre_box, decode
 
 _PIXELS_OF_A_PAGE = 24_000_000
 _LEAST_SIDE, _MOST_SIDE = 160, 1344

@@ -1,6 +1,6 @@
 """An encoded sample as readable text: its ids decoded piece by piece, each picture's tokens as one piece.
 
-Owns which text stands at which tokens, and what of it is supervised; how that looks is `page.py`'s.
+Owns which text stands at which tokens, and what of it is supervised; how that looks is `samples_page.py`'s.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
-from llava_next.processor import IGNORE, SampleLayout
+from llava_next.inputs.processor import IGNORE, SampleLayout
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from llava_next.batch import collate
-from llava_next.build import build_model
 from llava_next.config import ModelError
-from llava_next.load import load_weights
-from llava_next.lora import add_adapters
-from llava_next.model import LlavaNext, set_trained_parts
-from llava_next.processor import SampleRejected
-from train.inspect.subject import RunStep, Subject, encoded
-from train.world import Launch, choose_device, choose_dtype
+from llava_next.formats.load import load_weights
+from llava_next.inputs.batch import collate
+from llava_next.inputs.processor import SampleRejected
+from llava_next.model.build import build_model
+from llava_next.model.llava_next import LlavaNext, set_trained_parts
+from llava_next.model.lora import add_adapters
+from train.distributed.world import Launch, choose_device, choose_dtype
+from train.inspect.sample_set import RunStep, Subject, encoded
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def weights_of_run(run_dir: Path, num_steps: int, result: str) -> list[Weights]:
         num_steps: of the whole stage.
         result: connector or export, as the stage says.
     """
-    from train import checkpoint
+    from train.checkpoint import saver as checkpoint
 
     found = [Weights(0)]
     found += [
@@ -171,7 +171,7 @@ def _age(weights: Weights, run: RunStep | None) -> str:
 
 
 def _load_checkpoint(model: LlavaNext, place: Path) -> str:
-    from train.weights import trained_weights
+    from train.checkpoint.trained_weights import trained_weights
 
     try:
         state = {name: tensor.value() for name, tensor in trained_weights(model, place).items()}

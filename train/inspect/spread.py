@@ -1,6 +1,6 @@
 """The data around the samples that are looked at: how long they are, how wide, and who was left out and why.
 
-Owns counting them; which samples are looked at is `subject.py`'s, the form of a chart `charts.py`'s.
+Owns counting them; which samples are looked at is `sample_set.py`'s, the form of a chart `histograms.py`'s.
 """
 
 import json
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from data_recipes.store import StoredText
-from llava_next.processor import Processor, SampleRejected
+from data_recipes.store.reader import StoredText
+from llava_next.inputs.processor import Processor, SampleRejected
 
 _MOST_NAMED = 8
 

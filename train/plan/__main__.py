@@ -17,8 +17,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from train.compose import check, composed_from
-from train.config import CONFIG_DIR, ConfigError, RunConfig
+from train.config.compose import check, composed_from
+from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
 from train.plan.hardware import Hardware, check_hardware
 
 EXIT_DOES_NOT_FIT = 1
@@ -33,12 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stages = _checked(options)
     except ConfigError as error:
         return _refuse(error)
-    from train.quiet import quiet_libraries
+    from train.distributed.quiet import quiet_libraries
 
     quiet_libraries(on_cpu=True)
-    from data_recipes.sample import DataError
+    from data_recipes.schema.sample import DataError
     from llava_next.config import ModelError
-    from train.packing import PackingError
+    from train.data.packing import PackingError
 
     try:
         return _model_card(stages[0][1], options.out) if options.model_card else _plan(stages, options)
@@ -56,8 +56,8 @@ def _checked(options: argparse.Namespace) -> list[tuple[RunConfig, Hardware, int
 
 
 def _plan(stages: list[tuple[RunConfig, Hardware, int]], options: argparse.Namespace) -> int:
-    from train.plan.picture import plan_picture
-    from train.plan.report import plan_text, plan_values
+    from train.plan.bar_chart import plan_picture
+    from train.plan.plan_text import plan_text, plan_values
     from train.plan.stage import plan_stage
 
     plans = []

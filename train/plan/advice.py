@@ -64,7 +64,7 @@ def _settings(planner: StagePlanner, setting: Setting) -> Iterator[Setting]:
         compiled.append(("vision_tower", "language_model"))
     parts = dict.fromkeys([setting.recompute, *recompute])
     for engine, again, packing, kernels in product(engines, parts, dict.fromkeys(rows), dict.fromkeys(compiled)):
-        if kernels and engine.zero_stage == 3:  # refused (train/rules.py)
+        if kernels and engine.zero_stage == 3:  # refused (train/config/rules.py)
             continue
         yield replace(engine, recompute=again, packing=packing, compile=kernels)
 

@@ -6,8 +6,8 @@ number of ranks; and `Estimate`, its answer to one setting.
 
 from dataclasses import dataclass, field
 
-from data_recipes.order import num_steps
-from train.config import PackingConfig, RunConfig
+from data_recipes.mixture.order import num_steps
+from train.config.schema import PackingConfig, RunConfig
 from train.plan.facts import ModelFacts, half_precision
 from train.plan.hardware import Hardware
 from train.plan.hours import StepTime, step_time

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
-from llava_next.architecture import Architecture, join_configs, read_config, replace_keys
-from llava_next.build import read_backbone, skeleton
 from llava_next.config import ModelConfig, ModelError
-from llava_next.costs import StepCosts, step_costs
-from llava_next.language_models import check_positions
-from llava_next.lora import add_adapters
-from llava_next.model import LlavaNext, num_parameters, part_of, set_trained_parts
-from llava_next.towers import mlp_shape
-from train.config import RunConfig
+from llava_next.model.architecture import Architecture, join_configs, read_config, replace_keys
+from llava_next.model.build import read_backbone, skeleton
+from llava_next.model.flops import StepCosts, step_costs
+from llava_next.model.language_models import check_positions
+from llava_next.model.llava_next import LlavaNext, num_parameters, part_of, set_trained_parts
+from llava_next.model.lora import add_adapters
+from llava_next.model.towers import mlp_shape
+from train.config.schema import RunConfig
 from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS, num_tokens
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import pydantic
 
-from train.config import ConfigError
+from train.config.schema import ConfigError
 
 
 @dataclass(frozen=True)

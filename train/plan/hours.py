@@ -1,6 +1,6 @@
 """Seconds of a step by kind, from rows, FLOPs, rates and links. Pure arithmetic.
 
-Owns the formulas; FLOPs are `llava_next/costs.py`'s, rates and links the hardware file's. What is assumed beyond them
+Owns the formulas; FLOPs are `llava_next/model/flops.py`'s, rates and links the hardware file's. What is assumed beyond them
 stands in the constants here. R is the number of ranks, T the trained parameters, P all of them, s a weight's bytes.
 """
 
@@ -26,7 +26,7 @@ PLAIN_SHARE = 0.87
 TILES_PER_CORE_S = 600.0
 """Pictures decoded and cut, in tiles a second and core (scripts/bench/results/input.json: 494 tiles in 0.81 s)."""
 SMALL_ALL_REDUCE = 500_000_000
-"""Elements of an all-reduce without ZeRO (DeepSpeed's engine.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
+"""Elements of an all-reduce without ZeRO (DeepSpeed's deepspeed.py, MEMORY_OPT_ALLREDUCE_SIZE)."""
 
 COMPUTING = ("vision", "language", "attention", "head")
 """The kinds that are the samples' own work; all others are what it costs to do it."""

@@ -7,7 +7,7 @@ ones, R the ranks, s the bytes of a weight (2 in bf16, 4 in fp32); a row has t t
 
 from dataclasses import dataclass
 
-from llava_next.loss import CHUNK_LOGITS
+from llava_next.model.loss import CHUNK_LOGITS
 from train.plan.facts import LanguageShape, ModelFacts, VisionShape
 from train.plan.setting import Setting
 
@@ -18,7 +18,7 @@ nothing back: a row's activations are still the process's when AdamW steps (seen
 LOGIT_BYTES = 12
 """Of a logit, at the most, in fp32: its log-probability, and two gradients of that size (loss.py, cross entropy)."""
 
-_MAIN_DTYPE_BYTES = 4  # of the optimizer's copy and of gradients, whatever the weights are (train/engine.py)
+_MAIN_DTYPE_BYTES = 4  # of the optimizer's copy and of gradients, whatever the weights are (train/engine/deepspeed.py)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def activations(facts: ModelFacts, setting: Setting, row: Row, *, half: bool, on
         if "language_model" in compiled:
             mlp = 2.0 * s * language.mlp
         # The last block keeps its MLP's for supervised tokens alone, and on a CPU, where attention looks for them, its
-        # queries, outputs and log-sums too (llava_next/last_block.py).
+        # queries, outputs and log-sums too (llava_next/model/last_block.py).
         attention = 0 if on_gpu else s * language.query * (2 + (trained and joins)) + 4 * language.heads
         language_bytes -= (row.tokens - row.supervised) * (mlp + attention)
     working = row.tokens * (block if redo else 0.0) + row.tokens * language_work_bytes(language, half=half)

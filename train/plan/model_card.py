@@ -4,13 +4,13 @@ Owns the card's numbers (LLaVA-NeXT's blog of January 2024: GPUs times hours on 
 hours hold stage 1; they are read as stage 2's, on 760K samples, since stage 1 was LLaVA-1.5's.
 """
 
-from train.compose import load
+from train.config.compose import load
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner
 from train.plan.facts import model_facts, read_architecture
 from train.plan.hardware import Hardware
+from train.plan.plan_text import text_table
 from train.plan.population import population_of
-from train.plan.report import text_table
 from train.plan.setting import setting_of
 
 SAMPLES = 760_000

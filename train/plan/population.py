@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data_recipes.mixture import Mixture
-from data_recipes.published import CAPTIONS, SOURCES, draw_shapes
-from data_recipes.sample import DataError
-from data_recipes.source import read_yaml
-from llava_next.anyres import image_layout
-from llava_next.architecture import Architecture
-from llava_next.build import Backbone
-from train.config import CONFIG_DIR, ConfigError, RunConfig
-from train.lengths import LengthTable, data_fingerprint, open_table
+from data_recipes.mixture.mixture import Mixture
+from data_recipes.schema.published import CAPTIONS, SOURCES, draw_shapes
+from data_recipes.schema.sample import DataError
+from data_recipes.schema.source import read_yaml
+from llava_next.inputs.anyres import image_layout
+from llava_next.model.architecture import Architecture
+from llava_next.model.build import Backbone
+from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
+from train.data.length_table import LengthTable, data_fingerprint, open_table
 
 NUM_DRAWN = 24_000
 Array = npt.NDArray[np.int64]

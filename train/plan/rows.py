@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data_recipes.order import samples_of_step
-from llava_next.costs import StepCosts
-from train.config import PackingConfig
-from train.packing import deal
+from data_recipes.mixture.order import samples_of_step
+from llava_next.model.flops import StepCosts
+from train.config.schema import PackingConfig
+from train.data.packing import deal
 from train.plan.memory import Row
 from train.plan.population import Population
 

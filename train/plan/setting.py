@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from train.config import CONFIG_DIR, PackingConfig, RunConfig
+from train.config.schema import CONFIG_DIR, PackingConfig, RunConfig
 
 BUCKET = 500_000_000
 """DeepSpeed's default reduce bucket, in elements (runtime/zero/config.py)."""

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from train.config import ConfigError
+from train.config.schema import ConfigError
 from train.report.charts import need_matplotlib
 from train.report.folder import read_runs
 from train.report.page import write_page

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from train.config import ConfigError
-from train.inspect.escaping import shown
+from train.config.schema import ConfigError
+from train.html.escaping import shown
 from train.report.curves import Chart, Line
 
 NUM_COLORS = 10

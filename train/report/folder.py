@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from train.config import ConfigError
+from train.config.schema import ConfigError
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ Owns what stands on it and in which order. Charts are `charts.py`'s, tables `tab
 
 from collections.abc import Sequence
 
-from train.inspect.escaping import shown
-from train.inspect.table import write_table
+from train.html.escaping import shown
+from train.html.table import write_table
 from train.report import tables
 from train.report.charts import draw, legend
 from train.report.comparison import compare

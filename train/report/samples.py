@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from data_recipes.sample import DataError
+from data_recipes.schema.sample import DataError
 from train.report.folder import Run
 
 _SIDE, _JPEG_QUALITY = 384, 82
@@ -122,7 +122,9 @@ class _Pictures:
             return None, f"its picture cannot be read: {error}"
 
     def _open(self, source: str) -> tuple[Any, dict[str, int]] | str:
-        from data_recipes.store import Store  # it brings `datasets`, which a report without answers has no use for
+        from data_recipes.store.reader import (
+            Store,
+        )  # it brings `datasets`, which a report without answers has no use for
 
         for root in self._roots:
             if (root / source / "manifest.json").is_file():
@@ -136,7 +138,7 @@ class _Pictures:
 
 
 def _small(encoded: bytes) -> bytes:
-    from llava_next.anyres import decode
+    from llava_next.inputs.anyres import decode
 
     picture = decode(encoded)
     picture.thumbnail((_SIDE, _SIDE))

@@ -1,6 +1,6 @@
 """What a report adds to the style of `train.inspect`: colours of lines, the charts' grid, boxes that hide runs."""
 
-from train.inspect.style import STYLE as PAGE_STYLE
+from train.html.stylesheet import STYLE as PAGE_STYLE
 
 _MOST_HIDDEN = 32
 """Runs beyond that are drawn and cannot be hidden."""

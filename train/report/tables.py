@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.inspect.escaping import shown
-from train.inspect.table import write_table
+from train.html.escaping import shown
+from train.html.table import write_table
 from train.report.curves import is_number, parts_of_time, predicted_gib, series
 from train.report.folder import Run
 
@@ -43,7 +43,7 @@ def overview(runs: Sequence[Run]) -> str:
     if all(predicted_gib(run) is None for run in runs):
         notes.append("No planned memory; `python -m train.plan ... --out RUN/plan.json` adds it.")
     if not all(_median(run, "perf/mfu", "{}") for run in runs):
-        notes.append("No MFU of a run on a CPU, or on a card whose rate train/rates.py has not.")
+        notes.append("No MFU of a run on a CPU, or on a card whose rate train/observability/rates.py has not.")
     medians = "Tokens/s and MFU are medians of the steps."
     return write_table(head, rows) + f'<p class="faint">{shown(" ".join([medians, *notes]))}</p>'
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from data_recipes.demo_requests.__main__ import main
-from data_recipes.sample import Sample
-from data_recipes.source import read_source
+from data_recipes.schema.sample import Sample
+from data_recipes.schema.source import read_source
 from tests.data_recipes.demo_requests.demo_logs import ADDRESS, DAY, TIME, Demo, photo
 from tests.data_recipes.raw_folders import put
 

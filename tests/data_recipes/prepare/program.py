@@ -18,10 +18,10 @@ import yaml
 
 from data_recipes.prepare import __main__ as prepare
 from data_recipes.prepare.slices import slice_writer
-from data_recipes.raw.picture_pool import PicturePool
-from data_recipes.sample import Reject, Sample
-from data_recipes.source import SourceInfo
-from data_recipes.writing import tables as store_tables
+from data_recipes.raw.image_pool import PicturePool
+from data_recipes.schema.sample import Reject, Sample
+from data_recipes.schema.source import SourceInfo
+from data_recipes.writing import store_tables
 from data_recipes.writing.stream import Loaded, Mark, NumberedStream, Slice
 from data_recipes.writing.writer import write_records
 from tests.data_recipes import raw_folders

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from data_recipes.prepare import __main__ as prepare
-from data_recipes.sample import MAX_CHARACTERS, Reason
-from data_recipes.store import Store
+from data_recipes.schema.sample import MAX_CHARACTERS, Reason
+from data_recipes.store.reader import Store
 from tests.data_recipes.prepare.program import arguments, failure
-from tests.data_recipes.raw.test_pictures import png_header_of
+from tests.data_recipes.raw.test_image_files import png_header_of
 from tests.data_recipes.raw_folders import llava_record, picture, put, write_messages
 
 GOOD = picture(1)

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data_recipes.mixture import Mixture, read_mixture
+from data_recipes.mixture.mixture import Mixture, read_mixture
 from data_recipes.prepare import __main__ as prepare
-from data_recipes.source import read_source
-from data_recipes.store import Store
+from data_recipes.schema.source import read_source
+from data_recipes.store.reader import Store
 from tests.data_recipes import raw_folders
 from tests.data_recipes.prepare.program import (
     ROOT,
@@ -52,7 +52,7 @@ def test_a_mixture_from_raw_files_to_its_table(place: Path) -> None:
     script = (
         "import sys; from data_recipes.prepare import __main__ as prepare; "
         f"prepare.main({arguments(place, '--mixture', 'all')!r}); "
-        "from data_recipes.store import Store; from pathlib import Path; "
+        "from data_recipes.store.reader import Store; from pathlib import Path; "
         f"Store.open(Path({str(place)!r}) / 'stores' / 'talk').sample(0); "
         "assert not {'torch', 'deepspeed', 'hydra', 'transformers'} & set(sys.modules), 'heavy imports'"
     )
@@ -219,7 +219,7 @@ def test_unknown_names_list_the_known(place: Path, capsys: pytest.CaptureFixture
 def test_a_reader_of_ones_own(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Named by its module path, with options of its own; a wrong one is told as for ours."""
     code = """
-from data_recipes.sample import Message, Sample
+from data_recipes.schema.sample import Message, Sample
 
 def samples(root, file, shout=False):
     for number, line in enumerate((root / file).read_text().splitlines()):
@@ -294,7 +294,7 @@ def test_a_full_disk_is_one_sentence(
     def full(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("data_recipes.writing.tables.sync", full)
+    monkeypatch.setattr("data_recipes.writing.store_tables.sync", full)
     code, sentence = failure(place, capsys, "--source", "charts")
     assert (code, "No space left on device" in sentence) == (1, True)
     assert list((place / "stores").iterdir()) == []

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from data_recipes.config import MixtureConfig, SourceShare
-from data_recipes.mixture import Mixture
+from data_recipes.mixture.mixture import Mixture
 from data_recipes.prepare.manifest import describe_mixture, to_bibtex, to_latex, write_manifest
-from data_recipes.sample import Reason, Reject, Sample
-from data_recipes.store import Store
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
+from data_recipes.schema.sample import Reason, Reject, Sample
+from data_recipes.store.reader import Store
 from tests.data_recipes.raw_folders import conversation, make_store, picture
 
 ENTRY = {"key": "masry2022chartqa", "type": "inproceedings", "title": "Charts & {QA}: 100%", "url": "https://a/b_c"}

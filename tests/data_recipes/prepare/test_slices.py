@@ -7,11 +7,11 @@ import pytest
 
 from data_recipes.prepare import __main__ as prepare
 from data_recipes.prepare.slices import merge_slices, read_slices
-from data_recipes.raw.picture_pool import PicturePool
-from data_recipes.sample import Reason, Reject, Sample
-from data_recipes.source import SourceInfo
-from data_recipes.store import Store
-from data_recipes.writing import tables as store_tables
+from data_recipes.raw.image_pool import PicturePool
+from data_recipes.schema.sample import Reason, Reject, Sample
+from data_recipes.schema.source import SourceInfo
+from data_recipes.store.reader import Store
+from data_recipes.writing import store_tables
 from data_recipes.writing.stream import Mark, NumberedStream, Slice, StreamChangedError
 from data_recipes.writing.writer import write_store
 from tests.data_recipes.prepare.program import SOURCES, arguments, contents, failure, make_place, started, write_slice

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data_recipes.prepare.space import Need, check_space, survey
-from data_recipes.sample import DataError, Reason, Reject, Sample
-from data_recipes.source import SourceInfo
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.progress import Progress, readable
 from data_recipes.writing.stream import Named, Slice
 from data_recipes.writing.writer import write_store

@@ -8,7 +8,7 @@ import pytest
 
 from data_recipes.raw.components import TABLES, component_of, find_table
 from data_recipes.readers import llava_json
-from data_recipes.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 from tests.data_recipes.merged_records import LETTER, MERGED, SHORT, coco, record
 from tests.data_recipes.raw_folders import put
 

@@ -8,7 +8,7 @@ import pytest
 
 from data_recipes.raw import json_records
 from data_recipes.raw.json_records import iter_records
-from data_recipes.sample import DataError, Reason, Reject
+from data_recipes.schema.sample import DataError, Reason, Reject
 from tests.data_recipes.raw_folders import llava_record, put
 
 

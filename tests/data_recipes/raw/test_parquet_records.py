@@ -6,9 +6,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
+from data_recipes.raw.image_files import PictureError
 from data_recipes.raw.parquet_records import find_shards, iter_rows, picture_of
-from data_recipes.raw.pictures import PictureError
-from data_recipes.sample import DataError, Reason, Reject
+from data_recipes.schema.sample import DataError, Reason, Reject
 from tests.data_recipes.raw_folders import put, write_parquet
 
 

@@ -13,7 +13,7 @@ from data_recipes.raw.questions import (
     one_conversation_a_picture,
     question,
 )
-from data_recipes.sample import Sample
+from data_recipes.schema.sample import Sample
 
 
 def test_the_published_wordings() -> None:

@@ -22,7 +22,7 @@ from data_recipes.readers import (
     messages_parquet,
     synthdog_parquet,
 )
-from data_recipes.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 from tests.data_recipes import raw_folders
 from tests.data_recipes.raw_folders import cell, docvqa_question, put, write_parquet
 

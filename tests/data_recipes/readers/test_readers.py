@@ -9,7 +9,7 @@ import pytest
 
 from data_recipes.raw.questions import OCR, by_hash
 from data_recipes.readers import chartqa, easy_vqa, llava_json, messages_jsonl, synthdog
-from data_recipes.sample import DataError, Message, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Message, Reason, Reject, Sample
 from tests.data_recipes import raw_folders
 from tests.data_recipes.raw_folders import llava_record, picture, put
 

@@ -20,18 +20,17 @@ from typing import NoReturn
 
 import pytest
 
-from data_recipes.disk import only_one
 from data_recipes.prepare import __main__ as prepare
-from data_recipes.raw.picture_pool import PicturePool
+from data_recipes.raw.image_pool import PicturePool
 from data_recipes.readers import llava_json
-from data_recipes.sample import DataError, Reject, Sample
-from data_recipes.source import SourceInfo
-from data_recipes.store import Store
-from data_recipes.writing import seen
-from data_recipes.writing import tables as store_tables
+from data_recipes.schema.sample import DataError, Reject, Sample
+from data_recipes.schema.source import SourceInfo
+from data_recipes.store.durable import only_one
+from data_recipes.store.reader import Store
+from data_recipes.writing import seen, store_tables
 from data_recipes.writing import writer as store_writer
+from data_recipes.writing.store_tables import RejectedError
 from data_recipes.writing.stream import StreamChangedError
-from data_recipes.writing.tables import RejectedError
 from data_recipes.writing.writer import finish_interrupted, write_store
 from tests.data_recipes.prepare.program import Started, arguments, contents, make_slow_place, run, started
 from tests.data_recipes.raw_folders import conversation, llava_record, picture, put, write_llava

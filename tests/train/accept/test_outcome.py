@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 
 from train.accept.__main__ import main
 from train.accept.compare import TOLERANCES, compare_runs
-from train.accept.hardware import base_hardware, measured_keys, write_hardware
+from train.accept.measured_hardware import base_hardware, measured_keys, write_hardware
 from train.accept.outcome import Check, Status, passed, report_files, verdict, verified_table, write_report
-from train.config import ConfigError
+from train.config.schema import ConfigError
 from train.plan.hardware import check_hardware
 from train.plan.hours import LINK_SHARE, ring
 

@@ -12,9 +12,9 @@ from train.accept.materials import sizes_for
 from train.accept.outcome import passed
 from train.accept.phases import phases, run_phases
 from train.accept.ranks import Ranks
-from train.accept.rows import count_kinds
-from train.config import ConfigError
-from train.world import Launch
+from train.accept.row_coverage import count_kinds
+from train.config.schema import ConfigError
+from train.distributed.world import Launch
 
 
 class OneProcess(Ranks):

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.train.distributed.test_two_hosts import ADDRESSES, hosts  # noqa: F401  (a fixture)
 from tests.train.launch import ROOT, finish
-from tests.train.test_two_hosts import ADDRESSES, hosts  # noqa: F401  (a fixture)
 from train.plan.hardware import check_hardware
 
 BIN = Path(sys.executable).parent

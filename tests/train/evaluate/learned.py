@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from data_recipes.sample import Message
-from data_recipes.store import StoredSample
-from llava_next.batch import collate
-from llava_next.build import build_model, read_backbone
+from data_recipes.schema.sample import Message
+from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelConfig
-from llava_next.hf import write_hf
-from llava_next.model import LossSums
-from llava_next.processor import Processor
+from llava_next.formats.hugging_face import write_hf
+from llava_next.inputs.batch import collate
+from llava_next.inputs.processor import Processor
+from llava_next.model.build import build_model, read_backbone
+from llava_next.model.llava_next import LossSums
 from tests.tiny import encoded_picture, tiny_model
 
 SIZE_HW = (40, 40)

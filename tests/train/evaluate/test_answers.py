@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_next.build import build_model, read_backbone
 from llava_next.config import ModelError
-from llava_next.hf import write_hf
+from llava_next.formats.hugging_face import write_hf
+from llava_next.model.build import build_model, read_backbone
 from tests.tiny import SIZES_HW, encoded_picture, tiny_model
 from tests.train.evaluate.learned import Learned, sample
 from train.evaluate.answers import Answer, StockModel
-from train.evaluate.pictures import Question
+from train.evaluate.image_questions import Question
 
 
 def _answers(learned: Learned, batch_size: int, max_new_tokens: int = 12, export: Path | None = None) -> list[Answer]:

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from data_recipes.source import METRICS
+from data_recipes.schema.source import METRICS
 from train.evaluate import metrics
 
 PIX2STRUCT = [

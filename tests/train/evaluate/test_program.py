@@ -8,20 +8,20 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from data_recipes.sample import Sample
-from data_recipes.source import SourceInfo
+from data_recipes.schema.sample import Sample
+from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
-from llava_next.batch import collate
-from llava_next.build import build_model, read_backbone
 from llava_next.config import ImageMode
-from llava_next.hf import write_hf
-from llava_next.model import LossSums
+from llava_next.formats.hugging_face import write_hf
+from llava_next.inputs.batch import collate
+from llava_next.model.build import build_model, read_backbone
+from llava_next.model.llava_next import LossSums
 from tests.tiny import tiny_mixture, tiny_model, tiny_samples, tiny_store
 from tests.train.cases import tiny_run, with_stage
 from tests.train.evaluate.learned import ANSWERS, Learned
-from train.compose import to_yaml
+from train.config.compose import to_yaml
 from train.evaluate.__main__ import main
-from train.evaluate.subject import of_directory
+from train.evaluate.evaluated_model import of_directory
 
 
 def _result(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -53,7 +53,7 @@ def test_a_run_is_evaluated_from_its_folder(
     assert (row["metric"], row["num_answers"], len(answers), len(result["generated"])) == ("exact_match", 3, 3, 2)
     assert "all" in capsys.readouterr().out
 
-    from data_recipes.mixture import Mixture
+    from data_recipes.mixture.mixture import Mixture
 
     mixture = Mixture.open(mixture_config, store_root)
     total = tokens = 0.0

@@ -8,8 +8,8 @@ from transformers import AutoConfig
 
 from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
 from tests.tiny import tiny_model
-from train.compose import load
-from train.config import CONFIG_DIR, RunConfig
+from train.config.compose import load
+from train.config.schema import CONFIG_DIR, RunConfig
 from train.plan.facts import language_shape, model_facts, read_architecture
 from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS
 

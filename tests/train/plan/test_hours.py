@@ -11,14 +11,14 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_next.build import build_model, read_backbone
 from llava_next.config import ModelConfig, VisionTowerConfig
-from llava_next.costs import step_costs
-from llava_next.model import set_trained_parts
+from llava_next.model.build import build_model, read_backbone
+from llava_next.model.flops import step_costs
+from llava_next.model.llava_next import set_trained_parts
 from tests.llava_next.models import mixed, row
 from tests.tiny import tiny_model
 from tests.train.plan.test_memory import FACTS, setting
-from train.config import CONFIG_DIR, ConfigError
+from train.config.schema import CONFIG_DIR, ConfigError
 from train.plan.hardware import Hardware, check_hardware
 from train.plan.hours import LINK_SHARE, communication, computing, ring, step_time
 from train.plan.rows import StepRows

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from llava_next import cpu_fused
-from llava_next.build import build_model, read_backbone
 from llava_next.config import AttentionKernel, ElementwiseKernel, LoraConfig, ModelConfig
-from llava_next.kernels import use_fused
-from llava_next.lora import add_adapters
-from llava_next.model import LlavaNext, set_recompute, set_trained_parts
+from llava_next.kernels.cpu import elementwise as cpu_fused
+from llava_next.model.build import build_model, read_backbone
+from llava_next.model.llava_next import LlavaNext, set_recompute, set_trained_parts
+from llava_next.model.lora import add_adapters
+from llava_next.model.speedups import use_fused
 from tests.llava_next.models import mixed, row
 from tests.tiny import TowerName, tiny_model
-from train.config import PackingConfig, StageConfig
+from train.config.schema import PackingConfig, StageConfig
 from train.plan.facts import LanguageShape, ModelFacts, VisionShape, model_facts
 from train.plan.memory import Row, activations, host_bytes, states
 from train.plan.setting import Setting

@@ -8,12 +8,12 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from data_recipes.mixture import Mixture
-from llava_next.build import read_backbone
+from data_recipes.mixture.mixture import Mixture
+from llava_next.model.build import read_backbone
 from tests.train.plan.test_hours import hardware
-from train.config import PackingConfig, RunConfig
-from train.lengths import open_table
-from train.loader import stage_processor
+from train.config.schema import PackingConfig, RunConfig
+from train.data.length_table import open_table
+from train.data.loader import stage_processor
 from train.plan.__main__ import main
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner

@@ -1,0 +1,248 @@
+"""The exported processor: transformers' own, fed with the export alone, says what training saw."""
+
+import copy
+import io
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+)
+
+from data_recipes.schema.sample import Message
+from llava_next.formats.hugging_face import save_processor, write_hf, write_tokenizer_settings
+from llava_next.formats.original import of_backbone
+from llava_next.inputs.chat_template import template_of
+from llava_next.inputs.conversation import TEMPLATES
+from llava_next.inputs.processor import Processor
+from llava_next.model.build import Backbone, build_model, read_backbone, read_tokenizer
+from llava_next.model.llava_next import LlavaNext
+from tests.jinja_shapes import LLAMA_3, MISTRAL, QWEN, ROUNDS_WITH_BOS, VICUNA, ZEPHYR
+from tests.llava_next.conftest import MakeBackbone
+from tests.llava_next.models import encoded, row
+from tests.oracles import real_tokenizers
+from tests.tiny import SIZES_HW, TokenizerName, TowerName, encoded_picture
+
+TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
+
+
+def _model(backbone: Backbone, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaNext:
+    return build_model(backbone, dtype=dtype, seed=seed)
+
+
+def _processor(backbone: Backbone) -> Processor:
+    return backbone.processor(template=None, image_mode="anyres", max_length=4096)
+
+
+def _write(backbone: Backbone, folder: Path, seed: int = 0) -> LlavaNext:
+    model = _model(backbone, seed)
+    write_hf(model, backbone, _processor(backbone), folder)
+    return model
+
+
+# What can be said to a stock processor and to ours: (messages of chat templates, ours), for one or two rounds.
+QUESTION, ANSWER, SECOND = "What is in the picture?", "A red circle.", "And its colour?"
+
+
+def _stock_ids(stock: LlavaNextProcessor, picture: bytes, *, rounds: int, system: str | None) -> list[int]:
+    content: list[dict[str, object]] = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    messages: list[dict[str, object]] = [{"role": "user", "content": content}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    if rounds == 2:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER}]})
+        messages.append({"role": "user", "content": [{"type": "text", "text": SECOND}]})
+    text = stock.apply_chat_template(messages, add_generation_prompt=True)
+    image = Image.open(io.BytesIO(picture))
+    ids: list[int] = stock(images=image, text=text, return_tensors="pt")["input_ids"][0].tolist()
+    content[0]["image"] = image
+    tokenized = stock.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    assert tokenized["input_ids"][0] == ids
+    return ids
+
+
+WITH_BOS = sorted(name for name, template in TEMPLATES.items() if template.bos and not template.caption_only)
+WITHOUT_BOS = sorted(name for name, template in TEMPLATES.items() if not template.bos)
+NATURAL_PAIRS: list[tuple[str, TokenizerName]] = [
+    *((name, "bytes") for name in (*WITH_BOS, *WITHOUT_BOS)),
+    *((name, "metaspace") for name in WITH_BOS),
+]
+# A tokenizer that opens every text with bos, under a template that does not.
+UNNATURAL_PAIRS = [(name, "metaspace") for name in WITHOUT_BOS]
+
+
+@pytest.mark.parametrize(("template", "kind"), [*NATURAL_PAIRS, *UNNATURAL_PAIRS])
+def test_the_stock_processor_makes_our_prompt(
+    make_backbone: MakeBackbone, tmp_path: Path, template: str, kind: TokenizerName
+) -> None:
+    """Chat template and stock processor, loaded from the export, give the ids that training saw: in every grid,
+    in the first and in the second round, with the template's own system text and with the sample's."""
+    backbone = make_backbone(template=template, kind=kind)
+    _write(backbone, tmp_path / "export")
+    stock = LlavaNextProcessor.from_pretrained(tmp_path / "export")
+    processor = _processor(backbone)
+    for number, size in enumerate(SIZES_HW):
+        picture = encoded_picture(number, size)
+        for rounds, system in itertools.product((1, 2), (None, "Answer in one word.")):
+            messages = [Message("user", f"<image>\n{QUESTION}")]
+            if system is not None:
+                messages.insert(0, Message("system", system))
+            if rounds == 2:
+                messages += [Message("assistant", ANSWER), Message("user", SECOND)]
+            ours, _ = processor.prompt(messages, [size])
+            theirs = _stock_ids(stock, picture, rounds=rounds, system=system)
+            assert theirs == ours.tolist(), (size, rounds, system)
+
+
+@pytest.mark.parametrize("jinja", [QWEN, LLAMA_3, VICUNA, ZEPHYR, MISTRAL, ROUNDS_WITH_BOS], ids=lambda text: text[:40])
+def test_the_stock_processor_with_the_tokenizers_own_template(
+    make_backbone: MakeBackbone, tmp_path: Path, jinja: str
+) -> None:
+    """`template: tokenizer`: the export makes the prompt that training saw, white space around the words included, and
+    its tokenizer carries the same template: read again, the processor is the same."""
+    backbone = make_backbone(template="tokenizer")
+    backbone.tokenizer.chat_template = jinja
+    processor = _processor(backbone)
+    write_hf(_model(backbone), backbone, processor, tmp_path / "export")
+    stock = LlavaNextProcessor.from_pretrained(tmp_path / "export")
+    size = SIZES_HW[4]
+    systems = (None,) if processor.template.system_format is None else (None, "Answer in one word.\n")
+    for rounds, system in itertools.product((1, 2), systems):
+        messages = [Message("user", f"<image>\n{QUESTION}")]
+        if system is not None:
+            messages.insert(0, Message("system", system))
+        if rounds == 2:
+            messages += [Message("assistant", ANSWER), Message("user", SECOND)]
+        ours, _ = processor.prompt(messages, [size])
+        theirs = _stock_ids(stock, encoded_picture(4, size), rounds=rounds, system=system)
+        assert theirs == ours.tolist(), (rounds, system)
+    again = Processor(read_tokenizer(str(tmp_path / "export")), processor.config)
+    assert again.template == processor.template
+
+
+def test_the_stock_processor_with_a_real_tokenizer(
+    make_backbone: MakeBackbone, tmp_path: Path, smollm2_tokenizer: Path
+) -> None:
+    """SmolLM2's tokenizer, exported with the image token added: the same prompt, the same counts."""
+    config = make_backbone().config
+    config = replace(config, language_model=replace(config.language_model, tokenizer=str(smollm2_tokenizer)))
+    backbone = read_backbone(config)
+    _write(backbone, tmp_path / "export")
+    stock = LlavaNextProcessor.from_pretrained(tmp_path / "export")
+    for number, size in enumerate(SIZES_HW):
+        ours, _ = _processor(backbone).prompt([Message("user", f"<image>\n{QUESTION}")], [size])
+        theirs = _stock_ids(stock, encoded_picture(number, size), rounds=1, system=None)
+        assert theirs == ours.tolist(), size
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_stock_generation_answers_from_the_export(
+    make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName
+) -> None:
+    """`generate` of the stock model and processor runs, and its first token is the one that ours finds likeliest."""
+    backbone = make_backbone(tower)
+    model = _write(backbone, tmp_path / "export")
+    stock = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export")
+    processor = LlavaNextProcessor.from_pretrained(tmp_path / "export")
+    sample = encoded(backbone, [(45, 61)])
+    layout = sample.example.layout
+    prompt = layout.ids[: int(np.flatnonzero(layout.labels >= 0)[0])]
+    text = processor.tokenizer.decode([t for t in prompt if t != layout.image_token_id])
+    text = text.replace("user\n", "user\n<image>", 1)
+    inputs = processor(
+        images=Image.open(io.BytesIO(sample.pictures[0])), text=text, return_tensors="pt",
+        add_special_tokens=False,
+    )  # fmt: skip
+    assert inputs["input_ids"][0].tolist() == prompt.tolist()
+    answer = stock.generate(**inputs, max_new_tokens=3, do_sample=False)
+    batch = row(backbone, [sample.example])
+    with torch.no_grad():
+        states, head = model._target_states(batch)
+    assert int(answer[0, len(prompt)]) == int((states[0] @ head.T).argmax())
+
+
+def test_generation_stops_at_the_templates_end(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The export's generation_config names the template's end token, and the tokenizer's own."""
+    backbone = make_backbone(template="chatml")
+    _write(backbone, tmp_path / "export")
+    generation = GenerationConfig.from_pretrained(tmp_path / "export")
+    ids = backbone.tokenizer.convert_tokens_to_ids(["<|im_end|>", "</s>"])
+    assert generation.eos_token_id == ids
+    vicuna = make_backbone(template="vicuna_v1")
+    _write(vicuna, tmp_path / "vicuna")
+    assert GenerationConfig.from_pretrained(tmp_path / "vicuna").eos_token_id == ids[1]
+
+
+REAL = [
+    ("vicuna", "vicuna_v1"),
+    ("mistral", "mistral_instruct"),
+    *(
+        pytest.param(name, template, marks=pytest.mark.full)
+        for name, template in (
+            ("vicuna_legacy", "vicuna_v1"),
+            ("vicuna_chatml", "chatml_direct"),
+            ("llama3", "llava_llama_3"),
+            ("qwen", "qwen_1_5"),
+            ("smollm2", "chatml"),
+            # Templates and tokenizers that are not published together.
+            ("vicuna", "mistral_instruct"),
+            ("vicuna_chatml", "chatml"),
+            ("mistral", "vicuna_v1"),
+        )
+    ),
+]
+CONVERSATIONS = [
+    [Message("user", f"<image>\n{QUESTION}")],
+    [Message("user", f"<image>\n{QUESTION}"), Message("assistant", ANSWER), Message("user", SECOND)],
+    [Message("system", "Answer in one word."), Message("user", f"<image>\n{QUESTION}")],
+    [Message("system", "  Two spaces before it."), Message("user", f"<image>\n{QUESTION}")],
+    [Message("user", "No image: 你好?")],
+    [Message("user", "<image> first, then<image><image>\nthree of them")],
+]
+"""With one image, without one, with several inside the text; and texts that a word mark may or may not stand before."""
+
+
+@pytest.mark.parametrize(("name", "template"), REAL)
+def test_real_tokenizers_render_the_prompt_of_the_training(
+    make_backbone: MakeBackbone, tmp_path: Path, name: str, template: str
+) -> None:
+    """The ids of training from the exported processor, by each way of calling it, and from the rendered text in the
+    authors' layout; the exported chat template is read back as the template that it was made of."""
+    tokenizer = real_tokenizers.tokenizer(name)
+    backbone = make_backbone(template=template)
+    hf_config = copy.deepcopy(backbone.hf_config)
+    hf_config.image_token_index = tokenizer.convert_tokens_to_ids("<image>")
+    backbone = replace(backbone, tokenizer=tokenizer, hf_config=hf_config)
+    processor = _processor(backbone)
+    save_processor(backbone, processor, tmp_path / "export")
+    stock = AutoProcessor.from_pretrained(tmp_path / "export")
+    served = of_backbone(backbone, processor).tokenizer
+    served.save_pretrained(tmp_path / "original")
+    write_tokenizer_settings(tmp_path / "original", served)
+    original = AutoTokenizer.from_pretrained(tmp_path / "original")
+    for messages in CONVERSATIONS:
+        if processor.template.system_format is None and messages[0].role == "system":
+            continue
+        num_images = sum(message.text.count("<image>") for message in messages)
+        sizes = list(SIZES_HW[:num_images])
+        images = [Image.new("RGB", (width, height)) for height, width in sizes]
+        ours = processor.prompt(messages, sizes)[0].tolist()
+        turns = [{"role": message.role, "content": message.text} for message in messages]
+        text = stock.apply_chat_template(turns, add_generation_prompt=True)
+        shown = {"images": images} if images else {}
+        assert list(stock(text=text, **shown)["input_ids"][0]) == ours, messages
+        theirs = original(original.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))["input_ids"]
+        layouts = iter(processor.prompt(messages, sizes)[1])
+        widened = [[token] * (next(layouts).num_tokens if token == processor.image_token_id else 1) for token in theirs]
+        assert list(itertools.chain.from_iterable(widened)) == ours, messages
+    again = template_of(read_tokenizer(str(tmp_path / "export")))
+    assert replace(again, name="", released_specials=()) == replace(processor.template, name="", released_specials=())

@@ -1,0 +1,277 @@
+"""Templates out of a tokenizer's Jinja and back: the same strings, or a refusal that shows where they part."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_recipes.schema.sample import Message
+from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig
+from llava_next.inputs.chat_template import chat_template, template_for, template_of
+from llava_next.inputs.conversation import TEMPLATES, Template
+from llava_next.inputs.processor import IGNORE, Processor, RejectReason, SampleRejected
+from llava_next.model.build import read_tokenizer
+from scripts.oracles.inputs import Conversation, conversations
+from tests.jinja_shapes import (
+    CHATML,
+    LITERAL_BOS,
+    LLAMA_3,
+    LLAMA_3_1,
+    MISTRAL,
+    QWEN,
+    ROUNDS_WITH_BOS,
+    VICUNA,
+    ZEPHYR,
+)
+from tests.tiny import PATCHES_PER_SIDE, TILE, tiny_tokenizer
+
+FIXED_OPENING = (
+    "{{ 'Fixed words.</s>' }}{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}"
+)
+
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "chatml": (CHATML, {"default_system": None, "bos": False, "between": "\n", "trims": False}),
+    "qwen": (QWEN, {"default_system": "You are a helpful assistant.", "end": "<|im_end|>", "bos": False}),
+    "llama_3": (
+        LLAMA_3,
+        {"default_system": None, "bos": True, "end": "<|eot_id|>", "between": "", "trims": True,
+         "system_format": "<|start_header_id|>system<|end_header_id|>\n\n{text}<|eot_id|>"},
+    ),
+    "llama_3_1": (LLAMA_3_1, {"default_system": "", "bos": True, "trims": True}),
+    "mistral": (
+        MISTRAL,
+        {"system_format": None, "question_format": "[INST] {text} [/INST]", "header": "", "answer_format": " {text}",
+         "end": "</s>", "between": "", "bos": True},
+    ),
+    "zephyr": (ZEPHYR, {"header": "<|assistant|>\n", "end": "</s>", "between": "\n", "bos": False}),
+    "vicuna": (
+        VICUNA,
+        {"system_format": "{text} ", "default_system": "A curious user talks to a polite assistant.", "bos": True,
+         "question_format": "USER: {text} ", "header": "ASSISTANT:", "answer_format": " {text}", "trims": True},
+    ),
+    "rounds_with_bos": (
+        ROUNDS_WITH_BOS,
+        {"question_format": "<s>[INST] {text} [/INST]", "answer_format": " {text} ", "bos": False,
+         "system_format": None},
+    ),
+    "literal_bos": (LITERAL_BOS, {"bos": True, "default_system": None}),
+    "fixed_opening": (
+        FIXED_OPENING + CHATML, {"system_format": None, "default_system": "Fixed words.</s>", "bos": False}
+    ),
+}  # fmt: skip
+
+
+def _tokenizer(folder: Path, jinja: str | None, bos: str | None = "<s>") -> Any:
+    tokenizer = read_tokenizer(str(tiny_tokenizer(folder / "tokenizer", bos=bos)))
+    tokenizer.chat_template = jinja
+    return tokenizer
+
+
+def _processor(tokenizer: Any, template: str = "tokenizer") -> Processor:
+    config = ProcessorConfig(template, "square", AUTHORS_GRIDS, TILE, PATCHES_PER_SIDE, max_length=100_000)
+    return Processor(tokenizer, config)
+
+
+def _messages(record: Conversation) -> list[Message]:
+    """The record's turns, without pictures: those are placed by us, whatever a chat template does with them."""
+    roles = {"human": "user", "gpt": "assistant"}
+    return [Message(roles[turn.speaker], turn.value.replace("<image>", "")) for turn in record.turns]  # type: ignore[arg-type]
+
+
+def _printed(tokenizer: Any, messages: Sequence[Message]) -> str:
+    chat = [{"role": message.role, "content": message.text} for message in messages]
+    ends_asked = messages[-1].role == "user"
+    return str(tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ends_asked))
+
+
+def _rendered(template: Template, tokenizer: Any, messages: Sequence[Message]) -> str:
+    opening = tokenizer.bos_token if template.bos else ""
+    return opening + "".join(segment.text for segment in template.render(messages))
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_known_shapes_are_read(tmp_path: Path, name: str) -> None:
+    """The template prints what the chat template prints: for 320 conversations of every kind, whole and up to the last
+    question, with a system turn where there is a place for one; its parts are the readable ones."""
+    jinja, parts = SHAPES[name]
+    tokenizer = _tokenizer(tmp_path, jinja)
+    template = template_of(tokenizer)
+    found = asdict(template)
+    assert {key: found[key] for key in parts} == parts
+    opening = [] if template.system_format is None else [Message("system", " Answer {text}\n in one word. ")]
+    for record in conversations():
+        messages = _messages(record)
+        for said in (messages, messages[:-1], opening + messages):
+            assert _rendered(template, tokenizer, said) == _printed(tokenizer, said), record
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_ids_are_those_of_the_tokenizers_own_chat(tmp_path: Path, name: str) -> None:
+    """The whole conversation's ids are what the tokenizer makes of its chat: the first token stands there once."""
+    tokenizer = _tokenizer(tmp_path, SHAPES[name][0])
+    processor = _processor(tokenizer)
+    for record in conversations()[::8]:
+        messages = _messages(record)
+        chat = [{"role": message.role, "content": message.text} for message in messages]
+        theirs = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+        assert processor.layout(messages, []).ids.tolist() == theirs, record
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_answer_and_its_end_token_are_supervised(tmp_path: Path, name: str) -> None:
+    """Supervised runs decode to the answers with their end tokens and nothing else."""
+    processor = _processor(_tokenizer(tmp_path, SHAPES[name][0]))
+    template = processor.template
+    messages = [Message("user", "Q1"), Message("assistant", "A red circle."), Message("user", "Q2?")]
+    messages.append(Message("assistant", "No.\nTwo"))
+    layout = processor.layout(messages, [])
+    supervised = np.flatnonzero(layout.labels != IGNORE)
+    runs = np.split(supervised, np.flatnonzero(np.diff(supervised) > 1) + 1)
+    wanted = [template.answer_format.replace("{text}", text) + template.end for text in ("A red circle.", "No.\nTwo")]
+    assert [processor.tokenizer.decode(layout.ids[run]) for run in runs] == wanted
+
+
+def _with(change: str, jinja: str = CHATML) -> str:
+    """The Jinja with its answer's wording changed."""
+    before, after = change.split(" → ")
+    assert before in jinja
+    return jinja.replace(before, after)
+
+
+REFUSED: dict[str, tuple[str | None, str]] = {
+    "none": (None, "has no chat template"),
+    "date": ("{{ strftime_now('%d %B %Y') }}" + CHATML, "prints today's date"),
+    "broken": ("{% for message in messages %}", "cannot print a conversation of 1 turns: .*"),
+    "no_stop": (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+        r"behind an answer it prints '\\n', which holds no special token",
+    ),
+    "text_left_out": (
+        "{% for message in messages if message['role'] != 'user' %}{{ message['content'] + eos_token }}{% endfor %}",
+        "does not print a text of the user as it is given",
+    ),
+    "rewritten": (_with("message['content'] → message['content'] | upper"), "prints 'RED CIRCLE.*gives 'red circle"),
+    # Trims answers and not questions.
+    "half_trimmed": (
+        "{% for message in messages %}{% set text = message['content'] %}{% if message['role'] == 'assistant' %}"
+        "{% set text = text | trim %}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + text + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
+        r"prints 'spaces around it<\|im_end\|>.*gives '  spaces around it",
+    ),
+    # A system text that is part of the first question (Llama-2).
+    "system_in_question": (
+        "{% if messages[0]['role'] == 'system' %}"
+        "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
+        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
+        "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
+        r"behind '.*', it prints '.*' where the wording of its other turns gives '",
+    ),
+    # Only the first question is announced.
+    "first_turn": (_with("message['content'] → ('First: ' if loop.first else '') + message['content']"), "First: "),
+    # The end of the text is marked, answers are not.
+    "end_once": (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}",
+        "it prints 'user: ",
+    ),
+    # What the model is prompted with is no part of an answer that was given (thinking).
+    "prompted_otherwise": (
+        _with("{{ '<|im_start|>assistant\n' }} → {{ '<|im_start|>assistant\n<think>\n' }}"), "<think>"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_template_can_say_is_refused(tmp_path: Path, name: str) -> None:
+    """One sentence with the first place that differs, and the way out."""
+    jinja, why = REFUSED[name]
+    with pytest.raises(ModelError, match=why) as caught:
+        _processor(_tokenizer(tmp_path, jinja))
+    assert "choose a named template with stage.template=NAME (chatml, " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bos", ["<s>", "<|im_start|>"])
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
+def test_a_template_survives_jinja(tmp_path: Path, name: str, bos: str) -> None:
+    """Written as Jinja and read again, every named template is the same, also where the token that opens a text opens
+    its turns too (SmolLM2)."""
+    template = TEMPLATES[name]
+    again = template_of(_tokenizer(tmp_path, chat_template(template), bos))
+    assert replace(again, name=name, released_specials=template.released_specials) == template
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_read_template_survives_jinja(tmp_path: Path, name: str) -> None:
+    """So does each that was read from a tokenizer: an export carries our Jinja, and is read like the original."""
+    tokenizer = _tokenizer(tmp_path, SHAPES[name][0])
+    template = template_of(tokenizer)
+    tokenizer.chat_template = chat_template(template)
+    assert template_of(tokenizer) == template
+
+
+def test_captions_as_jinja(tmp_path: Path) -> None:
+    """plain prints pictures and captions, not the words of the question nor a system text."""
+    tokenizer = _tokenizer(tmp_path, chat_template(TEMPLATES["plain"]))
+    content = [{"type": "text", "text": "Describe it."}, {"type": "image"}]
+    chat = [{"role": "system", "content": "S"}, {"role": "user", "content": content}]
+    chat.append({"role": "assistant", "content": "A {cat} 🙂."})
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<s><image>A {cat} 🙂.\n"
+
+
+def test_no_place_for_a_system_turn(tmp_path: Path) -> None:
+    """Its samples are rejected with a reason, and the written Jinja refuses one in words."""
+    tokenizer = _tokenizer(tmp_path, MISTRAL)
+    messages = [Message("system", "Be brief."), Message("user", "Q?"), Message("assistant", "A.")]
+    with pytest.raises(SampleRejected, match="no place for a system turn") as caught:
+        _processor(tokenizer).layout(messages, [])
+    assert caught.value.reason is RejectReason.SYSTEM_TURN
+    template = template_of(tokenizer)
+    with pytest.raises(ModelError, match="no place for a system turn"):
+        template.render(messages)
+    tokenizer.chat_template = chat_template(template)
+    with pytest.raises(Exception, match="no place for a system turn"):
+        _printed(tokenizer, messages)
+
+
+def test_fingerprint_follows_the_wording(tmp_path: Path) -> None:
+    """Jinja that prints the same is the same data; another word is another fingerprint, and so is the named twin."""
+    base = _processor(_tokenizer(tmp_path, CHATML))
+    respelled = CHATML.replace("{% for", "{# ChatML #}{% for").replace("message['role']", "message.role")
+    assert _processor(_tokenizer(tmp_path, respelled)).fingerprint == base.fingerprint
+    assert _processor(_tokenizer(tmp_path, QWEN)).fingerprint != base.fingerprint
+
+
+def test_several_chat_templates(tmp_path: Path) -> None:
+    """Of a tokenizer with several the default is read; a tokenizer of none is named."""
+    tokenizer = _tokenizer(tmp_path, None)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN}
+    assert template_of(tokenizer).default_system is None
+    tokenizer.chat_template = {"tool_use": QWEN}
+    with pytest.raises(ModelError, match="cannot print"):
+        template_of(tokenizer)
+
+
+def test_names_beside_tokenizer(tmp_path: Path) -> None:
+    """`tokenizer` is no named template's name; the others need no tokenizer; an unknown one lists both."""
+    assert "tokenizer" not in TEMPLATES
+    assert template_for("chatml", None) is TEMPLATES["chatml"]
+    with pytest.raises(ModelError, match=r"'chatmel'.*chatml.*and tokenizer for the tokenizer's own"):
+        template_for("chatmel", None)
+
+
+def test_smollm2(smollm2_tokenizer: Path) -> None:
+    """The real tokenizer's chat template: ChatML with a system text of its own, whose first token is no second bos."""
+    template = template_of(read_tokenizer(str(smollm2_tokenizer)))
+    assert template == replace(
+        TEMPLATES["chatml"],
+        name="tokenizer",
+        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+        released_specials=(),
+    )

@@ -1,0 +1,129 @@
+"""The wording of every template: exact strings, what is supervised, and the place of the picture."""
+
+import pytest
+
+from data_recipes.schema.sample import Message
+from llava_next.config import ModelError
+from llava_next.inputs.conversation import TEMPLATES, place_image, template_named
+
+TWO_ROUNDS = (
+    Message("user", "<image>\nQ1"),
+    Message("assistant", "A1"),
+    Message("user", "Q2"),
+    Message("assistant", "A2"),
+)
+
+LLAMA_3_SYSTEM = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+
+# What the authors' conversation classes print, without the beginning-of-sequence token (recipe 3.2).
+WHOLE = {
+    "plain": "<image>A1\nA2\n",
+    "vicuna_v1": (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 "
+        "ASSISTANT: A2</s>"
+    ),
+    "mistral_instruct": "[INST] <image>\nQ1 [/INST] A1 </s>[INST] Q2 [/INST] A2 </s>",
+    "chatml_direct": (
+        "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nQ1<|im_end|>"
+        "<|im_start|>assistant\nA1<|im_end|><|im_start|>user\nQ2<|im_end|><|im_start|>assistant\nA2<|im_end|>"
+    ),
+    "llava_llama_3": (
+        f"<|start_header_id|>system<|end_header_id|>\n\n{LLAMA_3_SYSTEM}<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA2<|eot_id|>"
+    ),
+    "qwen_1_5": (
+        "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
+        "<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
+    ),
+    "chatml": (
+        "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
+    ),
+}
+
+SUPERVISED = {
+    "plain": ["A1\n", "A2\n"],
+    "vicuna_v1": [" A1</s>", " A2</s>"],
+    "mistral_instruct": [" A1 </s>", " A2 </s>"],
+    "chatml_direct": ["A1<|im_end|>", "A2<|im_end|>"],
+    "llava_llama_3": ["A1<|eot_id|>", "A2<|eot_id|>"],
+    "qwen_1_5": ["A1<|im_end|>", "A2<|im_end|>"],
+    "chatml": ["A1<|im_end|>", "A2<|im_end|>"],
+}
+
+OPENS_WITH_BOS = {"plain", "vicuna_v1", "mistral_instruct", "llava_llama_3"}
+
+
+def test_every_template_is_held_to_a_published_string() -> None:
+    """No template without a string below; bos where the authors' tokenizers put it."""
+    assert set(WHOLE) == set(SUPERVISED) == set(TEMPLATES)
+    assert {name for name, template in TEMPLATES.items() if template.bos} == OPENS_WITH_BOS
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_two_rounds_with_a_picture(name: str) -> None:
+    """Character for character the authors' prompt; supervised are the answers with their end tokens only."""
+    segments = template_named(name).render(TWO_ROUNDS)
+    assert "".join(segment.text for segment in segments) == WHOLE[name]
+    assert [segment.text for segment in segments if segment.supervised] == SUPERVISED[name]
+    assert [segment.ends_round for segment in segments] == [segment.supervised for segment in segments]
+
+
+@pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
+def test_a_system_message_replaces_the_default(name: str) -> None:
+    """The sample's own system text stands once, in front, in place of the template's; braces in it are text."""
+    template = template_named(name)
+    text = "".join(s.text for s in template.render([Message("system", "Be {brief}."), *TWO_ROUNDS]))
+    assert text.count("Be {brief}.") == 1
+    assert text.index("Be {brief}.") < text.index("Q1")
+    if template.default_system:
+        assert template.default_system not in text
+
+
+def test_a_caption_has_no_system_text() -> None:
+    """plain drops the system message, and every word of the question but its pictures."""
+    messages = [Message("system", "S"), Message("user", "Describe <image> it."), Message("assistant", "A {cat}.")]
+    assert "".join(s.text for s in template_named("plain").render(messages)) == "<image>A {cat}.\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "placed"),
+    [
+        ("<image>\nWhat is it?", "<image>\nWhat is it?"),
+        ("What is it?\n<image>", "<image>\nWhat is it?"),
+        ("What is <image> here?", "<image>\nWhat is  here?"),
+        ("<image>", "<image>"),
+        ("No picture. ", "No picture. "),
+        ("Is <image> like <image>?", "Is <image> like <image>?"),
+    ],
+)
+def test_a_single_picture_comes_first(text: str, placed: str) -> None:
+    """One picture moves to a line of its own in front; none or several stay where they were written."""
+    assert place_image(text) == placed
+
+
+def test_text_that_looks_like_a_format_stays_text() -> None:
+    """`{text}` inside a question or an answer is not filled in."""
+    messages = [Message("user", "{text} {0}"), Message("assistant", "{text}")]
+    rendered = "".join(s.text for s in template_named("vicuna_v1").render(messages))
+    assert rendered.endswith("USER: {text} {0} ASSISTANT: {text}</s>")
+
+
+def test_turns_must_alternate() -> None:
+    """Two questions in a row, or an answer first, are refused with the turn's number."""
+    for messages in ([Message("user", "a"), Message("user", "b")], [Message("assistant", "a")]):
+        with pytest.raises(ModelError, match=r"turn \d is"):
+            template_named("chatml").render(messages)
+
+
+def test_an_unknown_template_lists_the_known() -> None:
+    """The way out stands in the message."""
+    with pytest.raises(ModelError, match=r"'vicuna'.*chatml.*vicuna_v1"):
+        template_named("vicuna")

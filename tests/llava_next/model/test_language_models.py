@@ -1,0 +1,265 @@
+"""Language models: a sample in a packed row is the sample alone for every admitted architecture; the others, and what a
+config can break, are refused with advice that works."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    BambaConfig,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GptOssConfig,
+    GraniteConfig,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlavaNextForConditionalGeneration,
+    MistralConfig,
+    MixtralConfig,
+    Olmo3Config,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+    XGLMConfig,
+)
+
+from llava_next.config import ModelConfig, ModelError
+from llava_next.formats.hugging_face import write_hf
+from llava_next.model.build import Backbone, build_model, read_backbone
+from llava_next.model.language_models import ADMITTED, check_positions, refuse_unsupported
+from tests.llava_next.models import encoded, mixed, row, stock_inputs, stock_twin
+from tests.tiny import MAX_POSITIONS, WIDTH, tiny_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 520,
+    "hidden_size": WIDTH,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": MAX_POSITIONS,
+    "pad_token_id": 3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.3,  # so that attention is far from uniform, and a wrong position or neighbour is seen
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "granite": {"logits_scaling": 1.0},
+    "ministral": {"sliding_window": MAX_POSITIONS},
+    "mistral": {"sliding_window": None},
+    "exaone4": {"sliding_window": MAX_POSITIONS, "sliding_window_pattern": 2},
+    "gemma3_text": {"sliding_window": MAX_POSITIONS, "sliding_window_pattern": 2},
+    "olmo3": {"sliding_window": MAX_POSITIONS, "layer_types": ["sliding_attention", "full_attention"]},
+}
+SHORT, LONG = [1.0] * 4, [64.0] * 4
+
+
+def _config(folder: Path, kind: str, **changes: Any) -> ModelConfig:
+    """A tiny model around a language model of this model_type."""
+    config = tiny_model(folder)
+    AutoConfig.for_model(kind, **{**SIZES, **CHANGES.get(kind, {}), **changes}).save_pretrained(
+        config.language_model.path
+    )
+    return config
+
+
+def _with_overrides(config: ModelConfig, **overrides: Any) -> ModelConfig:
+    return replace(config, language_model=replace(config.language_model, overrides=overrides))
+
+
+@pytest.mark.parametrize("kind", ADMITTED)
+def test_a_sample_alone_is_the_sample_in_a_packed_row(tmp_path: Path, kind: str) -> None:
+    """Each sample's loss in a row of six is its loss alone, to 1e-6 of it in fp32; and stock transformers' loss."""
+    backbone = read_backbone(_config(tmp_path, kind))
+    assert backbone.hf_config.text_config.model_type == kind
+    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
+    check_positions(model.hf.model.language_model, MAX_POSITIONS)
+    samples = mixed(backbone)
+    with torch.no_grad():
+        alone = torch.cat([model(row(backbone, [sample.example]))[1][:1] for sample in samples])
+        packed = model(row(backbone, [sample.example for sample in samples]))[1][: len(samples)]
+        assert len(set(alone.tolist())) == len(samples)
+        torch.testing.assert_close(packed, alone, rtol=1e-6, atol=0)
+        stock = stock_twin(model, backbone).eval()
+        loss = stock(**stock_inputs(backbone, samples[0])).loss * samples[0].example.layout.num_supervised
+    torch.testing.assert_close(alone[0], loss, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        (MistralConfig(sliding_window=4096), "sliding window of 4096"),
+        (Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0), "sliding window of 64"),
+        (Gemma2Config(sliding_window=8192), "softcapping"),
+        (GptOssConfig(sliding_window=131072), "sinks"),
+        (Llama4TextConfig(), "chunked_attention layers"),
+        (Qwen3NextConfig(), "linear_attention layers"),
+        (BambaConfig(), "linear_attention layers"),
+        (CohereConfig(), r"logit_scale=0\.0625"),
+        (GraniteConfig(logits_scaling=8.0), r"logits_scaling=8\.0"),
+        (MixtralConfig(), r"mixture of experts \(num_local_experts=8"),
+        (Qwen3MoeConfig(), "mixture of experts"),
+        (XGLMConfig(), "xglm is not supported"),
+        (GemmaConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
+        (Gemma3TextConfig(), "sliding window"),
+        (Olmo3Config(max_position_embeddings=8192), "sliding window"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)
+def test_what_is_not_implemented_is_refused(config: PretrainedConfig, word: str) -> None:
+    """Windows, softcapping, sinks, states that outlive a sample, scaled logits: told by name, never ignored."""
+    with pytest.raises(ModelError, match=word):
+        refuse_unsupported(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(),
+        MistralConfig(sliding_window=None),
+        Qwen2Config(use_sliding_window=False),
+        Qwen3Config(),
+        GraniteConfig(logits_scaling=1.0),
+        LlamaConfig(num_experts=0, num_local_experts=None, n_routed_experts=1),
+        MistralConfig(sliding_window=32768, max_position_embeddings=32768),
+    ],
+    ids=lambda config: str(config.model_type),
+)
+def test_full_attention_passes(config: PretrainedConfig) -> None:
+    """The published backbones are not refused."""
+    refuse_unsupported(config)
+
+
+def _phi3_long(folder: Path, original: int) -> Backbone:
+    """A Phi-3 with LongRoPE: trained on this many positions, stretched to 4096."""
+    rope = {
+        "rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+    }  # fmt: skip
+    return read_backbone(_config(folder, "phi3", rope_parameters=rope, original_max_position_embeddings=original))
+
+
+def test_position_tables_that_depend_on_the_row_are_refused(tmp_path: Path) -> None:
+    """LongRoPE changes a short sample's loss beside a sample of more than its original positions; the refusal says up
+    to which length it does not, and at that length the model passes and the losses are equal."""
+    backbone = _phi3_long(tmp_path, 64)
+    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
+    short, long = encoded(backbone, []).example, encoded(backbone, [], rounds=3).example
+    assert short.layout.num_tokens <= 64 < long.layout.num_tokens
+    with torch.no_grad():
+        alone = float(model(row(backbone, [short]))[1][0])
+        beside = float(model(row(backbone, [short, long]))[1][0])
+    assert abs(beside - alone) > 1e-3 * alone  # the fault that is refused
+    with pytest.raises(ModelError, match=r"stage\.max_length=2048") as refused:
+        check_positions(model.hf.model.language_model, 2048)
+    found = re.search(r"stage\.max_length to at most (\d+)", str(refused.value))
+    assert found is not None
+    assert found[1] == "64"
+    check_positions(model.hf.model.language_model, 64)
+    with torch.no_grad():
+        assert float(model(row(backbone, [short, short]))[1][0]) == pytest.approx(alone, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_dynamic_tables_are_refused_beyond_their_positions(tmp_path: Path, kind: str) -> None:
+    """Dynamic NTK keeps its frequencies up to the positions of the config, whatever its kinds of layers."""
+    rope: dict[str, Any] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
+    if kind == "gemma3_text":
+        rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+    backbone = read_backbone(_config(tmp_path, kind, rope_parameters=rope, max_position_embeddings=256,
+                                     **({"sliding_window": 256} if kind == "gemma3_text" else {})))  # fmt: skip
+    decoder = build_model(backbone, dtype=torch.float32, seed=3).hf.model.language_model
+    check_positions(decoder, 256)
+    with pytest.raises(ModelError, match="at most 256"):
+        check_positions(decoder, 300)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "olmo3", "exaone4", "qwen2"])
+@pytest.mark.parametrize("window", [16, None])
+def test_the_advice_about_windows_leads_to_an_export_that_runs(tmp_path: Path, kind: str, window: int | None) -> None:
+    """A model with sliding layers is refused, with or without its window. The printed override is followed to its end:
+    build, forward, export, reload by stock transformers; the same logits."""
+    changes: dict[str, Any] = {"sliding_window": window or 16}
+    if kind == "qwen2":
+        changes |= {"use_sliding_window": True, "max_window_layers": 0}
+    config = _config(tmp_path, kind, **changes)
+    if window is None:
+        config = _with_overrides(config, sliding_window=None)
+    if window is None and kind == "mistral":  # it has no kinds of layers: without a window it is a full one
+        read_backbone(config)
+        return
+    with pytest.raises(ModelError, match="sliding") as refused:
+        read_backbone(config)
+    advice = re.search(r"set sliding_window: (\d+) in model\.language_model\.overrides", str(refused.value))
+    assert advice is not None
+    backbone = read_backbone(_with_overrides(config, sliding_window=int(advice[1])))
+    model = build_model(backbone, dtype=torch.float32, seed=3)
+    sample = encoded(backbone, [(45, 61)])
+    write_hf(model, backbone, backbone.processor(template=None, image_mode="anyres", max_length=4096), tmp_path / "out")
+    stock, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(found.values())
+    batch = row(backbone, [sample.example])
+    assert batch.target_positions[-1] > 2 * 16
+    with torch.no_grad():
+        logits = stock.eval()(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
+        assert float((model.target_logits(batch) - logits).norm() / logits.norm()) < 1e-5
+
+
+ROPE_2024 = [
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0}, 10000.0),
+    ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, {"rope_type": "linear", "factor": 2.0}, 10000.0),
+    ({"rope_scaling": None}, {"rope_type": "default"}, 10000.0),
+    ({"rope_theta": 500.0}, {"rope_type": "default"}, 500.0),
+    ({"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_type": "linear"}, 500.0),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected", "theta"), ROPE_2024)
+def test_the_2024_spelling_of_rope(
+    tmp_path: Path, overrides: dict[str, Any], expected: dict[str, Any], theta: float
+) -> None:
+    """`rope_scaling` with `type` or `rope_type`, and `rope_theta`, are what today's `rope_parameters` says: the same
+    model, built; in overrides and in a config.json of that year."""
+    config = _config(tmp_path, "llama")
+    place = Path(config.language_model.path) / "config.json"
+    written = json.loads(place.read_text())
+    del written["rope_parameters"]
+    then = replace(config, language_model=replace(config.language_model, path=str(tmp_path / "then"),
+                   tokenizer=config.language_model.path))  # fmt: skip
+    (tmp_path / "then").mkdir()
+    (tmp_path / "then" / "config.json").write_text(json.dumps({**written, "rope_theta": 10000.0, **overrides}))
+    today = {"rope_theta": theta, **expected, **({"factor": 2.0} if expected["rope_type"] == "linear" else {})}
+    models = []
+    for each in (_with_overrides(config, **overrides), _with_overrides(config, rope_parameters=today), then):
+        backbone = read_backbone(each)
+        models.append(build_model(backbone, dtype=torch.float32, seed=3).hf.model.language_model)
+    assert torch.equal(models[0].rotary_emb.inv_freq, models[1].rotary_emb.inv_freq)
+    assert torch.equal(models[0].rotary_emb.inv_freq, models[2].rotary_emb.inv_freq)
+    first = models[0].rotary_emb.inv_freq[-1] * theta ** (1 - 2 / 8)
+    assert float(first) == pytest.approx(0.5 if expected["rope_type"] == "linear" else 1.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "word"),
+    [
+        ({"rope_scaling": {"type": "banana", "factor": 2.0}}, "rope_type=banana"),
+        ({"rope_scaling": {"type": "linear"}}, "factor"),
+        ({"rope_scaling": "linear"}, "got 'linear'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}, "factor"),
+    ],
+)
+def test_rotary_parameters_that_are_none_are_refused(tmp_path: Path, overrides: dict[str, Any], word: str) -> None:
+    """An unknown type, or a missing key, is one sentence and no traceback."""
+    with pytest.raises(ModelError, match=word):
+        read_backbone(_with_overrides(_config(tmp_path, "llama"), **overrides))

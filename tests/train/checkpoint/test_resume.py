@@ -1,0 +1,227 @@
+"""Owns the proofs about going on: a resumed run ends where an uninterrupted one does, bit for bit on the same ranks and
+with the same losses on others; a checkpoint refuses a run that is not its own, key by key.
+"""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_recipes.schema.mixture_config import SourceShare
+from tests.ranks import RankError
+from tests.train import cases
+from tests.train.cases import aligning, with_stage, zero
+from tests.train.conftest import StartRanks
+from train.checkpoint import saver as checkpoint
+from train.config.schema import RunConfig
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "stage"),
+    [
+        ("finetune", 2, 2),
+        ("align", 2, 3),
+        *(
+            pytest.param(kind, size, stage, marks=pytest.mark.full)
+            for kind in ("finetune", "align")
+            for size in (1, 2)
+            for stage in (0, 1, 2, 3)
+            if (kind, size, stage) not in (("finetune", 2, 2), ("align", 2, 3))
+        ),
+    ],
+)
+def test_resumed_is_uninterrupted(
+    start_ranks: StartRanks, run_config: RunConfig, kind: str, size: int, stage: int
+) -> None:
+    """Stopped after two steps and started again by new engines, a run sees the rest of the samples, has the same losses
+    and ends with bit-identical weights; metrics.jsonl has every step once."""
+    config = replace(run_config if kind == "finetune" else aligning(run_config), engine=zero(stage))
+    ranks = start_ranks(size)
+    whole = ranks.run(cases.train, replace(config, name="whole"))[0]
+    ranks.run(cases.train_up_to, config, 2)
+    # Another seed's trained parts: whatever the checkpoint does not bring back would show.
+    resumed = ranks.run(cases.resume_elsewhere, config)[0]
+    assert resumed.first_step == 2
+    assert resumed.samples == whole.samples[2:]
+    assert resumed.losses == whole.losses[2:]
+    for name, weight in whole.after.items():
+        np.testing.assert_array_equal(resumed.after[name], weight, err_msg=name)
+    lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert [line["train/loss"] for line in lines] == pytest.approx(whole.losses, rel=1e-6)
+    samples = np.cumsum([len(samples) for samples in whole.samples])
+    assert [line["seen/samples"] for line in lines] == samples.tolist()
+    for kind, each in (("tokens", "train/input_tokens"), ("tiles", "train/tiles")):
+        assert [line[f"seen/{kind}"] for line in lines] == np.cumsum([line[each] for line in lines]).tolist()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offloaded_states_are_resumed(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+    """With the optimizer on the host: the same bits after a stop, and the same losses as without it."""
+    engine = zero(stage)
+    engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    config, ranks = replace(run_config, engine=engine), start_ranks(2)
+    plain = ranks.run(cases.train, replace(run_config, name="plain", engine=zero(stage)))[0]
+    whole = ranks.run(cases.train, replace(config, name="whole"))[0]
+    ranks.run(cases.train_up_to, config, 2)
+    resumed = ranks.run(cases.resume_elsewhere, config)[0]
+    assert resumed.losses == whole.losses[2:]
+    for name, weight in whole.after.items():
+        np.testing.assert_array_equal(resumed.after[name], weight, err_msg=name)
+    assert whole.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, 3), (1, 2)),
+        ((1, 0), (2, 3)),
+        *(
+            pytest.param(before, after, marks=pytest.mark.full)
+            for before in ((1, 0), (2, 0), (1, 1), (3, 1), (2, 2), (2, 3), (3, 3))
+            for after in ((1, 0), (2, 1), (3, 2), (1, 3), (2, 3))
+            if before != after and (before, after) not in (((2, 3), (1, 2)), ((1, 0), (2, 3)))
+        ),
+    ],
+)
+def test_other_ranks_and_stages_go_on(
+    start_ranks: StartRanks, run_config: RunConfig, before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    """(ranks, ZeRO stage) before and after: the same samples in each step, the same losses, the same weights up to
+    rounding, each group with its own rate, and nothing left of the conversion."""
+    whole = start_ranks(1).run(cases.train, replace(run_config, name="whole", engine=zero(2)))[0]
+    start_ranks(before[0]).run(cases.train_up_to, replace(run_config, engine=zero(before[1])), 2)
+    resumed = start_ranks(after[0]).run(cases.resume_elsewhere, replace(run_config, engine=zero(after[1])))[0]
+    assert resumed.first_step == 2
+    assert f"converted: saved by {before[0]} rank(s) at ZeRO {before[1]}" in resumed.origin
+    assert resumed.samples == whole.samples[2:]
+    assert resumed.losses == pytest.approx(whole.losses[2:], rel=1e-5)
+    assert cases.relative_difference(resumed.after, whole.after) < 1e-5
+    assert [(row.part, row.peak_rate) for row in resumed.table] == [(row.part, row.peak_rate) for row in whole.table]
+    folder = run_config.run_dir / "checkpoints"
+    assert [path.name for path in folder.iterdir() if not path.name.startswith("step_000")] == []
+    assert not list(folder.glob("*.universal*"))
+
+
+@pytest.mark.full
+def test_a_run_changes_its_ranks_and_stages_again_and_again(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """1 -> 2 -> 3 -> 1 ranks and ZeRO 1 -> 3 -> 2 -> 0 in a run of either stage: the same samples in each step, and
+    losses within 1e-4 (they are within 1e-5) of the undisturbed run's."""
+    for config in (run_config, replace(aligning(run_config), name="aligned")):
+        whole = start_ranks(1).run(cases.train, replace(config, name="whole_" + config.name))[0]
+        losses, samples = [], []
+        for step, (size, stage) in enumerate(((1, 1), (2, 3), (3, 2), (1, 0)), start=1):
+            elsewhere = replace(config, engine=zero(stage))
+            case = cases.train_up_to_and_see if step < 4 else cases.train
+            seen = start_ranks(size).run(case, elsewhere, *([step] if step < 4 else []))[0]
+            assert seen.first_step == step - 1
+            losses += seen.losses
+            samples += seen.samples
+        assert samples == whole.samples
+        assert losses == pytest.approx(whole.losses, rel=1e-5)
+
+
+def test_frozen_parts_are_compared(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """A run whose frozen parts are others than they were is refused, with their names; nothing of it is in the
+    checkpoint, which would otherwise hold a language model for each connector."""
+    config = aligning(run_config)
+    ranks = start_ranks(1)
+    ranks.run(cases.train_up_to, config, 1)
+    with pytest.raises(RankError, match="frozen parameters of image_newline, language_model, vision_tower are not"):
+        ranks.run(cases.resume_elsewhere, config, True)
+    place = checkpoint.newest(config.run_dir / "checkpoints")
+    assert place is not None
+    state = checkpoint.read_state(place)
+    assert set(state.frozen) == {"vision_tower", "image_newline", "language_model"}
+    size = sum(path.stat().st_size for path in (place / "engine").iterdir())
+    assert size < 200_000, "the connector, its master copy and two moments"
+
+
+def test_another_run_is_refused_key_by_key(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """Every key that differs, with both values, and the ways out; what is free to change is not named."""
+    ranks = start_ranks(1)
+    ranks.run(cases.train_up_to, run_config, 1)
+    other = with_stage(
+        replace(run_config, seed=5, save=replace(run_config.save, keep=7), timeout_s=77),
+        batch_size=7,
+        learning_rates={**run_config.stage.learning_rates, "projector": 2.0e-3},
+    )
+    with pytest.raises(RankError) as refused:
+        ranks.run(cases.train, other)
+    told = str(refused.value)
+    for text in (
+        "step_000001 is of a run with other settings: seed was 3, is 5; stage.batch_size was 13, is 7; "
+        "stage.learning_rates.projector was 0.001, is 0.002",
+        "resume_allow=[seed,stage.batch_size,stage.learning_rates.projector]",
+        "start afresh with another name=",
+        str(run_config.run_dir / "checkpoints"),
+    ):
+        assert text in told, told
+    for free in ("save.keep", "timeout_s"):
+        assert free not in told
+
+
+def test_what_is_allowed_may_differ(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """A key in resume_allow may differ: the run goes on, with the new value."""
+    ranks = start_ranks(1)
+    ranks.run(cases.train_up_to, run_config, 1)
+    rates = {**run_config.stage.learning_rates, "projector": 2.0e-3}
+    other = with_stage(replace(run_config, resume_allow=("stage.learning_rates",)), learning_rates=rates)
+    seen = ranks.run(cases.train, other, 2)[0]
+    assert seen.first_step == 1
+    assert {row.part: row.peak_rate for row in seen.table}["projector"] == 2.0e-3
+
+
+def test_other_data_is_refused_with_what_differs(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """Another mixture is another run: the fingerprints, and the keys that made them differ."""
+    ranks = start_ranks(1)
+    ranks.run(cases.train_up_to, run_config, 1)
+    fewer = replace(run_config.mixture, sources={**run_config.mixture.sources, "tiny_chats": SourceShare(count=8)})
+    other = replace(run_config, mixture=fewer)
+    told = r"data_fingerprint was \w+, is \w+; mixture.sources.tiny_chats.count was None, is 8"
+    with pytest.raises(RankError, match=told):
+        ranks.run(cases.train, other)
+
+
+def test_no_room_to_convert_is_told(
+    start_ranks: StartRanks, run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A conversion that would not fit the disk is not begun: what it takes, what is free, and what else can be done."""
+    ranks = start_ranks(1)
+    ranks.run(cases.train_up_to, run_config, 1)
+    with pytest.raises(
+        RankError, match=r"converting it takes 0\.\d+ GiB in .*, where 0\.00 GiB are free; make room, or"
+    ):
+        ranks.run(cases.resume_without_room, replace(run_config, engine=zero(3)))
+    assert not list((run_config.run_dir / "checkpoints").glob("*universal*"))
+
+
+def test_a_checkpoint_runs_no_code(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """DeepSpeed unpickles what it loads: a file that names anything but its own few types is refused before it does."""
+    ranks = start_ranks(1)
+    ranks.run(cases.train_up_to, run_config, 1)
+    with pytest.raises(RankError, match=r"optim_states.pt names builtins\.eval, which no checkpoint needs"):
+        ranks.run(cases.resume_hostile, run_config)
+
+
+def test_state_is_what_a_run_needs(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """The state says step, data, layout, groups, frozen parts and the versions it was written with."""
+    start_ranks(1).run(cases.train_up_to, run_config, 1)
+    place = checkpoint.newest(run_config.run_dir / "checkpoints")
+    assert place is not None
+    state = checkpoint.read_state(place)
+    assert (state.step, state.updates, state.dtype) == (1, 1, "float32")
+    assert state.layout == {"num_ranks": 1, "zero_stage": 2}
+    assert {group["part"] for group in state.groups} == {"vision_tower", "projector", "image_newline", "language_model"}
+    assert set(state.versions) == {"python", "torch", "deepspeed", "transformers", "code"}
+    assert Path(checkpoint.config_path(place)).read_text().startswith("root:")
+
+
+def test_deterministic_kernels_are_asked_for(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """With deterministic=true torch is told so, no operation of ours refuses, and on a CPU the losses are the same."""
+    losses, was_told = start_ranks(1).run(cases.train_deterministically, run_config)[0]
+    assert was_told
+    assert losses == start_ranks(1).run(cases.train, replace(run_config, name="plain"))[0].losses

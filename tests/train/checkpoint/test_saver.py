@@ -1,0 +1,220 @@
+"""Owns the proofs about checkpoints on disk: whole or not there, kept as asked, damage is told."""
+
+import json
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.train import cases
+from tests.train.conftest import StartRanks
+from train.checkpoint import atomic_folder
+from train.checkpoint import saver as checkpoint
+from train.checkpoint.saver import RunState, SaveError, Saver
+from train.config.schema import RunConfig, SaveConfig
+from train.distributed.world import World
+
+ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
+ENGINE_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt")
+
+
+class FakeEngine:
+    """Writes two files as DeepSpeed would, and fails when it is told to."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.fails = fails
+
+    def save_checkpoint(self, folder: str, tag: str, **_: Any) -> None:
+        (Path(folder) / tag / ENGINE_FILES[0]).write_text("half")
+        if self.fails:
+            raise OSError("No space left on device")
+        (Path(folder) / tag / ENGINE_FILES[1]).write_text("whole")
+
+
+def state(step: int) -> RunState:
+    """A state of which only the step matters."""
+    return RunState(step, "f" * 64, {"num_ranks": 1, "zero_stage": 2}, "float32", [], step, {}, {"torch": "2"})
+
+
+def saved(folder: Path, step: int, save: SaveConfig | None = None, *, fails: bool = False) -> Path:
+    """A checkpoint after `step` steps, of files that stand for an engine."""
+    engine: Any = FakeEngine(fails)
+    saver = Saver(folder, ALONE, save or SaveConfig(keep=9))
+    saver.write(engine, state(step), "name: x\n")
+    saver.wait()
+    return folder / checkpoint.place_name(step)
+
+
+def test_newest_are_kept(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """Only the newest `keep` checkpoints stay, and those of every `keep_every`-th step; nothing lies beside them."""
+    ranks = start_ranks(2)
+    assert ranks.run(cases.save_often, run_config, SaveConfig(keep=2))[0] == [
+        ["step_000001"],
+        ["step_000001", "step_000002"],
+        ["step_000002", "step_000003"],
+        ["step_000003", "step_000004"],
+    ]
+    other = replace(run_config, name="every")
+    assert ranks.run(cases.save_often, other, SaveConfig(keep=1, keep_every=2))[0][-1] == ["step_000002", "step_000004"]
+    place = other.run_dir / "checkpoints" / "step_000004"
+    scripts = {"zero_to_fp32.py", "zero_to_torch.py"}  # DeepSpeed's, for people without this package
+    assert {path.name for path in place.iterdir()} - scripts == {"engine", "config.yaml", "run_state.json", "sums.json"}
+    sums = json.loads((place / "sums.json").read_text())
+    files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert set(sums) == files - {"sums.json"}
+
+
+def test_interrupted_write_is_absent(tmp_path: Path) -> None:
+    """A write that ends early, at whatever file, leaves the checkpoint before it as the newest; what it left is
+    removed by the next start, and by the next write."""
+    assert checkpoint.newest(tmp_path / "none") is None
+    first = saved(tmp_path, 1)
+    with pytest.raises(SaveError, match=r"step_000002 could not be saved: No space left .* complete one is .*000001"):
+        saved(tmp_path, 2, fails=True)
+    assert checkpoint.newest(tmp_path) == first
+    # Ended between the last file and the new name.
+    partial = tmp_path / "step_000002.partial"
+    assert partial.is_dir()
+    for name in ("run_state.json", "sums.json"):
+        (partial / name).write_bytes((first / name).read_bytes())
+    assert checkpoint.newest(tmp_path) == first
+    assert checkpoint.find_sound(tmp_path, ALONE) == first
+    assert not partial.exists()
+    partial.mkdir()
+    second = saved(tmp_path, 2)
+    assert checkpoint.newest(tmp_path) == second
+    assert not partial.exists()
+
+
+def test_it_has_no_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`write` comes back while files are brought to the disk; until `finish`, the checkpoint is not there."""
+    slow = atomic_folder.file_sum
+
+    def slowly(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        time.sleep(0.05)
+        return slow(*args, **kwargs)
+
+    monkeypatch.setattr(atomic_folder, "file_sum", slowly)
+    engine: Any = FakeEngine()
+    saver = Saver(tmp_path, ALONE, SaveConfig())
+    assert not saver.is_sealed
+    saver.write(engine, state(3), "name: x\n")
+    assert not saver.is_sealed
+    assert checkpoint.newest(tmp_path) is None
+    is_sealed = False
+    while not is_sealed:
+        time.sleep(0.01)
+        is_sealed = saver.is_sealed
+    assert checkpoint.newest(tmp_path) is None
+    assert saver.finish() == checkpoint.newest(tmp_path)
+    assert not saver.is_sealed
+    assert saver.finish() is None
+
+
+def test_a_whole_one_without_its_name_gets_it(tmp_path: Path) -> None:
+    """Killed when every file was on the disk and summed up, but before the next step named it: the next start does.
+    Where a rank's sums are missing it is not whole, and removed."""
+    engine: Any = FakeEngine()
+    for step, is_whole in ((3, True), (4, False)):
+        saver = Saver(tmp_path, ALONE, SaveConfig())
+        saver.write(engine, state(step), "name: x\n")
+        assert saver._sealing is not None
+        saver._sealing.join()
+        partial = tmp_path / f"step_00000{step}.partial"
+        if not is_whole:
+            (partial / "sums_rank_000.json").unlink()
+        found = checkpoint.find_sound(tmp_path, ALONE)
+        assert found is not None
+        assert found.name == "step_000003"
+        assert not partial.exists()
+
+
+def test_files_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the thread that brings files to the disk ends the save, and the checkpoint is not there."""
+
+    def fails(*_: Any, **__: Any) -> dict[str, Any]:
+        raise OSError("Input/output error")
+
+    first = saved(tmp_path, 1)
+    monkeypatch.setattr(atomic_folder, "file_sum", fails)
+    with pytest.raises(SaveError, match="Input/output error"):
+        saved(tmp_path, 2)
+    assert checkpoint.newest(tmp_path) == first
+
+
+def test_unfinished_ones_do_not_count_as_kept(tmp_path: Path) -> None:
+    """What a killed write left behind never pushes a complete checkpoint out."""
+    first = saved(tmp_path, 1)
+    for step in (2, 3):
+        partial = tmp_path / f"step_00000{step}.partial"
+        partial.mkdir()
+        (partial / "sums.json").write_bytes((first / "sums.json").read_bytes())
+    saved(tmp_path, 4, SaveConfig(keep=2))
+    assert [place.is_dir() for place in (first, tmp_path / "step_000004")] == [True, True]
+
+
+def test_interrupted_removal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill while an old one is being removed, whichever file was first, leaves no half of it to be taken for a
+    checkpoint, or to lie there for ever; nor does one while files are being converted."""
+
+    def killed_in_its_middle(folders: list[Path]) -> None:
+        for folder in folders:
+            (folder / "sums.json").unlink()
+
+    saved(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("train.checkpoint.saver._remove_all", killed_in_its_middle)
+        saved(tmp_path, 2, SaveConfig(keep=1))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001.removed", "step_000002"]
+    (tmp_path / "step_000002.universal").mkdir()
+    (tmp_path / "step_000002.universal.alive").touch()
+    assert checkpoint.find_sound(tmp_path, ALONE) == tmp_path / "step_000002"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
+
+
+def test_order_is_by_step(tmp_path: Path) -> None:
+    """The newest is the one with most steps, also beyond a million."""
+    for step in (999_999, 1_000_000, 20):
+        saved(tmp_path, step)
+    found = checkpoint.newest(tmp_path)
+    assert found is not None
+    assert checkpoint.read_state(found).step == 1_000_000
+
+
+def flip(path: Path) -> None:
+    """One bit of a file, in its middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": (lambda place: (place / "engine" / ENGINE_FILES[0]).write_bytes(b"ha"), "has 2 bytes, 4 were written"),
+    "bit flipped": (lambda place: flip(place / "engine" / ENGINE_FILES[1]), "other bytes than were written"),
+    "missing": (lambda place: (place / "engine" / ENGINE_FILES[0]).unlink(), "is missing"),
+    "state flipped": (lambda place: flip(place / "run_state.json"), "run_state.json has other bytes"),
+    "sums cut off": (lambda place: (place / "sums.json").write_text('{"engine/'), "JSONDecodeError"),
+    "sums empty": (lambda place: (place / "sums.json").write_text("[]"), "AttributeError"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_one_is_told_and_the_one_before_it_is_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Whatever has happened to a file of the newest one: it is named with what is wrong, put aside, and not used."""
+    damage, told = DAMAGES[kind]
+    first, second = saved(tmp_path, 1), saved(tmp_path, 2)
+    assert checkpoint.find_sound(tmp_path, ALONE) == second
+    damage(second)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.find_sound(tmp_path, ALONE) == first
+    assert f"checkpoint {second} is damaged" in caplog.text
+    assert told in caplog.text
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000001", "step_000002.damaged"]
+    damage(first)
+    assert checkpoint.find_sound(tmp_path, ALONE) is None

@@ -1,0 +1,145 @@
+"""Owns the proof about DeepSpeed's own keys: those that may be set change nothing that is learned, and all others are
+refused when the configuration is read, with the key, the reason and what to do.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from tests.train import cases
+from tests.train.cases import Record, relative_difference
+from tests.train.config.test_schema import checked
+from tests.train.conftest import StartRanks
+from train.config.rules import OFFLOAD_KEYS, ZERO_KEYS, check_values
+from train.config.schema import ConfigError, RunConfig
+
+OTHERS: dict[str, Any] = {
+    "overlap_comm": {2: True, 3: False},
+    "contiguous_gradients": False,
+    "reduce_scatter": False,
+    "reduce_bucket_size": 5_000,
+    "allgather_bucket_size": 2_000,
+    "use_multi_rank_bucket_allreduce": False,
+    "round_robin_gradients": True,
+    "offload_optimizer": {"device": "cpu", "pin_memory": False},
+    "offload_param": {"device": "cpu", "pin_memory": False},
+    "sub_group_size": 3_000,
+    "stage3_prefetch_bucket_size": 3_000,
+    "stage3_param_persistence_threshold": 100,
+    "stage3_model_persistence_threshold": 400,
+    "stage3_max_live_parameters": 4_000,
+    "stage3_max_reuse_distance": 2_000,
+    "stage3_use_all_reduce_for_fetch_params": True,
+    "zero_hpz_partition_size": 2,
+}
+"""Of each key a value that is not DeepSpeed's default (by stage where that differs)."""
+NEEDED_BESIDES = {"stage3_model_persistence_threshold": {"stage3_param_persistence_threshold": 100}}
+
+
+def _value(key: str, stage: int) -> Any:
+    value = OTHERS[key]
+    return value[stage] if isinstance(value, dict) and stage in value else value
+
+
+def _pairs() -> list[tuple[int, str]]:
+    return [(stage, key) for key, stages in ZERO_KEYS.items() for stage in stages if key != "stage"]
+
+
+@pytest.fixture(scope="module")
+def plain(start_ranks: StartRanks, tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """What one rank learns without ZeRO."""
+    root = str(tmp_path_factory.mktemp("plain"))
+    return start_ranks(1).run(cases.train, replace(tiny_parts, root=root, engine={}))[0]
+
+
+def _assert_same(start_ranks: StartRanks, config: RunConfig, options: dict[str, Any], plain: Record) -> None:
+    config = replace(config, engine={"zero_optimization": options})
+    check_values(config)
+    record = start_ranks(2).run(cases.train, config)[0]
+    assert record.losses == pytest.approx(plain.losses, rel=1e-5)
+    assert record.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)
+    assert relative_difference(record.after, plain.after) < 1e-5
+
+
+def test_every_key_is_tried() -> None:
+    """The table of this file has a value for each key that may be set, of offload for each nested one."""
+    assert {*OTHERS} == {*ZERO_KEYS} - {"stage"}
+    for key in ("offload_optimizer", "offload_param"):
+        assert tuple(OTHERS[key]) == OFFLOAD_KEYS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("stage", "key"), _pairs())
+def test_a_key_changes_nothing(
+    start_ranks: StartRanks, run_config: RunConfig, plain: Record, stage: int, key: str
+) -> None:
+    """Two ranks learn with it what one learns without ZeRO."""
+    options = {"stage": stage, **NEEDED_BESIDES.get(key, {}), key: _value(key, stage)}
+    if key == "zero_hpz_partition_size":  # its groups are made once in a process
+        start_ranks(2).close()
+    _assert_same(start_ranks, run_config, options, plain)
+    if key == "zero_hpz_partition_size":
+        start_ranks(2).close()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_all_keys_of_a_stage_change_nothing(
+    start_ranks: StartRanks, run_config: RunConfig, plain: Record, stage: int
+) -> None:
+    """Together, as well."""
+    options = {"stage": stage}
+    options |= {key: _value(key, stage) for of, key in _pairs() if of == stage and key != "zero_hpz_partition_size"}
+    _assert_same(start_ranks, run_config, options, plain)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("gradient_allreduce_op", "sequence_parallel_size", "data_parallel_size", "prescale_gradients"),
+        *("activation_checkpointing", "tensor_parallel", "no_such_key", "checkpoint", "aio"),
+    ],
+)
+def test_other_keys_are_refused(tiny_parts: RunConfig, key: str) -> None:
+    """At the top level nothing but `zero_optimization` may be set."""
+    with pytest.raises(ConfigError, match=rf"engine\.{key} is refused: .*remove it\. .*zero_optimization"):
+        checked(tiny_parts, {f"engine.{key}": 2})
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        *("leaf_module", "zenflow", "zero_quantized_weights", "allgather_partitions", "no_such_key"),
+        *("prefetch_bucket_size", "cpu_offload"),
+    ],
+)
+def test_other_keys_of_zero_are_refused(tiny_parts: RunConfig, key: str) -> None:
+    """And none of ZeRO's that is not in the table."""
+    with pytest.raises(ConfigError, match=rf"engine\.zero_optimization\.{key} is refused: .*reduce_bucket_size"):
+        checked(tiny_parts, {f"engine.zero_optimization.{key}": True})
+
+
+def test_a_key_without_effect_is_refused(tiny_parts: RunConfig) -> None:
+    """A key that DeepSpeed ignores at the chosen stage, with the stages at which it does something."""
+    for stage, key in ((0, "reduce_bucket_size"), (2, "stage3_max_live_parameters"), (3, "round_robin_gradients")):
+        config = replace(tiny_parts, engine={"zero_optimization": {"stage": stage, key: 5}})
+        with pytest.raises(ConfigError, match=rf"{key}=5 has no effect at ZeRO stage {stage}.*choose engine=zero\d"):
+            check_values(config)
+
+
+@pytest.mark.parametrize(
+    ("offload", "parts"),
+    [
+        ({"device": "nvme"}, ["device must be none or cpu", "nvme"]),
+        ({"device": "cpu", "nvme_path": "/tmp"}, ["nvme_path is refused", "device, pin_memory"]),
+        ({"device": "cpu", "ratio": 0.5}, ["ratio is refused"]),
+        ("cpu", ["must be a dictionary", "offload_optimizer.device=cpu"]),
+        ({"pin_memory": True}, ["must be a dictionary with a `device`"]),
+    ],
+)
+def test_offload_is_to_the_host_alone(tiny_parts: RunConfig, offload: Any, parts: list[str]) -> None:
+    """Devices that were not tried, and keys of theirs, are refused."""
+    config = replace(tiny_parts, engine={"zero_optimization": {"stage": 2, "offload_optimizer": offload}})
+    with pytest.raises(ConfigError) as caught:
+        check_values(config)
+    assert [part for part in parts if part not in str(caught.value)] == []

@@ -1,0 +1,331 @@
+"""Owns the proofs about the length table: it counts what is trained on, is made once, and is complete or absent."""
+
+import itertools
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from data_recipes.mixture.mixture import Mixture
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
+from data_recipes.schema.sample import Message, Sample
+from data_recipes.store.reader import StoredText
+from llava_next.config import ModelError
+from llava_next.inputs.processor import Processor, SampleRejected
+from llava_next.model.build import read_backbone
+from tests.tiny import tiny_model, tiny_samples, tiny_store
+from train.config.schema import ConfigError, RunConfig
+from train.data import length_table
+from train.data.length_table import LengthTable, data_fingerprint, open_table
+from train.distributed.world import beat_of, wait_for
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def processor_of(config: RunConfig, **changes: Any) -> Processor:
+    """The processor of the run's stage with these changes."""
+    stage = replace(config.stage, **changes)
+    return read_backbone(config.model).processor(
+        template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
+    )
+
+
+def mixture_of(config: RunConfig, **changes: Any) -> Mixture:
+    """The run's mixture, opened."""
+    return Mixture.open(replace(config.mixture, **changes), Path(config.data.store_root))
+
+
+def made(mixture: Mixture, processor: Processor, folder: Path, num_workers: int = 1) -> LengthTable:
+    """The table, written by this process."""
+    return open_table(mixture, processor, folder, is_writer=True, num_workers=num_workers, show_progress=False)
+
+
+def test_special_tokens_in_a_text_are_counted(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Samples with a special token's text in a question or an answer, by source and token, each once; they have that
+    token, as in the authors' code. With several processes and from the table on disk too; a table without the counts
+    says so."""
+    samples = tiny_samples(600, pictures=False)
+    for number, texts in ((3, ("What?", "A<|im_end|> and <|im_end|> B")), (590, ("Is </s> one?", "No<|im_end|>."))):
+        messages = (Message("user", texts[0]), Message("assistant", texts[1]))
+        samples[number] = replace(samples[number], messages=messages)
+    for name, chosen in (("odd", samples), ("plain", tiny_samples(20, pictures=False, first=5000))):
+        tiny_store(tmp_path / "stores", name, chosen)
+    config = MixtureConfig("both", 0, {"odd": SourceShare(), "plain": SourceShare()})
+    mixture, processor = Mixture.open(config, tmp_path / "stores"), processor_of(tiny_parts)
+    expected = {"odd": {"</s>": 1, "<|im_end|>": 2}}
+    table = made(mixture, processor, tmp_path / "tables", num_workers=2)
+    assert table.special_texts == expected
+    assert made(mixture, processor, tmp_path / "tables").special_texts == expected
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    usual, odd = (processor.layout(samples[number].messages, ()).ids for number in (0, 3))
+    assert (odd == end).sum() == (usual == end).sum() + 2
+    place = table.folder / "table.json"
+    about = json.loads(place.read_text())
+    del about["special_texts"]
+    place.write_text(json.dumps(about))
+    assert made(mixture, processor, tmp_path / "tables").special_texts is None
+
+
+def test_captions_are_searched_without_their_questions(tiny_parts: RunConfig) -> None:
+    """Template plain shows no question, whose special tokens then do not count; the image placeholder never does."""
+    messages = (Message("user", "<image>\n</s>"), Message("assistant", "A <|im_start|> b."))
+    assert processor_of(tiny_parts).special_texts(messages) == {"</s>", "<|im_start|>"}
+    assert processor_of(tiny_parts, template="plain").special_texts(messages) == {"<|im_start|>"}
+
+
+def test_table_counts_what_layout_counts(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Tokens, supervised tokens, tiles and source of every kept sample are those of its layout; every other sample is
+    in the quarantine with its reason; cut rounds are counted. Nothing is counted twice or forgotten."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts, max_length=150)
+    table = made(mixture, processor, tmp_path)
+    expected, reasons, cut = [], Counter[str](), 0
+    for number in range(mixture.num_samples):
+        text = mixture.text(number)
+        try:
+            layout = processor.layout(text.messages, text.sizes_hw)
+        except SampleRejected as rejected:
+            reasons[rejected.reason.value] += 1
+            continue
+        cut += layout.num_rounds_cut
+        expected.append(
+            (number, layout.num_tokens, layout.num_supervised, layout.num_tiles, mixture.source_ids[number])
+        )
+    assert table.rows.tolist() == expected
+    assert table.rejects == dict(reasons)
+    assert reasons["too_long"] > 0
+    assert table.num_rounds_cut == cut > 0
+    quarantine = [json.loads(line) for line in table.quarantine.read_text().splitlines()]
+    assert len(quarantine) + len(table) == mixture.num_samples
+    assert Counter(entry["reason"] for entry in quarantine) == reasons
+    by_source = table.rejects_by_source()
+    assert by_source == {
+        source: dict(Counter(entry["reason"] for entry in quarantine if entry["source"] == source))
+        for source in sorted({entry["source"] for entry in quarantine})
+    }
+    for entry in quarantine:
+        assert entry["source"] in mixture.source_names
+        assert "150" in entry["detail"]
+
+
+def test_number_of_workers_changes_nothing(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One process or several make the same table, in the mixture's order."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    monkeypatch.setattr(length_table, "_CHUNK", 7)
+    alone = made(mixture, processor, tmp_path / "alone")
+    several = made(mixture, processor, tmp_path / "several", num_workers=2)
+    np.testing.assert_array_equal(alone.rows, several.rows)
+    assert alone.rows["sample"].tolist() == sorted(alone.rows["sample"].tolist())
+
+
+def test_table_is_made_once(tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second start, and every other rank, reads the file of the first by memory map."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    first = made(mixture, processor, tmp_path)
+    written = (first.folder / "rows.npy").stat().st_mtime_ns
+    monkeypatch.setattr(length_table, "_write", lambda *_: pytest.fail("it was made again"))
+    second = made(mixture, processor, tmp_path)
+    reader = open_table(mixture, processor, tmp_path, is_writer=False, num_workers=1, show_progress=False)
+    assert (second.folder / "rows.npy").stat().st_mtime_ns == written
+    assert isinstance(reader.rows, np.memmap)
+    np.testing.assert_array_equal(reader.rows, first.rows)
+
+
+def test_other_data_has_another_table(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Whatever could change a length makes another fingerprint: samples, seed of a subset, template, mode, maximum."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    first = made(mixture, processor, tmp_path)
+    sources = dict(tiny_parts.mixture.sources)
+    fewer = {**sources, "tiny_pictures": replace(sources["tiny_pictures"], count=5)}
+    others = [
+        (mixture_of(tiny_parts, sources=fewer), processor),
+        (mixture, processor_of(tiny_parts, template="plain")),
+        (mixture, processor_of(tiny_parts, image_mode="square")),
+        (mixture, processor_of(tiny_parts, max_length=100)),
+    ]
+    found = {first.fingerprint, *(data_fingerprint(*other) for other in others)}
+    assert len(found) == 1 + len(others)
+    assert made(*others[0], tmp_path).folder != first.folder
+    assert first.folder.is_dir()
+
+
+def test_nothing_left_is_the_users_mistake(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A maximum length that no sample keeps is one sentence with the key, the reasons and where to look."""
+    with pytest.raises(ConfigError, match=r"stage\.max_length=10 leaves no sample .*\d+ too_long.*quarantine"):
+        made(mixture_of(tiny_parts), processor_of(tiny_parts, max_length=10), tmp_path)
+
+
+def test_a_source_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
+    """A source that the mixture counts on does not vanish: its name, its counts by reason, where to look and the ways
+    out, from the process that makes the table and from one that finds it."""
+    model = tiny_model(tmp_path / "models")
+    long_answer = (Message("user", "Why?"), Message("assistant", "Because. " * 200))
+    tiny_store(tmp_path / "stores", "tiny_long", [Sample(f"{n}", long_answer) for n in range(3)])
+    tiny_store(tmp_path / "stores", "tiny_short", tiny_samples(5, pictures=False))
+    config = MixtureConfig("tiny", 0, {"tiny_long": SourceShare(), "tiny_short": SourceShare()})
+    mixture = Mixture.open(config, tmp_path / "stores")
+    processor = read_backbone(model).processor(template=None, image_mode="square", max_length=300)
+    for is_writer in (True, False):
+        with pytest.raises(
+            ConfigError,
+            match=r"^mixture\.sources\.tiny_long: none of its 3 samples .*: 3 too_long; raise stage\.max_length.*"
+            r"remove the source from the mixture; \S+quarantine\.jsonl",
+        ):
+            open_table(mixture, processor, tmp_path, is_writer=is_writer, num_workers=1, show_progress=False)
+
+
+def test_a_store_whose_placeholders_are_wrong_names_the_sample(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More placeholders than pictures in a stored sample end the start with its id, source and both numbers."""
+    mixture, text = mixture_of(tiny_parts), Mixture.text
+    last = mixture.num_samples - 1  # shows a picture: sources stand in the order of their names
+
+    def damaged(self: Mixture, index: int) -> StoredText:
+        known = text(self, index)
+        return known if index != last else replace(known, sizes_hw=known.sizes_hw[:0])
+
+    monkeypatch.setattr(Mixture, "text", damaged)
+    known = text(mixture, last)
+    with pytest.raises(
+        ModelError,
+        match=rf"^sample '{known.id}' of source {known.source}: \d placeholders <image> but 0 pictures; prep",
+    ):
+        made(mixture, processor_of(tiny_parts), tmp_path)
+
+
+_WRITER = """
+import os, signal, sys, pickle
+from pathlib import Path
+from tests.tiny import tiny_model, tiny_samples, tiny_store
+from train.data import length_table
+mixture, processor, folder = pickle.loads(Path(sys.argv[1]).read_bytes())
+length_table._CHUNK = 5
+count = length_table._count
+def killed(numbers):
+    if numbers.start >= 15:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return count(numbers)
+length_table._count = killed
+length_table.open_table(mixture, processor, folder, is_writer=True, num_workers=1, show_progress=False)
+"""
+
+
+def test_killed_writer_leaves_nothing_complete(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Killed in the middle, a writer leaves no table; the next one makes it whole, and readers do not fall over what
+    the first left behind."""
+    import pickle
+
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    folder = tmp_path / "tables"
+    (tmp_path / "arguments").write_bytes(pickle.dumps((mixture, processor, folder)))
+    done = subprocess.run(
+        [sys.executable, "-c", _WRITER, str(tmp_path / "arguments")], cwd=ROOT, check=False, capture_output=True
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    place = folder / data_fingerprint(mixture, processor)[:16]
+    assert not place.exists()
+    assert list(folder.iterdir()), "it had begun"
+    table = made(mixture, processor, folder)
+    np.testing.assert_array_equal(table.rows, made(mixture, processor, tmp_path / "fresh").rows)
+    assert list(folder.iterdir()) == [table.folder], "what the killed writer had begun is gone"
+
+
+def test_leftovers_of_other_hosts_go_when_they_are_old(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A folder that another host's writer has touched lately stays; one that was silent for ten minutes goes."""
+    begun, dead = tmp_path / "0123.other-host.1.partial", tmp_path / "4567.other-host.2.partial"
+    for folder in (begun, dead):
+        folder.mkdir()
+        (folder / "rows.raw").touch()
+    os.utime(dead, (time.time() - 601,) * 2)
+    made(mixture_of(tiny_parts), processor_of(tiny_parts), tmp_path)
+    assert begun.is_dir()
+    assert not dead.exists()
+
+
+def test_killed_writer_takes_its_processes_along(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The processes that count end soon after their writer was killed: none waits for ever for the next chunk."""
+
+    def never_ends(_: int) -> Any:
+        (tmp_path / f"{os.getpid()}.worker").touch()
+        time.sleep(600)
+
+    monkeypatch.setattr(length_table, "_CHUNK", 1)
+    mixture = mixture_of(tiny_parts)
+    monkeypatch.setattr(mixture, "text", never_ends)
+    arguments = (mixture, processor_of(tiny_parts), tmp_path / "tables", 2)
+    writer = multiprocessing.get_context("fork").Process(target=made, args=arguments)
+    writer.start()
+    until(lambda: len(list(tmp_path.glob("*.worker"))) == 2)
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    until(lambda: not any(Path("/proc", path.stem).exists() for path in tmp_path.glob("*.worker")))
+
+
+def until(is_so: Callable[[], bool], patience_s: float = 60.0) -> None:
+    """Waits for something that other processes bring about."""
+    deadline = time.monotonic() + patience_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def test_writer_that_comes_second_yields(
+    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that make the same table at once both end with the one that was there first."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    first = made(mixture, processor, tmp_path / "first")
+    count_all, shared = length_table._count_all, tmp_path / "shared"
+
+    def beaten(*args: Any) -> Any:
+        yield from count_all(*args)
+        shutil.copytree(first.folder, shared / first.folder.name)
+
+    monkeypatch.setattr(length_table, "_count_all", beaten)
+    written = (first.folder / "table.json").stat().st_mtime_ns
+    table = made(mixture, processor, shared)
+    assert len(table) == mixture.num_samples
+    assert (table.folder / "table.json").stat().st_mtime_ns == written
+
+
+def test_waiting_ends() -> None:
+    """A process that waits for a writer gives up when the writer is silent, and says what it waited for."""
+    started = time.monotonic()
+    with pytest.raises(TimeoutError, match="the thing: the process that makes it gave no sign of life for 0 s"):
+        wait_for(lambda: False, lambda: None, what="the thing", patience_s=0.3)
+    assert time.monotonic() - started < 3
+
+
+def test_waiting_goes_on_while_the_writer_lives() -> None:
+    """Signs of life keep a waiting process patient for longer than its patience, whatever the clock says of them."""
+    started, beats = time.monotonic(), itertools.cycle((0, 10**18, 5))  # as of 1970, of 2001, of 1970 again
+    wait_for(lambda: time.monotonic() - started > 1.0, lambda: next(beats), what="it", patience_s=0.3)
+
+
+def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
+    """What a writer that was killed yesterday left behind says nothing about the one that starts now."""
+    beat = tmp_path / "beat"
+    beat.touch()
+    os.utime(beat, (0, 0))
+    started = time.monotonic()
+    wait_for(lambda: time.monotonic() - started > 0.5, lambda: beat_of(beat), what="it", patience_s=2.0)
+    beat.touch()  # nor does one that stands still, however new it is
+    with pytest.raises(TimeoutError):
+        wait_for(lambda: False, lambda: beat_of(beat), what="it", patience_s=0.3)

@@ -1,0 +1,219 @@
+"""Owns the collective contract: whatever the ranks' rows hold, every rank issues the same collectives in one order, and
+the run learns what one rank learns without ZeRO.
+
+A rank that issues another collective waits for ever, and so do all the others. Rows are unlike over ranks and
+micro-steps, blank ones among them, in a first step, after ZeRO-3 has learned its order, after an evaluation and after a
+resume; the settings are a table in which every two values of two factors meet.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import combinations, product
+from typing import Any, Literal
+
+import pytest
+
+from llava_next.config import LoraConfig
+from tests.ranks import Ranks
+from tests.tiny import tiny_mixture
+from tests.train import contract_cases
+from tests.train.cases import aligning, relative_difference, zero
+from tests.train.conftest import StartRanks
+from tests.train.contract_cases import Report
+from train.config.rules import check_values
+from train.config.schema import ConfigError, EvaluateConfig, RunConfig
+
+TIMEOUT_S = 40
+"""A collective that waits longer is a hang; each rank then reports what it issued up to there."""
+LORA = {
+    "vision_tower": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),
+    "language_model": LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")),
+}
+RECOMPUTE: dict[str, tuple[Literal["vision_tower", "language_model"], ...]] = {
+    "nothing": (),
+    "language_model": ("language_model",),
+    "vision_tower": ("vision_tower",),
+    "both": ("language_model", "vision_tower"),
+}
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "size": (2, 3, 4),
+    "stage": (3, 2, 1, 0),
+    "resumes_at": ("the same stage", "another stage"),
+    "offload": (False, True),
+    "recompute": tuple(RECOMPUTE),
+    "trains": ("all", "adapters", "connector"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """The settings of a run: ranks, ZeRO stage, where it resumes, and how and what it trains (see `FACTORS`)."""
+
+    size: int
+    stage: int
+    resumes_at: str
+    offload: bool
+    recompute: str
+    trains: str
+
+    @property
+    def is_possible(self) -> bool:
+        return not (self.offload and self.stage == 0)
+
+    @property
+    def pairs(self) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
+        return set(combinations(((item.name, getattr(self, item.name)) for item in fields(self)), 2))
+
+
+def covering() -> Iterator[Case]:
+    """Cases in which every two values of two factors meet that can: each has the most pairs that are new."""
+    possible = [case for case in map(Case, *zip(*product(*FACTORS.values()), strict=True)) if case.is_possible]
+    missing = {pair for case in possible for pair in case.pairs}
+    while missing:
+        best = max(possible, key=lambda case: len(case.pairs & missing))  # the first of equals
+        missing -= best.pairs
+        yield best
+
+
+TABLE = tuple(covering())
+QUICK = (
+    Case(2, 3, "the same stage", False, "both", "all"),
+    Case(2, 3, "the same stage", False, "language_model", "adapters"),
+)
+
+
+def _engine(stage: int, offload: bool) -> dict[str, Any]:
+    """As `zero`; and at ZeRO-3 weights are freed after each use, as those of a model that does not fit are."""
+    engine = zero(stage)
+    if stage == 3:
+        engine["zero_optimization"] |= {"stage3_max_live_parameters": 4_000, "stage3_max_reuse_distance": 2_000}
+    if offload and stage > 0:
+        engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    return engine
+
+
+def _config(base: RunConfig, case: Case, stage: int) -> RunConfig:
+    config = aligning(base, image_mode="anyres") if case.trains == "connector" else base
+    return replace(
+        config,
+        engine=_engine(stage, case.offload),
+        recompute=RECOMPUTE[case.recompute],
+        lora=LORA if case.trains == "adapters" else None,
+    )
+
+
+@pytest.fixture(scope="module")
+def base(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The tiny run with some samples held out, and questions that it is asked."""
+    folder = tmp_path_factory.mktemp("contract")
+    mixture, store_root = tiny_mixture(folder / "data", 40, holdout=5)
+    return replace(
+        tiny_parts,
+        root=str(folder / "outputs"),
+        mixture=mixture,
+        data=replace(tiny_parts.data, store_root=str(store_root)),
+        evaluate=EvaluateConfig(every=1, answers=3, answer_tokens=4),
+        timeout_s=TIMEOUT_S,
+    )
+
+
+@pytest.fixture(scope="module")
+def references(start_ranks: StartRanks, base: RunConfig) -> dict[str, Report]:
+    """By what trains: the same steps on one rank, without ZeRO, recompute and resume."""
+    found = {}
+    for trains in FACTORS["trains"]:
+        case = Case(1, 0, "", False, "nothing", trains)
+        config = replace(_config(base, case, 0), name=f"reference_{trains}")
+        [found[trains]] = start_ranks(1).run(contract_cases.run_phases, config, None, TIMEOUT_S)
+        assert not found[trains].error
+    return found
+
+
+def _run(ranks: Ranks, config: RunConfig, resumed: RunConfig | None, timeout_s: int = TIMEOUT_S) -> list[Report]:
+    """The reports of all ranks, once their collectives were found to be the same."""
+    reports: list[Report] = ranks.run(contract_cases.run_phases, config, resumed, timeout_s, timeout_s=8.0 * timeout_s)
+    try:
+        for phases in zip(*(report.phases for report in reports), strict=False):
+            first = phases[0]
+            for rank, other in enumerate(phases[1:], start=1):
+                assert other.name == first.name
+                both = zip(first.collectives, other.collectives, strict=False)
+                unlike = [(at, *pair) for at, pair in enumerate(both) if pair[0] != pair[1]]
+                assert not unlike[:1], f"{first.name}: rank 0 {first.kinds}, rank {rank} {other.kinds}"
+                numbers = len(first.collectives), len(other.collectives)
+                assert numbers[0] == numbers[1], f"{first.name}: rank 0 {first.kinds}, rank {rank} {other.kinds}"
+        assert [report.error for report in reports] == [""] * len(reports)
+    except AssertionError:
+        ranks.close()  # they wait for one another
+        raise
+    return reports
+
+
+def _assert_learns_the_same(reports: list[Report], expected: Report) -> None:
+    """Losses, gradient norms, held-out losses and answers of every phase, and the final weights."""
+    values = {phase.name: phase.values for phase in expected.phases}
+    seen = {phase.name: phase.values for phase in reports[0].phases if phase.values}
+    assert seen.keys() == values.keys()
+    for name, found in seen.items():
+        assert found[0] == pytest.approx(values[name][0], rel=1e-5), name
+        assert found == pytest.approx(values[name], rel=1e-4), name
+    assert relative_difference(reports[0].after, expected.after) < 1e-4
+    moved = [
+        {name: run.after[name] - expected.before[name] for name in run.after if not name.endswith("k_proj.bias")}
+        for run in (reports[0], expected)
+    ]
+    assert relative_difference(*moved) < 1e-2
+
+
+@pytest.mark.parametrize("case", [*QUICK, *(pytest.param(each, marks=pytest.mark.full) for each in TABLE)], ids=str)
+def test_unlike_rows_issue_the_same_collectives(
+    start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], request: Any, case: Case
+) -> None:
+    """On every rank, in every phase: kind, group, sizes and types; and what is learned is the reference's."""
+    number = (case.stage + 1) % 4 if case.resumes_at == "another stage" else case.stage
+    name = f"case_{[*QUICK, *TABLE].index(case)}_{request.node.callspec.indices['case']}"
+    config = replace(_config(base, case, case.stage), name=name)
+    resumed = replace(_config(base, case, number), name=name)
+    check_values(config)
+    reports = _run(start_ranks(case.size), config, resumed)
+    for phases in zip(*(report.phases for report in reports), strict=True):
+        if phases[0].kinds:
+            kinds = [phase.kinds for phase in phases]
+            assert any("blank" in of_rank for of_rank in kinds)
+            assert all(len(set(of_ranks)) > 1 for of_ranks in zip(*kinds, strict=True))
+    if case.stage == 3:  # else nothing would have been gathered whose order matters
+        learned = next(phase for phase in reports[0].phases if phase.name == "learned trace")
+        assert sum("all_gather" in each.kind or "allgather" in each.kind for each in learned.collectives) > 30
+    _assert_learns_the_same(reports, references[case.trains])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recompute", ["nothing", "both"])
+def test_compiled_blocks_issue_the_same_collectives(
+    start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], recompute: str
+) -> None:
+    """Both parts by torch.compile at ZeRO-2: rows of new lengths are compiled by each rank when it meets them."""
+    case = Case(2, 2, "the same stage", False, recompute, "all")
+    config = replace(
+        _config(base, case, case.stage), name=f"compiled_{recompute}", compile=("vision_tower", "language_model")
+    )
+    reports = _run(start_ranks(case.size), config, config, timeout_s=200)
+    _assert_learns_the_same(reports, references[case.trains])
+
+
+def test_compile_is_refused_at_zero_3(base: RunConfig) -> None:
+    """Six blocks reach torch.compile's limit there (two make 60 graphs, and 8 at ZeRO-2): refused."""
+    config = replace(base, compile=("language_model",))
+    check_values(config)
+    with pytest.raises(ConfigError, match=r"compile=\[language_model\] .*ZeRO stage 3.*compile=\[\], or engine=zero2"):
+        check_values(replace(config, engine=_engine(3, False)))
+
+
+def test_every_pair_of_values_meets() -> None:
+    """In some case of the table, unless the pair is impossible."""
+    met = set().union(*(case.pairs for case in TABLE))
+    for (one, values), (other, others) in combinations(FACTORS.items(), 2):
+        for pair in product(values, others):
+            possible = {(one, pair[0]), (other, pair[1])} != {("stage", 0), ("offload", True)}
+            assert (((one, pair[0]), (other, pair[1])) in met) == possible, pair
+    assert len(TABLE) < 20

@@ -1,0 +1,442 @@
+"""An export from files is what the run itself would have written, from any ZeRO stage; it says what it has checked."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlavaNextForConditionalGeneration
+
+from llava_next.config import ImageMode, LoraConfig, ProjectorKind
+from llava_next.formats.hugging_face import write_hf
+from llava_next.model.build import build_model, read_backbone
+from llava_next.model.llava_next import set_trained_parts
+from tests.llava_next.models import pretrained
+from tests.ranks import Ranks
+from tests.tiny import HostilePickle, TowerName, tiny_model
+from tests.train import cases
+from train.checkpoint import atomic_folder
+from train.checkpoint.saver import RunState, config_path
+from train.checkpoint.trained_weights import trained_weights
+from train.config.compose import to_yaml
+from train.config.schema import RunConfig, SaveConfig
+from train.export.__main__ import main
+from train.export.exported_model import open_source
+from train.export.verify import available_bytes
+
+Start = Callable[[int], Ranks]
+ABOUT = {
+    "data_fingerprint": "d" * 64,
+    "mixture_fingerprint": "m" * 64,
+    "mixture": [
+        {"source": "tiny_pictures", "used": 30, "licence": "CC BY | 4.0"},
+        {"source": "tiny_chats", "used": 10},
+    ],
+    "num_samples": 40,
+    "num_supervised": 1234,
+    "num_tiles": 99,
+}
+
+
+def _trained(start_ranks: Start, config: RunConfig, num_ranks: int, zero_stage: int) -> tuple[RunConfig, Path]:
+    """A run that has written its result and a checkpoint of the same step; returns it and the checkpoint."""
+    config = replace(config, engine=cases.zero(zero_stage), save=SaveConfig(every=2, keep=2))
+    start_ranks(num_ranks).run(cases.train_and_write, config)
+    place = config.run_dir / "checkpoints" / "step_000004"
+    assert place.is_dir()
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    (config.run_dir / "data.json").write_text(json.dumps(ABOUT))
+    return config, place
+
+
+@pytest.mark.parametrize(
+    ("num_ranks", "zero_stage"),
+    [pytest.param(1, 0, marks=pytest.mark.full), pytest.param(2, 2, marks=pytest.mark.full), (2, 3)],
+)
+def test_an_export_from_a_checkpoint_is_the_runs_own(
+    start_ranks: Start,
+    run_config: RunConfig,
+    capsys: pytest.CaptureFixture[str],
+    num_ranks: int,
+    zero_stage: int,
+) -> None:
+    """Every file of the run's result, byte for byte, the weights included; a card, and what was verified, besides."""
+    config, place = _trained(start_ranks, run_config, num_ranks, zero_stage)
+    assert main([str(place)]) == 0, capsys.readouterr().err
+    out, result = config.run_dir / "exports" / "step_000004_hf", config.run_dir / "export"
+    said = capsys.readouterr().out
+    assert {path.name for path in out.iterdir()} == {path.name for path in result.iterdir()} | {
+        "README.md",
+        "data.json",
+    }
+    for path in result.iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+    assert "tensors are equal, byte for byte" in said
+    (difference,) = re.findall(r"largest difference (\S+) of their norm", said)
+    assert float(difference) <= 1e-5
+    card = (out / "README.md").read_text()
+    for fact in (f"{num_ranks} rank(s), ZeRO {zero_stage}", "m" * 64, "CC BY \\| 4.0", "not stated", "vLLM: yes"):
+        assert fact in card
+    assert "learning rate of vision_tower | 0.0001" in card
+
+
+@pytest.mark.full
+def test_a_squashing_siglip_exports_and_reloads(
+    start_ranks: Start, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained on squashed images behind a SigLIP tower and exported from the checkpoint: the verification with stock
+    transformers passes, and the directory alone, without its run, is still exported as squashing."""
+    model = tiny_model(tmp_path / "parts", "siglip")
+    config = cases.with_stage(replace(run_config, model=model), image_mode="squash")
+    config, place = _trained(start_ranks, config, 1, 0)
+    assert main([str(place)]) == 0, capsys.readouterr().err
+    assert "logits are ours" in capsys.readouterr().out
+    assert "image_mode | squash" in (config.run_dir / "exports" / "step_000004_hf" / "README.md").read_text()
+    shutil.copytree(config.run_dir / "export", tmp_path / "alone")
+    source = open_source(tmp_path / "alone", None)
+    assert (source.config, source.image_mode) == (None, "squash")
+
+
+@pytest.mark.parametrize("mode", get_args(ImageMode))
+def test_a_directory_without_its_run_keeps_its_image_mode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: ImageMode
+) -> None:
+    """The mode is read from the directory's image processor; in the authors' layout it is their value, and the card
+    says that their code cannot squash for a CLIP tower."""
+    backbone = read_backbone(tiny_model(tmp_path / "parts"))
+    processor = backbone.processor(template=None, image_mode=mode, max_length=4096)
+    export, out = tmp_path / "export", tmp_path / "original"
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
+    assert open_source(export, None).image_mode == mode
+    command = [str(export), "--format", "original", "--out", str(out), "--vision-tower", "some/clip"]
+    assert main(command) == 0, capsys.readouterr().err
+    value = json.loads((out / "config.json").read_text())["image_aspect_ratio"]
+    assert value == ("square" if mode == "squash" else mode)
+    authors = "no, it crops the centre" if mode == "squash" else "yes"
+    assert f"the authors' code (llava): {authors}" in (out / "README.md").read_text()
+
+
+@pytest.mark.full
+def test_masters_are_cut_out_of_the_ranks_stretches(start_ranks: Start, run_config: RunConfig) -> None:
+    """At ZeRO 1 and 2 the optimizer's copies, spread over two ranks and three groups, are the weights, where these are
+    fp32 too."""
+    for zero_stage in (1, 2):
+        config = replace(run_config, name=f"zero{zero_stage}")
+        _, place = _trained(start_ranks, config, 2, zero_stage)
+        model = build_model(read_backbone(config.model), dtype=torch.float32, seed=0)
+        set_trained_parts(model, config.stage.rates)
+        weights, masters = trained_weights(model, place), trained_weights(model, place, masters=True)
+        assert set(weights) == set(masters)
+        for name, tensor in weights.items():
+            assert masters[name].shape == tensor.shape
+            assert torch.equal(masters[name].value(), tensor.value()), name
+
+
+@pytest.mark.full
+def test_frozen_parts_come_from_where_the_run_had_them(
+    start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of a trained connector holds that alone; the rest starts from an export, and is compared with what
+    the run has summed up."""
+    first, place = _trained(start_ranks, run_config, 1, 0)
+    config = cases.with_stage(
+        run_config, name="again", learning_rates={"projector": 1.0e-3}, init_from=str(first.run_dir / "export")
+    )
+    config, place = _trained(start_ranks, config, 1, 0)
+    assert main([str(place), "--dtype", "bf16"]) == 0, capsys.readouterr().err
+    ours = load_file(config.run_dir / "exports" / "step_000004_hf" / "model.safetensors")
+    theirs = load_file(config.run_dir / "export" / "model.safetensors")
+    before = load_file(first.run_dir / "export" / "model.safetensors")
+    assert {name: tensor.bfloat16() for name, tensor in theirs.items()}.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert torch.equal(ours[name], tensor.bfloat16()), name
+        assert torch.equal(tensor, before[name]) != name.startswith(("multi_modal_projector", "image_newline")), name
+    capsys.readouterr()
+
+    other = (config_path(place)).read_text().replace(str(first.run_dir / "export"), "null").replace("'null'", "null")
+    (config_path(place)).write_text(other)
+    assert main([str(place)]) == 2
+    assert re.search(r"config.yaml has .* bytes, .* changed that file yourself, .*--no-verify", capsys.readouterr().err)
+    assert main([str(place), "--no-verify"]) == 2
+    assert re.search(r"frozen parameters of language_model, vision_tower are not those", capsys.readouterr().err)
+
+
+@pytest.mark.full
+def test_a_frozen_model_is_never_held_whole(start_ranks: Start, run_config: RunConfig, tmp_path: Path) -> None:
+    """A gigabyte of language model below adapters goes from its directory to files of 0.1 GB, merged, in the memory of
+    three such files and the program."""
+    pytest.importorskip("peft")
+    folder = tmp_path / "parts"
+    sizes: dict[str, Any] = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 15,
+        "num_attention_heads": 8,
+    }
+    model = pretrained(folder, **sizes, num_key_value_heads=8)
+    weights = Path(model.language_model.path) / "model.safetensors"
+    assert weights.stat().st_size > 1e9
+    adapters = {"language_model": LoraConfig(4, 8.0, ("q_proj", "down_proj"))}
+    rates: dict[str, float | None] = {"projector": 1.0e-3, "language_model": 1.0e-4}
+    config = cases.with_stage(replace(run_config, model=model, lora=adapters), learning_rates=rates)
+    start_ranks(1).run(cases.save_untrained, config, timeout_s=300)
+    place = config.run_dir / "checkpoints" / "step_000000"
+    assert sum(path.stat().st_size for path in place.rglob("*")) < 1e8
+    out = tmp_path / "out"
+    command = [str(place), "--no-verify", "--shard-gb", "0.1", "--out", str(out)]
+    done = subprocess.run([sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown_gb = int(done.stdout.splitlines()[-1]) * 1024 / 1e9
+    assert sum(path.stat().st_size for path in out.glob("*.safetensors")) > 1e9
+    shutil.rmtree(folder)
+    shutil.rmtree(out)
+    assert grown_gb < 0.35
+
+
+_MEASURED = """
+import sys
+from pathlib import Path
+from typing import Any
+from train.export import __main__ as program
+
+
+def high_water_kib():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+
+
+before = high_water_kib()
+code = program.main(sys.argv[1:])
+print(high_water_kib() - before)
+sys.exit(code)
+"""
+"""Exports, and prints by how much the most that was ever resident has grown, in KiB."""
+
+
+def test_a_run_is_its_result_and_a_directory_is_itself(
+    start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a finished run, in another type and small shards; then that directory without its run."""
+    config, _ = _trained(start_ranks, run_config, 1, 0)
+    out = config.run_dir.parent / "bf16"
+    assert main([str(config.run_dir), "--dtype", "bf16", "--out", str(out), "--shard-gb", "0.00003"]) == 0
+    assert len(list(out.glob("*.safetensors"))) > 3
+    assert "logits are ours" in capsys.readouterr().out
+    theirs = load_file(config.run_dir / "export" / "model.safetensors")
+    stock = LlavaNextForConditionalGeneration.from_pretrained(out)
+    assert stock.dtype == torch.bfloat16
+    described = json.loads((out / "config.json").read_text())
+    assert (
+        {described[part]["dtype"] for part in ("text_config", "vision_config")} == {described["dtype"]} == {"bfloat16"}
+    )
+    assert torch.equal(stock.model.image_newline, theirs["image_newline"].bfloat16())
+    original = out.with_name("original")
+    assert main([str(config.run_dir), "--format", "original", "--out", str(original)]) == 0, capsys.readouterr().err
+    told = capsys.readouterr().out
+    assert "byte for byte" in told
+    assert "logits NOT compared: that takes the authors' code" in told
+    config_json = json.loads((original / "config.json").read_text())
+    assert config_json["mm_vision_tower"] == config.model.vision_tower.path
+    assert config_json["mm_projector_lr"] == config.stage.rates["projector"]
+    assert config_json["image_grid_pinpoints"][0] == [28, 56]
+    found = load_file(original / "model.safetensors")
+    assert torch.equal(found["model.mm_projector.2.bias"], theirs["multi_modal_projector.linear_2.bias"])
+    again = out.with_name("again")
+    assert main([str(out), "--out", str(again)]) == 0
+    assert "logits NOT compared: no run is known" in capsys.readouterr().out
+    assert json.loads((again / "config.json").read_text()) == json.loads((out / "config.json").read_text())
+    assert main([str(out), "--format", "original", "--out", str(again.with_name("original"))]) == 2
+    assert "--vision-tower" in capsys.readouterr().err
+
+
+def test_what_cannot_be_exported_is_told(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No run, a run without weights, an output that would replace something else: each with the way out."""
+    run_dir = run_config.run_dir
+    run_dir.mkdir(parents=True)
+    for source, rule in (
+        (tmp_path / "nothing", "is no run's folder"),
+        (run_dir, "neither an export/ nor a checkpoint"),
+    ):
+        if source == run_dir:
+            (run_dir / "config.yaml").write_text(to_yaml(run_config))
+        assert main([str(source)]) == 2
+        assert rule in capsys.readouterr().err
+    (tmp_path / "llm").mkdir()
+    (tmp_path / "llm" / "config.json").write_text(
+        json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    )
+    assert main([str(tmp_path / "llm")]) == 2
+    assert "no Hugging Face llava or llava_next directory (model_type llama" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything in it is unpickled: the file and what it asks for are named."""
+    place = run_config.run_dir / "checkpoints" / "step_000002"
+    (place / "engine").mkdir(parents=True)
+    (place / "config.yaml").write_text(to_yaml(run_config))
+    state = RunState(2, "d", {"num_ranks": 1, "zero_stage": 0}, "float32", [], 2, {}, {})
+    (place / "run_state.json").write_text(json.dumps(asdict(state)))
+    torch.save({"module": HostilePickle(tmp_path / "ran")}, place / "engine" / "mp_rank_00_model_states.pt")
+    files = [path for path in place.rglob("*") if path.is_file()]
+    sums = {
+        path.relative_to(place).as_posix(): atomic_folder.file_sum(path) for path in files
+    }  # a stranger gives his own
+    (place / "sums.json").write_text(json.dumps(sums))
+    assert main([str(place)]) == 2
+    assert re.search(r"mp_rank_00_model_states.pt names \w+.system, which no checkpoint needs", capsys.readouterr().err)
+    assert not (tmp_path / "ran").exists()
+    assert not (run_config.run_dir / "exports").exists()
+
+
+def test_a_damaged_checkpoint_is_refused_by_the_files_name(
+    start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A flipped byte, a missing file, sums that are not there: told with another checkpoint before anything is written.
+    `--no-verify` takes it as it is, and says so, on the card too."""
+    config = replace(run_config, engine=cases.zero(0))
+    start_ranks(1).run(cases.save_often, config, SaveConfig(every=1, keep=2))
+    before, place = (config.run_dir / "checkpoints" / f"step_00000{step}" for step in (3, 4))
+    (config.run_dir / "config.yaml").write_text(to_yaml(config))
+    weights = place / "engine" / "mp_rank_00_model_states.pt"
+    sound = bytearray(weights.read_bytes())
+    weights.write_bytes(sound[: len(sound) // 2] + bytes([sound[len(sound) // 2] ^ 1]) + sound[len(sound) // 2 + 1 :])
+    told = rf"{place} is damaged: engine/{weights.name} has other bytes than were written.*export another .*{before}"
+    for source in (place, config.run_dir):
+        assert main([str(source)]) == 2
+        assert re.search(told, capsys.readouterr().err)
+    assert not (config.run_dir / "exports").exists()
+    assert main([str(place), "--no-verify"]) == 0
+    assert "NOT verified (--no-verify): neither the files that were read nor" in capsys.readouterr().out
+    assert "NOT verified" in (config.run_dir / "exports" / "step_000004_hf" / "README.md").read_text()
+    weights.unlink()
+    assert main([str(place)]) == 2
+    assert f"engine/{weights.name} is missing" in capsys.readouterr().err
+    assert main([str(before)]) == 0
+    assert "the checkpoint's files are what the run wrote (sha256)" in capsys.readouterr().out
+    shutil.rmtree(place)
+    (before / "sums.json").unlink()
+    assert main([str(before)]) == 2
+    assert re.search(r"sums.json.*there is none in .*checkpoints", capsys.readouterr().err)
+
+
+def test_a_file_that_the_kernel_does_not_map_is_told(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Larger than memory and swap, it is not damaged: what lets it be mapped is named."""
+
+    def refused(*_: object) -> None:
+        raise RuntimeError("unable to mmap 64424509440 bytes from file <weights>: Cannot allocate memory (12)")
+
+    monkeypatch.setattr("train.export.exported_model._of_folder", refused)
+    (tmp_path / "config.json").write_text("{}")
+    assert main([str(tmp_path)]) == 2
+    assert "vm.overcommit_memory=1" in capsys.readouterr().err
+
+
+def test_logits_that_would_not_fit_are_left_out_and_told(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever leaves too little: the host, or the limit of a control group around this process, of either version."""
+    backbone = read_backbone(run_config.model)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "model")
+    proc = tmp_path / "root" / "proc"
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert available_bytes(tmp_path / "root") == 8000 * 1024
+    for version, groups, names in (
+        ("", "1:cpu:/other\n0::/job/step\n", ("memory.max", "memory.current", "inactive_file")),
+        ("memory", "4:memory:/job/step\n", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
+    ):
+        (proc / "self" / "cgroup").write_text(groups)
+        limit, used, cached = names
+        top = tmp_path / "root" / "sys" / "fs" / "cgroup" / version
+        for folder, allowed in ((top / "job", "100000"), (top / "job" / "step", "max" if version == "" else "1" * 19)):
+            folder.mkdir(parents=True)
+            (folder / limit).write_text(allowed)
+            (folder / used).write_text("70000")
+            (folder / "memory.stat").write_text(f"anon 5\n{cached} 20000\n")
+        assert available_bytes(tmp_path / "root") == 50000
+    monkeypatch.setattr("train.export.verify.available_bytes", lambda: available_bytes(tmp_path / "root"))
+    assert main([str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "logits NOT compared: loading it in fp32 takes 0.0 GiB, 0.0 GiB are free" in said
+    assert "byte for byte" in said
+
+
+def test_an_output_that_is_something_else_is_left_alone(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A folder with other files, and the source itself, are never replaced."""
+    source = tmp_path / "model"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    backbone = read_backbone(run_config.model)
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, source)
+    for out, rule in ((tmp_path / "mine", "no model's directory"), (source, "is, or holds, what is exported")):
+        assert main([str(source), "--out", str(out)]) == 2
+        assert rule in capsys.readouterr().err
+    assert (tmp_path / "mine" / "thesis.tex").is_file()
+
+
+@pytest.mark.parametrize(
+    ("tower", "projector", "vllm", "sglang"),
+    [
+        (
+            "clip",
+            "mlp2x_gelu",
+            "vLLM: yes; --mm-processor-kwargs",
+            "SGLang: yes; it takes the tower's config from `mm_vision_tower`",
+        ),
+        (
+            "siglip",
+            "mlp2x_gelu",
+            "vLLM: yes; --mm-processor-kwargs",
+            "SGLang: yes; it takes the tower's config from `mm_vision_tower`",
+        ),
+        (
+            "dinov2",
+            "mlp2x_gelu",
+            "vLLM: no, its LLaVA knows CLIP, SigLIP and Pixtral towers, and this one is a dinov2",
+            "SGLang: no, it knows CLIP and SigLIP towers, and this one is a dinov2",
+        ),
+        ("clip", "linear", "vLLM: no, it knows no linear projector", "SGLang: no, it knows projectors of two layers"),
+    ],
+)
+def test_an_export_says_which_servers_know_it(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tower: TowerName,
+    projector: ProjectorKind,
+    vllm: str,
+    sglang: str,
+) -> None:
+    """In what the program prints and in the card: transformers whatever the tower, the servers the towers they know;
+    what the other layout is for."""
+    backbone = read_backbone(replace(tiny_model(tmp_path / "parts", tower), projector=projector))
+    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    export = tmp_path / "export"
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
+    other = {"hf": "SGLang and the authors' code: no, export with --format original",
+             "original": "transformers and vLLM: no, export with --format hf"}  # fmt: skip
+    for layout, sentences in (("hf", ("transformers: yes", vllm)), ("original", (sglang,))):
+        out = tmp_path / layout
+        command = [str(export), "--format", layout, "--out", str(out), "--vision-tower", f"some/{tower}"]
+        assert main(command) == 0, capsys.readouterr().err
+        said, card = capsys.readouterr().out, (out / "README.md").read_text()
+        for sentence in (*sentences, other[layout]):
+            assert sentence in said
+            assert f"- {sentence}" in card

@@ -1,0 +1,51 @@
+"""Owns the proofs about profiled steps: the chosen ones and no others are in the files, and nothing learned changes."""
+
+import gzip
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.train import cases
+from tests.train.conftest import StartRanks
+from train.config.schema import ProfileConfig, RunConfig
+
+
+def traced(folder: Path, name: str) -> list[dict[str, Any]]:
+    """The events of a trace."""
+    with gzip.open(folder / "profile" / f"{name}.json.gz") as file:
+        return list(json.load(file)["traceEvents"])
+
+
+def steps_in(events: list[dict[str, Any]]) -> list[int]:
+    """The steps that a trace spans."""
+    names = {event["name"] for event in events if str(event.get("name", "")).startswith("step ")}
+    return sorted(int(name.removeprefix("step ")) for name in names)
+
+
+def test_chosen_steps_are_profiled_on_rank_0(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """Two ranks, two of four steps: one trace that has these and their matrix products, and a table of operations. The
+    losses are those of a run without it."""
+    plain = start_ranks(2).run(cases.train, replace(run_config, name="plain"))[0]
+    config = replace(run_config, profile=ProfileConfig((1, 2)))
+    assert start_ranks(2).run(cases.train, config)[0].losses == plain.losses
+    assert not (replace(run_config, name="plain").run_dir / "profile").exists()
+    folder = config.run_dir / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["steps_000001_000002.json.gz", "steps_000001_000002.txt"]
+    events = traced(config.run_dir, "steps_000001_000002")
+    assert steps_in(events) == [1, 2]
+    assert any(event.get("name") == "aten::mm" for event in events)
+    assert "aten::mm" in (folder / "steps_000001_000002.txt").read_text()
+
+
+@pytest.mark.full
+def test_a_run_may_begin_and_end_between_the_steps(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """A run that goes on may profile other steps than the one before it. It starts with those that are left, and where
+    the last one never comes, what was seen until the end is written."""
+    start_ranks(1).run(cases.train_up_to, run_config, 2)
+    config = replace(run_config, profile=ProfileConfig((1, 50)))
+    start_ranks(1).run(cases.train, config)
+    assert [path.name for path in (config.run_dir / "profile").glob("*.gz")] == ["steps_000002_000003.json.gz"]
+    assert steps_in(traced(config.run_dir, "steps_000002_000003")) == [2, 3]

@@ -1,0 +1,253 @@
+"""Owns the proofs about the end of a run whose ranks cannot go on: in time, and with who, where and what."""
+
+import json
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_recipes.mixture.mixture import Mixture
+from tests.ranks import Ended, run_to_the_end
+from tests.train import cases
+from train.config.schema import RunConfig
+from train.data.length_table import open_table
+from train.data.loader import stage_processor
+from train.supervision.rank_progress import PHASES, Place, Progress, late, read_places
+from train.supervision.watchdog import ExitFile, _is_of_a_collective
+
+TIMEOUT_S = 10.0
+
+
+def place(rank: int, step: int, micro_step: int, phase: str) -> Place:
+    """A rank's place; when it came there is of no account."""
+    return Place(rank, "node1", step, micro_step, phase, since=0.0)
+
+
+def test_a_place_is_read_as_it_was_written(tmp_path: Path) -> None:
+    """Each change of phase is in the file at once; what the watch found holds for the phase in which it was found."""
+    progress = Progress(tmp_path, rank=1)
+    for step, micro_step, phase in ((-1, 0, "start"), (0, 0, "data"), (17, 12, "backward"), (123_456, 0, "save")):
+        progress.enter(phase, step, micro_step)
+        [read] = read_places(tmp_path, 2)
+        assert (read.rank, read.step, read.micro_step, read.phase) == (1, step, micro_step, phase)
+        assert abs(time.time() - read.since) < 1
+        assert (read.waits, read.at) == (False, "")
+        progress.note(read, waits=True, at="x" * 500)
+        [read] = read_places(tmp_path, 2)
+        assert read.waits
+        assert len((tmp_path / "rank_001.progress").read_bytes()) == 640
+    for step in range(100):  # however quickly one phase follows another
+        progress.note(progress.now[0], waits=True, at="")
+        progress.enter("data", step)
+        assert not read_places(tmp_path, 2)[0].waits
+    progress.remove()
+    assert read_places(tmp_path, 2) == []
+
+
+def test_an_earlier_runs_place_is_forgotten(tmp_path: Path) -> None:
+    """A rank that starts anew begins at the start, and what cannot be read is left out."""
+    Progress(tmp_path).enter("forward", 99, 3)
+    assert Progress(tmp_path).now[0].step == -1
+    (tmp_path / "rank_001.progress").write_bytes(b'{"rank": 1, "ho')
+    assert [(found.rank, found.step) for found in read_places(tmp_path, 3)] == [(0, -1)]
+
+
+def test_no_disk_ends_no_run(tmp_path: Path) -> None:
+    """A phase that cannot be written down is no reason to stop."""
+    progress = Progress(tmp_path)
+    assert progress._file is not None
+    os.close(progress._file)
+    progress.enter("forward", 3, 1)
+    progress.note(progress.now[0], waits=True, at="")
+    assert progress.now[0].step == 3
+
+
+def test_a_place_costs_next_to_nothing(tmp_path: Path) -> None:
+    """Three changes of phase in a micro-step take a small share of a millisecond."""
+    progress = Progress(tmp_path)
+    fastest = 1.0
+    for _ in range(20):
+        started = time.perf_counter()
+        for number in range(100):
+            progress.enter("forward", 17, number)
+        fastest = min(fastest, (time.perf_counter() - started) / 100)
+    assert fastest < 2e-4
+
+
+AT_FORWARD = place(0, 7, 5, "forward")
+AT_AGREE = place(0, 7, 0, "agree")
+
+
+def test_a_clock_that_jumps_makes_no_rank_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long a rank has stood somewhere is told by a clock that does not jump, once its watch has seen it."""
+    progress, clock = Progress(tmp_path), time.time
+    progress.enter("forward", 3)
+    for days in (30, -30):
+        monkeypatch.setattr(time, "time", lambda days=days: clock() + 86_400 * days)
+        progress.note(progress.now[0], waits=False, at="")
+        assert read_places(tmp_path, 1)[0].age_s < 60
+    monkeypatch.setattr(time, "time", clock)
+    assert replace(place(0, 3, 0, "forward"), since=clock() + 500).age_s == 0
+
+
+@pytest.mark.parametrize(
+    ("places", "expected"),
+    {
+        "an_earlier_step": ([AT_AGREE, place(1, 6, 0, "update")], [1]),
+        "an_earlier_row": ([AT_FORWARD, place(1, 7, 4, "backward")], [1]),
+        "an_earlier_phase": ([AT_AGREE, place(1, 7, 5, "forward")], [1]),
+        "inside_the_same_phase": ([replace(AT_FORWARD, waits=True), place(1, 7, 5, "forward")], [1]),
+        "two_of_four": ([AT_AGREE, *(place(rank, 7, row, "data") for rank, row in ((1, 1), (2, 1), (3, 2)))], [1, 2]),
+        "all_wait": ([replace(AT_AGREE, waits=True), replace(AT_AGREE, rank=1, waits=True)], [0, 1]),
+        "alone": ([AT_FORWARD], [0]),
+    }.values(),
+)
+def test_who_is_late(places: list[Place], expected: list[int]) -> None:
+    """The rank that is least far, and of those in one phase the one that does not wait for the others."""
+    assert [found.rank for found in late(places)] == expected
+
+
+def test_a_lost_rank_is_told_from_a_fault() -> None:
+    """What gloo says when another rank did not come is no fault of the one that hears it."""
+    heard = ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer", "Application timeout caused pair closure")
+    assert [_is_of_a_collective(RuntimeError(words)) for words in (*heard, "shapes differ")] == [True, True, False]
+
+
+def test_phases_are_in_the_order_of_a_step() -> None:
+    """A rank's place grows from one phase to the next, and from row to row."""
+    row = [(number, phase) for number in range(3) for phase in ("data", "forward", "backward")]
+    whole = [(0, phase) for phase in ("agree", "update", "evaluate", "save")]
+    steps = [place(0, step, *at) for step in (0, 1) for at in (*row, *whole)]
+    orders = [each.order for each in [place(0, -1, 0, "start"), *steps, place(0, 1, 0, "end")]]
+    assert orders == sorted(set(orders))
+    assert {each.phase for each in steps} | {"start", "end"} == set(PHASES)
+
+
+def test_the_first_failure_stands(tmp_path: Path) -> None:
+    """Of the ranks of one run the first is heard; an earlier run's word is replaced."""
+    ExitFile(tmp_path).write(0, "finished")
+    first, second = ExitFile(tmp_path), ExitFile(tmp_path)
+    assert second.write(1, "rank 1 failed", rank=1)
+    assert not first.write(1, "the connection was closed")
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 1, "reason": "rank 1 failed", "rank": 1}
+    assert ExitFile(tmp_path).write(75, "stopped")
+    assert [path.name for path in tmp_path.iterdir()] == ["exit.json"]
+
+
+# ------------------------------------------------------------------------------------------------ real runs
+
+
+def faulty_run(config: RunConfig, fault: str, stage: int, folder: Path) -> tuple[list[Ended], dict[str, Any], float]:
+    """Two ranks, a fault in rank 1: how they ended, exit.json, and the seconds it took after the fault."""
+    config = replace(config, engine=cases.zero(stage), timeout_s=int(TIMEOUT_S))
+    config = replace(config, data=replace(config.data, workers=1))
+    missing = [1] if fault == "stop" else []
+    ended = run_to_the_end(2, cases.run_with_fault, config, 1, fault, folder=folder, missing=missing, timeout_s=240)
+    told = json.loads((config.run_dir / "exit.json").read_text())
+    place = json.loads((config.run_dir / "log" / "rank_001.progress").read_text().splitlines()[0])
+    took_s = (config.run_dir / "exit.json").stat().st_mtime - place["since"]
+    assert told["code"] == 1
+    assert (told["rank"], told["step"], told["micro_step"], told["phase"]) == tuple(
+        place[key] for key in ("rank", "step", "micro_step", "phase")
+    )
+    # One rank speaks, and what it says stands in exit.json.
+    assert sum(each.output.count("error: rank 1 (") for each in ended) == 1
+    assert f"error: {told['reason']}\n" in "".join(each.output for each in ended)
+    assert f", micro-step {told['micro_step']}, " in told["reason"]
+    return ended, told, took_s
+
+
+def tokens_of(config: RunConfig, names: list[str]) -> list[int]:
+    """The lengths of samples that are given by their names, from the length table."""
+    from llava_next.model.build import read_backbone
+
+    mixture = Mixture.open(config.mixture, Path(config.data.store_root))
+    processor = stage_processor(read_backbone(config.model), config.stage)
+    folder = Path(config.data.store_root) / ".lengths"
+    table = open_table(mixture, processor, folder, is_writer=True, num_workers=1, show_progress=False)
+    texts = [mixture.text(int(row["sample"])) for row in table.rows]
+    of_name = {f"{text.source}:{text.id}": int(row["tokens"]) for text, row in zip(texts, table.rows, strict=True)}
+    return [of_name[name] for name in names]
+
+
+def assert_named_samples_are_those_in_hand(config: RunConfig, told: dict[str, Any], ended: Ended) -> None:
+    """The lengths of the named samples are those that the model had before it when the fault struck."""
+    struck = re.search(r"fault at \[(.*)\]", ended.output)
+    assert struck
+    assert tokens_of(config, told["samples"]) == [int(length) for length in struck[1].split(",")]
+    assert f"its samples: {', '.join(told['samples'][:12])}" in told["reason"]
+
+
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [("sleep", 3), *(pytest.param(*case, marks=pytest.mark.full) for case in (("sleep", 2), ("stop", 2), ("stop", 3)))],
+)
+def test_stuck_rank_ends_the_run(run_config: RunConfig, tmp_path: Path, fault: str, stage: int) -> None:
+    """A rank that hangs in its forward pass, or whose process is stopped, ends the run within `timeout_s` and some
+    seconds, named with host, step, micro-step and the samples that it had in hand; where it hung is in its log."""
+    ended, told, took_s = faulty_run(run_config, fault, stage, tmp_path)
+    assert TIMEOUT_S - 1 < took_s < TIMEOUT_S + 10
+    assert told["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
+    assert ", forward for " in told["reason"]
+    assert f"timeout_s={TIMEOUT_S:g}" in told["reason"] or "gave up: RuntimeError" in told["reason"]
+    assert_named_samples_are_those_in_hand(run_config, told, ended[1])
+    assert ended[0].exit_code == 1
+    if fault == "sleep":
+        assert ended[1].exit_code == 1
+        assert "in strike" in (run_config.run_dir / "log" / "rank_001.log").read_text()
+
+
+@pytest.mark.full
+def test_stuck_worker_ends_the_run(run_config: RunConfig, tmp_path: Path) -> None:
+    """A process that reads for a rank and hangs: the rank ends the run, naming the samples that never came; where the
+    worker hung is in the rank's log."""
+    ended, told, took_s = faulty_run(run_config, "data", 2, tmp_path)
+    assert took_s < TIMEOUT_S + 10
+    assert "waiting for its data for " in told["reason"]
+    struck = re.search(r"fault at (\d+)", ended[1].output)
+    assert struck
+    text = Mixture.open(run_config.mixture, Path(run_config.data.store_root)).text(int(struck[1]))
+    assert f"{text.source}:{text.id}" in told["samples"]
+    assert [each.exit_code for each in ended] == [1, 1]
+    assert "in hang" in (run_config.run_dir / "log" / "rank_001.log").read_text()
+
+
+@pytest.mark.parametrize(("fault", "stage"), [("raise", 2), pytest.param("raise", 3, marks=pytest.mark.full)])
+def test_rank_that_raises_is_named(run_config: RunConfig, tmp_path: Path, fault: str, stage: int) -> None:
+    """An error on one rank ends all of them at once, with rank, host, step, samples and cause; the others, which only
+    lost it, say nothing in the terminal."""
+    ended, told, took_s = faulty_run(run_config, fault, stage, tmp_path)
+    assert took_s < TIMEOUT_S
+    words = f"rank 1 ({os.uname().nodename}) failed in step {told['step']}, micro-step {told['micro_step']}, forward: "
+    assert told["reason"].startswith(words + "ValueError: a fault on purpose; its samples: ")
+    assert_named_samples_are_those_in_hand(run_config, told, ended[1])
+    assert "Traceback" in ended[1].output
+    assert "Traceback" not in ended[0].output
+    assert "gave up: RuntimeError" in (run_config.run_dir / "log" / "rank_000.log").read_text()
+    assert [each.exit_code for each in ended] == [1, 1]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_dead_rank_is_named(run_config: RunConfig, tmp_path: Path, stage: int) -> None:
+    """A rank whose process is killed: the others name it as soon as its loader's workers, who hold its connections,
+    have noticed too (they look every five seconds)."""
+    ended, told, took_s = faulty_run(run_config, "kill", stage, tmp_path)
+    assert took_s < TIMEOUT_S
+    assert told["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
+    assert "gave up: RuntimeError" in told["reason"]
+    assert_named_samples_are_those_in_hand(run_config, told, ended[1])
+    assert [each.exit_code for each in ended] == [1, -9]
+
+
+def test_a_run_that_ends_well_leaves_no_progress(run_config: RunConfig, tmp_path: Path) -> None:
+    """Finished ranks take their progress files with them; exit.json says so."""
+    ended = run_to_the_end(2, cases.run_with_fault, run_config, -1, "none", folder=tmp_path, timeout_s=240)
+    assert [each.exit_code for each in ended] == [0, 0], ended
+    assert sorted(path.name for path in (run_config.run_dir / "log").iterdir()) == ["rank_000.log", "rank_001.log"]
+    told = json.loads((run_config.run_dir / "exit.json").read_text())
+    assert told == {"code": 0, "reason": "finished", "step": 3}

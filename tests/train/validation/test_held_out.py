@@ -1,0 +1,73 @@
+"""The held-out loss: the same on any ranks, the model's own, and no trace of it in what is learned."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.tiny import tiny_mixture
+from tests.train import cases
+from tests.train.cases import with_stage, zero
+from tests.train.conftest import StartRanks
+from train.config.compose import check
+from train.config.schema import ConfigError, EvaluateConfig, RunConfig
+
+
+@pytest.fixture(scope="module")
+def holding_out(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+    """The tiny run with seven of its pictures' samples held out."""
+    mixture, store_root = tiny_mixture(tmp_path_factory.mktemp("held_out"), 40, holdout=7)
+    return replace(tiny_parts, mixture=mixture, data=replace(tiny_parts.data, store_root=str(store_root)))
+
+
+def _lines(config: RunConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("size", "stage"),
+    [(2, 2), (2, 3), pytest.param(1, 0, marks=pytest.mark.full), pytest.param(2, 1, marks=pytest.mark.full)],
+)
+def test_it_changes_nothing_that_is_learned(
+    start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, size: int, stage: int
+) -> None:
+    """With and without it: the same losses, norms and weights, bit for bit. It stands in the lines where it is due, of
+    every n-th step and the last, for the source that holds something out."""
+    without = replace(holding_out, root=str(tmp_path / "without"), engine=zero(stage))
+    watched = replace(without, root=str(tmp_path / "with"), evaluate=EvaluateConfig(every=2))
+    alone = start_ranks(size).run(cases.train, without, 3)[0]
+    seen = start_ranks(size).run(cases.train, watched, 3)[0]
+    assert seen.losses == alone.losses
+    assert seen.grad_norms == alone.grad_norms
+    for name, weight in alone.after.items():
+        np.testing.assert_array_equal(seen.after[name], weight)
+    found = [{key for key in line if key.startswith("eval/")} for line in _lines(watched)]
+    assert found == [set(), {"eval/tiny_pictures/loss"}, {"eval/tiny_pictures/loss"}]
+
+
+@pytest.mark.parametrize("weighting", ["token", "sample"])
+def test_it_is_the_loss_of_the_live_weights(
+    start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, weighting: str
+) -> None:
+    """One rank or two, with rows of unlike number: the mean over held-out samples run one by one with the weights of
+    that step, weighed as training weighs them."""
+    config = with_stage(holding_out, loss_weighting=weighting)
+    config = replace(config, evaluate=EvaluateConfig(every=1))
+    for size in (1, 2):
+        here = replace(config, root=str(tmp_path / str(size)))
+        expected = start_ranks(size).run(cases.held_out_loss, here)[0]
+        assert _lines(here)[0]["eval/tiny_pictures/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_nothing_held_out_is_refused(tiny_parts: RunConfig) -> None:
+    """Before torch is asked for anything."""
+    from omegaconf import OmegaConf
+
+    from train.config.compose import to_yaml
+
+    asked = replace(tiny_parts, evaluate=EvaluateConfig(every=10))
+    with pytest.raises(ConfigError, match=r"evaluate\.every=10, but mixture tiny holds nothing out"):
+        check(OmegaConf.create(to_yaml(asked)), folders=False)  # type: ignore[arg-type]

@@ -1,0 +1,320 @@
+"""What a run's configuration may hold: every rule that can be checked without torch, data or weights.
+
+Owns the rules, so that a mistake costs a second and not a queue slot. The first one that is broken is told, as a
+`ConfigError` with the key, the rule, the value and the way out.
+"""
+
+import importlib.util
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from llava_next.config import PARTS, LoraConfig, ModelError, check_grids, check_lora, check_peft
+from llava_next.inputs.conversation import check_template_name
+from train.config.schema import ConfigError, RunConfig, StageConfig
+
+_ENGINE_OWNED = {
+    "optimizer": "stage.learning_rates (an optimizer block would silently replace the rate of every part)",
+    "scheduler": "stage.warmup_ratio and stage.schedule (a scheduler block would silently replace them)",
+    "train_batch_size": "stage.batch_size",
+    "train_micro_batch_size_per_gpu": "packing.max_tokens",
+    "gradient_accumulation_steps": "stage.batch_size and packing.max_tokens",
+    "gradient_clipping": "stage.clip_norm",
+    "bf16": "precision",
+    "fp16": "precision",
+    "managed_gradient_accumulation": "nothing: micro-steps vary from step to step",
+    "data_types": "precision",
+    "communication_data_type": "precision",
+}
+_ENGINE_REFUSED = {
+    "gradient_allreduce_op": "it multiplies every gradient by the number of ranks, or is the default",
+    "prescale_gradients": "gradients are reduced in fp32 already, where it changes nothing but rounding",
+    "gradient_predivide_factor": "gradients are reduced in fp32 already, where it changes nothing but rounding",
+    "sequence_parallel_size": "it changes the number of ranks that DeepSpeed averages over",
+    "data_parallel_size": "DeepSpeed does not read it",
+    "tensor_parallel": "it wants the same batch on every rank of a group; shard by engine=zero3",
+    "activation_checkpointing": "this model does not use DeepSpeed's; set recompute=[language_model]",
+    "compile": "set compile=[language_model]",
+    "torch_autocast": "it changes the precision; set precision",
+}
+"""Keys of DeepSpeed's dictionary that are met in published ones, and why each has no place here."""
+
+ZERO_KEYS: dict[str, tuple[int, ...]] = {
+    "stage": (0, 1, 2, 3),
+    "overlap_comm": (2, 3),  # at 1 DeepSpeed refuses it where micro-steps vary from step to step
+    "contiguous_gradients": (1, 2, 3),
+    "reduce_scatter": (1, 2, 3),
+    "reduce_bucket_size": (1, 2, 3),
+    "allgather_bucket_size": (1, 2),
+    "use_multi_rank_bucket_allreduce": (1, 2),
+    "round_robin_gradients": (1, 2),
+    "offload_optimizer": (1, 2, 3),
+    "offload_param": (3,),
+    "sub_group_size": (3,),
+    "stage3_prefetch_bucket_size": (3,),
+    "stage3_param_persistence_threshold": (3,),
+    "stage3_model_persistence_threshold": (3,),
+    "stage3_max_live_parameters": (3,),
+    "stage3_max_reuse_distance": (3,),
+    "stage3_use_all_reduce_for_fetch_params": (3,),
+    "zero_hpz_partition_size": (3,),
+}
+"""Keys of DeepSpeed's `zero_optimization` that may be set, and the stages at which DeepSpeed 0.19.8 reads them. Each is
+shown to leave the weights as they are (tests/train/config/test_engine_keys.py)."""
+
+OFFLOAD_KEYS = ("device", "pin_memory")
+"""Keys of `offload_optimizer` and `offload_param` that may be set; pinned memory has an effect on a GPU only."""
+
+_ZERO_REFUSED = {
+    "leaf_module": "it changes which modules DeepSpeed gathers together and has trained other weights in silence",
+    "allgather_partitions": "DeepSpeed does not read it",
+    "zenflow": "it applies gradients of earlier steps",
+    "zero_quantized_weights": "it rounds the weights",
+    "zero_quantized_nontrainable_weights": "it rounds the weights",
+    "zero_quantized_gradients": "it rounds the gradients",
+    "compute_grad_norm": "the run logs the norm and clips by it",
+    "stage3_gather_16bit_weights_on_model_save": "the run writes its result from divided weights, too",
+    "elastic_checkpoint": "checkpoints are resumed on any ranks without it",
+    "load_from_fp32_weights": "checkpoints are resumed on any ranks without it",
+    "ignore_unused_parameters": "every row runs every part, so there are none",
+    "cpu_offload": "DeepSpeed has renamed it; set offload_optimizer: {device: cpu}",
+    "cpu_offload_param": "DeepSpeed has renamed it; set offload_param: {device: cpu}",
+}
+
+
+def check_values(config: RunConfig) -> None:
+    """Raises ConfigError for a value that is none, or that another one contradicts."""
+    _check_rates(config.stage)
+    _check_numbers(config)
+    _check_names(config)
+    _check_room(config)
+    if config.evaluate.every and not any(share.holdout for share in config.mixture.sources.values()):
+        raise ConfigError(
+            f"evaluate.every={config.evaluate.every}, but mixture {config.mixture.name} holds nothing out; give a "
+            "source `holdout: N`, or set evaluate.every=0"
+        )
+    if config.evaluate.answers and not config.evaluate.every:
+        raise ConfigError(
+            f"evaluate.answers={config.evaluate.answers} questions are asked where the held-out loss is computed, and "
+            "evaluate.every=0 is never; set evaluate.every to a number of steps, or evaluate.answers=0"
+        )
+    if config.liger and "language_model" in config.compile:
+        raise ConfigError(
+            "liger=true and compile=[language_model] are two ways to run the same blocks, and torch.compile cannot "
+            "read liger's; choose one (compile is the faster, compile=[vision_tower] goes with liger)"
+        )
+    _check_lora(config.lora or {}, config.stage)
+    _check_engine(config.engine)
+    if config.compile and config.engine.get("zero_optimization", {}).get("stage") == 3:
+        raise ConfigError(
+            f"compile=[{','.join(config.compile)}] does not go with ZeRO stage 3: DeepSpeed gathers every module by "
+            "hooks, so torch.compile translates each block anew and stops the run at its limit; choose compile=[], or "
+            "engine=zero2"
+        )
+
+
+def _check_rates(stage: StageConfig) -> None:
+    for part, rate in stage.learning_rates.items():
+        if part not in PARTS:
+            raise ConfigError(f"stage.learning_rates.{part}: there is no such part; the parts are {', '.join(PARTS)}")
+        if rate is not None and not 0 < rate < math.inf:
+            raise ConfigError(f"stage.learning_rates.{part} must be above 0, got {rate}; leave it out to freeze it")
+    if not stage.rates:
+        raise ConfigError(f"stage.learning_rates names no part: nothing would train; name some of {', '.join(PARTS)}")
+
+
+def _check_numbers(config: RunConfig) -> None:
+    stage = config.stage
+    for key, value, least in (
+        ("seed", config.seed, 0),
+        ("stage.batch_size", stage.batch_size, 1),
+        ("stage.max_length", stage.max_length, 2),
+        ("data.workers", config.data.workers, 0),
+        ("data.prefetch", config.data.prefetch, 1),
+        ("data.length_workers", config.data.length_workers, 0),
+        ("data.read_retries", config.data.read_retries, 0),
+        ("save.every", config.save.every, 0),
+        ("save.keep", config.save.keep, 1),
+        ("save.keep_every", config.save.keep_every, 0),
+        ("evaluate.every", config.evaluate.every, 0),
+        ("evaluate.answers", config.evaluate.answers, 0),
+        ("evaluate.answer_tokens", config.evaluate.answer_tokens, 1),
+        ("skip_non_finite", config.skip_non_finite, 0),
+        ("log.every", config.log.every, 1),
+        ("timeout_s", config.timeout_s, 1),
+        ("max_steps", config.max_steps, 1),
+    ):
+        if value is not None and value < least:
+            raise ConfigError(f"{key} must be at least {least}, got {value}")
+    steps = config.profile.steps
+    if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
+        raise ConfigError(f"profile.steps is [first, last] with 0 <= first <= last, or [], got {list(steps)}")
+    if config.time_limit_min is not None and not 0 < config.time_limit_min < math.inf:
+        raise ConfigError(f"time_limit_min must be above 0, got {config.time_limit_min}; null sets no limit")
+    if not 0 < stage.epochs < math.inf:
+        raise ConfigError(f"stage.epochs must be above 0 and finite, got {stage.epochs}")
+    if not 0 <= stage.weight_decay < math.inf:
+        raise ConfigError(f"stage.weight_decay must be 0 or more, got {stage.weight_decay}")
+    if stage.clip_norm is not None and not 0 < stage.clip_norm < math.inf:
+        raise ConfigError(f"stage.clip_norm must be above 0, got {stage.clip_norm}; null leaves gradients as they are")
+    if not 0 <= stage.warmup_ratio < 1:
+        raise ConfigError(f"stage.warmup_ratio is a share of the steps, from 0 to below 1, got {stage.warmup_ratio}")
+
+
+def _check_names(config: RunConfig) -> None:
+    for key, template in (
+        ("stage.template", config.stage.template),
+        ("model.language_model.template", config.model.language_model.template),
+    ):
+        if template is None:
+            continue
+        try:
+            check_template_name(template)
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
+
+
+def _check_room(config: RunConfig) -> None:
+    """Grids are some, and a row holds the largest sample and the largest picture."""
+    stage, packing = config.stage, config.packing
+    try:
+        check_grids(config.model.grids)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if packing.max_tokens < stage.max_length:
+        raise ConfigError(
+            f"packing.max_tokens={packing.max_tokens} is smaller than stage.max_length={stage.max_length}: the longest "
+            f"allowed sample would fit no row; raise packing.max_tokens to at least {stage.max_length}"
+        )
+    most_tiles = 1 if stage.image_mode != "anyres" else 1 + max(r * c for r, c in config.model.grids)
+    if packing.max_tiles < most_tiles:
+        raise ConfigError(
+            f"packing.max_tiles={packing.max_tiles} is smaller than the {most_tiles} tiles of one picture in the "
+            f"largest of model.grids; raise it to at least {most_tiles}"
+        )
+
+
+def _check_lora(lora: dict[str, LoraConfig], stage: StageConfig) -> None:
+    try:
+        check_lora(lora)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
+    for part in lora:
+        if part not in stage.rates:
+            raise ConfigError(
+                f"lora.{part}: its adapters train at stage.learning_rates.{part}, which has no value; give it one "
+                "(2.0e-4 is usual), or leave the part out of lora"
+            )
+    if lora and stage.result == "connector":
+        raise ConfigError(
+            f"lora names {', '.join(lora)}, and stage.result=connector writes the projector alone: the adapters would "
+            "be lost; choose stage.result=export, or lora=null"
+        )
+
+
+def _check_engine(engine: dict[str, Any]) -> None:
+    """Only keys that are known to have an effect, and none on what is learned."""
+    for key in engine:
+        if key in _ENGINE_OWNED:
+            raise ConfigError(
+                f"engine.{key} is the run's own, set by {_ENGINE_OWNED[key]}; remove it from the engine's dictionary"
+            )
+        if key != "zero_optimization":
+            raise _refused_key(f"engine.{key}", _ENGINE_REFUSED.get(key), ("zero_optimization",))
+    zero = engine.get("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ConfigError(f"engine.zero_optimization must be a dictionary with a `stage`, got {zero!r}")
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"engine.zero_optimization.stage must be 0, 1, 2 or 3, got {stage!r}")
+    for key, value in zero.items():
+        name = f"engine.zero_optimization.{key}"
+        if key not in ZERO_KEYS:
+            allowed = (known for known, stages in ZERO_KEYS.items() if stage in stages)
+            raise _refused_key(name, _ZERO_REFUSED.get(key), allowed)
+        if stage not in ZERO_KEYS[key]:
+            stages = " and ".join(str(number) for number in ZERO_KEYS[key])
+            raise ConfigError(
+                f"{name}={value} has no effect at ZeRO stage {stage}, only at {stages}; remove it, or choose "
+                f"engine=zero{ZERO_KEYS[key][-1]}"
+            )
+        if key.startswith("offload_"):
+            _check_offload(name, value)
+
+
+def _refused_key(name: str, why: str | None, allowed: Iterable[str]) -> ConfigError:
+    reason = why or "it is not among the keys that are tested to change nothing that is learned"
+    return ConfigError(f"{name} is refused: {reason}; remove it. Keys that may be set: {', '.join(allowed)}")
+
+
+def _check_offload(name: str, offload: Any) -> None:
+    if not isinstance(offload, dict) or "device" not in offload:
+        raise ConfigError(f"{name} must be a dictionary with a `device`, got {offload!r}; set {name}.device=cpu")
+    for key in offload:
+        if key not in OFFLOAD_KEYS:
+            raise _refused_key(f"{name}.{key}", None, OFFLOAD_KEYS)
+    if offload["device"] not in ("none", "cpu"):
+        raise ConfigError(
+            f"{name}.device must be none or cpu, got {offload['device']!r}: DeepSpeed's NVMe operator is not tested "
+            f"with this program; set {name}.device=cpu"
+        )
+
+
+def check_folders(config: RunConfig) -> None:
+    """Raises ConfigError for a folder that is named and not there; the message says what makes it."""
+    language, tower = config.model.language_model, config.model.vision_tower
+    for key, path in (
+        ("model.language_model.path", language.path),
+        ("model.language_model.tokenizer", language.tokenizer),
+        ("model.vision_tower.path", tower.path),
+    ):
+        if path is not None and not Path(path).is_dir():
+            raise ConfigError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
+    store_root = Path(config.data.store_root)
+    prepare = f"run `python -m data_recipes.prepare --mixture {config.mixture.name} --raw RAW --stores {store_root}`"
+    if config.mixture.name.startswith("quickstart_"):
+        prepare = (
+            f"./scripts/quickstart.sh draws the raw files and prepares them; with raw files of your own, {prepare}"
+        )
+    if not store_root.is_dir():
+        raise ConfigError(f"data.store_root: there is no folder {store_root}; {prepare}")
+    for source in (*config.mixture.sources, *config.mixture.exclude):
+        if not (store_root / source / "manifest.json").is_file():
+            key = f"mixture.sources.{source}" if source in config.mixture.sources else "mixture.exclude"
+            raise ConfigError(f"{key}: there is no prepared source in {store_root / source}; {prepare}")
+    local_dir = config.data.local_dir
+    if local_dir is not None and not Path(local_dir).is_dir():
+        raise ConfigError(
+            f"data.local_dir: there is no folder {local_dir} on this machine; name one on its own disk, or null to "
+            "read the stores where they lie"
+        )
+    if config.stage.init_from is not None:
+        _check_start(Path(config.stage.init_from))
+
+
+def check_installed(config: RunConfig) -> None:
+    """Raises ConfigError for an optional package that is asked for and not installed."""
+    if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "log.tensorboard=true needs the package tensorboard, which is not installed; ./scripts/setup.sh --extras "
+            "tensorboard, or leave it false: metrics.jsonl has the same numbers"
+        )
+    if config.lora:
+        try:
+            check_peft()
+        except ModelError as error:
+            raise ConfigError(str(error)) from error
+
+
+def _check_start(start: Path) -> None:
+    if start.is_file() and start.suffix != ".bin":
+        raise ConfigError(
+            f"stage.init_from: {start} is a file, and only the authors' connector is given as one (mm_projector.bin); "
+            f"name its folder, {start.parent}"
+        )
+    if not start.is_dir() and not start.is_file():
+        raise ConfigError(
+            f"stage.init_from: there is no folder and no mm_projector.bin {start}; run stage=align first, or start "
+            "from fresh parts with stage.init_from=null"
+        )
