@@ -3,8 +3,8 @@
     python -m data_recipes.demo_requests collect --logs DIR --out DIR --model NAME
     python -m data_recipes.demo_requests answer --out DIR --answers FILE...
 
-Owns: the command line, the output folder, the tables of what was left out and why, exit codes.
-Leaves: the logs to `logs.py`, what may not go on to `screen.py` and `duplicates.py`, the batch files to `request_files.py`.
+Owns: the command line, the output folder, the tables of what was left out and why, exit codes. Leaves: the logs to
+`logs.py`, what may not go on to `screen.py` and `duplicates.py`, the batch files to `request_files.py`.
 
 `collect` writes OUT/requests/requests_NNN.jsonl, which you hand to a batch service of your choice; OUT/images; and
 OUT/kept.jsonl, which a person should look through: lines taken out of it are not used. `answer` writes

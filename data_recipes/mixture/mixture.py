@@ -1,7 +1,8 @@
 """Sources with counts, put together: one global index, exact numbers, held-out samples, one fingerprint.
 
 Owns: the YAML's rules, keeping held-out pictures out of training in every source, the global numbers, the fingerprint.
-Leaves: what is chosen of one store to `selection.py`, what is in it to `reader.py`, the order of an epoch to `order.py`.
+Leaves: what is chosen of one store to `selection.py`, what is in it to `reader.py`, the order of an epoch to
+`order.py`.
 """
 
 import hashlib

@@ -2,7 +2,8 @@
 stage; and the authors' `mm_projector.bin`, which can take its place.
 
 A contract names the tower, the language model and the kind of projector, so that a mismatch is told before training.
-The authors' file names nothing: its tensors' names tell the kind, their shapes the rest. Whole models are `hugging_face.py`'s.
+The authors' file names nothing: its tensors' names tell the kind, their shapes the rest. Whole models are
+`hugging_face.py`'s.
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from llava_next.formats.atomic import Gather, check_names, check_shape, complete
 from llava_next.formats.names import AUTHORS_PROJECTORS, authors_name
 from llava_next.formats.tensors import LazyTensor, given, read_plain_tensors
 from llava_next.model.build import Backbone
-from llava_next.model.llava_next import LlavaNext, live_parameters
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters
 
 CONTRACT = "contract.json"
 MM_PROJECTOR = "mm_projector.bin"

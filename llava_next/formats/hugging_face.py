@@ -34,6 +34,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
 from llava_next.formats.atomic import Gather, complete_or_absent, whole
+from llava_next.formats.merge_adapters import merged
 from llava_next.formats.names import published_name
 from llava_next.formats.tensors import LazyTensor, given, write_shards
 from llava_next.inputs.anyres import grids_of_pinpoints
@@ -41,8 +42,8 @@ from llava_next.inputs.chat_template import adds_bos, chat_template, set_post_pr
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone, read_tokenizer, refuse_made_up
-from llava_next.model.llava_next import LlavaNext, live_parameters
-from llava_next.model.lora import merged
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters
 from llava_next.model.released import projector_kind
 from llava_next.model.towers import tower_config
 

@@ -19,7 +19,8 @@ from llava_next.formats.load import EMBEDDING, HEAD, read_weights
 from llava_next.formats.names import as_published, published_name
 from llava_next.formats.tensors import LazyTensor, read_folder
 from llava_next.model.build import Backbone, build_model, grown, resampled_positions
-from llava_next.model.llava_next import LlavaNext, live_parameters, part_of
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters, part_of
 
 _PREFIXES = {"vision_tower": "vision_tower.", "language_model": "language_model."}
 """What a published name has before the name in the part's own directory."""

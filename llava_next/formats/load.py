@@ -25,7 +25,8 @@ from llava_next.formats.names import as_published, from_original, published_name
 from llava_next.formats.tensors import LazyTensor, read_folder
 from llava_next.inputs.anyres import grids_of_pinpoints
 from llava_next.model.build import Backbone, grown
-from llava_next.model.llava_next import LlavaNext, live_parameters
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters
 from llava_next.model.released import is_original, original_kind, projector_kind
 
 EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"

@@ -1,30 +1,15 @@
 """Tensor names: the live model's, the published Hugging Face layout's, the authors'.
 
-Only this file, `hugging_face.py`, `original.py` and `connector.py` know how tensors are called on disk. The published names are
-those of the released Hugging Face checkpoints, which transformers, vLLM and TGI all read; what transformers 5 itself
-writes is not, and is read by `as_published`. The authors' names are those of their own releases, which their code and
-SGLang read.
+Only this file, `hugging_face.py`, `original.py` and `connector.py` know how tensors are called on disk. The published
+names are those of the released Hugging Face checkpoints, which transformers, vLLM and TGI all read; what transformers 5
+itself writes is not, and is read by `as_published`. The authors' names are those of their own releases, which their
+code and SGLang read.
 """
 
 import re
 
 from llava_next.config import ProjectorKind
 from llava_next.model.towers import TOWER_FAMILIES
-
-BASE = ".base_layer."
-"""What stands in a live name between a layer with an adapter and its own tensors; published names know of no adapter
-(`lora.py` merges them)."""
-
-
-def is_adapter(live: str) -> bool:
-    """Whether a parameter of `LlavaNext` is an adapter's, by its name."""
-    return ".lora_A." in live or ".lora_B." in live
-
-
-def without_adapters(live: str) -> str:
-    """The name of a parameter that is no adapter's in the model before adapters were put into it."""
-    return live.replace(BASE, ".")
-
 
 _LINEAR = ("hf.model.multi_modal_projector.weight", "hf.model.multi_modal_projector.bias")
 """A linear projector is one layer: in the published layout the first of two (see `hugging_face.py`)."""

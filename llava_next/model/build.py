@@ -1,8 +1,8 @@
 """A `ModelConfig` → Hugging Face configs, tokenizer, processor, and the model with its first weights.
 
-Each of these can be had without the ones after it: the length table needs a processor and no model, the planner
-needs configs and no weights. Directories of whole LLaVA-NeXT models are `hugging_face.py`'s; the first weights one tensor at a
-time, without a model around them, `initial_weights.py`'s.
+Each of these can be had without the ones after it: the length table needs a processor and no model, the planner needs
+configs and no weights. Directories of whole LLaVA-NeXT models are `hugging_face.py`'s; the first weights one tensor at
+a time, without a model around them, `initial_weights.py`'s.
 """
 
 import copy

@@ -1,21 +1,19 @@
-"""Adapters (LoRA) in the blocks of a part, made by peft, and merged into the weights where a model is written.
+"""Adapters (LoRA) in the blocks of a part, made by peft; `merge_adapters.py` merges them where a model is written.
 
-Owns where they sit and what they become on disk. peft changes the linear layers in place, so the module tree, the
+peft changes the linear layers in place, so the module tree, the
 forward pass and every name outside of those layers stay. Which parameters then train is `set_trained_parts`'s.
 """
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from llava_next.config import LoraConfig, ModelError, check_lora, check_peft
-from llava_next.formats.names import BASE, is_adapter
-from llava_next.formats.tensors import LazyTensor
 from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import is_adapter
 
-_ADAPTER = "default"
+ADAPTER_NAME = "default"
 """peft's own name for the only adapter of a layer."""
 
 
@@ -60,40 +58,3 @@ def _check_targets(blocks: nn.Module, part: str, chosen: LoraConfig) -> None:
             raise ModelError(
                 f"lora.{part}.targets: the blocks of this {part} have no linear layer {target}; they have {known}"
             )
-
-
-def merged(model: LlavaNext, tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
-    """The tensors of the model without adapters: W + B A alpha / rank in place of W, in W's type.
-
-    Args:
-        model: says where adapters sit and how they are scaled.
-        tensors: of all of its parameters, by their live names. They are read when the result is, one layer at a time,
-            on every rank in the same order.
-    """
-    by_name = {tensor.name: tensor for tensor in tensors}
-    found = []
-    for name, tensor in by_name.items():
-        if is_adapter(name):
-            continue
-        layer, base, own = name.partition(BASE)
-        if base:
-            if own == "weight":
-                down, up = (by_name[f"{layer}.lora_{matrix}.{_ADAPTER}.weight"] for matrix in ("A", "B"))
-                tensor = _sum(tensor, down, up, _scale(model.get_submodule(layer)))
-            tensor = tensor.renamed(f"{layer}.{own}")
-        found.append(tensor)
-    return found
-
-
-def _scale(layer: Any) -> float:
-    return float(layer.scaling[_ADAPTER])
-
-
-def _sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float) -> LazyTensor:
-    def read() -> torch.Tensor | None:
-        whole, a, b = weight.read(), down.read(), up.read()  # each of them may be a collective
-        if whole is None or a is None or b is None:
-            return None
-        return torch.addmm(whole.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
-
-    return LazyTensor(weight.name, weight.shape, weight.dtype, read)

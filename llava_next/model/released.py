@@ -24,8 +24,8 @@ ARCHITECTURES = {
 
 PROJECTOR_ACTS: dict[ProjectorKind, str] = {"mlp2x_gelu": "gelu", "linear": "linear"}
 """`projector_hidden_act` of transformers' config, which always has two linear layers around it: a linear projector is
-written as its layer, the identity for an activation, and the identity for a second layer (see `hugging_face.py`). vLLM knows no
-activation of that name, so such an export is for transformers."""
+written as its layer, the identity for an activation, and the identity for a second layer (see `hugging_face.py`). vLLM
+knows no activation of that name, so such an export is for transformers."""
 
 _HF_TYPES = ("llava_next", "llava")
 

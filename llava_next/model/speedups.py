@@ -14,7 +14,8 @@ from torch import nn
 from llava_next.config import ModelError
 from llava_next.kernels.cpu.fusing import fuse
 from llava_next.kernels.cpu.onednn import run_by_onednn
-from llava_next.model.llava_next import LlavaNext, part_of
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import part_of
 
 
 def compile_blocks(model: LlavaNext, parts: Collection[str], *, deterministic: bool = False) -> None:

@@ -3,9 +3,9 @@
     python scripts/bench/balance.py [--steps 200]
 
 Lengths are drawn as the published 779K mixture is thought to have them (data_recipes/schema/published.py), cut at 4,096
-tokens; costs are those of CLIP ViT-L/14-336 and Vicuna-7B, every part trained. Ours is `train.data.packing.deal`; beside it
-stand longest-processing-time alone, and what a stock trainer does: random batches of four, padded to their longest. No
-clock decides anything here: the numbers are the same on every machine.
+tokens; costs are those of CLIP ViT-L/14-336 and Vicuna-7B, every part trained. Ours is `train.data.packing.deal`;
+beside it stand longest-processing-time alone, and what a stock trainer does: random batches of four, padded to their
+longest. No clock decides anything here: the numbers are the same on every machine.
 """
 
 import argparse

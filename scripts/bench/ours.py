@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 
 from llava_next.formats.load import load_weights
 from llava_next.model.build import build_model, read_backbone
-from llava_next.model.llava_next import set_recompute, set_trained_parts
+from llava_next.model.parts import set_recompute, set_trained_parts
 from train.config.schema import RunConfig
 from train.data.loader import StepPlan, batches, stage_processor
 from train.distributed.quiet import quiet_libraries

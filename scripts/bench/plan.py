@@ -7,10 +7,10 @@
 Runs the project's own trainer on drawn samples, as the step bench does, each setting in a process of its own, and plans
 the same settings from the same length table. On a CPU memory is the process's high-water mark above its level before
 the model, for a model of more than 1 GB of state, in a run of its own in which malloc gives back what is freed (else it
-is kept for the next row, train/distributed/malloc.py: `kept GiB`); on a GPU the allocator's. The planner's margin is left out of
-both. Fails where memory is further off than 15 % (on a GPU 10 %). Step times are planned with the hardware file's
-shares and, on a CPU, the rate of a large product measured in the same process; with --strict-time they are held to the
-same.
+is kept for the next row, train/distributed/malloc.py: `kept GiB`); on a GPU the allocator's. The planner's margin is
+left out of both. Fails where memory is further off than 15 % (on a GPU 10 %). Step times are planned with the hardware
+file's shares and, on a CPU, the rate of a large product measured in the same process; with --strict-time they are held
+to the same.
 
 --of plans what gpu.py has measured (its first variant) and writes no file.
 

@@ -1,7 +1,8 @@
 """Samples of the shapes of the published mixture, with pictures and words in them.
 
-Owns the making of messages and pictures; sizes and lengths are `data_recipes.schema.published`'s, drawn in its proportions.
-Deterministic: the same arguments give the same bytes. Which samples a bench keeps is its own choice (`accept`).
+Owns the making of messages and pictures; sizes and lengths are `data_recipes.schema.published`'s, drawn in its
+proportions. Deterministic: the same arguments give the same bytes. Which samples a bench keeps is its own choice
+(`accept`).
 """
 
 import io

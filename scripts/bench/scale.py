@@ -2,10 +2,11 @@
 
     python scripts/bench/scale.py [--quick]
 
-Measured here, with the code that every rank runs: the order of an epoch (data_recipes/mixture/order.py) by number of samples,
-in seconds and memory; the deal of one step (train/data/packing.py) by number of ranks. Planned (train/plan): step time,
-memory and communication of Vicuna-7B's stage 2 on H100 nodes, ZeRO-3, with the published batch of 128 and with four
-samples a rank. Lengths are the published mixture's. Every rank deals every step, on its own processor, beside the step.
+Measured here, with the code that every rank runs: the order of an epoch (data_recipes/mixture/order.py) by number of
+samples, in seconds and memory; the deal of one step (train/data/packing.py) by number of ranks. Planned (train/plan):
+step time, memory and communication of Vicuna-7B's stage 2 on H100 nodes, ZeRO-3, with the published batch of 128 and
+with four samples a rank. Lengths are the published mixture's. Every rank deals every step, on its own processor, beside
+the step.
 
 Owns the limits beyond which something counts as broken.
 """

@@ -12,7 +12,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
 from llava_next.formats.names import published_name
 from llava_next.model.build import Backbone, build_model, read_backbone
-from llava_next.model.llava_next import LlavaNext, live_parameters
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters
 from scripts.oracles import tiny_model
 
 

@@ -26,7 +26,8 @@ from llava_next.config import ImageMode, ModelConfig
 from llava_next.inputs.batch import Batch, collate
 from llava_next.inputs.processor import Example
 from llava_next.model.build import Backbone, read_backbone
-from llava_next.model.llava_next import LlavaNext, live_parameters, part_of
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters, part_of
 from tests.tiny import TowerName, encoded_picture, tiny_model
 
 

@@ -19,7 +19,8 @@ from llava_next.formats.names import published_name
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import Example
 from llava_next.model.build import Backbone
-from llava_next.model.llava_next import LlavaNext, part_of
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import part_of
 from scripts.oracles import our_model, tiny_model, tiny_runs
 from scripts.oracles.digests import IGNORE, IMAGE, numbers_digest
 from scripts.oracles.inputs import GENERATOR, inputs_sha256

@@ -186,7 +186,7 @@ def train_parts(
 
     `stop_after` asks this process to stop in the step of that number, as a signal would; `seen` then holds the record.
     """
-    from llava_next.model.llava_next import part_of
+    from llava_next.model.parts import part_of
     from train.data.loader import StepPlan, batches
     from train.engine.optimizer import part_table
     from train.observability.run_log import RunLog
@@ -404,7 +404,7 @@ KINDS = ("text", "pictures", "nothing")
 
 def unequal_step(config: RunConfig) -> Unequal:
     """One step in which every rank holds something else than its neighbour: text, pictures, nothing at all."""
-    from llava_next.model.llava_next import num_parameters
+    from llava_next.model.parts import num_parameters
 
     with built(config) as parts:
         ranks = range(parts.world.size)
@@ -750,7 +750,7 @@ def resume_elsewhere(config: RunConfig, frozen: bool = False) -> Record:
     import torch
 
     from llava_next.model.build import build_model
-    from llava_next.model.llava_next import set_trained_parts
+    from llava_next.model.parts import set_trained_parts
 
     def spoiled(*args: Any, **kwargs: Any) -> Any:
         model = build_model(*args, **kwargs)

@@ -198,7 +198,8 @@ def _recorded(report: Report, name: str) -> Iterator[Phase]:
 
 @contextmanager
 def _timeout(seconds: int) -> Iterator[None]:
-    """A collective of the default group waits that long; `train.distributed.world.start` gives the others the run's timeout."""
+    """A collective of the default group waits that long; `train.distributed.world.start` gives the others the run's
+    timeout."""
     from torch.distributed import distributed_c10d
 
     kept: Callable[[timedelta], Any] = distributed_c10d._set_pg_timeout

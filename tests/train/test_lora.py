@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from data_recipes.mixture.mixture import Mixture
 from llava_next.config import LoraConfig
 from llava_next.formats.hugging_face import read_hf
-from llava_next.formats.names import is_adapter
 from llava_next.model.build import read_backbone
+from llava_next.model.parts import is_adapter
 from tests.ranks import RankError
 from tests.train import cases
 from tests.train.cases import with_stage, zero

@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 
 from llava_next.formats.tensors import LazyTensor, given
 from llava_next.inputs.batch import Batch
-from llava_next.model.llava_next import LlavaNext, part_of
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import part_of
 from train.checkpoint import saver as checkpoint
 from train.checkpoint.saver import RunState
 from train.checkpoint.universal import ParameterStates, copy_weights, parameter_states, set_states

@@ -182,8 +182,8 @@ class Saver:
         except OSError as unreadable:
             free = str(unreadable)
         return SaveError(
-            f"{atomic_folder.place_of(partial)} could not be saved: {' '.join(str(error).split())} ({free}); {kept}. Make "
-            "room, or choose another root=..., and run the same command again"
+            f"{atomic_folder.place_of(partial)} could not be saved: {' '.join(str(error).split())} ({free}); {kept}. "
+            "Make room, or choose another root=..., and run the same command again"
         )
 
 

@@ -52,7 +52,8 @@ def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
 
 
 def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed.DeepSpeedEngine:
-    """Gives every rank its share of the model that rank 0 holds (`train/engine/sharded_model.py`), builds AdamW over the trained parts
+    """Gives every rank its share of the model that rank 0 holds (`train/engine/sharded_model.py`), builds AdamW over
+    the trained parts
     and wraps both in DeepSpeed.
 
     Raises:

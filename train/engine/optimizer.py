@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from llava_next.config import PARTS
-from llava_next.model.llava_next import LlavaNext, num_parameters, part_of
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import num_parameters, part_of
 from train.config.schema import StageConfig
 
 

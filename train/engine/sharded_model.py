@@ -17,8 +17,9 @@ from llava_next.kernels.cpu.elementwise import takes_fused
 from llava_next.kernels.cpu.onednn import takes_onednn
 from llava_next.model.build import Backbone, build_model, skeleton
 from llava_next.model.language_models import check_positions
-from llava_next.model.llava_next import LlavaNext, set_recompute, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
+from llava_next.model.parts import set_recompute, set_trained_parts
 from llava_next.model.speedups import compile_blocks, use_fused, use_liger, use_onednn
 from train.config.schema import RunConfig
 from train.distributed.world import World, share

@@ -25,7 +25,7 @@ from llava_next.formats.hugging_face import (
     write_tokenizer_settings,
 )
 from llava_next.formats.initial_weights import first_weights
-from llava_next.formats.names import as_published, without_adapters
+from llava_next.formats.names import as_published
 from llava_next.formats.original import OriginalModel, of_backbone
 from llava_next.formats.tensors import LazyTensor, read_folder, write_shards
 from llava_next.inputs.anyres import grids_of_pinpoints
@@ -33,8 +33,9 @@ from llava_next.inputs.chat_template import PRINTED_BOS, adds_bos, adds_special_
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone, build_model, read_backbone
-from llava_next.model.llava_next import LlavaNext, live_parameters, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
+from llava_next.model.parts import live_parameters, set_trained_parts, without_adapters
 from llava_next.model.released import is_original, projector_kind
 from llava_next.model.towers import tower_config
 from train.checkpoint import resume

@@ -17,8 +17,9 @@ from llava_next.formats.load import load_weights
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import SampleRejected
 from llava_next.model.build import build_model
-from llava_next.model.llava_next import LlavaNext, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
+from llava_next.model.parts import set_trained_parts
 from train.distributed.world import Launch, choose_device, choose_dtype
 from train.inspect.sample_set import RunStep, Subject, encoded
 

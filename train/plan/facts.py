@@ -14,8 +14,9 @@ from llava_next.model.architecture import Architecture, join_configs, read_confi
 from llava_next.model.build import read_backbone, skeleton
 from llava_next.model.flops import StepCosts, step_costs
 from llava_next.model.language_models import check_positions
-from llava_next.model.llava_next import LlavaNext, num_parameters, part_of, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
+from llava_next.model.parts import num_parameters, part_of, set_trained_parts
 from llava_next.model.towers import mlp_shape
 from train.config.schema import RunConfig
 from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS, num_tokens

@@ -1,7 +1,8 @@
 """Seconds of a step by kind, from rows, FLOPs, rates and links. Pure arithmetic.
 
-Owns the formulas; FLOPs are `llava_next/model/flops.py`'s, rates and links the hardware file's. What is assumed beyond them
-stands in the constants here. R is the number of ranks, T the trained parameters, P all of them, s a weight's bytes.
+Owns the formulas; FLOPs are `llava_next/model/flops.py`'s, rates and links the hardware file's. What is assumed beyond
+them stands in the constants here. R is the number of ranks, T the trained parameters, P all of them, s a weight's
+bytes.
 """
 
 from collections.abc import Sequence

@@ -1,8 +1,8 @@
 """The end of a run whose ranks cannot go on: when, and with which words.
 
 A thread in each rank looks every few seconds. If a phase of a step takes longer than `timeout_s`, the rank says who is
-late (`rank_progress.py` knows where everybody stands), dumps its stacks into its log and ends; so does a rank that raises.
-Of all the ranks that end, the first is heard: its sentence goes to the terminal and into `exit.json`.
+late (`rank_progress.py` knows where everybody stands), dumps its stacks into its log and ends; so does a rank that
+raises. Of all the ranks that end, the first is heard: its sentence goes to the terminal and into `exit.json`.
 """
 
 import errno

@@ -16,7 +16,8 @@ from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import write_hf
 from llava_next.formats.load import load_weights
 from llava_next.model.build import Backbone, build_model
-from llava_next.model.llava_next import LlavaNext, live_parameters, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.tiny import HostilePickle
 

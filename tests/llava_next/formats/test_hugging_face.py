@@ -22,7 +22,8 @@ from llava_next.formats.hugging_face import read_hf, write_hf
 from llava_next.formats.load import load_weights
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone, build_model, read_backbone
-from llava_next.model.llava_next import LlavaNext, live_parameters
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row, stock_inputs, stock_twin
 from tests.tiny import SIZES_HW, TowerName

@@ -19,7 +19,7 @@ from llava_next.formats.initial_weights import first_weights
 from llava_next.formats.load import load_weights
 from llava_next.formats.original import of_backbone, write_original_folder
 from llava_next.model.build import Backbone, build_model, read_backbone
-from llava_next.model.llava_next import live_parameters
+from llava_next.model.parts import live_parameters
 from tests.llava_next.models import pretrained
 from tests.tiny import TowerName, tiny_model
 

@@ -18,7 +18,8 @@ from llava_next.formats.hugging_face import published_tensors
 from llava_next.formats.load import load_weights
 from llava_next.formats.original import num_rows, of_backbone, original_config, write_original_folder
 from llava_next.model.build import Backbone, build_model
-from llava_next.model.llava_next import LlavaNext, live_parameters
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters
 from scripts.oracles import tiny_model
 from tests.llava_next.conftest import MakeBackbone
 from tests.tiny import encoded_picture

@@ -16,7 +16,8 @@ from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
 from llava_next.model.architecture import VOCABULARY_MULTIPLE
 from llava_next.model.build import build_model, read_backbone, read_tokenizer, skeleton
-from llava_next.model.llava_next import LlavaNext, live_parameters
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import live_parameters
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, pretrained, row
 from tests.tiny import PATCH, TILE, WIDTH, TowerName, tiny_model, tiny_tokenizer

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from llava_next.config import PARTS
 from llava_next.inputs.batch import Batch
 from llava_next.model.build import build_model
-from llava_next.model.llava_next import LlavaNext, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import mixed, row
 from tests.tiny import TowerName

@@ -12,7 +12,8 @@ from llava_next.config import PARTS, AttentionKernel
 from llava_next.inputs.processor import IGNORE
 from llava_next.model.build import Backbone, build_model
 from llava_next.model.last_block import run_at_targets
-from llava_next.model.llava_next import LlavaNext, set_recompute, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import set_recompute, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, gradients, mixed, row, worst_difference
 

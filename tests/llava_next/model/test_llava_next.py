@@ -13,7 +13,8 @@ from llava_next.config import PARTS, ModelError
 from llava_next.inputs.batch import Batch
 from llava_next.inputs.processor import IGNORE, Example
 from llava_next.model.build import Backbone, build_model, read_backbone
-from llava_next.model.llava_next import LlavaNext, num_parameters, part_of, set_recompute, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import num_parameters, part_of, set_recompute, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import (
     encoded,

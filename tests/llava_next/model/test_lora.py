@@ -11,10 +11,10 @@ from transformers import LlavaNextForConditionalGeneration
 
 from llava_next.config import LoraConfig, ModelError
 from llava_next.formats.hugging_face import write_hf
-from llava_next.formats.names import is_adapter
 from llava_next.model.build import Backbone, build_model
-from llava_next.model.llava_next import LlavaNext, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
+from llava_next.model.parts import is_adapter, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row, stock_inputs
 from tests.tiny import TowerName

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from llava_next.config import PARTS, ModelError
 from llava_next.inputs.processor import IGNORE, Example
 from llava_next.model.build import build_model
-from llava_next.model.llava_next import set_trained_parts
+from llava_next.model.parts import set_trained_parts
 from llava_next.model.speedups import compile_blocks, use_liger
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, gradients, mixed, row, worst_difference

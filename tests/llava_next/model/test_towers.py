@@ -22,7 +22,8 @@ from llava_next.config import ModelConfig, ModelError
 from llava_next.formats.hugging_face import read_hf, write_hf
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.flops import step_costs
-from llava_next.model.llava_next import LlavaNext, set_recompute, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import set_recompute, set_trained_parts
 from llava_next.model.towers import TOWER_FAMILIES, num_prefix_tokens, unsupported_by_stock
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, pretrained, row, stock_inputs, stock_twin

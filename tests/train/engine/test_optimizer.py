@@ -8,7 +8,8 @@ from transformers import get_constant_schedule_with_warmup, get_cosine_schedule_
 
 from llava_next.config import PARTS
 from llava_next.model.build import build_model, read_backbone
-from llava_next.model.llava_next import LlavaNext, part_of, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
+from llava_next.model.parts import part_of, set_trained_parts
 from tests.train.cases import RATES, with_stage
 from train.config.schema import RunConfig, StageConfig
 from train.engine.optimizer import format_part_table, parameter_groups, part_table, schedule_factor, set_rates

@@ -18,7 +18,7 @@ from transformers import LlavaNextForConditionalGeneration
 from llava_next.config import ImageMode, LoraConfig, ProjectorKind
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import build_model, read_backbone
-from llava_next.model.llava_next import set_trained_parts
+from llava_next.model.parts import set_trained_parts
 from tests.llava_next.models import pretrained
 from tests.ranks import Ranks
 from tests.tiny import HostilePickle, TowerName, tiny_model

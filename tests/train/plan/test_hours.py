@@ -14,7 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from llava_next.config import ModelConfig, VisionTowerConfig
 from llava_next.model.build import build_model, read_backbone
 from llava_next.model.flops import step_costs
-from llava_next.model.llava_next import set_trained_parts
+from llava_next.model.parts import set_trained_parts
 from tests.llava_next.models import mixed, row
 from tests.tiny import tiny_model
 from tests.train.plan.test_memory import FACTS, setting

@@ -12,8 +12,9 @@ import torch
 from llava_next.config import AttentionKernel, ElementwiseKernel, LoraConfig, ModelConfig
 from llava_next.kernels.cpu import elementwise as cpu_fused
 from llava_next.model.build import build_model, read_backbone
-from llava_next.model.llava_next import LlavaNext, set_recompute, set_trained_parts
+from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
+from llava_next.model.parts import set_recompute, set_trained_parts
 from llava_next.model.speedups import use_fused
 from tests.llava_next.models import mixed, row
 from tests.tiny import TowerName, tiny_model

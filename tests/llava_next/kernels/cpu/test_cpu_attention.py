@@ -20,7 +20,7 @@ from llava_next.kernels.attention import check_kernel, segment_attention, tile_a
 from llava_next.kernels.cpu import compile as native
 from llava_next.kernels.cpu import cpu_attention
 from llava_next.model.build import build_model
-from llava_next.model.llava_next import set_recompute, set_trained_parts
+from llava_next.model.parts import set_recompute, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import learned, mixed, row, worst_difference
 

@@ -14,8 +14,8 @@ from llava_next.kernels.cpu import elementwise as cpu_fused
 from llava_next.kernels.cpu import fusing
 from llava_next.kernels.cpu.fusing import fuse
 from llava_next.model.build import build_model
-from llava_next.model.llava_next import set_recompute, set_trained_parts
 from llava_next.model.lora import add_adapters
+from llava_next.model.parts import set_recompute, set_trained_parts
 from llava_next.model.speedups import use_fused
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import learned, mixed, row, worst_difference

@@ -12,7 +12,7 @@ from llava_next.config import PARTS, LinearKernel, ModelError
 from llava_next.kernels.cpu import onednn as linear
 from llava_next.kernels.cpu.onednn import run_by_onednn, takes_onednn
 from llava_next.model.build import build_model
-from llava_next.model.llava_next import set_recompute, set_trained_parts
+from llava_next.model.parts import set_recompute, set_trained_parts
 from llava_next.model.speedups import use_onednn
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import learned, mixed, row, worst_difference
