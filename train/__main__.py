@@ -18,18 +18,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from train.config.compose import check, explain
+from train.config.exit_codes import EXIT_AT_ONCE, EXIT_INTERRUPTED, report_mistake
 from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
 
 if TYPE_CHECKING:
     from train.supervision.watchdog import Watch
-
-EXIT_USAGE = 2
-"""A mistake in the configuration or the data it names: running it again cannot help."""
-EXIT_INTERRUPTED = 75
-"""Left because it was asked to (EX_TEMPFAIL), saved if there was a step: run the same command again to go on."""
-
-EXIT_AT_ONCE = 130
-"""Left without saving: asked to stop a second time, or by Ctrl-C before the first step (as shells count it)."""
 
 _ASKS_TO_STOP = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -44,7 +37,7 @@ def main() -> int:
     try:
         config = compose()
     except ConfigError as error:
-        return _refuse(str(error), rank)
+        return report_mistake(error, is_main=rank == 0)
     if config is None:
         return 0  # --help, --cfg job and the like have printed what was asked for
     return execute(config)
@@ -114,7 +107,7 @@ def execute(config: RunConfig) -> int:
     try:
         run(config, launch, watch)
     except (ConfigError, ModelError, DataError) as error:
-        code, reason = _refuse(str(error), launch.rank), str(error)
+        code, reason = report_mistake(error, is_main=launch.is_main), str(error)
     except Interrupted as error:
         code, reason = EXIT_INTERRUPTED, f"{error}; run the same command again to go on"
         if launch.is_main:
@@ -146,12 +139,6 @@ def _leave_when_asked(watch: "Watch") -> None:
 
     for number in _ASKS_TO_STOP:
         signal.signal(number, leave)
-
-
-def _refuse(sentence: str, rank: int) -> int:
-    if rank == 0:
-        print(f"error: {sentence}", file=sys.stderr)
-    return EXIT_USAGE
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from llava_next.config import ModelError
 from llava_next.inputs.anyres import decode
 from llava_next.inputs.chat_template import adds_special_tokens
 from llava_next.model.towers import unsupported_by_stock
+from train.config.exit_codes import report_mistake
 from train.distributed.quiet import quiet_libraries
 
 _HELP = "/picture FILE: another picture, a new conversation   /new: a new conversation   /quit, Ctrl-D: the end"
@@ -172,8 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         else:
             _talk(chat, conversation)
     except ModelError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     return 0
 
 

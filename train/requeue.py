@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-from train.__main__ import EXIT_USAGE, compose
+from train.__main__ import compose
+from train.config.exit_codes import EXIT_FAILED, EXIT_USAGE, report_mistake
 from train.config.schema import ConfigError
 
 MOST_WITHOUT_PROGRESS = 3
@@ -23,8 +24,7 @@ def main() -> int:
     try:
         config = compose()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_USAGE
+        return report_mistake(error)
     if config is None:
         return EXIT_USAGE
     step, num = count(config.run_dir)
@@ -35,7 +35,7 @@ def main() -> int:
             file=sys.stderr,
         )
         (config.run_dir / "requeues.json").unlink()
-        return 1
+        return EXIT_FAILED
     print(f"{config.run_dir} goes on after step {step}", file=sys.stderr)
     return 0
 

@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from train.accept.outcome import Check, passed, report_files, verdict, verified_table, write_report
+from train.config.exit_codes import EXIT_FAILED, EXIT_USAGE, report_mistake
 from train.config.schema import ConfigError
 
 if TYPE_CHECKING:
     from train.accept.ranks import Ranks
 
-EXIT_FAILED = 1
-EXIT_USAGE = 2
 _SHARED_S = 20.0
 """How long a new folder may take to show on the other hosts of a network file system."""
 _MARGIN_S = 900.0
@@ -44,8 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             print(verified_table(report_files(options.table)))
         except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return EXIT_USAGE
+            return report_mistake(error)
         return 0
     import torch
 

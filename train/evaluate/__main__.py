@@ -24,6 +24,7 @@ from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
 from llava_next.model.flops import step_costs
 from llava_next.model.towers import unsupported_by_stock
+from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.distributed.quiet import quiet_libraries
 from train.evaluate.answers import ONLY_LOSSES, Answer, StockModel
@@ -50,8 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         result, answers = evaluate(options)
     except (ConfigError, ModelError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     out: Path = options.out or _place_of_figures(options.place)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside = out.with_suffix(".answers.jsonl")

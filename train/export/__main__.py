@@ -16,6 +16,7 @@ from llava_next.config import ModelError
 from llava_next.formats.atomic import complete_or_absent
 from llava_next.formats.original import original_tensors, write_original_folder
 from train.checkpoint.saver import SaveFormatError
+from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.distributed.quiet import quiet_libraries
 from train.export.export_card import card, servers
@@ -36,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_out(out, source)
         checks = export(source, out, options)
     except (ConfigError, ModelError, SaveFormatError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"wrote {out} ({size / 2**30:.2f} GiB, {time.monotonic() - started:.0f} s) from {source.words}")
     for line in (*checks, *servers(source, options.format)):

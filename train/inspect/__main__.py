@@ -14,6 +14,7 @@ import torch
 
 from data_recipes.schema.sample import DataError
 from llava_next.config import ModelError
+from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.distributed.quiet import quiet_libraries
 from train.inspect.replay import replay, table
@@ -30,8 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         out = inspect(options)
     except (ConfigError, ModelError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     print(f"wrote {out} ({out.stat().st_size / 2**20:.1f} MiB); open it in a browser")
     return 0
 

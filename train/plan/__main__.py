@@ -18,11 +18,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from train.config.compose import check, composed_from
+from train.config.exit_codes import report_mistake
 from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
 from train.plan.hardware import Hardware, check_hardware
 
 EXIT_DOES_NOT_FIT = 1
-EXIT_USAGE = 2
 PUBLISHED = {"align": "lcs_558k", "finetune": "llava_next_779k"}
 
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         stages = _checked(options)
     except ConfigError as error:
-        return _refuse(error)
+        return report_mistake(error)
     from train.distributed.quiet import quiet_libraries
 
     quiet_libraries(on_cpu=True)
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _model_card(stages[0][1], options.out) if options.model_card else _plan(stages, options)
     except (ConfigError, ModelError, DataError, PackingError) as error:
-        return _refuse(error)
+        return report_mistake(error)
 
 
 def planned_stages(arguments: Sequence[str]) -> list[str]:
@@ -145,11 +145,6 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model-card", action="store_true", help="the card's three rows beside what is planned")
     parser.add_argument("--config-dir", help="a folder of further YAML files")
     return parser.parse_intermixed_args(arguments)
-
-
-def _refuse(error: Exception) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return EXIT_USAGE
 
 
 if __name__ == "__main__":

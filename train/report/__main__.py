@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.report.charts import need_matplotlib
 from train.report.folder import read_runs
@@ -25,8 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         need_matplotlib()
         runs = read_runs(options.runs)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return report_mistake(error)
     for run in runs:
         for remark in run.remarks:
             print(f"{run.label}: {remark}", file=sys.stderr)

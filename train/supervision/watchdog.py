@@ -24,12 +24,12 @@ from typing import Any, NoReturn
 
 import torch.distributed as dist
 
+from train.config.exit_codes import EXIT_FAILED
 from train.distributed.world import Launch
 from train.supervision.rank_progress import Place, Progress, late, read_places
 
 logger = logging.getLogger(__name__)
 
-EXIT_FAILED = 1
 # A save may be long; its collectives have their timeouts.
 _TIMED = ("data", "forward", "backward", "agree", "update", "evaluate")
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
