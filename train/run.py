@@ -3,7 +3,6 @@
 The order at the start is fixed: resume, else `init_from`, else fresh parts.
 """
 
-import hashlib
 import json
 import logging
 import shutil
@@ -11,8 +10,6 @@ import time
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -20,25 +17,19 @@ from data_recipes.mixture.mixture import Mixture
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.processor import Processor
-from llava_next.model.build import Backbone, read_backbone
-from llava_next.model.flops import step_costs
+from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
-from llava_next.model.released import check_image_statistics
 from llava_next.model.towers import unsupported_by_stock
-from train.checkpoint import resume
-from train.checkpoint import saver as checkpoint
+from train.assemble import RunData, assemble, open_data
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig
-from train.data.length_table import LengthTable, check_budgets, open_table
-from train.data.loader import Planner, batches, blank_row, stage_processor
-from train.data.local_stores import local_stores
+from train.data.length_table import LengthTable
+from train.data.loader import Planner, batches, stage_processor
 from train.distributed.versions import versions
 from train.distributed.world import Launch, World, barrier, start
 from train.engine import deepspeed_ops
-from train.engine.deepspeed import gathered, start_engine
+from train.engine.deepspeed import gathered
 from train.engine.optimizer import format_part_table, part_table
-from train.engine.replicas import compare_starts
-from train.engine.sharded_model import build
 from train.observability.run_log import RunLog, start_logging
 from train.supervision import preflight
 from train.supervision.rank_progress import sample_names
@@ -61,31 +52,20 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
     deadline_s = time.monotonic() + 60 * config.time_limit_min if config.time_limit_min else float("inf")
     with watch:
         world = _start(config, launch)
-        data = _open_data(config, launch)
-        model, loaded = build(data.backbone, config, world, num_sources=len(data.mixture.source_names))
-        planner = make_planner(config, world, data.backbone, model, data.table)
-        watch.names = partial(sample_names, planner, data.mixture)
+        data = open_data(config, launch)
         if config.preflight == "only":
-            engine = start_engine(model, config, world)
-            preflight.rehearse(config, world, engine, data.mixture, data.table, data.processor)
+            parts = assemble(config, world, data, resumes=False)
+            preflight.rehearse(config, world, parts.engine, data.mixture, data.table, data.processor)
             return
-        frozen = resume.frozen_sums(model, world)
-        first_step, num_skipped = 0, 0
-        place = checkpoint.find_sound(run_dir / "checkpoints", world)
-        with resume.opened(place, model, data.table.fingerprint, config, world) as resumption:
-            engine = start_engine(model, config, world)
-            if resumption is not None:
-                loaded = resumption.words
-                blank = blank_row(data.processor).to(world.device)
-                first_step = resumption.load(engine, blank, frozen, world, config)
-                num_skipped = first_step - resumption.state.updates
-        compare_starts(_outcome(config, data.table, place, loaded, first_step, num_skipped), world)
+        parts = assemble(config, world, data)
+        model, planner, engine, first_step = parts.model, parts.planner, parts.engine, parts.first_step
+        watch.names = partial(sample_names, planner, data.mixture)
         if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
             _write_about(config, data.mixture, data.table)
-            _note_start(config, world, data.table, first_step, loaded)
+            _note_start(config, world, data.table, first_step, parts.origin)
         last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
         with closing(RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)) as log:
-            log.say(_opening(config, world, data, planner.num_steps, loaded))
+            log.say(_opening(config, world, data, planner.num_steps, parts.origin))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
                 held, asked = evaluated(config, data.mixture, data.backbone, data.processor, planner)
@@ -106,8 +86,8 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     log,
                     data.mixture,
                     watch.progress,
-                    frozen=frozen,
-                    num_skipped=num_skipped,
+                    frozen=parts.frozen,
+                    num_skipped=parts.num_skipped,
                     deadline_s=deadline_s,
                     held_out=held,
                     live_answers=asked,
@@ -123,22 +103,6 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
         barrier(world)
 
 
-def _outcome(
-    config: RunConfig, table: LengthTable, place: Path | None, loaded: str, first_step: int, num_skipped: int
-) -> dict[str, object]:
-    """What every rank must have come to by itself before the first step."""
-    resumed = "fresh" if place is None else loaded
-    return {
-        "configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12],
-        "data fingerprint": table.fingerprint,
-        "length table": f"{len(table)} samples, {hashlib.sha256(table.rows.tobytes()).hexdigest()[:12]}",
-        "checkpoint to resume from": place,
-        "outcome of the resume": resumed,
-        "first step": first_step,
-        "steps that were left out": num_skipped,
-    }
-
-
 def _start(config: RunConfig, launch: Launch) -> World:
     """The process group, after what must be there before it and with what must be right about it."""
     if config.device != "cuda" and not torch.cuda.is_available():
@@ -147,50 +111,6 @@ def _start(config: RunConfig, launch: Launch) -> World:
     if config.preflight != "off":
         preflight.check(config, world)
     return world
-
-
-class _Data(NamedTuple):
-    """What a run reads, and by which processor of which model."""
-
-    backbone: Backbone
-    processor: Processor
-    mixture: Mixture
-    table: LengthTable
-
-
-def _open_data(config: RunConfig, launch: Launch) -> _Data:
-    """What can be known without a process group; every rank opens it, rank 0 makes the length table if need be."""
-    stage, store_root = config.stage, Path(config.data.store_root)
-    check_image_statistics(config.model.vision_tower)
-    backbone = read_backbone(config.model)
-    processor = stage_processor(backbone, stage)
-    mixture = Mixture.open(config.mixture, store_root, local_stores(config, launch))
-    table = open_table(
-        mixture,
-        processor,
-        store_root / ".lengths",
-        is_writer=launch.is_main,
-        num_workers=config.data.length_workers,
-        show_progress=launch.is_main,
-    )
-    check_budgets(table, config.packing)
-    return _Data(backbone, processor, mixture, table)
-
-
-def make_planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:
-    """The steps of this run on this rank, with the costs of this model's parts."""
-    costs = step_costs(
-        backbone.hf_config.vision_config,
-        backbone.hf_config.text_config,
-        projector=config.model.projector,
-        num_vision_layers=model.num_tower_layers,
-        trains_tower="vision_tower" in config.stage.rates,
-        trains_language_model="language_model" in config.stage.rates,
-        adapted=config.lora or (),
-    )
-    return Planner(
-        table, config.stage, config.packing, costs, config.seed, world.rank, world.size, num_sources=model.num_sources
-    )
 
 
 def evaluated(
@@ -250,7 +170,7 @@ def _note_start(config: RunConfig, world: World, table: LengthTable, first_step:
 def _opening(
     config: RunConfig,
     world: World,
-    data: _Data,
+    data: RunData,
     num_steps: int,
     origin: str,
 ) -> str:

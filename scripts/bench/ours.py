@@ -19,6 +19,7 @@ from transformers.initialization import no_init_weights
 from llava_next.formats.load import load_weights
 from llava_next.model.build import build_model, read_backbone
 from llava_next.model.parts import set_recompute, set_trained_parts
+from train.assemble import make_planner
 from train.config.schema import RunConfig
 from train.data.loader import StepPlan, batches, stage_processor
 from train.distributed.quiet import quiet_libraries
@@ -28,7 +29,6 @@ from train.engine.deepspeed import start_engine
 from train.engine.optimizer import set_rates
 from train.engine.sharded_model import set_kernels
 from train.observability.run_log import RunLog
-from train.run import make_planner
 from train.trainer import Trainer
 
 

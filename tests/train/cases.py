@@ -114,7 +114,6 @@ class Parts:
     planner: Any
     engine: Any
     frozen: dict[str, str]
-    held_before: int
     first_step: int = 0
     num_skipped: int = 0
     origin: str = ""
@@ -123,47 +122,31 @@ class Parts:
 @contextmanager
 def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
     """The parts of a run on this rank, and the engine's end. `goes_on`: from its newest sound checkpoint, if any."""
-    from data_recipes.mixture.mixture import Mixture
-    from llava_next.model.build import read_backbone
-    from train.checkpoint.resume import frozen_sums, opened
-    from train.checkpoint.saver import find_sound
-    from train.data.length_table import open_table
-    from train.data.loader import blank_row
+    from train.assemble import assemble, open_data
     from train.distributed.world import read_launch, start
-    from train.engine.deepspeed import start_engine
-    from train.engine.sharded_model import build
-    from train.run import make_planner
 
     launch = read_launch()
-    stage = config.stage
-    backbone = read_backbone(config.model)
-    processor = backbone.processor(template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length)
-    mixture = Mixture.open(config.mixture, Path(config.data.store_root))
-    table = open_table(
-        mixture,
-        processor,
-        Path(config.data.store_root) / ".lengths",
-        is_writer=launch.is_main,
-        num_workers=1,
-        show_progress=False,
+    data = open_data(config, launch)
+    run = assemble(config, start(config, launch), data, resumes=goes_on)
+    parts = Parts(
+        config,
+        run.world,
+        *data,
+        run.model,
+        run.planner,
+        run.engine,
+        run.frozen,
+        run.first_step,
+        run.num_skipped,
+        run.origin if run.first_step else "",
     )
-    world = start(config, launch)
-    model, _ = build(backbone, config, world, num_sources=len(mixture.source_names))
-    planner = make_planner(config, world, backbone, model, table)
-    frozen, held_before = frozen_sums(model, world), _held(model)
-    place = find_sound(config.run_dir / "checkpoints", world) if goes_on else None
-    with opened(place, model, table.fingerprint, config, world) as resumption:
-        engine = start_engine(model, config, world)
-        parts = Parts(config, world, backbone, processor, mixture, table, model, planner, engine, frozen, held_before)
-        if resumption is not None:
-            parts.first_step = resumption.load(engine, blank_row(processor), frozen, world, config)
-            parts.num_skipped = parts.first_step - resumption.state.updates
-            parts.origin = resumption.words
+    engine = run.engine
+    del run
     try:
         yield parts
     finally:
         engine.destroy()
-        del engine, model
+        del engine, parts
         gc.collect()
 
 
@@ -260,8 +243,18 @@ def weights(parts: Parts) -> dict[str, Array]:
 
 def held_at_the_start(config: RunConfig) -> tuple[int, int]:
     """Bytes of weights that this rank's memory holds before there is an engine, and with it."""
-    with built(config) as parts:
-        return parts.held_before, _held(parts.model)
+    from unittest.mock import patch
+
+    from train.engine.deepspeed import start_engine
+
+    before = []
+
+    def watched(model: Any, *args: Any) -> Any:
+        before.append(_held(model))
+        return start_engine(model, *args)
+
+    with patch("train.assemble.start_engine", watched), built(config) as parts:
+        return before[0], _held(parts.model)
 
 
 def _held(model: Any) -> int:

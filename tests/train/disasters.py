@@ -176,17 +176,18 @@ def run_and_ask_twice(config: RunConfig) -> int:
 
 
 def run_and_ask_at_start(config: RunConfig, where: str, number: int, ranks: list[int]) -> int:
-    """A signal while the run is being put together: `where` is a function that `train.run` is about to call."""
-    from train import run
+    """A signal while the run is being put together: `where` is a function that a start is about to call."""
+    from train import assemble, run
 
-    function = getattr(run, where)
+    module = assemble if hasattr(assemble, where) else run
+    function = getattr(module, where)
 
     def asked(*args: Any, **kwargs: Any) -> Any:
         if int(os.environ["RANK"]) in ranks:
             os.kill(os.getpid(), number)
         return function(*args, **kwargs)
 
-    setattr(run, where, asked)
+    setattr(module, where, asked)
     return run_as_it_is(config)
 
 

@@ -115,8 +115,8 @@ def of_run(run_dir: Path, step: int | None, *, ids: Sequence[str], seed: int) ->
         ConfigError, ModelError, DataError: no run, no such step, other data than the run's, an id that is not there.
     """
     # Only here: it brings the engine, which a look at a store has no use for.
+    from train.assemble import make_planner
     from train.distributed.world import World
-    from train.run import make_planner
 
     config = load_yaml(run_dir / "config.yaml")
     store_root = Path(config.data.store_root)
