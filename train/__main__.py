@@ -114,9 +114,9 @@ def execute(config: RunConfig) -> int:
             print(reason, file=sys.stderr)
     except KeyboardInterrupt:
         reason = "stopped at once, without saving; the newest checkpoint is where the same command goes on"
-        watch.leave_at_once(EXIT_AT_ONCE, reason)
+        watch.exit_at_once(EXIT_AT_ONCE, reason)
     except Exception as error:
-        watch.give_up(error)
+        watch.abort(error)
     if launch.is_main and config.preflight != "only":
         watch.exit_file.write(code, reason, step=watch.progress.now[0].step)
     watch.progress.remove()
@@ -134,8 +134,8 @@ def _leave_when_asked(watch: "Watch") -> None:
     def leave(number: int, *_: object) -> None:
         if os.getpid() != rank_pid:  # a process that helps at the start and has inherited this
             os._exit(128 + number)
-        reason = f"asked to stop ({watch.progress.now[0].words}), where there is nothing to save; "
-        watch.leave_at_once(EXIT_INTERRUPTED, reason + "run the same command again to go on")
+        reason = f"asked to stop ({watch.progress.now[0].description}), where there is nothing to save; "
+        watch.exit_at_once(EXIT_INTERRUPTED, reason + "run the same command again to go on")
 
     for number in _ASKS_TO_STOP:
         signal.signal(number, leave)

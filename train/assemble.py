@@ -17,7 +17,7 @@ from llava_next.model.flops import step_costs
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.released import check_image_statistics
 from train.checkpoint import resume
-from train.checkpoint.saver import find_sound
+from train.checkpoint.saver import latest_valid
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig
 from train.data.length_table import LengthTable, check_budgets, open_table
@@ -64,11 +64,11 @@ def assemble(config: RunConfig, world: World, data: "RunData", *, resumes: bool 
     planner = make_planner(config, world, data.backbone, model, data.table)
     frozen = resume.frozen_sums(model, world)
     first_step, num_skipped = 0, 0
-    place = find_sound(config.run_dir / "checkpoints", world) if resumes else None
+    place = latest_valid(config.run_dir / "checkpoints", world) if resumes else None
     with resume.opened(place, model, data.table.fingerprint, config, world) as resumption:
         engine = start_engine(model, config, world)
         if resumption is not None:
-            origin = resumption.words
+            origin = resumption.description
             blank = blank_row(data.processor).to(world.device)
             first_step = resumption.load(engine, blank, frozen, world, config)
             num_skipped = first_step - resumption.state.updates

@@ -61,14 +61,14 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
         model, planner, engine, first_step = parts.model, parts.planner, parts.engine, parts.first_step
         watch.names = partial(sample_names, planner, data.mixture)
         if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
-            _write_about(config, data.mixture, data.table)
-            _note_start(config, world, data.table, first_step, parts.origin)
+            _write_data_summary(config, data.mixture, data.table)
+            _log_start(config, world, data.table, first_step, parts.origin)
         last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
         with closing(RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)) as log:
             log.say(_opening(config, world, data, planner.num_steps, parts.origin))
             log.say(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
-                held, asked = evaluated(config, data.mixture, data.backbone, data.processor, planner)
+                held, asked = build_validation(config, data.mixture, data.backbone, data.processor, planner)
                 stream = batches(
                     planner,
                     data.mixture,
@@ -113,7 +113,7 @@ def _start(config: RunConfig, launch: Launch) -> World:
     return world
 
 
-def evaluated(
+def build_validation(
     config: RunConfig, mixture: Mixture, backbone: Backbone, processor: Processor, planner: Planner
 ) -> tuple[HeldOut | None, LiveAnswers | None]:
     """The mixture's held-out samples, and those of them that are asked; both dealt to the ranks as the planner deals
@@ -130,7 +130,7 @@ def evaluated(
     return held_out, live_answers(held_out.samples, config.evaluate, backbone, processor, packing, costs, **ranks)
 
 
-def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:
+def _write_data_summary(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:
     run_dir = config.run_dir
     (run_dir / "config.yaml").write_text(to_yaml(config))
     about = {
@@ -150,7 +150,7 @@ def _write_about(config: RunConfig, mixture: Mixture, table: LengthTable) -> Non
     (run_dir / "quarantine.jsonl").write_bytes(table.quarantine.read_bytes())
 
 
-def _note_start(config: RunConfig, world: World, table: LengthTable, first_step: int, origin: str) -> None:
+def _log_start(config: RunConfig, world: World, table: LengthTable, first_step: int, origin: str) -> None:
     """A line of starts.jsonl: where this start begins, from what, with which versions, on what (rank 0's device)."""
     is_gpu = world.device.type == "cuda"
     start = {

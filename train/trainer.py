@@ -20,7 +20,7 @@ from train.checkpoint.saver import Saver
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig
 from train.data.loader import Planner, StepPlan
-from train.distributed.world import World, agree, is_out_of_memory
+from train.distributed.world import World, all_reduce_step_state, is_out_of_memory
 from train.engine.deepspeed import release_gathered
 from train.engine.optimizer import schedule_factor, set_rates
 from train.engine.step_guard import StepGuard
@@ -155,7 +155,7 @@ class Trainer:
             sums[num_sources:] += loss.tokens_by_source
         self.progress.enter("agree", plan.step)
         on_host = sums.cpu()
-        agreement = agree(
+        agreement = all_reduce_step_state(
             self.world,
             on_host,
             stop=self.stop_signal.asked or time.monotonic() > self._deadline_s,

@@ -23,7 +23,7 @@ from data_recipes.mixture.selection import (
     hashes_of,
     resolve_counts,
     unique_hashes,
-    without_hidden,
+    without_held_out,
 )
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import DataError
@@ -118,7 +118,7 @@ class Mixture:
         excluded = unique_hashes([Store.open(store_root / name).all_picture_hashes() for name in config.exclude])
         free = {name: free_rows(stores[name], heldout[name], excluded) for name in names}
         hidden = unique_hashes([hashes_of(stores[name], heldout[name]) for name in names])
-        candidates = {name: without_hidden(stores[name], free[name], hidden) for name in names}
+        candidates = {name: without_held_out(stores[name], free[name], hidden) for name in names}
         wanted = resolve_counts(config.sources, {name: len(rows) for name, rows in candidates.items()})
         parts = []
         for name in names:

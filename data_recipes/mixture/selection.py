@@ -109,7 +109,7 @@ def free_rows(store: Store, heldout: Rows, excluded: npt.NDArray[np.bytes_]) -> 
     return np.flatnonzero(free).astype(np.int64)
 
 
-def without_hidden(store: Store, rows: Rows, hidden: npt.NDArray[np.bytes_]) -> Rows:
+def without_held_out(store: Store, rows: Rows, hidden: npt.NDArray[np.bytes_]) -> Rows:
     """Those of `rows` that show none of the hidden pictures."""
     return rows[~_shows_any(store, hidden)[rows]]
 

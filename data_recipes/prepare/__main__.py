@@ -28,7 +28,7 @@ from data_recipes.prepare.manifest import write_manifest
 from data_recipes.prepare.shared_files import read_together
 from data_recipes.prepare.slices import merge_slices, read_slices, slice_writer
 from data_recipes.prepare.space import Need, check_space
-from data_recipes.prepare.work import Work, find_work, survey_work, tell_that_it_stands
+from data_recipes.prepare.work import Work, find_work, report_up_to_date, survey_work
 from data_recipes.raw.image_pool import PicturePool
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_source
@@ -152,7 +152,7 @@ def _make(group: Sequence[Work], needs: Sequence[Need], arguments: Arguments, po
         todo = []
         for work in group:
             if read_inputs(work.path) == work.inputs or finish_interrupted(work.path, work.inputs):
-                tell_that_it_stands(work)
+                report_up_to_date(work)
             else:
                 todo.append(work)
         if not todo:

@@ -17,7 +17,7 @@ from data_recipes.writing.stream import Named
 FUNCTION = "samples_by_component"
 
 
-def together(sources: Sequence[SourceInfo]) -> list[list[SourceInfo]]:
+def group_by_file(sources: Sequence[SourceInfo]) -> list[list[SourceInfo]]:
     """The sources in groups, each of one raw file, in the order of their first ones; most stand alone.
 
     Together go sources with the same reader, raw folder and options but for another `component`, if the reader has

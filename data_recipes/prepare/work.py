@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from data_recipes.prepare.shared_files import read_together, together
+from data_recipes.prepare.shared_files import group_by_file, read_together
 from data_recipes.prepare.slices import num_slice_bytes, read_slices, remove_slices, slice_path, slices_folder
 from data_recipes.prepare.space import Need, survey
 from data_recipes.schema.source import NoRawFolder, RawState, SourceInfo, raw_state
@@ -69,7 +69,7 @@ def find_work(
         raise NoRawFolder(to_fetch, raw)  # all at once: each may take a day to fetch
     if merge is not None:
         return [[item] for item in work.values()]
-    groups = together([source for source in sources if source.name in work])
+    groups = group_by_file([source for source in sources if source.name in work])
     return [[work[source.name] for source in group] for group in groups]
 
 
@@ -84,7 +84,7 @@ def survey_work(raw: Path, stores: Path, part: Slice, group: Sequence[Work]) -> 
     return survey(names, records, lambda: raw_state(folder, stores).num_bytes, part)
 
 
-def tell_that_it_stands(work: Work) -> None:
+def report_up_to_date(work: Work) -> None:
     """One line, and the description of the source as its YAML has it now."""
     refresh_description(work.path, work.source)
     print(f"{work.name}: already prepared, {(read_manifest(work.path) or {})['num_samples']:,} samples")
@@ -135,7 +135,7 @@ def _merged(source: SourceInfo, stores: Path, num_slices: int) -> Work | None:
 
 def _unless_it_stands(work: Work, stands: bool) -> Work | None:
     if stands:
-        tell_that_it_stands(work)
+        report_up_to_date(work)
         return None
     return work
 

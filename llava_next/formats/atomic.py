@@ -24,7 +24,7 @@ class Shaped(Protocol):
     def shape(self) -> Sequence[int]: ...
 
 
-def whole(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+def no_gather(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
     """The `Gather` of parameters that are whole already."""
     return nullcontext()
 

@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llava_next.config import ModelError, ProjectorKind
-from llava_next.formats.atomic import Gather, check_names, check_shape, complete_or_absent, whole
+from llava_next.formats.atomic import Gather, check_names, check_shape, complete_or_absent, no_gather
 from llava_next.formats.names import AUTHORS_PROJECTORS, authors_name
-from llava_next.formats.tensors import LazyTensor, given, read_plain_tensors
+from llava_next.formats.tensors import LazyTensor, from_tensor, read_plain_tensors
 from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
@@ -35,7 +35,7 @@ _AUTHORS_PREFIX = re.compile(r"^(?:(?:module|base_model|model)\.)+")
 """What the authors' files have before a name, after DDP, after LoRA, or not at all."""
 
 
-def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, gather: Gather = whole) -> None:
+def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, gather: Gather = no_gather) -> None:
     """Writes the projector and the newline vector with the contract that the next stage checks.
 
     Args:
@@ -142,7 +142,7 @@ def _parameters(model: LlavaNext) -> dict[str, nn.Parameter]:
 
 
 def _live(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
-    return {f"hf.model.{name}": given(f"hf.model.{name}", tensor) for name, tensor in tensors.items()}
+    return {f"hf.model.{name}": from_tensor(f"hf.model.{name}", tensor) for name, tensor in tensors.items()}
 
 
 def _identity(backbone: Backbone) -> dict[str, Any]:

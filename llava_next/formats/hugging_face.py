@@ -33,15 +33,15 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
-from llava_next.formats.atomic import Gather, complete_or_absent, whole
+from llava_next.formats.atomic import Gather, complete_or_absent, no_gather
 from llava_next.formats.merge_adapters import merged
 from llava_next.formats.names import published_name
-from llava_next.formats.tensors import LazyTensor, given, write_shards
+from llava_next.formats.tensors import LazyTensor, from_tensor, write_shards
 from llava_next.inputs.anyres import grids_of_pinpoints
 from llava_next.inputs.chat_template import adds_bos, chat_template, set_post_processor, word_separator
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.inputs.processor import Processor
-from llava_next.model.build import Backbone, read_tokenizer, refuse_made_up
+from llava_next.model.build import Backbone, read_tokenizer, require_all_weights_loaded
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
 from llava_next.model.released import projector_kind
@@ -64,7 +64,7 @@ _KEYS_OF_BOTH = (
 
 
 def write_hf(
-    model: LlavaNext, backbone: Backbone, processor: Processor, target: Path | None, gather: Gather = whole
+    model: LlavaNext, backbone: Backbone, processor: Processor, target: Path | None, gather: Gather = no_gather
 ) -> None:
     """Writes the model as a directory that stock transformers loads.
 
@@ -126,7 +126,7 @@ def check_identity(tensor: torch.Tensor, name: str, source: Path) -> None:
 
 
 def published_tensors(
-    model: LlavaNext, backbone: Backbone, image_mode: ImageMode, gather: Gather = whole, *, keep: bool = True
+    model: LlavaNext, backbone: Backbone, image_mode: ImageMode, gather: Gather = no_gather, *, keep: bool = True
 ) -> list[LazyTensor]:
     """The tensors of a live model as its directory has them, by their published names.
 
@@ -153,11 +153,11 @@ def as_stock(
         dtype = next(tensor.dtype for tensor in named if tensor.name == NEWLINE)
         width = backbone.hf_config.text_config.hidden_size
         identity = (torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype))
-        named += [given(name, tensor) for name, tensor in zip(SECOND_LAYER, identity, strict=True)]
+        named += [from_tensor(name, tensor) for name, tensor in zip(SECOND_LAYER, identity, strict=True)]
     return [tensor for tensor in named if image_mode == "anyres" or tensor.name != NEWLINE]
 
 
-def live_tensor(name: str, parameter: nn.Parameter, gather: Gather = whole, *, keep: bool = True) -> LazyTensor:
+def live_tensor(name: str, parameter: nn.Parameter, gather: Gather = no_gather, *, keep: bool = True) -> LazyTensor:
     """A parameter that may be partitioned (ZeRO-3), to be read by every rank at once."""
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
 
@@ -294,7 +294,7 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
         stock, found = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{source} is no model that transformers reads: {error}") from error
-    refuse_made_up(found, str(source))
+    require_all_weights_loaded(found, str(source))
     model = wrapped(stock, config, source)
     tower = replace(config.vision_tower, feature_layer=model.hf.config.vision_feature_layer)
     grids = config.grids

@@ -18,7 +18,7 @@ from llava_next.formats.hugging_face import live_tensor
 from llava_next.formats.load import EMBEDDING, HEAD, read_weights
 from llava_next.formats.names import as_published, published_name
 from llava_next.formats.tensors import LazyTensor, read_folder
-from llava_next.model.build import Backbone, build_model, grown, resampled_positions
+from llava_next.model.build import Backbone, build_model, extend_vocab, resampled_positions
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters, part_of
 
@@ -116,7 +116,7 @@ def _fitted(tensor: LazyTensor, name: str, parameter: nn.Parameter) -> LazyTenso
     if len(tensor.shape) != len(shape) or tensor.shape[-1] != shape[-1]:
         return None
     if name in (EMBEDDING, HEAD) and tensor.shape[0] < shape[0]:
-        return tensor.mapped(partial(grown, size=shape[0]), shape, parameter.dtype)
+        return tensor.mapped(partial(extend_vocab, size=shape[0]), shape, parameter.dtype)
     if name.startswith("vision_tower.") and ".position_embedding" in name:
         return tensor.mapped(partial(resampled_positions, shape=shape), shape, parameter.dtype)
     return None

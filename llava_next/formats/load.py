@@ -24,7 +24,7 @@ from llava_next.formats.hugging_face import NEWLINE, SECOND_LAYER, check_identit
 from llava_next.formats.names import as_published, from_original, published_name
 from llava_next.formats.tensors import LazyTensor, read_folder
 from llava_next.inputs.anyres import grids_of_pinpoints
-from llava_next.model.build import Backbone, grown
+from llava_next.model.build import Backbone, extend_vocab
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
 from llava_next.model.released import is_original, original_kind, projector_kind
@@ -230,4 +230,4 @@ def _grow_vocabulary(ours: dict[str, nn.Parameter], theirs: dict[str, LazyTensor
 
 
 def _grower(size: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    return lambda table: grown(table.float(), size).to(table.dtype)  # theirs may be fp16, whose sums overflow
+    return lambda table: extend_vocab(table.float(), size).to(table.dtype)  # theirs may be fp16, whose sums overflow

@@ -67,7 +67,7 @@ class LazyTensor:
         return found
 
 
-def given(name: str, tensor: torch.Tensor) -> LazyTensor:
+def from_tensor(name: str, tensor: torch.Tensor) -> LazyTensor:
     """A tensor that is in memory already."""
     return LazyTensor(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
@@ -180,7 +180,7 @@ _DTYPES = {
 
 def _in_pickle(path: Path) -> Iterator[LazyTensor]:
     for name, tensor in read_plain_tensors(path, "the publisher's own").items():
-        yield given(name, tensor)  # mapped: its pages are read when they are used
+        yield from_tensor(name, tensor)  # mapped: its pages are read when they are used
 
 
 def read_plain_tensors(path: Path, whose: str) -> dict[str, torch.Tensor]:

@@ -83,13 +83,13 @@ def _varlen_is_faster(query: torch.Tensor) -> bool:
 
 @torch.compiler.assume_constant_result
 def _cpus_own_is_at_hand() -> bool:
-    return cpu_attention.is_measured() and _is_compiled()
+    return cpu_attention.is_supported_isa() and _is_compiled()
 
 
 @cache
 def _is_compiled() -> bool:
     """Whether attention on a CPU could be compiled; says once where it could not."""
-    why_not = cpu_attention.missing()
+    why_not = cpu_attention.unavailable_reason()
     if why_not is not None:
         logger.warning("attention=auto takes SDPA, which is slower here: %s", why_not)
     return why_not is None
@@ -299,8 +299,10 @@ def check_kernel(kernel: AttentionKernel, device: torch.device, dtype: torch.dty
     if device.type != "cpu":
         return
     if kernel == "varlen":
-        why_not = cpu_attention.missing() if dtype == torch.float32 else f"it runs fp32 on a CPU, not {dtype}"
+        why_not = (
+            cpu_attention.unavailable_reason() if dtype == torch.float32 else f"it runs fp32 on a CPU, not {dtype}"
+        )
         if why_not is not None:
             raise ModelError(f"attention=varlen: {why_not}; choose attention=auto or attention=sdpa")
-    elif kernel == "auto" and dtype == torch.float32 and cpu_attention.is_measured():
+    elif kernel == "auto" and dtype == torch.float32 and cpu_attention.is_supported_isa():
         _is_compiled()

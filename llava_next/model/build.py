@@ -219,13 +219,13 @@ def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:
         raise ModelError(f"model.language_model.path: the weights in {config.path} were not read: {error}") from error
     finally:
         text.vocab_size = wanted
-    refuse_made_up(found, f"model.language_model.path={config.path}")
+    require_all_weights_loaded(found, f"model.language_model.path={config.path}")
     if wanted != own_size:
         _grow_vocabulary(model, wanted)
     return model
 
 
-def refuse_made_up(found: dict[str, Any], where: str) -> None:
+def require_all_weights_loaded(found: dict[str, Any], where: str) -> None:
     """Raises ModelError if loading left a tensor at random values, which transformers only mentions.
 
     Args:
@@ -246,10 +246,10 @@ def _grow_vocabulary(model: Any, size: int) -> None:
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-        weight.data.copy_(grown(weight.data[:old], size))
+        weight.data.copy_(extend_vocab(weight.data[:old], size))
 
 
-def grown(table: torch.Tensor, size: int) -> torch.Tensor:
+def extend_vocab(table: torch.Tensor, size: int) -> torch.Tensor:
     """A vocabulary's table [n, D] as [size, D]: each new row is the mean of the old ones, in their type, so that a new
     token is neither likelier nor stranger than the rest."""
     return torch.cat([table, table.mean(dim=0, keepdim=True).expand(size - len(table), -1)])
@@ -266,7 +266,7 @@ def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
         tower, found = AutoModel.from_pretrained(config.path, config=native, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model.vision_tower.path: the weights in {config.path} were not read: {error}") from error
-    refuse_made_up(found, f"model.vision_tower.path={config.path}")
+    require_all_weights_loaded(found, f"model.vision_tower.path={config.path}")
     if vision.image_size == native.image_size:
         return tower
     resized = AutoModel.from_config(vision, dtype=dtype)

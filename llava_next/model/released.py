@@ -79,7 +79,7 @@ def language_model_values(config: Mapping[str, Any], place: Path) -> dict[str, A
     } | {"model_type": kinds[0]}
 
 
-def adopted(model: ModelConfig, directory: Path) -> ModelConfig:
+def settings_from_checkpoint(model: ModelConfig, directory: Path) -> ModelConfig:
     """The model with grids, projector, feature layer and colours of the directory that its weights come from.
 
     Raises:

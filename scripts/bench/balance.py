@@ -94,7 +94,7 @@ def main() -> int:
 
     def ours(tokens: Array, tiles: Array, num_ranks: int) -> float:
         # How many tokens of a sample are supervised is not published: as if all were.
-        return packing.deal(
+        return packing.assign_rows(
             tokens, tiles, costs.of(tokens, tiles, tokens), num_ranks=num_ranks, budgets=budgets
         ).balance
 

@@ -28,7 +28,7 @@ from data_recipes.mixture import order
 from train.config.compose import load
 from train.config.schema import CONFIG_DIR, RunConfig
 from train.data.length_table import ROW
-from train.data.packing import deal
+from train.data.packing import assign_rows
 from train.plan.estimate import StagePlanner
 from train.plan.facts import ModelFacts, model_facts, read_architecture
 from train.plan.hardware import Hardware, check_hardware
@@ -100,7 +100,7 @@ def measure_ranks(
         )
         started = time.process_time()
         costs = facts.costs.of(tokens, tiles, supervised)
-        deal(tokens, tiles, costs, num_ranks=num_ranks, budgets=config.packing)
+        assign_rows(tokens, tiles, costs, num_ranks=num_ranks, budgets=config.packing)
         seconds.append(time.process_time() - started)
     planner = StagePlanner(config, facts, population, hardware)
     estimate = planner.estimate(setting_of(config, num_ranks // hardware.gpus_per_node))

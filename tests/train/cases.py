@@ -174,7 +174,7 @@ def train_parts(
     from train.engine.optimizer import part_table
     from train.observability.run_log import RunLog
     from train.observability.step_metrics import StepOutcome
-    from train.run import evaluated
+    from train.run import build_validation
     from train.trainer import Trainer
 
     config, world, planner = parts.config, parts.world, parts.planner
@@ -205,7 +205,7 @@ def train_parts(
     steps = range(first_step, last_step)
     stream = batches(planner, parts.mixture, parts.processor, steps, config.data, pin_memory=False)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    held_out, live_answers = evaluated(config, parts.mixture, parts.backbone, parts.processor, planner)
+    held_out, live_answers = build_validation(config, parts.mixture, parts.backbone, parts.processor, planner)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
     try:
         Watched(
@@ -300,11 +300,11 @@ def train_and_write(config: RunConfig) -> Record:
 
 def train_and_ask(config: RunConfig, last_step: int) -> tuple[Record, list[Any]]:
     """Trains up to `last_step`; and the answers of the live model once more, after that."""
-    from train.run import evaluated
+    from train.run import build_validation
 
     with built(config) as parts:
         record = train_parts(parts, 0, last_step)
-        _, asked = evaluated(config, parts.mixture, parts.backbone, parts.processor, parts.planner)
+        _, asked = build_validation(config, parts.mixture, parts.backbone, parts.processor, parts.planner)
         return record, asked.ask(parts.engine, parts.world) if asked else []
 
 

@@ -134,11 +134,11 @@ class _Stepper:
 
     def evaluate(self, name: str) -> None:
         """The trainer's evaluation, with answers of the live model."""
-        from train.run import evaluated
+        from train.run import build_validation
 
         parts, trainer = self._parts, self._trainer
         config = parts.config
-        trainer.held_out, trainer.live_answers = evaluated(
+        trainer.held_out, trainer.live_answers = build_validation(
             config, parts.mixture, parts.backbone, parts.processor, parts.planner
         )
         answers: list[Any] = []

@@ -68,7 +68,7 @@ def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s:
     from train.config.schema import ConfigError
     from train.distributed.world import read_launch
 
-    is_whole, began_s = atomic_folder.is_whole, time.monotonic()
+    is_whole, began_s = atomic_folder.is_complete, time.monotonic()
 
     def lagging(place: Path) -> bool:
         return is_whole(place) and (place.name != hidden or time.monotonic() - began_s > lag_s)
@@ -94,16 +94,18 @@ def compare_unlike_starts(value: dict[int, int]) -> str:
 
 
 def unlike_errors() -> tuple[int, str]:
-    """What `from_main` gives every rank: rank 0's value, and rank 0's error."""
+    """What `broadcast_from_main` gives every rank: rank 0's value, and rank 0's error."""
     from train.config.schema import ConfigError
-    from train.distributed.world import from_main
+    from train.distributed.world import broadcast_from_main
 
     world = _world()
 
     def fail() -> None:
         raise ConfigError(f"of rank {world.rank}")
 
-    return from_main(world, lambda: world.rank), _refused(lambda: from_main(world, fail), ConfigError)
+    return broadcast_from_main(world, lambda: world.rank), _refused(
+        lambda: broadcast_from_main(world, fail), ConfigError
+    )
 
 
 def _world() -> Any:

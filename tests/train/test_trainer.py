@@ -88,7 +88,7 @@ def test_ranks_zero_and_budgets_change_nothing(
     ("key", "kernels", "why_not"),
     [
         ("linear", ("torch", "onednn"), None if torch.backends.mkldnn.is_available() else "torch has no oneDNN"),
-        ("elementwise", ("torch", "fused"), cpu_fused.missing()),
+        ("elementwise", ("torch", "fused"), cpu_fused.unavailable_reason()),
     ],
 )
 @pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 2))])

@@ -137,7 +137,12 @@ def resume(bench: Bench, *, name: str, engine: str) -> Finding:
     half = max(1, bench.ranks.size // 2)
     saves = ("save.every=2", "save.keep=9")
     ended = bench.train_tiny(
-        name, engine, bench.ranks.size, *saves, limit_s=bench.limit_s, kill_when=partial(atomic_folder.is_whole, first)
+        name,
+        engine,
+        bench.ranks.size,
+        *saves,
+        limit_s=bench.limit_s,
+        kill_when=partial(atomic_folder.is_complete, first),
     )
     if not ended.killed:
         problem = bench.problem_of(ended, name) or "the run ended before it could be killed"

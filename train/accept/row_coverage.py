@@ -17,7 +17,7 @@ from llava_next.model.flops import step_costs
 from train.config.schema import RunConfig
 from train.data.length_table import open_table
 from train.data.loader import Planner, stage_processor
-from train.data.packing import deal
+from train.data.packing import assign_rows
 
 RowKind = Literal["blank", "text", "image"]
 Kinds = list[list[tuple[RowKind, ...]]]
@@ -83,7 +83,7 @@ def row_kinds(planner: Planner, seed: int) -> Kinds:
         rows = table.rows[samples_of_step(step, len(table), stage.batch_size, seed, stage.epochs)]
         tokens, tiles = rows["tokens"].astype(np.int64), rows["tiles"].astype(np.int64)
         costs = planner.costs.of(tokens, tiles, rows["supervised"])
-        dealt = deal(tokens, tiles, costs, num_ranks=planner.num_ranks, budgets=planner.packing)
+        dealt = assign_rows(tokens, tiles, costs, num_ranks=planner.num_ranks, budgets=planner.packing)
         steps.append([tuple(kind(tiles[list(row)]) for row in micro_step) for micro_step in dealt.rows])
     return steps
 

@@ -29,8 +29,8 @@ def place_of(partial: Path) -> Path:
     return partial.with_name(partial.name.removesuffix(PARTIAL))
 
 
-def is_whole(place: Path) -> bool:
-    """Whether the folder was given its name; whether its files are still what was written `damage` tells."""
+def is_complete(place: Path) -> bool:
+    """Whether the folder was given its name; whether its files are still what was written `corrupt_files` tells."""
     return (place / _SUMS).is_file()
 
 
@@ -45,14 +45,14 @@ def seal(partial: Path, rank: int) -> None:
     _write_synced(_rank_sums(partial, rank), json.dumps(sums))
 
 
-def give_name(partial: Path, num_ranks: int) -> Path:
+def commit(partial: Path, num_ranks: int) -> Path:
     """Makes a whole folder of what every rank has sealed, in place of one that may have the name already.
 
     Raises:
         OSError: a rank has not, or the disk fails.
         ValueError: a file is there that no rank has summed up, or the other way round.
     """
-    if not is_whole(partial):
+    if not is_complete(partial):
         sums: dict[str, Any] = {}
         for rank in range(num_ranks):
             sums |= json.loads(_rank_sums(partial, rank).read_text())
@@ -69,20 +69,20 @@ def give_name(partial: Path, num_ranks: int) -> Path:
         _sync_folder(folder)
     place = place_of(partial)
     if place.exists():  # from before the run went back to an earlier one
-        shutil.rmtree(unname(place))
+        shutil.rmtree(retire(place))
     partial.rename(place)
     _sync_folder(place.parent)
     return place
 
 
-def unname(place: Path) -> Path:
+def retire(place: Path) -> Path:
     """The first act of a removal: a kill in its middle then leaves nothing that looks whole."""
     unnamed = place.with_name(place.name + REMOVED)
     place.rename(unnamed)
     return unnamed
 
 
-def damage(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
+def corrupt_files(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
     """What is wrong with this rank's share of the files, the first of them by name; empty where nothing is.
 
     Every byte of them is read.

@@ -19,7 +19,7 @@ import deepspeed
 import torch
 from omegaconf import OmegaConf
 
-from llava_next.formats.tensors import LazyTensor, given
+from llava_next.formats.tensors import LazyTensor, from_tensor
 from llava_next.inputs.batch import Batch
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import part_of
@@ -29,12 +29,12 @@ from train.checkpoint.universal import ParameterStates, copy_weights, parameter_
 from train.config.compose import to_yaml
 from train.config.schema import ConfigError, RunConfig
 from train.distributed.versions import versions
-from train.distributed.world import World, barrier, from_main, share
+from train.distributed.world import World, all_gather_objects, barrier, broadcast_from_main
 from train.engine.deepspeed import release_gathered, zero_stage
 from train.engine.optimizer import parameter_groups, set_rates
 from train.engine.replicas import check_replicas
 
-FREE = (
+NON_SEMANTIC_KEYS = (
     # How it is computed, and how much of it.
     *("engine", "packing", "device", "precision", "attention", "linear", "elementwise", "recompute", "compile"),
     *("liger", "deterministic", "max_steps"),
@@ -70,7 +70,7 @@ def run_state(
         step=step,
         data_fingerprint=data_fingerprint,
         layout=layout(config, world),
-        dtype=_word(world.dtype),
+        dtype=_dtype_name(world.dtype),
         groups=[_about_group(group) for group in groups],
         updates=max(counts, default=0),
         frozen=frozen,
@@ -90,8 +90,10 @@ def frozen_sums(model: LlavaNext, world: World) -> dict[str, str]:
 
     Rank 0 has the weights, and sums up several parameters at a time.
     """
-    frozen = [given(name, weight.detach()) for name, weight in model.named_parameters() if not weight.requires_grad]
-    return share(world, sums_of(frozen, at_a_time=min(8, os.cpu_count() or 1)) if world.is_main else {})[0]
+    frozen = [
+        from_tensor(name, weight.detach()) for name, weight in model.named_parameters() if not weight.requires_grad
+    ]
+    return all_gather_objects(world, sums_of(frozen, at_a_time=min(8, os.cpu_count() or 1)) if world.is_main else {})[0]
 
 
 def sums_of(frozen: Sequence[LazyTensor], *, at_a_time: int = 1) -> dict[str, str]:
@@ -127,7 +129,7 @@ class Resumption:
     states: ParameterStates | None
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Where the run goes on, for the start of its log."""
         text = f"resumed from {self.place} at step {self.state.step}"
         if self.states is not None:
@@ -212,10 +214,10 @@ def opened(
     def read() -> tuple[RunState, str]:
         state = checkpoint.read_state(place)
         refuse_another_run(place, state, data_fingerprint, config, world)
-        checkpoint.refuse_code(place)
+        checkpoint.refuse_unsafe_pickles(place)
         return state, secrets.token_hex(4)
 
-    state, token = from_main(world, read)
+    state, token = broadcast_from_main(world, read)
     if state.layout == layout(config, world):
         yield Resumption(place, state, None)
         return
@@ -232,9 +234,9 @@ def refuse_another_run(place: Path, state: RunState, data_fingerprint: str, conf
     saved = OmegaConf.to_container(OmegaConf.load(checkpoint.config_path(place)))
     now = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
     before = _flat(saved) | {"data_fingerprint": state.data_fingerprint, "dtype": state.dtype}
-    after = _flat(now) | {"data_fingerprint": data_fingerprint, "dtype": _word(world.dtype)}
+    after = _flat(now) | {"data_fingerprint": data_fingerprint, "dtype": _dtype_name(world.dtype)}
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    told = [key for key in changed if not _is_below(key, FREE)]
+    told = [key for key in changed if not _is_below(key, NON_SEMANTIC_KEYS)]
     refused = [key for key in told if not _is_below(key, config.resume_allow)]
     if refused:
         if "data_fingerprint" in told:  # what of the mixture makes it another one
@@ -287,5 +289,5 @@ def _is_below(key: str, keys: Iterable[str]) -> bool:
     return any(key == other or key.startswith(other + ".") for other in keys)
 
 
-def _word(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

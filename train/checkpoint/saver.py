@@ -27,7 +27,7 @@ from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from train.checkpoint import atomic_folder
 from train.config.schema import ConfigError, SaveConfig
-from train.distributed.world import World, barrier, from_main, share
+from train.distributed.world import World, all_gather_objects, barrier, broadcast_from_main
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,7 @@ class Saver:
             if self._error is not None:
                 raise self._error
             if self._world.is_main:
-                atomic_folder.give_name(partial, self._world.size)
+                atomic_folder.commit(partial, self._world.size)
                 self._remove_old()
         except (OSError, ValueError) as error:
             raise self._failed(partial, error) from error
@@ -168,7 +168,7 @@ class Saver:
         """Takes the names of old ones away, and lets their files go beside the next steps: they may be a hundred GB."""
         every = self._save.keep_every
         old = [place for place in complete(self._folder)[: -self._save.keep] if not every or _step(place) % every]
-        unnamed = [atomic_folder.unname(place) for place in old]
+        unnamed = [atomic_folder.retire(place) for place in old]
         if self._removing is not None:
             self._removing.join()
         self._removing = threading.Thread(target=_remove_all, args=(unnamed,), daemon=True, name="remove")
@@ -187,7 +187,7 @@ class Saver:
         )
 
 
-def find_sound(folder: Path, world: World) -> Path | None:
+def latest_valid(folder: Path, world: World) -> Path | None:
     """The newest checkpoint whose files are what was written, or None. Every rank must call it; each reads a share.
 
     Rank 0 says which ones there are. A damaged one is named, gets `.damaged` behind its name, and the one before it is
@@ -202,9 +202,9 @@ def find_sound(folder: Path, world: World) -> Path | None:
         remove_unfinished(folder)
         return complete(folder)
 
-    for place in reversed(from_main(world, listed)):
+    for place in reversed(broadcast_from_main(world, listed)):
         _wait_until_seen(place, world)
-        found = [told for told in share(world, damage(place, world.rank, world.size)) if told]
+        found = [told for told in all_gather_objects(world, corrupt_files(place, world.rank, world.size)) if told]
         if not found:
             return place
         if world.is_main:
@@ -219,9 +219,11 @@ def find_sound(folder: Path, world: World) -> Path | None:
 def _wait_until_seen(place: Path, world: World) -> None:
     """Gives a network file system time to show a checkpoint to every rank: one that lags is not damaged."""
     deadline_s = time.monotonic() + LAG_PATIENCE_S
-    while not atomic_folder.is_whole(place) and time.monotonic() < deadline_s:
+    while not atomic_folder.is_complete(place) and time.monotonic() < deadline_s:
         time.sleep(0.5)
-    blind = [each for each in share(world, None if atomic_folder.is_whole(place) else _who(world)) if each]
+    blind = [
+        each for each in all_gather_objects(world, None if atomic_folder.is_complete(place) else _who(world)) if each
+    ]
     if blind:
         raise ConfigError(
             f"{place} is there on rank 0 and not on {', '.join(blind)} after {LAG_PATIENCE_S:.0f} s: the run's folder "
@@ -234,12 +236,12 @@ def _who(world: World) -> str:
     return f"rank {world.rank} ({socket.gethostname()})"
 
 
-def damage(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
+def corrupt_files(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
     """What is wrong with this rank's share of a checkpoint's files, the first of them by name; empty where nothing is.
 
     Every byte of them is read.
     """
-    found = atomic_folder.damage(place, rank, num_ranks)
+    found = atomic_folder.corrupt_files(place, rank, num_ranks)
     if not found and rank == 0:
         try:
             read_state(place)
@@ -249,10 +251,10 @@ def damage(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints that are there, the newest last; whether they are sound `find_sound` tells."""
+    """The checkpoints that are there, the newest last; whether they are sound `latest_valid` tells."""
     # By number, and not .partial: a write that was killed just before its rename holds every file.
     found = [place for place in folder.glob("step_*") if place.name.removeprefix("step_").isdigit()]
-    return sorted((place for place in found if atomic_folder.is_whole(place)), key=_step)
+    return sorted((place for place in found if atomic_folder.is_complete(place)), key=_step)
 
 
 def newest(folder: Path) -> Path | None:
@@ -277,7 +279,7 @@ def place_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def refuse_code(place: Path) -> None:
+def refuse_unsafe_pickles(place: Path) -> None:
     """Raises SaveFormatError if a file of DeepSpeed's would run code when it is unpickled, as DeepSpeed does.
 
     Only its own few types may be named in them, besides what torch itself holds to be harmless.
@@ -306,7 +308,7 @@ def _finish_sealed(folder: Path) -> None:
     for partial in sorted(folder.glob(f"step_*{atomic_folder.PARTIAL}")):
         try:
             num_ranks = read_state(partial).layout["num_ranks"]
-            atomic_folder.give_name(partial, num_ranks)
+            atomic_folder.commit(partial, num_ranks)
             logger.warning("%s was whole but for its name, and has it now", partial)
         except (OSError, ValueError, TypeError, KeyError) as error:
             logger.info("%s is not whole, and is removed: %s", partial, error)

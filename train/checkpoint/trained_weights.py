@@ -13,7 +13,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint, get_optim_files
 
 from llava_next.config import ModelError
-from llava_next.formats.tensors import LazyTensor, given
+from llava_next.formats.tensors import LazyTensor, from_tensor
 from llava_next.model.llava_next import LlavaNext
 from train.checkpoint import saver as checkpoint
 from train.distributed.quiet import muted_stdout
@@ -46,7 +46,7 @@ def trained_weights(model: LlavaNext, place: Path, *, masters: bool = False) -> 
 
 
 def _read(place: Path, masters: bool) -> dict[str, LazyTensor]:
-    checkpoint.refuse_code(place)
+    checkpoint.refuse_unsafe_pickles(place)
     stage, folder = checkpoint.read_state(place).layout["zero_stage"], place / checkpoint.ENGINE
     if stage == 3:
         with muted_stdout():
@@ -57,7 +57,7 @@ def _read(place: Path, masters: bool) -> dict[str, LazyTensor]:
     state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True, mmap=True)
     if masters and stage:
         return {tensor.name: tensor for tensor in _masters(folder, state["param_shapes"])}
-    return {name: given(name, tensor) for name, tensor in state["module"].items()}
+    return {name: from_tensor(name, tensor) for name, tensor in state["module"].items()}
 
 
 def _joined(name: str, tensor: Any) -> LazyTensor:

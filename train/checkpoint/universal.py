@@ -26,7 +26,7 @@ from deepspeed.utils import (
 from torch import nn
 
 from train.config.schema import ConfigError
-from train.distributed.world import World, beat_of, wait_for
+from train.distributed.world import World, heartbeat_mtime, wait_for
 
 FP32 = "fp32"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -101,7 +101,7 @@ def parameter_states(
             _convert(engine_folder, scratch, alive)
             done.touch()
         else:
-            wait_for(done.exists, lambda: beat_of(alive), what=f"conversion of {engine_folder.parent}")
+            wait_for(done.exists, lambda: heartbeat_mtime(alive), what=f"conversion of {engine_folder.parent}")
         yield ParameterStates(scratch)
     finally:
         if world.is_main:

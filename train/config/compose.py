@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from llava_next.config import ModelError
-from llava_next.model.released import adopted
+from llava_next.model.released import settings_from_checkpoint
 from train.config.messages import explain_composition, explain_invalid
 from train.config.rules import check_folders, check_installed, check_values
 from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
@@ -119,7 +119,7 @@ def _adopted(config: RunConfig) -> RunConfig:
     ):  # told by `_check_folders`; a run's own config.yaml has what was there
         return config
     try:
-        return replace(config, model=adopted(model, Path(start)))
+        return replace(config, model=settings_from_checkpoint(model, Path(start)))
     except ModelError as error:
         raise ConfigError(f"stage.init_from: {error}") from error
 

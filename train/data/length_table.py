@@ -29,7 +29,7 @@ from data_recipes.raw.image_pool import follow_parent
 from llava_next.config import ModelError
 from llava_next.inputs.processor import Processor, SampleRejected
 from train.config.schema import ConfigError, PackingConfig
-from train.distributed.world import beat_of, wait_for
+from train.distributed.world import heartbeat_mtime, wait_for
 
 ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
 """One kept sample: its number in the mixture, its lengths, and its source's number."""
@@ -104,7 +104,7 @@ def open_table(
         if is_writer:
             _write(mixture, processor, place, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
         else:
-            wait_for(lambda: _is_complete(place), lambda: beat_of(_beat(place)), what=f"length table {place}")
+            wait_for(lambda: _is_complete(place), lambda: heartbeat_mtime(_beat(place)), what=f"length table {place}")
     about = json.loads((place / "table.json").read_text())
     rows = np.load(place / "rows.npy", mmap_mode="r")
     if not len(rows):
@@ -221,11 +221,11 @@ def _remove_leftovers(own: Path) -> None:
 
     Times are the file system's, so that clocks of hosts may differ: `own` has just been touched.
     """
-    now = beat_of(own) or 0
+    now = heartbeat_mtime(own) or 0
     for partial in own.parent.glob("*.partial"):
         host, _, pid = partial.stem.partition(".")[2].rpartition(".")
         is_gone = host == socket.gethostname() and not Path("/proc", pid).exists()
-        if is_gone or now - (beat_of(partial) or now) > _DEAD_AFTER_S * 1e9:
+        if is_gone or now - (heartbeat_mtime(partial) or now) > _DEAD_AFTER_S * 1e9:
             shutil.rmtree(partial, ignore_errors=True)
 
 

@@ -27,7 +27,7 @@ from llava_next.inputs.processor import Processor, SampleRejected
 from llava_next.model.flops import StepCosts
 from train.config.schema import DataConfig, PackingConfig, StageConfig
 from train.data.length_table import LengthTable
-from train.data.packing import deal
+from train.data.packing import assign_rows
 
 if TYPE_CHECKING:  # it brings every model class of transformers, 100 MiB that planning has no use for
     from llava_next.model.build import Backbone
@@ -125,7 +125,7 @@ class Planner:
         rows = self.table.rows[numbers]
         tokens, tiles = rows["tokens"].astype(np.int64), rows["tiles"].astype(np.int64)
         costs = self.costs.of(tokens, tiles, rows["supervised"])
-        dealt = deal(tokens, tiles, costs, num_ranks=self.num_ranks, budgets=self.packing)
+        dealt = assign_rows(tokens, tiles, costs, num_ranks=self.num_ranks, budgets=self.packing)
         per_sample = self.stage.loss_weighting == "sample"
         weights = np.ones(len(rows)) if per_sample else rows["supervised"].astype(np.float64)
         divisors = np.bincount(rows["source"], weights=weights, minlength=self.num_sources)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data_recipes.schema.sample import DataError
 from data_recipes.store.local_copy import LocalCopy, copy_stores, num_bytes_to_move
 from train.config.schema import RunConfig
-from train.distributed.world import Launch, beat_of, wait_for
+from train.distributed.world import Launch, heartbeat_mtime, wait_for
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def local_stores(config: RunConfig, launch: Launch) -> dict[str, Path]:
     else:
         wait_for(
             lambda: all(copy.is_there for copy in copies.values()),
-            lambda: beat_of(_beat(root)),
+            lambda: heartbeat_mtime(_beat(root)),
             what=f"copies of the stores in {root}",
         )
     return {name: copy.place for name, copy in copies.items()}

@@ -23,7 +23,7 @@ class PackingError(ValueError):
 
 
 @dataclass(frozen=True)
-class Deal:
+class RowAssignment:
     """`rows[m][r]` are the positions, within the step, of the samples in rank r's row of micro-step m.
 
     `balance` is mean over maximum cost of the ranks, averaged over micro-steps by their maximum (1 is perfect).
@@ -37,9 +37,9 @@ class Deal:
         return len(self.rows)
 
 
-def deal(
+def assign_rows(
     tokens: np.ndarray, tiles: np.ndarray, sample_costs: np.ndarray, *, num_ranks: int, budgets: PackingConfig
-) -> Deal:
+) -> RowAssignment:
     """Deals a step's samples into the fewest micro-steps that keep both budgets, balanced by cost.
 
     When a sample finds no row with room, a micro-step more is tried. Deterministic: ties go to the lower number.
@@ -70,7 +70,7 @@ def deal(
             break
         num_micro_steps += 1
     sizes = np.stack([sample_costs, tokens, tiles])
-    return _by_micro_step(_even_out(rows, sizes, budgets), sample_costs, num_ranks)
+    return _by_micro_step(_rebalance(rows, sizes, budgets), sample_costs, num_ranks)
 
 
 def _fill(
@@ -102,7 +102,7 @@ def _fill(
     return rows
 
 
-def _even_out(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig) -> list[list[int]]:
+def _rebalance(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig) -> list[list[int]]:
     """The rows after exchanges: of all that lower the dearest row's cost and make no other as dear, the best, repeated.
 
     Args:
@@ -142,7 +142,7 @@ def _even_out(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig) 
     return [np.flatnonzero(row_of[:num_samples] == row).tolist() for row in range(num_rows)]
 
 
-def _by_micro_step(rows: list[list[int]], costs: np.ndarray, num_ranks: int) -> Deal:
+def _by_micro_step(rows: list[list[int]], costs: np.ndarray, num_ranks: int) -> RowAssignment:
     """Rows of like cost share a micro-step; within it ranks take turns at the dearer ones, so that totals even out."""
     row_costs = [float(costs[row].sum()) if row else 0.0 for row in rows]
     by_cost = sorted(range(len(rows)), key=lambda row: (-row_costs[row], row))
@@ -158,4 +158,4 @@ def _by_micro_step(rows: list[list[int]], costs: np.ndarray, num_ranks: int) -> 
         micro_steps.append(tuple(micro_step))
         mean_sum += sum(row_costs[row] for row in chosen) / num_ranks
         max_sum += max(row_costs[row] for row in chosen)
-    return Deal(tuple(micro_steps), mean_sum / max_sum if max_sum else 1.0)
+    return RowAssignment(tuple(micro_steps), mean_sum / max_sum if max_sum else 1.0)

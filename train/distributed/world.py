@@ -164,7 +164,7 @@ def leave() -> None:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class StepState:
     """What all ranks know after a step: losses and counts summed over ranks, and whether anybody wants to stop."""
 
     sums: torch.Tensor
@@ -173,7 +173,7 @@ class Agreement:
     slowest_s: float
 
 
-def agree(world: World, sums: torch.Tensor, *, stop: bool, sealed: bool, seconds: float) -> Agreement:
+def all_reduce_step_state(world: World, sums: torch.Tensor, *, stop: bool, sealed: bool, seconds: float) -> StepState:
     """The one collective of a step besides the engine's: sums, stop requests and times in one message.
 
     Args:
@@ -190,10 +190,10 @@ def agree(world: World, sums: torch.Tensor, *, stop: bool, sealed: bool, seconds
         dist.all_reduce(message, group=world.host_group)
     num = len(sums)
     num_stop, num_sealed = message[num : num + 2].tolist()
-    return Agreement(message[:num], num_stop > 0, num_sealed == world.size, float(message[num + 2 :].max()))
+    return StepState(message[:num], num_stop > 0, num_sealed == world.size, float(message[num + 2 :].max()))
 
 
-def share(world: World, value: _Value) -> list[_Value]:
+def all_gather_objects(world: World, value: _Value) -> list[_Value]:
     """What every rank has brought, in the order of ranks. For small values, at the start or the end of something."""
     if world.size == 1:
         return [value]
@@ -202,7 +202,7 @@ def share(world: World, value: _Value) -> list[_Value]:
     return values
 
 
-def from_main(world: World, action: Callable[[], _Value]) -> _Value:
+def broadcast_from_main(world: World, action: Callable[[], _Value]) -> _Value:
     """What `action` returns on rank 0, on every rank; what it raises there, all raise.
 
     For what ranks would otherwise read from a shared folder one by one: a network file system may show each of them
@@ -240,11 +240,8 @@ def wait_for(
 ) -> None:
     """Waits while another process makes a file, as long as that process shows signs of life.
 
-    Args:
-        is_there: tells whether the file is there.
-        heartbeat: what changes with each sign of life (see `beat_of`). No clock is asked but this process's own,
-            which never jumps.
-        what: for the error.
+    Args: is_there: tells whether the file is there. heartbeat: what changes with each sign of life (see
+        `heartbeat_mtime`). No clock is asked but this process's own, which never jumps. what: for the error.
 
     Raises:
         TimeoutError: no sign of life for `patience_s`.
@@ -259,7 +256,7 @@ def wait_for(
         time.sleep(0.2)
 
 
-def beat_of(path: Path) -> int | None:
+def heartbeat_mtime(path: Path) -> int | None:
     """When `path` was last touched, on its file system's clock; None where there is no such file."""
     try:
         return path.stat().st_mtime_ns

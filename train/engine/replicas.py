@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import nn
 
-from train.distributed.world import World, share
+from train.distributed.world import World, all_gather_objects
 
 
 class ReplicaError(RuntimeError):
@@ -41,7 +41,7 @@ def compare_sums(names: Sequence[str], sums: torch.Tensor, world: World, source:
     Raises:
         ReplicaError: on every rank, with the ranks that differ and the first tensor.
     """
-    every = share(world, (sums.tolist(), None if source is None else source.tolist()))
+    every = all_gather_objects(world, (sums.tolist(), None if source is None else source.tolist()))
     expected = every[0][1] or every[0][0]
     differing = {
         rank: [name for name, found, right in zip(names, held, expected, strict=True) if found != right]
@@ -79,7 +79,7 @@ def compare_starts(outcome: Mapping[str, object], world: World) -> None:
     Raises:
         ReplicaError: on every rank, with both values and the ranks.
     """
-    every = share(world, {key: str(value) for key, value in outcome.items()})
+    every = all_gather_objects(world, {key: str(value) for key, value in outcome.items()})
     for key, right in every[0].items():
         ranks = [rank for rank, of_rank in enumerate(every) if of_rank[key] != right]
         if ranks:

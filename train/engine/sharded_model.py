@@ -22,7 +22,7 @@ from llava_next.model.lora import add_adapters
 from llava_next.model.parts import set_recompute, set_trained_parts
 from llava_next.model.speedups import compile_blocks, use_fused, use_liger, use_onednn
 from train.config.schema import RunConfig
-from train.distributed.world import World, share
+from train.distributed.world import World, all_gather_objects
 
 
 def build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: int) -> tuple[LlavaNext, str]:
@@ -41,7 +41,7 @@ def build(backbone: Backbone, config: RunConfig, world: World, *, num_sources: i
         model, origin = _read(backbone, config, world, num_sources=num_sources)
     except ModelError as error:
         failed = error
-    said = share(world, str(failed) if failed else None)
+    said = all_gather_objects(world, str(failed) if failed else None)
     if model is None or any(said):
         raise failed or ModelError(next(text for text in said if text))
     set_trained_parts(model, config.stage.rates)

@@ -33,9 +33,9 @@ from train.evaluate.image_questions import (
     Accuracy,
     Question,
     answer_all,
+    filter_by_length,
     questions_of,
     summarize,
-    that_fit,
     with_one_picture,
 )
 from train.evaluate.results import SourceReport, as_result, format_tables
@@ -84,7 +84,7 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[Answer]]
     for source in subject.samples:
         with_place = [sample for sample in held_out.samples if sample.source == source]
         samples = with_one_picture(with_place, options.limit)
-        questions, num_unasked = that_fit(
+        questions, num_unasked = filter_by_length(
             subject.processor, samples, questions_of(source, samples, options.limit, options.per_picture)
         )
         asked[source] = samples, questions, num_unasked

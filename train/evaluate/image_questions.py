@@ -81,7 +81,7 @@ def questions_of(source: str, samples: Sequence[StoredSample], limit: int, per_p
     return questions[:limit]
 
 
-def that_fit(
+def filter_by_length(
     processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question]
 ) -> tuple[list[Question], int]:
     """The questions that fit the maximum length with every picture, as each is asked with another's too; and how many

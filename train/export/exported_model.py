@@ -181,7 +181,7 @@ def _run_around(folder: Path) -> RunConfig | None:
 
 def _of_checkpoint(place: Path, dtype: torch.dtype | None, verify: bool) -> Source:
     checks = [_compare_sums(place)] if verify else []
-    checkpoint.refuse_code(place)
+    checkpoint.refuse_unsafe_pickles(place)
     config = load_yaml(checkpoint.config_path(place))
     state = checkpoint.read_state(place)
     own = getattr(torch, state.dtype)
@@ -211,7 +211,7 @@ def _of_checkpoint(place: Path, dtype: torch.dtype | None, verify: bool) -> Sour
 
 def _compare_sums(place: Path) -> str:
     """Raises ConfigError, with the first of its files that is not what the run wrote; returns a sentence."""
-    told = checkpoint.damage(place)
+    told = checkpoint.corrupt_files(place)
     if told:
         others = [str(other) for other in checkpoint.complete(place.parent) if other.resolve() != place.resolve()]
         raise ConfigError(

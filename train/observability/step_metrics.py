@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from train.data.loader import StepPlan
-from train.distributed.world import Agreement, World
+from train.distributed.world import StepState, World
 from train.engine.step_guard import Update
 from train.observability.rates import peak_tflops
 
@@ -16,7 +16,7 @@ from train.observability.rates import peak_tflops
 class StepOutcome:
     """A finished step: losses per source summed over ranks, what became of its gradient, and where the time went."""
 
-    agreement: Agreement
+    agreement: StepState
     update: Update
     seconds: float
     data_wait_s: float

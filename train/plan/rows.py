@@ -11,7 +11,7 @@ import numpy.typing as npt
 from data_recipes.mixture.order import samples_of_step
 from llava_next.model.flops import StepCosts
 from train.config.schema import PackingConfig
-from train.data.packing import deal
+from train.data.packing import assign_rows
 from train.plan.memory import Row
 from train.plan.population import Population
 
@@ -50,7 +50,7 @@ def draw_steps(
         tokens, tiles, supervised = (
             values[numbers] for values in (population.tokens, population.tiles, population.supervised)
         )
-        dealt = deal(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=packing)
+        dealt = assign_rows(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=packing)
         values = np.stack([tokens, tokens**2, tiles, supervised], axis=1).astype(np.float64)
         sums = np.array([[values[list(row)].sum(axis=0) for row in micro_step] for micro_step in dealt.rows])
         drawn.append(StepRows(sums, np.array([[len(row) for row in micro_step] for micro_step in dealt.rows])))

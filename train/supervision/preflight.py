@@ -35,7 +35,7 @@ from train.config.schema import ConfigError, PackingConfig, RunConfig
 from train.data.length_table import LengthTable
 from train.data.loader import Rows
 from train.distributed.versions import versions
-from train.distributed.world import World, barrier, is_out_of_memory, share
+from train.distributed.world import World, all_gather_objects, barrier, is_out_of_memory
 from train.supervision.preflight_checks import Check, Findings, Gpu, compare, format_table
 
 logger = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ def check(config: RunConfig, world: World) -> None:
     own = look(config, world, token)
     _wait_for_all(world)
     _token_file(config.run_dir / "log", token, world.rank).unlink(missing_ok=True)
-    checks = compare(share(world, replace(own, clock=time.time())))
+    checks = compare(all_gather_objects(world, replace(own, clock=time.time())))
     if not any(one.problem for one in checks):
         checks.append(_try_network(world))
     _tell(checks, config, world)
@@ -255,7 +255,7 @@ def _try_network(world: World) -> Check:
 
     _within_patience(add_up)
     found = f"{4 * _NUMBERS / 2**20:.0f} MiB added up over {world.size} ranks in {1000 * took[-1]:.0f} ms"
-    for rank, values in enumerate(share(world, wrong)):
+    for rank, values in enumerate(all_gather_objects(world, wrong)):
         if values:
             right = world.size * (world.size + 1) / 2
             return Check(

@@ -35,7 +35,7 @@ _LINE = 320  # bytes of each of the two lines, which are padded so that they can
 
 
 @dataclass(frozen=True)
-class Place:
+class RankStatus:
     """Where a rank stands. Times are seconds since the epoch; `step` counts from 0 and is -1 before the first.
 
     `waits`, `at`, `seen` and `held_s` are what its watch last found: whether the rank is inside a collective, where in
@@ -66,7 +66,7 @@ class Place:
         return max(0.0, now - self.since if self.held_s is None else self.held_s + now - self.seen)
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """Step, micro-step and phase as a person reads them."""
         if self.step < 0:
             return PHASES[self.phase]
@@ -94,14 +94,14 @@ class Progress:
         self.note(self.now[0], waits=False, at="")
 
     @property
-    def now(self) -> tuple[Place, float]:
+    def now(self) -> tuple[RankStatus, float]:
         """Where this rank stands, and since when on the monotonic clock."""
         return self._now
 
     def enter(self, phase: str, step: int, micro_step: int = 0) -> None:
         """This rank begins a phase. One small write into the page cache; it never raises, as it may not end a run."""
         # Not rounded: by its time a note is told to be of this phase, and two phases can lie within a millisecond.
-        place = Place(self._rank, self._host, step, micro_step, phase, time.time())
+        place = RankStatus(self._rank, self._host, step, micro_step, phase, time.time())
         self._now = (place, time.monotonic())
         self._write(
             0,
@@ -109,7 +109,7 @@ class Progress:
             f'"phase": "{phase}", "since": {place.since}}}',
         )
 
-    def note(self, place: Place, *, waits: bool, at: str) -> None:
+    def note(self, place: RankStatus, *, waits: bool, at: str) -> None:
         """What the watch found while the rank stood there; brought to the disk, for readers on other hosts."""
         now, entered_s = self._now
         held_s = round(time.monotonic() - entered_s, 3) if now == place else None
@@ -137,19 +137,19 @@ def progress_path(folder: Path, rank: int) -> Path:
     return folder / f"rank_{rank:03d}.progress"
 
 
-def read_places(folder: Path, num_ranks: int) -> list[Place]:
+def read_statuses(folder: Path, num_ranks: int) -> list[RankStatus]:
     """Where the ranks stand; those whose file is not there, or cannot be read just now, are left out."""
     places = []
     for rank in range(num_ranks):
         with suppress(OSError, ValueError, TypeError, KeyError):
             first, second = progress_path(folder, rank).read_text().splitlines()
-            place, found = Place(**json.loads(first)), json.loads(second)
+            place, found = RankStatus(**json.loads(first)), json.loads(second)
             is_of_this_phase = found.pop("since") == place.since
             places.append(replace(place, **(found if is_of_this_phase else {"seen": found["seen"]})))
     return places
 
 
-def late(places: Sequence[Place]) -> list[Place]:
+def stragglers(places: Sequence[RankStatus]) -> list[RankStatus]:
     """Those that the others wait for: the least far of the ranks that are not inside a collective.
 
     If all are inside one, the least far of all.
@@ -159,7 +159,7 @@ def late(places: Sequence[Place]) -> list[Place]:
     return [place for place in candidates if place.order == first]
 
 
-def sample_names(planner: Planner, mixture: Mixture, place: Place) -> list[str]:
+def sample_names(planner: Planner, mixture: Mixture, place: RankStatus) -> list[str]:
     """The samples that a rank has in hand where it stands, as `source:id`; the whole step's where ranks meet."""
     if place.step < 0 or place.phase == "evaluate":
         return []

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from train.config.exit_codes import EXIT_FAILED
 from train.distributed.world import Launch
-from train.supervision.rank_progress import Place, Progress, late, read_places
+from train.supervision.rank_progress import Progress, RankStatus, read_statuses, stragglers
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class RankFailure(RuntimeError):
     `samples` are names; None if they could not be read.
     """
 
-    def __init__(self, sentence: str, place: Place, samples: Sequence[str] | None) -> None:
+    def __init__(self, sentence: str, place: RankStatus, samples: Sequence[str] | None) -> None:
         super().__init__(sentence + (_listed(samples) if place.step >= 0 else ""))
         self.about: dict[str, Any] = {
             key: getattr(place, key) for key in ("rank", "host", "step", "micro_step", "phase")
@@ -107,7 +107,7 @@ class Watch:
 
     def __init__(self, run_dir: Path, launch: Launch, timeout_s: float) -> None:
         self.progress = Progress(None, launch.rank)
-        self.names: Callable[[Place], list[str]] = lambda place: []
+        self.names: Callable[[RankStatus], list[str]] = lambda place: []
         self.exit_file = ExitFile(run_dir)
         self._folder, self._launch, self._timeout_s = run_dir / "log", launch, timeout_s
         self._tick_s = min(5.0, timeout_s / 8)
@@ -128,7 +128,7 @@ class Watch:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def give_up(self, error: Exception | None = None) -> NoReturn:
+    def abort(self, error: Exception | None = None) -> NoReturn:
         """Ends this process, and with it the run.
 
         Args:
@@ -146,7 +146,7 @@ class Watch:
             self._dump_stacks()
         _end(EXIT_FAILED)
 
-    def leave_at_once(self, code: int, reason: str) -> NoReturn:
+    def exit_at_once(self, code: int, reason: str) -> NoReturn:
         """Ends this process without waiting for anybody."""
         if self.exit_file.write(code, reason):
             print(reason, file=sys.stderr, flush=True)
@@ -155,22 +155,22 @@ class Watch:
     def _failure(self, error: Exception | None) -> RankFailure:
         own, _ = self.progress.now
         if error is not None and not _is_of_a_collective(error):
-            return self._named(f"rank {own.rank} ({own.host}) failed in {own.words}: {_cause(error)}", own)
+            return self._named(f"rank {own.rank} ({own.host}) failed in {own.description}: {_cause(error)}", own)
         waited = f"rank {own.rank} ({own.host}) gave up after timeout_s={self._timeout_s:g}"
         if error is not None:
             waited = f"rank {own.rank} ({own.host}) gave up: {_cause(error)}"
             self.progress.note(own, waits=True, at=own.at)
             time.sleep(1.0)  # for the others to do the same: only the one that they miss does not
-        places = read_places(self._folder, self._launch.size) or [own]
+        places = read_statuses(self._folder, self._launch.size) or [own]
         unseen = sorted(set(range(self._launch.size)) - {place.rank for place in places})
-        behind = late(places)
+        behind = stragglers(places)
         if all(place.waits for place in behind):
             who = f"ranks {', '.join(map(str, unseen))}, which left no progress file," if unseen else "one another"
             cause = "" if unseen else " (the network between them, or a collective that not all of them take part in)"
-            return self._named(f"ranks wait for {who} in {behind[0].words}{cause}; {waited}", behind[0])
-        return self._named(f"{_about_late(behind)}; {waited}", behind[0])
+            return self._named(f"ranks wait for {who} in {behind[0].description}{cause}; {waited}", behind[0])
+        return self._named(f"{_describe_stragglers(behind)}; {waited}", behind[0])
 
-    def _named(self, sentence: str, place: Place) -> RankFailure:
+    def _named(self, sentence: str, place: RankStatus) -> RankFailure:
         """With the samples' names, unless the disk that has them is what everybody waits for."""
         found: list[list[str]] = []
         reader = threading.Thread(target=lambda: found.append(self.names(place)), daemon=True)
@@ -180,7 +180,7 @@ class Watch:
 
     def _look(self) -> None:
         looked_s = started_s = time.monotonic()
-        before: tuple[Place, bool] | None = None
+        before: tuple[RankStatus, bool] | None = None
         while not self._over.wait(self._tick_s):
             now_s = time.monotonic()
             if now_s - looked_s > self._tick_s + 5:
@@ -191,11 +191,11 @@ class Watch:
             place, entered_s = self.progress.now
             age_s = now_s - max(entered_s, started_s)
             if age_s > self._tick_s:
-                waits, at = _stands(self._rank_thread)
+                waits, at = _thread_location(self._rank_thread)
                 self.progress.note(place, waits=waits, at=at)
                 # One that has just come out of a collective brings its error, which says more.
                 if age_s > self._timeout_s and place.phase in _TIMED and before == (place, waits):
-                    self.give_up()
+                    self.abort()
                 before = (place, waits)
 
     def _dump_stacks(self) -> None:
@@ -214,9 +214,9 @@ def _end(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _about_late(behind: Sequence[Place]) -> str:
+def _describe_stragglers(behind: Sequence[RankStatus]) -> str:
     first = behind[0]
-    text = f"rank {first.rank} ({first.host}) has been in {first.words} for {first.age_s:.0f} s"
+    text = f"rank {first.rank} ({first.host}) has been in {first.description} for {first.age_s:.0f} s"
     if first.at:
         text += f", at {first.at}"
     if time.time() - max(first.seen, first.since) > 15:
@@ -226,7 +226,7 @@ def _about_late(behind: Sequence[Place]) -> str:
     return text
 
 
-def _stands(thread: int) -> tuple[bool, str]:
+def _thread_location(thread: int) -> tuple[bool, str]:
     """Whether a thread is inside a collective, and its innermost line."""
     frame = sys._current_frames().get(thread)
     if frame is None:

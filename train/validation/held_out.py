@@ -25,8 +25,8 @@ from llava_next.inputs.processor import Example, Processor, SampleRejected
 from llava_next.model.flops import StepCosts
 from llava_next.model.llava_next import LossSums
 from train.config.schema import PackingConfig
-from train.data.packing import deal
-from train.distributed.world import World, share
+from train.data.packing import assign_rows
+from train.distributed.world import World, all_gather_objects
 
 _DEALT_AT_ONCE = 256
 """Samples that are dealt together: enough to fill rows well, few enough that dealing takes no time."""
@@ -121,7 +121,7 @@ class HeldOut:
             enter: told the number of each row before it begins.
         """
         started = time.monotonic()
-        sums = torch.stack(share(world, self.sums(forward, world.device, enter))).sum(0)
+        sums = torch.stack(all_gather_objects(world, self.sums(forward, world.device, enter))).sum(0)
         losses = {f"eval/{name}/loss": loss for name, loss in self.losses(sums).items()}
         return losses | {"perf/evaluate_s": time.monotonic() - started}
 
@@ -151,9 +151,9 @@ class HeldOut:
         """The mean loss of each source, from the sums of all ranks, as `train/loss/<source>` is one."""
         shares = sums[2] if self.per_sample else sums[1]
         return {
-            name: float(loss / share)
-            for name, loss, share in zip(self.source_names, sums[0], shares, strict=True)
-            if share > 0
+            name: float(loss / all_gather_objects)
+            for name, loss, all_gather_objects in zip(self.source_names, sums[0], shares, strict=True)
+            if all_gather_objects > 0
         }
 
 
@@ -207,6 +207,6 @@ def rows_of(
     for start in range(0, len(lengths), _DEALT_AT_ONCE):
         tokens, tiles, supervised = lengths[start : start + _DEALT_AT_ONCE].T
         budgets = PackingConfig(max(packing.max_tokens, int(tokens.max())), max(packing.max_tiles, int(tiles.max())))
-        dealt = deal(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=budgets)
+        dealt = assign_rows(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=budgets)
         rows += [tuple(start + place for place in micro_step[rank]) for micro_step in dealt.rows]
     return tuple(rows)

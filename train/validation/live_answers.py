@@ -21,7 +21,7 @@ from llava_next.inputs.processor import IGNORE, Example, Processor
 from llava_next.model.build import Backbone
 from llava_next.model.flops import StepCosts
 from train.config.schema import EvaluateConfig, PackingConfig
-from train.distributed.world import World, share
+from train.distributed.world import World, all_gather_objects
 from train.validation.held_out import HeldOutSample, encoded, rows_of
 
 
@@ -76,7 +76,7 @@ class LiveAnswers:
         said: dict[int, list[int]] = {}
         for number, row in enumerate(self.rows):
             said |= zip(row, self._greedy(row, forward, world, partial(enter, number)), strict=True)
-        everywhere = {place: ids for of_rank in share(world, said) for place, ids in of_rank.items()}
+        everywhere = {place: ids for of_rank in all_gather_objects(world, said) for place, ids in of_rank.items()}
         return [self._answer(probe, everywhere[place]) for place, probe in enumerate(self.probes)]
 
     @torch.no_grad()
@@ -98,7 +98,9 @@ class LiveAnswers:
             batch.input_ids[0, first + number + 1] = next_ids
             found = torch.cat([found, next_ids[:, None]], dim=1)
             is_open = not bool(torch.isin(found, stops).any(dim=1).all())
-            if not any(share(world, is_open)):  # most answers are short, and passes dear: asking the others is neither
+            if not any(
+                all_gather_objects(world, is_open)
+            ):  # most answers are short, and passes dear: asking the others is neither
                 break
         return [self._until_stop(ids) for ids in found.tolist()]
 

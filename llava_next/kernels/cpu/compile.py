@@ -60,7 +60,7 @@ def load(source: Path, instructions: str) -> ctypes.CDLL:
         raise CompileError(f"{library} could not be loaded, and was removed: {error}") from error
 
 
-def why_not(library: Callable[[], ctypes.CDLL]) -> str | None:
+def unavailable_reason(library: Callable[[], ctypes.CDLL]) -> str | None:
     """What keeps a library from being loaded in this process; None where it can be. Compiles it, if it never was."""
     try:
         library()

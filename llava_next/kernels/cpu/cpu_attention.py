@@ -20,12 +20,12 @@ _VECTOR = 16
 """Floats of the widest vector. Heads whose width is no multiple of it are filled up with zeros."""
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why it cannot run in this process; None where it can. Compiles it, if it never was."""
-    return native.why_not(_library)
+    return native.unavailable_reason(_library)
 
 
-def is_measured() -> bool:
+def is_supported_isa() -> bool:
     """Whether it was found faster than torch's SDPA with this processor's instructions: AVX2 or AVX-512."""
     return torch.backends.cpu.get_cpu_capability() in native.INSTRUCTIONS
 
@@ -57,7 +57,7 @@ def attend(
 
     Raises:
         ValueError: shapes or types that do not fit.
-        CompileError: it cannot run here (`missing` says so beforehand).
+        CompileError: it cannot run here (`unavailable_reason` says so beforehand).
     """
     (num_queries, heads, width), kv_heads = query.shape, key.shape[1]
     if not all(map(takes, (query, key, value))) or key.shape != value.shape or key.shape[2] != width:

@@ -40,7 +40,7 @@ def takes_fused(kernel: ElementwiseKernel, device: torch.device, dtype: torch.dt
         return False
     if kernel == "auto" and torch.backends.cpu.get_cpu_capability() not in native.INSTRUCTIONS:
         return False
-    why_not = missing()
+    why_not = unavailable_reason()
     if why_not is None:
         return True
     if kernel == "fused":
@@ -49,9 +49,9 @@ def takes_fused(kernel: ElementwiseKernel, device: torch.device, dtype: torch.dt
     return False
 
 
-def missing() -> str | None:
+def unavailable_reason() -> str | None:
     """Why they cannot run in this process; None where they can. Compiles them, if they never were."""
-    return native.why_not(_library)
+    return native.unavailable_reason(_library)
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -42,7 +42,9 @@ def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
 @cache
 def _is_rms_norm(kind: Any) -> bool:
     norm: Any = SimpleNamespace(weight=_numbers(8), variance_epsilon=0.1)
-    return kind.__name__.endswith("Norm") and _gives(lambda: (kind.forward(norm, _X), _rms_norm(norm, _X)))
+    return kind.__name__.endswith("Norm") and _matches_numerically(
+        lambda: (kind.forward(norm, _X), _rms_norm(norm, _X))
+    )
 
 
 def _gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -51,13 +53,13 @@ def _gated_mlp(module: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def _is_silu(activation: Any) -> bool:
-    return callable(activation) and _gives(lambda: (activation(_X), F.silu(_X)))
+    return callable(activation) and _matches_numerically(lambda: (activation(_X), F.silu(_X)))
 
 
 @cache
 def _is_gated_mlp(kind: Any) -> bool:
     mlp: Any = SimpleNamespace(act_fn=F.silu, gate_proj=torch.sin, up_proj=torch.cos, down_proj=torch.exp)
-    return _gives(lambda: (kind.forward(mlp, _X), _gated_mlp(mlp, _X)))
+    return _matches_numerically(lambda: (kind.forward(mlp, _X), _gated_mlp(mlp, _X)))
 
 
 @cache
@@ -70,7 +72,7 @@ def _rotates_in_halves(kind: Any) -> bool:
         return False
     angles = _numbers(1, 3, 8)
     given = (_numbers(1, 2, 3, 8), _numbers(1, 1, 3, 8), angles.cos(), angles.sin())
-    return _gives(lambda: (torch.cat(theirs(*given), 1), torch.cat(_rotate_both(theirs, *given), 1)))
+    return _matches_numerically(lambda: (torch.cat(theirs(*given), 1), torch.cat(_rotate_both(theirs, *given), 1)))
 
 
 def _rotate_both(
@@ -97,7 +99,7 @@ def _numbers(*shape: int) -> torch.Tensor:
 _X = _numbers(1, 3, 8)
 
 
-def _gives(both: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> bool:
+def _matches_numerically(both: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> bool:
     """Whether both are the same to rounding. Code that wants something else than it is given here is other code."""
     try:
         theirs, ours = both()

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from data_recipes.prepare import __main__ as prepare
-from data_recipes.prepare.shared_files import read_together, together
+from data_recipes.prepare.shared_files import group_by_file, read_together
 from data_recipes.raw.json_records import iter_records
 from data_recipes.readers import llava_json
 from data_recipes.schema.sample import DataError, Reason, Reject, Sample
@@ -175,7 +175,7 @@ def test_what_goes_together() -> None:
         source("other_reader_2", reader="messages_jsonl", annotations="m.json", component="y"),
         source("c", **merged, component="aokvqa"),
     ]
-    groups = [[each.name for each in group] for group in together(sources)]
+    groups = [[each.name for each in group] for group in group_by_file(sources)]
     alone = [["whole"], ["other_folder"], ["again"], ["other_file"], ["other_reader"], ["other_reader_2"]]
     assert groups == [["a", "b", "c"], *alone]
 
@@ -184,7 +184,7 @@ def test_the_shipped_parts_go_together() -> None:
     """Four merged files, and each is read once."""
     configs = Path(__file__).resolve().parents[3] / "configs"
     sources = [read_source(configs, path.stem) for path in sorted((configs / "source").glob("*.yaml"))]
-    merged = [group for group in together(sources) if len(group) > 1]
+    merged = [group for group in group_by_file(sources) if len(group) > 1]
     assert sorted((group[0].options["components"], len(group)) for group in merged) == [
         ("llava_next_779k", 16),
         ("mix665k", 10),

@@ -45,19 +45,19 @@ def test_whole_with_its_name_or_not_at_all(tmp_path: Path) -> None:
     for rank in range(12):
         atomic_folder.seal(partial, rank)
     with pytest.raises(OSError, match="sums_rank_012"):
-        atomic_folder.give_name(partial, 13)
+        atomic_folder.commit(partial, 13)
     atomic_folder.seal(partial, 12)
     stray = partial / "engine" / "stray.bin"
     stray.write_text("whose?")
     with pytest.raises(ValueError, match=r"summed up, engine/stray\.bin"):
-        atomic_folder.give_name(partial, 13)
+        atomic_folder.commit(partial, 13)
     assert not atomic_folder.place_of(partial).exists()
     stray.unlink()
     atomic_folder.place_of(partial).mkdir()
     (atomic_folder.place_of(partial) / "of an earlier run").write_text("")
-    place = atomic_folder.give_name(partial, 13)
+    place = atomic_folder.commit(partial, 13)
     assert place == tmp_path / "zero_pp_rank_5"
-    assert atomic_folder.is_whole(place)
+    assert atomic_folder.is_complete(place)
     names = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
     assert names == {*FILES, "sums.json"}
     assert set(json.loads((place / "sums.json").read_text())) == set(FILES)
@@ -68,10 +68,10 @@ def test_damage_is_found_by_the_rank_whose_share_it_is(tmp_path: Path) -> None:
     partial = written(tmp_path)
     for rank in range(13):
         atomic_folder.seal(partial, rank)
-    place = atomic_folder.give_name(partial, 13)
-    assert [atomic_folder.damage(place, rank, 4) for rank in range(4)] == [""] * 4
+    place = atomic_folder.commit(partial, 13)
+    assert [atomic_folder.corrupt_files(place, rank, 4) for rank in range(4)] == [""] * 4
     for name in FILES:
         (place / name).write_text(name[::-1])
-        told = [atomic_folder.damage(place, rank, 4) for rank in range(4)]
+        told = [atomic_folder.corrupt_files(place, rank, 4) for rank in range(4)]
         assert [text for text in told if text] == [f"{name} has other bytes than were written (sha256)"]
         (place / name).write_text(name)

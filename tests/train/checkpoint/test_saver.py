@@ -82,7 +82,7 @@ def test_interrupted_write_is_absent(tmp_path: Path) -> None:
     for name in ("run_state.json", "sums.json"):
         (partial / name).write_bytes((first / name).read_bytes())
     assert checkpoint.newest(tmp_path) == first
-    assert checkpoint.find_sound(tmp_path, ALONE) == first
+    assert checkpoint.latest_valid(tmp_path, ALONE) == first
     assert not partial.exists()
     partial.mkdir()
     second = saved(tmp_path, 2)
@@ -127,7 +127,7 @@ def test_a_whole_one_without_its_name_gets_it(tmp_path: Path) -> None:
         partial = tmp_path / f"step_00000{step}.partial"
         if not is_whole:
             (partial / "sums_rank_000.json").unlink()
-        found = checkpoint.find_sound(tmp_path, ALONE)
+        found = checkpoint.latest_valid(tmp_path, ALONE)
         assert found is not None
         assert found.name == "step_000003"
         assert not partial.exists()
@@ -172,7 +172,7 @@ def test_interrupted_removal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000001.removed", "step_000002"]
     (tmp_path / "step_000002.universal").mkdir()
     (tmp_path / "step_000002.universal.alive").touch()
-    assert checkpoint.find_sound(tmp_path, ALONE) == tmp_path / "step_000002"
+    assert checkpoint.latest_valid(tmp_path, ALONE) == tmp_path / "step_000002"
     assert [path.name for path in tmp_path.iterdir()] == ["step_000002"]
 
 
@@ -209,12 +209,12 @@ def test_damaged_one_is_told_and_the_one_before_it_is_used(
     """Whatever has happened to a file of the newest one: it is named with what is wrong, put aside, and not used."""
     damage, told = DAMAGES[kind]
     first, second = saved(tmp_path, 1), saved(tmp_path, 2)
-    assert checkpoint.find_sound(tmp_path, ALONE) == second
+    assert checkpoint.latest_valid(tmp_path, ALONE) == second
     damage(second)
     with caplog.at_level(logging.WARNING):
-        assert checkpoint.find_sound(tmp_path, ALONE) == first
+        assert checkpoint.latest_valid(tmp_path, ALONE) == first
     assert f"checkpoint {second} is damaged" in caplog.text
     assert told in caplog.text
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000001", "step_000002.damaged"]
     damage(first)
-    assert checkpoint.find_sound(tmp_path, ALONE) is None
+    assert checkpoint.latest_valid(tmp_path, ALONE) is None

@@ -29,7 +29,7 @@ from tests.tiny import tiny_model, tiny_samples, tiny_store
 from train.config.schema import ConfigError, RunConfig
 from train.data import length_table
 from train.data.length_table import LengthTable, data_fingerprint, open_table
-from train.distributed.world import beat_of, wait_for
+from train.distributed.world import heartbeat_mtime, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -325,7 +325,7 @@ def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
     beat.touch()
     os.utime(beat, (0, 0))
     started = time.monotonic()
-    wait_for(lambda: time.monotonic() - started > 0.5, lambda: beat_of(beat), what="it", patience_s=2.0)
+    wait_for(lambda: time.monotonic() - started > 0.5, lambda: heartbeat_mtime(beat), what="it", patience_s=2.0)
     beat.touch()  # nor does one that stands still, however new it is
     with pytest.raises(TimeoutError):
-        wait_for(lambda: False, lambda: beat_of(beat), what="it", patience_s=0.3)
+        wait_for(lambda: False, lambda: heartbeat_mtime(beat), what="it", patience_s=0.3)

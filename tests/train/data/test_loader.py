@@ -32,7 +32,7 @@ from train.config.schema import PackingConfig, RunConfig
 from train.data import loader
 from train.data.length_table import LengthTable, open_table
 from train.data.loader import Planner, SampleError, batches
-from train.data.packing import Deal, deal
+from train.data.packing import RowAssignment, assign_rows
 
 COSTS = StepCosts(tile=5.0, token=1.0, pair=0.01)
 
@@ -312,9 +312,9 @@ def test_a_step_is_planned_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(loader, "_MOST_REMEMBERED", 4)
     dealt: list[int] = []
 
-    def counted(*args: Any, **kwargs: Any) -> Deal:
+    def counted(*args: Any, **kwargs: Any) -> RowAssignment:
         dealt.append(1)
-        return deal(*args, **kwargs)
+        return assign_rows(*args, **kwargs)
 
     monkeypatch.setattr(loader, "deal", counted)
     planner = replace(data.planner(), stage=replace(data.config.stage, epochs=4.0))

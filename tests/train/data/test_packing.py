@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from llava_next.model.flops import StepCosts
 from train.config.schema import PackingConfig
-from train.data.packing import Deal, PackingError, deal
+from train.data.packing import PackingError, RowAssignment, assign_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 COSTS = StepCosts(tile=400.0, token=1.0, pair=0.001)
@@ -32,10 +32,10 @@ samples = st.lists(
 )
 
 
-def dealt(pairs: list[tuple[int, int]], num_ranks: int, budgets: PackingConfig = BUDGETS) -> Deal:
+def dealt(pairs: list[tuple[int, int]], num_ranks: int, budgets: PackingConfig = BUDGETS) -> RowAssignment:
     """The deal of samples given as (tokens, tiles)."""
     tokens, tiles = (np.array(column, dtype=np.int64) for column in zip(*pairs, strict=True))
-    return deal(tokens, tiles, COSTS.of(tokens, tiles, 0 * tokens), num_ranks=num_ranks, budgets=budgets)
+    return assign_rows(tokens, tiles, COSTS.of(tokens, tiles, 0 * tokens), num_ranks=num_ranks, budgets=budgets)
 
 
 @settings(deadline=None, max_examples=200)
@@ -63,12 +63,13 @@ def test_deal_is_a_function_of_its_arguments(pairs: list[tuple[int, int]], num_r
     for values in (tokens, tiles):
         values.flags.writeable = False
     first, second = (
-        deal(tokens, tiles, COSTS.of(tokens, tiles, 0 * tokens), num_ranks=num_ranks, budgets=BUDGETS) for _ in range(2)
+        assign_rows(tokens, tiles, COSTS.of(tokens, tiles, 0 * tokens), num_ranks=num_ranks, budgets=BUDGETS)
+        for _ in range(2)
     )
     assert first == second
 
 
-def drawn_deal() -> Deal:
+def drawn_deal() -> RowAssignment:
     """The deal of 300 samples drawn with a fixed seed."""
     pairs = np.random.default_rng(1).integers([1, 0], [4097, 13], size=(300, 2))
     return dealt([(int(tokens), int(tiles)) for tokens, tiles in pairs], 7)
@@ -109,7 +110,7 @@ def test_equal_samples_are_in_balance() -> None:
 
 def test_balance_is_mean_over_maximum() -> None:
     """Two ranks with costs 3 and 1 are at (3 + 1) / 2 / 3."""
-    result = deal(np.array([300, 100]), np.array([0, 0]), np.array([3.0, 1.0]), num_ranks=2, budgets=BUDGETS)
+    result = assign_rows(np.array([300, 100]), np.array([0, 0]), np.array([3.0, 1.0]), num_ranks=2, budgets=BUDGETS)
     assert result.balance == pytest.approx(2 / 3)
 
 
@@ -120,7 +121,7 @@ def test_real_lengths_are_balanced() -> None:
     tokens = (generator.lognormal(5.0, 0.8, size=128) + 576 * tiles).astype(np.int64).clip(1, 4096)
     costs = StepCosts(tile=400.0 * 576, token=400.0, pair=0.02).of(tokens, tiles, 0 * tokens)
     budgets = PackingConfig(max_tokens=16_384, max_tiles=48)
-    assert deal(tokens, tiles, costs, num_ranks=8, budgets=budgets).balance > 0.95
+    assert assign_rows(tokens, tiles, costs, num_ranks=8, budgets=budgets).balance > 0.95
 
 
 @pytest.mark.parametrize(("pair", "named"), [((4097, 0), "max_tokens=4096"), ((10, 13), "max_tiles=12")])

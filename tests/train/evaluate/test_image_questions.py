@@ -15,7 +15,14 @@ from llava_next.inputs.processor import Processor
 from tests.tiny import tiny_mixture
 from tests.train.evaluate.learned import ANSWERS, Learned, sample
 from train.evaluate.answers import StockModel
-from train.evaluate.image_questions import Question, answer_all, questions_of, summarize, that_fit, with_one_picture
+from train.evaluate.image_questions import (
+    Question,
+    answer_all,
+    filter_by_length,
+    questions_of,
+    summarize,
+    with_one_picture,
+)
 from train.validation.held_out import of_mixture
 
 
@@ -80,5 +87,5 @@ def test_questions_too_long_for_another_picture_are_counted(learned: Learned) ->
     whole = [Message("user", f"<image>\n{long.text}"), Message("assistant", long.truth)]
     just_enough = learned.processor.layout(whole, small.sizes_hw).num_tokens
     processor = Processor(learned.processor.tokenizer, replace(learned.processor.config, max_length=just_enough))
-    assert that_fit(processor, [small], [short, long]) == ([short, long], 0)
-    assert that_fit(processor, [small, large], [short, long]) == ([short], 1)
+    assert filter_by_length(processor, [small], [short, long]) == ([short, long], 0)
+    assert filter_by_length(processor, [small, large], [short, long]) == ([short], 1)

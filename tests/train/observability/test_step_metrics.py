@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from train.data.loader import StepPlan
-from train.distributed.world import Agreement, World
+from train.distributed.world import StepState, World
 from train.engine.step_guard import Update
 from train.observability.step_metrics import StepMetrics, StepOutcome
 
@@ -28,7 +28,7 @@ def outcome(applied: bool = True) -> StepOutcome:
     """Of three sources, whose second has no sample in the step: loss sums, then supervised tokens."""
     sums = torch.tensor([12.0, 0.0, 8.0, 6.0, 0.0, 2.0], dtype=torch.float64)
     update = Update(applied, 5.0, {"projector": 3.0, "language_model": 4.0})
-    return StepOutcome(Agreement(sums, stop=False, sealed=False, slowest_s=1.5), update, seconds=2.0, data_wait_s=0.25)
+    return StepOutcome(StepState(sums, stop=False, sealed=False, slowest_s=1.5), update, seconds=2.0, data_wait_s=0.25)
 
 
 def test_values_are_the_steps_own() -> None:

@@ -146,7 +146,7 @@ def test_activations_are_what_autograd_saves(
     kernels: tuple[AttentionKernel, ElementwiseKernel],
 ) -> None:
     """Within 3 %, whatever trains, in either type, with blocks run again or not, by torch's kernels and by ours."""
-    if kernels != PLAIN and (why_not := cpu_fused.missing()):
+    if kernels != PLAIN and (why_not := cpu_fused.unavailable_reason()):
         pytest.skip(why_not)
     backbone = read_backbone(models[tower])
     attention, elementwise = kernels

@@ -16,15 +16,15 @@ from tests.train import cases
 from train.config.schema import RunConfig
 from train.data.length_table import open_table
 from train.data.loader import stage_processor
-from train.supervision.rank_progress import PHASES, Place, Progress, late, read_places
+from train.supervision.rank_progress import PHASES, Progress, RankStatus, read_statuses, stragglers
 from train.supervision.watchdog import ExitFile, _is_of_a_collective
 
 TIMEOUT_S = 10.0
 
 
-def place(rank: int, step: int, micro_step: int, phase: str) -> Place:
+def place(rank: int, step: int, micro_step: int, phase: str) -> RankStatus:
     """A rank's place; when it came there is of no account."""
-    return Place(rank, "node1", step, micro_step, phase, since=0.0)
+    return RankStatus(rank, "node1", step, micro_step, phase, since=0.0)
 
 
 def test_a_place_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -32,20 +32,20 @@ def test_a_place_is_read_as_it_was_written(tmp_path: Path) -> None:
     progress = Progress(tmp_path, rank=1)
     for step, micro_step, phase in ((-1, 0, "start"), (0, 0, "data"), (17, 12, "backward"), (123_456, 0, "save")):
         progress.enter(phase, step, micro_step)
-        [read] = read_places(tmp_path, 2)
+        [read] = read_statuses(tmp_path, 2)
         assert (read.rank, read.step, read.micro_step, read.phase) == (1, step, micro_step, phase)
         assert abs(time.time() - read.since) < 1
         assert (read.waits, read.at) == (False, "")
         progress.note(read, waits=True, at="x" * 500)
-        [read] = read_places(tmp_path, 2)
+        [read] = read_statuses(tmp_path, 2)
         assert read.waits
         assert len((tmp_path / "rank_001.progress").read_bytes()) == 640
     for step in range(100):  # however quickly one phase follows another
         progress.note(progress.now[0], waits=True, at="")
         progress.enter("data", step)
-        assert not read_places(tmp_path, 2)[0].waits
+        assert not read_statuses(tmp_path, 2)[0].waits
     progress.remove()
-    assert read_places(tmp_path, 2) == []
+    assert read_statuses(tmp_path, 2) == []
 
 
 def test_an_earlier_runs_place_is_forgotten(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_earlier_runs_place_is_forgotten(tmp_path: Path) -> None:
     Progress(tmp_path).enter("forward", 99, 3)
     assert Progress(tmp_path).now[0].step == -1
     (tmp_path / "rank_001.progress").write_bytes(b'{"rank": 1, "ho')
-    assert [(found.rank, found.step) for found in read_places(tmp_path, 3)] == [(0, -1)]
+    assert [(found.rank, found.step) for found in read_statuses(tmp_path, 3)] == [(0, -1)]
 
 
 def test_no_disk_ends_no_run(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_clock_that_jumps_makes_no_rank_late(tmp_path: Path, monkeypatch: pyte
     for days in (30, -30):
         monkeypatch.setattr(time, "time", lambda days=days: clock() + 86_400 * days)
         progress.note(progress.now[0], waits=False, at="")
-        assert read_places(tmp_path, 1)[0].age_s < 60
+        assert read_statuses(tmp_path, 1)[0].age_s < 60
     monkeypatch.setattr(time, "time", clock)
     assert replace(place(0, 3, 0, "forward"), since=clock() + 500).age_s == 0
 
@@ -106,9 +106,9 @@ def test_a_clock_that_jumps_makes_no_rank_late(tmp_path: Path, monkeypatch: pyte
         "alone": ([AT_FORWARD], [0]),
     }.values(),
 )
-def test_who_is_late(places: list[Place], expected: list[int]) -> None:
+def test_who_is_late(places: list[RankStatus], expected: list[int]) -> None:
     """The rank that is least far, and of those in one phase the one that does not wait for the others."""
-    assert [found.rank for found in late(places)] == expected
+    assert [found.rank for found in stragglers(places)] == expected
 
 
 def test_a_lost_rank_is_told_from_a_fault() -> None:

@@ -24,7 +24,7 @@ from llava_next.model.parts import set_recompute, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import learned, mixed, row, worst_difference
 
-WHY_NOT = cpu_attention.missing()
+WHY_NOT = cpu_attention.unavailable_reason()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 LENGTHS = [(5,), (1, 1, 1), (12, 13, 96), (95, 97, 255), (256, 257), (1, 700, 33)]

@@ -12,7 +12,7 @@ from llava_next.config import ElementwiseKernel, ModelError
 from llava_next.kernels.cpu import elementwise as cpu_fused
 from llava_next.kernels.cpu.elementwise import rms_norm, rotate, swish, takes_fused
 
-WHY_NOT = cpu_fused.missing()
+WHY_NOT = cpu_fused.unavailable_reason()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 CPU = torch.device("cpu")

@@ -20,7 +20,7 @@ from llava_next.model.speedups import use_fused
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import learned, mixed, row, worst_difference
 
-WHY_NOT = cpu_fused.missing()
+WHY_NOT = cpu_fused.unavailable_reason()
 pytestmark = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
