@@ -101,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenProcessPool:
         return _fail(
             1,
-            "a process that decodes pictures was killed, most likely for want of memory. Try fewer --workers. "
+            "a process that decodes pictures was killed, most likely because memory ran out. Try fewer --workers. "
             f"{again}.",
         )
     except OSError as error:

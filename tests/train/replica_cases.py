@@ -76,7 +76,7 @@ def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s:
     with ExitStack() as patches:
         patches.enter_context(patch("train.checkpoint.saver.LAG_PATIENCE_S", patience_s))
         if read_launch().rank == rank:
-            patches.enter_context(patch("train.checkpoint.atomic_folder.is_whole", lagging))
+            patches.enter_context(patch("train.checkpoint.atomic_folder.is_complete", lagging))
         try:
             return train(config)
         except ConfigError as error:

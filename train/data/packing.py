@@ -3,8 +3,8 @@
 Execution only: nothing here decides what is learned. Every rank computes the same deal from the same integers, so no
 message is needed. Rows are balanced by cost in FLOPs (tiles, tokens, attention's square) within the budgets.
 
-Two moves: longest processing time first (Graham, 1969) fills the rows, then the dearest row exchanges samples with
-others as long as that makes the dearer of the two cheaper. How well that does: `scripts/bench/balance.py`.
+Two moves: longest processing time first (Graham, 1969) fills the rows, then the most expensive row exchanges samples
+with others as long as that lowers the larger of the two costs. How well that does: `scripts/bench/balance.py`.
 """
 
 import heapq
@@ -103,7 +103,8 @@ def _fill(
 
 
 def _rebalance(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig) -> list[list[int]]:
-    """The rows after exchanges: of all that lower the dearest row's cost and make no other as dear, the best, repeated.
+    """The rows after exchanges: of all that lower the cost of the most expensive row and raise no other as far, the
+    best, repeated.
 
     Args:
         sizes: float64 [3, num_samples]: cost, tokens and tiles of each sample.
@@ -119,31 +120,32 @@ def _rebalance(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig)
     most = np.array([np.inf, budgets.max_tokens, budgets.max_tiles])[:, None, None]
     mean = loads[0].mean()
     while True:
-        dearest = int(loads[0].argmax())
-        cost = loads[0, dearest]
+        costliest = int(loads[0].argmax())
+        cost = loads[0, costliest]
         if mean >= EVEN_ENOUGH * cost:
             break
-        given = np.flatnonzero(row_of[:num_samples] == dearest)
+        given = np.flatnonzero(row_of[:num_samples] == costliest)
         moved = sizes[:, given, None] - sizes[:, None, :]  # [3, given, taken]: what the exchange moves away
-        here, there = loads[:, dearest, None, None] - moved, loads[:, row_of][:, None, :] + moved
-        dearer = np.maximum(here[0], there[0])
-        dearer[((here > most) | (there > most)).any(axis=0)] = np.inf
-        dearer[:, row_of == dearest] = np.inf
-        best = int(dearer.argmin())
-        if dearer.flat[best] >= cost * (1 - 1e-9):
+        here, there = loads[:, costliest, None, None] - moved, loads[:, row_of][:, None, :] + moved
+        larger_cost = np.maximum(here[0], there[0])
+        larger_cost[((here > most) | (there > most)).any(axis=0)] = np.inf
+        larger_cost[:, row_of == costliest] = np.inf
+        best = int(larger_cost.argmin())
+        if larger_cost.flat[best] >= cost * (1 - 1e-9):
             break
-        left, taken = int(given[best // dearer.shape[1]]), best % dearer.shape[1]
+        left, taken = int(given[best // larger_cost.shape[1]]), best % larger_cost.shape[1]
         other = int(row_of[taken])
-        loads[:, dearest] -= sizes[:, left] - sizes[:, taken]
+        loads[:, costliest] -= sizes[:, left] - sizes[:, taken]
         loads[:, other] += sizes[:, left] - sizes[:, taken]
         row_of[left] = other
         if taken < num_samples:
-            row_of[taken] = dearest
+            row_of[taken] = costliest
     return [np.flatnonzero(row_of[:num_samples] == row).tolist() for row in range(num_rows)]
 
 
 def _by_micro_step(rows: list[list[int]], costs: np.ndarray, num_ranks: int) -> RowAssignment:
-    """Rows of like cost share a micro-step; within it ranks take turns at the dearer ones, so that totals even out."""
+    """Rows of like cost share a micro-step; within it ranks take turns at the more expensive ones, so that totals even
+    out."""
     row_costs = [float(costs[row].sum()) if row else 0.0 for row in rows]
     by_cost = sorted(range(len(rows)), key=lambda row: (-row_costs[row], row))
     micro_steps, mean_sum, max_sum = [], 0.0, 0.0

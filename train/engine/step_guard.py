@@ -1,4 +1,4 @@
-"""The optimizer's step, unless a number in it is none; and the gradient's norm, of all parts and of each.
+"""The optimizer's step, unless loss or gradient is non-finite; and the gradient's norm, of all parts and of each.
 
 DeepSpeed leaves out a step whose gradients are not finite at ZeRO 1 to 3; at ZeRO 0 it would apply it, and knows no
 norm. So there the norm and the clipping are done here, just before the optimizer; and at any stage the optimizer can be

@@ -49,7 +49,7 @@ class SampleLoss:
 
 @dataclass(frozen=True)
 class Replay:
-    """The losses of samples, the dearest first, and the sentences on how they came about.
+    """The losses of samples, highest first, and the sentences on how they came about.
 
     `step_loss` is the loss that the trainer makes of them, where they are a whole step; `logged` is what it logged.
     """
@@ -183,7 +183,7 @@ def _load_checkpoint(model: LlavaNext, place: Path) -> str:
 
 
 def table(found: Replay) -> str:
-    """The losses as text, the dearest first, and how they compare with what was logged."""
+    """The losses as text, highest first, and how they compare with what was logged."""
     lines = [f"{'loss':>9}{'tokens':>8}{'hits':>7}{'share':>7}  sample"]
     for loss in found.losses:
         share = found.part(loss) / found.total if found.total else 0.0

@@ -47,7 +47,7 @@ def write_page(subject: Subject, num: int | None, found: Replay | None) -> str:
     """The whole page.
 
     Args:
-        num: at most so many samples are shown (None: all); the dearest first where there are losses.
+        num: at most so many samples are shown (None: all); highest loss first where there are losses.
         found: their losses, if they were run.
 
     Raises:
@@ -72,7 +72,7 @@ def write_page(subject: Subject, num: int | None, found: Replay | None) -> str:
         *([_losses(found, set(on_page))] if found else []),
         _spread(subject.spread, layouts),
         _left_out(subject.left_out),
-        f"<h2>{some}{', the dearest first' if found else ''}</h2>{_KEY}{_KEY_LOSSES if found else ''}</p>",
+        f"<h2>{some}{', highest loss first' if found else ''}</h2>{_KEY}{_KEY_LOSSES if found else ''}</p>",
         *cards,
     ]
     return (
@@ -149,7 +149,7 @@ def _losses(found: Replay, on_page: set[int]) -> str:
         f"<h2>Loss of each sample, run alone</h2>"
         f'<div class="note">{"<br>".join(shown(sentence) for sentence in sentences)}</div>'
         f"<details{' open' if len(rows) <= _MOST_OPEN else ''}>"
-        f"<summary>{len(rows)} samples, the dearest first; {weigh}</summary>"
+        f"<summary>{len(rows)} samples, highest loss first; {weigh}</summary>"
         + write_table(("sample", "loss", "tokens", "likeliest", "share of the sum"), rows, escaped=True)
         + "</details>"
     )

@@ -148,7 +148,7 @@ def _clock(seconds: float) -> str:
 
 
 def _rounded(value: float) -> float | None:
-    """Counts as they are, else eight digits; null for what JSON has no number for (a norm that is none)."""
+    """Counts as they are, else eight digits; null for a NaN or Inf, which JSON does not have."""
     if isinstance(value, int):
         return value
     return float(f"{value:.8g}") if math.isfinite(value) else None

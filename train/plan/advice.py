@@ -115,7 +115,7 @@ def held_back(estimate: Estimate, planner: StagePlanner) -> Iterator[str]:
     time = estimate.time
     batch = planner.config.stage.batch_size
     ways_out = {
-        "recompute": "blocks run twice for want of memory: shard more, or take smaller rows",
+        "recompute": "blocks run twice to save memory: shard more, or take smaller rows",
         "balance": f"{batch} samples do not divide evenly into the rows of {estimate.num_ranks} ranks: fewer nodes",
         "communication": "weights and gradients travel longer than they can hide: larger rows mean fewer micro-steps; "
         "a lower ZeRO stage, fewer nodes or faster links help too",

@@ -78,7 +78,7 @@ def _stack(
     if limit:
         x = _LABEL + limit * scale
         parts.append(f'<path class="limit" d="M{x:.1f} {top + _TITLE - 6}V{y}"/>')
-        parts.append(f'<text class="faint" x="{x:.1f}" y="{top + 22}" text-anchor="end">to be had: {limit:.3g}</text>')
+        parts.append(f'<text class="faint" x="{x:.1f}" y="{top + 22}" text-anchor="end">available: {limit:.3g}</text>')
     key, y = _key(kinds, y + 4)
     return "".join(parts) + key, y + 14
 

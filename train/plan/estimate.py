@@ -125,9 +125,9 @@ class StagePlanner:
             }
             reasons.append(
                 f"{memory.total / 2**30:.1f} GiB a rank {moment[memory.peak]}, {hardware.usable_bytes / 2**30:.1f} "
-                "are to be had"
+                "are available"
             )
         on_host, has = memory.host / 2**30, hardware.host_memory_gib * 0.9
         if hardware.device == "cuda" and on_host > has:
-            reasons.append(f"{on_host:.0f} GiB of the host's memory on a node, {has:.0f} of it are to be had")
+            reasons.append(f"{on_host:.0f} GiB of the host's memory on a node, {has:.0f} of it are available")
         return reasons

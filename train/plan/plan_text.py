@@ -138,7 +138,7 @@ def _memory_table(plan: StagePlan) -> str:
     ]
     rows += [
         ["all", *(f"{estimate.memory.total / GIB:.1f}" for estimate in plan.variants.values())],
-        ["to be had", *(f"{estimate.limit_bytes / GIB:.1f}" for estimate in plan.variants.values())],
+        ["available", *(f"{estimate.limit_bytes / GIB:.1f}" for estimate in plan.variants.values())],
         ["fits", *("yes" if estimate.fits else "no" for estimate in plan.variants.values())],
         ["hours", *(f"{estimate.hours:.1f}" for estimate in plan.variants.values())],
     ]

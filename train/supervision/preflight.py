@@ -129,7 +129,7 @@ def rehearse(
     """One step on the fullest row, the same on every rank. It changes the engine's weights: nothing may follow it.
 
     Raises:
-        PreflightError: its loss is no number.
+        PreflightError: its loss is NaN or Inf.
         RuntimeError: it does not fit. Others are those of reading and encoding.
     """
     positions = fullest_row(table, config.packing)

@@ -79,7 +79,7 @@ def test_every_thins_the_terminal_only(run_config: RunConfig, capsys: pytest.Cap
 
 
 def test_numbers_are_strict_json(run_config: RunConfig) -> None:
-    """A value that is no number does not make a line that other programs cannot read."""
+    """A NaN or Inf does not make a line that other programs cannot read."""
     run_config.run_dir.mkdir(parents=True)
     log = RunLog(run_config, is_main=True, first_step=0, num_steps=1)
     log.step(0, {**VALUES, "train/grad_norm": float("nan")})
