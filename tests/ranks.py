@@ -269,7 +269,7 @@ def _serve(seat: _Seat, pipe: Connection) -> None:
 def _join_group() -> None:
     import torch
 
-    from train.distributed.quiet import quiet_libraries
+    from train.distributed.quiet_libraries import quiet_libraries
     from train.engine import deepspeed_ops
 
     torch.set_num_threads(1)

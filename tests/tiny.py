@@ -15,7 +15,7 @@ from data_recipes.schema.sample import Message, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from train.accept.materials import encoded_image
+from train.accept.generated_inputs import encoded_image
 
 TowerName = Literal["clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2", "ijepa"]
 TokenizerName = Literal["bytes", "metaspace"]

@@ -90,7 +90,7 @@ def execute(config: RunConfig) -> int:
     """Runs a checked configuration; returns the exit code, unless the run fails: then this process ends here."""
     import torch
 
-    from train.distributed.quiet import quiet_libraries
+    from train.distributed.quiet_libraries import quiet_libraries
 
     quiet_libraries(on_cpu=config.device == "cpu" or not torch.cuda.is_available())
     from data_recipes.schema.sample import DataError

@@ -24,8 +24,8 @@ from train.data.length_table import LengthTable, check_budgets, open_table
 from train.data.loader import Planner, blank_row, stage_processor
 from train.data.local_stores import local_stores
 from train.distributed.world import Launch, World
-from train.engine.deepspeed import start_engine
-from train.engine.replicas import compare_starts
+from train.engine.deepspeed_engine import start_engine
+from train.engine.replica_checksums import compare_starts
 from train.engine.sharded_model import build
 
 

@@ -28,7 +28,7 @@ from llava_next.inputs.anyres import decode
 from llava_next.inputs.chat_template import adds_special_tokens
 from llava_next.model.towers import unsupported_by_stock
 from train.config.exit_codes import report_mistake
-from train.distributed.quiet import quiet_libraries
+from train.distributed.quiet_libraries import quiet_libraries
 
 _HELP = "/picture FILE: another picture, a new conversation   /new: a new conversation   /quit, Ctrl-D: the end"
 

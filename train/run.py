@@ -28,7 +28,7 @@ from train.data.loader import Planner, batches, stage_processor
 from train.distributed.versions import versions
 from train.distributed.world import Launch, World, barrier, start
 from train.engine import deepspeed_ops
-from train.engine.deepspeed import gathered
+from train.engine.deepspeed_engine import gathered
 from train.engine.optimizer import format_part_table, part_table
 from train.observability.run_log import RunLog, start_logging
 from train.supervision import preflight

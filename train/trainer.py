@@ -21,7 +21,7 @@ from train.config.compose import to_yaml
 from train.config.schema import RunConfig
 from train.data.loader import Planner, StepPlan
 from train.distributed.world import World, all_reduce_step_state, is_out_of_memory
-from train.engine.deepspeed import release_gathered
+from train.engine.deepspeed_engine import release_gathered
 from train.engine.optimizer import schedule_factor, set_rates
 from train.engine.step_guard import StepGuard
 from train.observability.profiler import StepProfiler

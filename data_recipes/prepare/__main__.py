@@ -4,7 +4,7 @@
     ... --slice 3/32     one of 32 jobs of a cluster;     ... --merge 32     then, once
 
 Owns: the command line, what is done in which order, exit codes.
-Leaves: which sources need work to `work.py`, the making of a store to `writing/` and `slices.py`, raw layouts to
+Leaves: which sources need work to `work_list.py`, the making of a store to `writing/` and `slices.py`, raw layouts to
 `readers/`, choosing samples to `mixture.py`, what is printed and written about a mixture to `summary.py` and
 `manifest.py`.
 
@@ -24,18 +24,18 @@ from pathlib import Path
 
 from data_recipes.mixture.mixture import Mixture, read_mixture
 from data_recipes.prepare import summary
+from data_recipes.prepare.disk_space import Need, check_space
 from data_recipes.prepare.manifest import write_manifest
 from data_recipes.prepare.shared_files import read_together
 from data_recipes.prepare.slices import merge_slices, read_slices, slice_writer
-from data_recipes.prepare.space import Need, check_space
-from data_recipes.prepare.work import Work, find_work, report_up_to_date, survey_work
+from data_recipes.prepare.work_list import Work, find_work, report_up_to_date, survey_work
 from data_recipes.raw.image_pool import PicturePool
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_source
 from data_recipes.store.durable import only_one
 from data_recipes.writing.progress import Progress
+from data_recipes.writing.sample_stream import WHOLE, Loaded, Mark, NumberedStream, Slice, StreamChangedError
 from data_recipes.writing.store_tables import RejectedError, StoreReport
-from data_recipes.writing.stream import WHOLE, Loaded, Mark, NumberedStream, Slice, StreamChangedError
 from data_recipes.writing.writer import StoreWriter, finish_interrupted, read_inputs, write_records
 
 

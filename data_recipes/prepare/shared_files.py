@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import SourceInfo, find_reader
-from data_recipes.writing.stream import Named
+from data_recipes.writing.sample_stream import Named
 
 FUNCTION = "samples_by_component"
 

@@ -24,8 +24,8 @@ from data_recipes.schema.sample import DataError, Message, Reason, Reject, Sampl
 from data_recipes.schema.source import SourceInfo
 from data_recipes.store.reader import read_manifest
 from data_recipes.writing.progress import Progress
+from data_recipes.writing.sample_stream import Loaded, Mark, Slice
 from data_recipes.writing.store_tables import StoreReport, StoreTables
-from data_recipes.writing.stream import Loaded, Mark, Slice
 from data_recipes.writing.writer import StoreWriter, read_inputs, write_records
 
 

@@ -23,8 +23,8 @@ from data_recipes.schema.source import SourceInfo, describe
 from data_recipes.store.durable import sync
 from data_recipes.store.reader import FORMAT
 from data_recipes.writing.arrow_folder import Shard, TableWriter, file_digest, write_dict_file
+from data_recipes.writing.sample_stream import Loaded, Mark
 from data_recipes.writing.seen import SeenIndex
-from data_recipes.writing.stream import Loaded, Mark
 
 # A checkpoint ends a shard of both tables, so that no file grows beyond what file systems and copies like.
 CHECKPOINT_BYTES = 1 << 30

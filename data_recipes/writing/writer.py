@@ -19,9 +19,9 @@ from data_recipes.schema.source import SourceInfo, describe
 from data_recipes.store.durable import swap_in
 from data_recipes.store.reader import FORMAT, read_manifest
 from data_recipes.writing.progress import Progress
+from data_recipes.writing.sample_stream import Loaded, Mark, NumberedStream, StreamChangedError
 from data_recipes.writing.seen import remove_index
 from data_recipes.writing.store_tables import RejectedError, StoreReport, StoreTables
-from data_recipes.writing.stream import Loaded, Mark, NumberedStream, StreamChangedError
 
 Records = Callable[[Mapping[str, Mark]], Iterator[tuple[str, Mark, Loaded | None]]]
 """The stream behind each source's mark; at its end each source's last mark, and None."""

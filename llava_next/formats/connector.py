@@ -20,7 +20,7 @@ from torch import nn
 
 from llava_next.config import ModelError, ProjectorKind
 from llava_next.formats.atomic import Gather, check_names, check_shape, complete_or_absent, no_gather
-from llava_next.formats.names import AUTHORS_PROJECTORS, authors_name
+from llava_next.formats.tensor_names import AUTHORS_PROJECTORS, authors_name
 from llava_next.formats.tensors import LazyTensor, from_tensor, read_plain_tensors
 from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext

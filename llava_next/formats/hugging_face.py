@@ -35,7 +35,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
 from llava_next.formats.atomic import Gather, complete_or_absent, no_gather
 from llava_next.formats.merge_adapters import merged
-from llava_next.formats.names import published_name
+from llava_next.formats.tensor_names import published_name
 from llava_next.formats.tensors import LazyTensor, from_tensor, write_shards
 from llava_next.inputs.anyres import grids_of_pinpoints
 from llava_next.inputs.chat_template import adds_bos, chat_template, set_post_processor, word_separator

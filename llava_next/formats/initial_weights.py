@@ -2,7 +2,7 @@
 it lies on disk.
 
 Owns where each part's weights are, and which of them no file holds as the model needs them: such a part is built, and
-held. How vocabularies and positions grow is `build.py`'s, names `names.py`'s.
+held. How vocabularies and positions grow is `build.py`'s, names `tensor_names.py`'s.
 """
 
 from collections.abc import Collection, Mapping
@@ -16,7 +16,7 @@ from torch import nn
 from llava_next.config import PARTS, LanguageModelConfig, ModelError, VisionTowerConfig
 from llava_next.formats.hugging_face import live_tensor
 from llava_next.formats.load import EMBEDDING, HEAD, read_weights
-from llava_next.formats.names import as_published, published_name
+from llava_next.formats.tensor_names import as_published, published_name
 from llava_next.formats.tensors import LazyTensor, read_folder
 from llava_next.model.build import Backbone, build_model, extend_vocab, resampled_positions
 from llava_next.model.llava_next import LlavaNext

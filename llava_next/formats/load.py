@@ -21,7 +21,7 @@ from llava_next.config import ModelError, ProjectorKind
 from llava_next.formats.atomic import check_names, check_shape, copy_tensor
 from llava_next.formats.connector import CONTRACT, MM_PROJECTOR, read_connector, read_mm_projector
 from llava_next.formats.hugging_face import NEWLINE, SECOND_LAYER, check_identity
-from llava_next.formats.names import as_published, from_original, published_name
+from llava_next.formats.tensor_names import as_published, from_original, published_name
 from llava_next.formats.tensors import LazyTensor, read_folder
 from llava_next.inputs.anyres import grids_of_pinpoints
 from llava_next.model.build import Backbone, extend_vocab

@@ -1,7 +1,7 @@
 """Directories in the authors' own layout, for SGLang and the authors' code: their tensor names, their config.json.
 
 The language model's keys stand at the top of the config, the rest is `mm_*`; pinpoints are (width, height), where
-Hugging Face's are (height, width). Names are `names.py`'s; weights from such a directory `load.py`'s.
+Hugging Face's are (height, width). Names are `tensor_names.py`'s; weights from such a directory `load.py`'s.
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedToke
 
 from llava_next.config import ImageMode, ModelError, ProjectorKind
 from llava_next.formats.hugging_face import generation_config, serving_tokenizer, write_tokenizer_settings
-from llava_next.formats.names import original_name
+from llava_next.formats.tensor_names import original_name
 from llava_next.formats.tensors import LazyTensor, write_shards
 from llava_next.inputs.chat_template import chat_template, word_separator
 from llava_next.inputs.processor import Processor

@@ -1,7 +1,7 @@
 """Named tensors that are read one at a time: the folders they lie in, and safetensors shards that they are written to.
 
-A model of any size passes through here with one shard of it in memory. What the names mean is `names.py`'s; where the
-tensors come from (a live model, files, a checkpoint) is the caller's.
+A model of any size passes through here with one shard of it in memory. What the names mean is `tensor_names.py`'s;
+where the tensors come from (a live model, files, a checkpoint) is the caller's.
 """
 
 import json

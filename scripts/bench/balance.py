@@ -2,10 +2,10 @@
 
     python scripts/bench/balance.py [--steps 200]
 
-Lengths are drawn as the published 779K mixture is thought to have them (data_recipes/schema/published.py), cut at 4,096
-tokens; costs are those of CLIP ViT-L/14-336 and Vicuna-7B, every part trained. Ours is `train.data.packing.deal`;
-beside it stand longest-processing-time alone, and what a stock trainer does: random batches of four, padded to their
-longest. No clock decides anything here: the numbers are the same on every machine.
+Lengths are drawn as the published 779K mixture is thought to have them (data_recipes/schema/published_mixture.py), cut
+at 4,096 tokens; costs are those of CLIP ViT-L/14-336 and Vicuna-7B, every part trained. Ours is
+`train.data.packing.deal`; beside it stand longest-processing-time alone, and what a stock trainer does: random batches
+of four, padded to their longest. No clock decides anything here: the numbers are the same on every machine.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from results import machine_facts, save, table
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from data_recipes.mixture.order import samples_of_step
-from data_recipes.schema.published import draw_shapes
+from data_recipes.schema.published_mixture import draw_shapes
 from llava_next.config import AUTHORS_GRIDS
 from llava_next.inputs.anyres import image_layout
 from llava_next.model.flops import StepCosts, step_costs

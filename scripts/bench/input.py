@@ -224,7 +224,7 @@ def measure_plan(folder: Path, num_ranks: int = 32) -> Result:
 
 def plan_epoch(path: Path, num_ranks: int) -> Result:
     """All plans of one rank, one after the other, as a run makes them. Costs are rounded ones of a 7B model."""
-    from data_recipes.schema.published import SOURCES
+    from data_recipes.schema.published_mixture import SOURCES
     from llava_next.model.flops import StepCosts
     from train.config.schema import PackingConfig, StageConfig
     from train.data.length_table import LengthTable

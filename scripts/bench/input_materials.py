@@ -1,7 +1,7 @@
 """What the input bench reads: real pictures at the mixture's sizes, real text in conversations of its length.
 
 Owns: pictures and text from the quickstart's assets (`python scripts/quickstart/assets.py`), the stores made of them,
-and a length table of any size from `data_recipes.schema.published`. Deterministic. Measuring is `input.py`'s.
+and a length table of any size from `data_recipes.schema.published_mixture`. Deterministic. Measuring is `input.py`'s.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_recipes.mixture.mixture import Mixture
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
-from data_recipes.schema.published import SOURCES, draw_shapes
+from data_recipes.schema.published_mixture import SOURCES, draw_shapes
 from data_recipes.schema.sample import Message, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store

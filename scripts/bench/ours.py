@@ -22,10 +22,10 @@ from llava_next.model.parts import set_recompute, set_trained_parts
 from train.assemble import make_planner
 from train.config.schema import RunConfig
 from train.data.loader import StepPlan, batches, stage_processor
-from train.distributed.quiet import quiet_libraries
+from train.distributed.quiet_libraries import quiet_libraries
 from train.distributed.world import World, leave, read_launch, start
 from train.engine import deepspeed_ops
-from train.engine.deepspeed import start_engine
+from train.engine.deepspeed_engine import start_engine
 from train.engine.optimizer import set_rates
 from train.engine.sharded_model import set_kernels
 from train.observability.run_log import RunLog

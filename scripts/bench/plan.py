@@ -39,12 +39,12 @@ from runs import BenchError, Competitor, vicuna_tokenizer
 from llava_next.model.build import read_backbone
 from train.config.schema import CONFIG_DIR
 from train.data.loader import stage_processor
-from train.plan.facts import model_facts
 from train.plan.hardware import Hardware, check_hardware
 from train.plan.hours import step_time
 from train.plan.memory import memory_of
-from train.plan.population import Population
+from train.plan.model_facts import model_facts
 from train.plan.rows import draw_steps, largest_seen
+from train.plan.sample_lengths import Population
 from train.plan.setting import setting_of
 
 GOALS = {"cpu": 0.15, "cuda": 0.10}

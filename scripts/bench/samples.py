@@ -1,6 +1,6 @@
 """Samples of the shapes of the published mixture, with pictures and words in them.
 
-Owns the making of messages and pictures; sizes and lengths are `data_recipes.schema.published`'s, drawn in its
+Owns the making of messages and pictures; sizes and lengths are `data_recipes.schema.published_mixture`'s, drawn in its
 proportions. Deterministic: the same arguments give the same bytes. Which samples a bench keeps is its own choice
 (`accept`).
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from data_recipes.schema.published import SOURCES, SYSTEM_TOKENS, draw_shapes
+from data_recipes.schema.published_mixture import SOURCES, SYSTEM_TOKENS, draw_shapes
 from data_recipes.schema.sample import Message, Sample
 
 SizeHW = tuple[int, int]

@@ -151,7 +151,7 @@ def main() -> int:
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     import deepspeed
 
-    from train.distributed.quiet import quiet_libraries
+    from train.distributed.quiet_libraries import quiet_libraries
     from train.engine import deepspeed_ops
 
     quiet_libraries(on_cpu=True)

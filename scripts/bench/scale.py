@@ -30,9 +30,9 @@ from train.config.schema import CONFIG_DIR, RunConfig
 from train.data.length_table import ROW
 from train.data.packing import assign_rows
 from train.plan.estimate import StagePlanner
-from train.plan.facts import ModelFacts, model_facts, read_architecture
 from train.plan.hardware import Hardware, check_hardware
-from train.plan.population import Population, population_of
+from train.plan.model_facts import ModelFacts, model_facts, read_architecture
+from train.plan.sample_lengths import Population, population_of
 from train.plan.setting import setting_of
 
 RANKS = (64, 256, 1024, 4096)

@@ -10,7 +10,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from llava_next.formats.names import published_name
+from llava_next.formats.tensor_names import published_name
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters

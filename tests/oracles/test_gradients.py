@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_recipes.schema.sample import Message
-from llava_next.formats.names import published_name
+from llava_next.formats.tensor_names import published_name
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import Example
 from llava_next.model.build import Backbone

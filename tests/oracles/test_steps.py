@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from llava_next.formats.names import published_name
+from llava_next.formats.tensor_names import published_name
 from llava_next.model.parts import set_trained_parts
 from scripts.oracles import our_model, our_steps, tiny_model, tiny_runs
 from scripts.oracles.inputs import GENERATOR, inputs_sha256

@@ -231,7 +231,7 @@ def train_parts(
 
 def weights(parts: Parts) -> dict[str, Array]:
     """Every parameter, whole, on rank 0; every rank must ask."""
-    from train.engine.deepspeed import gathered
+    from train.engine.deepspeed_engine import gathered
 
     found = {}
     for name, parameter in parts.model.named_parameters():
@@ -245,7 +245,7 @@ def held_at_the_start(config: RunConfig) -> tuple[int, int]:
     """Bytes of weights that this rank's memory holds before there is an engine, and with it."""
     from unittest.mock import patch
 
-    from train.engine.deepspeed import start_engine
+    from train.engine.deepspeed_engine import start_engine
 
     before = []
 
@@ -311,7 +311,7 @@ def train_and_ask(config: RunConfig, last_step: int) -> tuple[Record, list[Any]]
 def _write(parts: Parts) -> None:
     from llava_next.formats.connector import write_connector
     from llava_next.formats.hugging_face import write_hf
-    from train.engine.deepspeed import gathered
+    from train.engine.deepspeed_engine import gathered
 
     target = parts.config.run_dir / parts.config.stage.result if parts.world.is_main else None
     if parts.config.stage.result == "connector":

@@ -25,7 +25,7 @@ def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
     import torch
 
     from train.distributed.world import read_launch
-    from train.engine.replicas import ReplicaError, tensor_sums
+    from train.engine.replica_checksums import ReplicaError, tensor_sums
 
     initialize = deepspeed.initialize
 
@@ -57,7 +57,7 @@ def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
             if name:
                 patches.enter_context(patch("deepspeed.initialize", initialized))
             else:
-                patches.enter_context(patch("train.engine.deepspeed.tensor_sums", gathered_sums))
+                patches.enter_context(patch("train.engine.deepspeed_engine.tensor_sums", gathered_sums))
         return _refused(start, ReplicaError)
 
 
@@ -87,7 +87,7 @@ def compare_unlike_starts(value: dict[int, int]) -> str:
     """Ranks that are about to begin at unlike steps; the words of the error."""
     import torch.distributed as dist
 
-    from train.engine.replicas import ReplicaError, compare_starts
+    from train.engine.replica_checksums import ReplicaError, compare_starts
 
     world = _world()
     return _refused(lambda: compare_starts({"first step": value[dist.get_rank()]}, world), ReplicaError)

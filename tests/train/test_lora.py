@@ -26,7 +26,7 @@ from train.config.compose import check, composed_from, to_yaml
 from train.config.schema import ConfigError, RunConfig, SaveConfig
 from train.data.loader import stage_processor
 from train.export.__main__ import main
-from train.plan.facts import model_facts
+from train.plan.model_facts import model_facts
 
 pytest.importorskip("peft")
 

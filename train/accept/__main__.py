@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import torch
 
     from train.accept.ranks import PhaseError, join, launcher_name, leave
-    from train.distributed.quiet import quiet_libraries
+    from train.distributed.quiet_libraries import quiet_libraries
 
     started_s, launcher = time.monotonic(), launcher_name()
     quiet_libraries(on_cpu=not torch.cuda.is_available())  # child runs inherit what it sets

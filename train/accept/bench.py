@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from train.accept.children import Ended, run_children
-from train.accept.materials import NARROW_SLICE, WIDE_SLICE, Sizes, Slice, sizes_for, write_materials
+from train.accept.child_runs import Ended, run_children
+from train.accept.generated_inputs import NARROW_SLICE, WIDE_SLICE, Sizes, Slice, sizes_for, write_materials
 from train.accept.ranks import PhaseError, Ranks
 from train.accept.row_coverage import Kinds, choose_seed
 from train.config.compose import load

@@ -46,7 +46,7 @@ def base_hardware(name: str | None, device_name: str, memory_gib: float) -> str:
 
 
 def measured_keys(links: Mapping[str, Any]) -> dict[str, float]:
-    """Rates and latencies of `links.py`, under the planner's keys.
+    """Rates and latencies of `interconnect.py`, under the planner's keys.
 
     The planner passes a ring over all ranks through every host, so that the network's rate is that of the ring: the
     bytes that pass through one rank's link one way.

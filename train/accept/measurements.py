@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from train.accept.bench import Bench, NotRun
-from train.accept.children import run_children
+from train.accept.child_runs import run_children
 from train.accept.compare import read_metrics
 from train.accept.measured_hardware import measured_keys, write_hardware
 from train.accept.outcome import Finding
@@ -89,9 +89,9 @@ def _saved(bench: Bench) -> tuple[Finding, float]:
 
 
 def bandwidth(bench: Bench) -> Finding:
-    """`links.py` on all ranks."""
+    """`interconnect.py` on all ranks."""
     out = bench.out / "links.json"
-    ended = bench.run("links", ["train.accept.links", "--out", str(out)], bench.ranks.size, limit_s=300.0)
+    ended = bench.run("links", ["train.accept.interconnect", "--out", str(out)], bench.ranks.size, limit_s=300.0)
     if not ended.succeeded:
         return Finding(problem=bench.problem_of(ended, "links"))
     bench.links = bench.ranks.on_main(lambda: json.loads(out.read_text()))

@@ -30,9 +30,9 @@ from train.config.compose import to_yaml
 from train.config.schema import ConfigError, RunConfig
 from train.distributed.versions import versions
 from train.distributed.world import World, all_gather_objects, barrier, broadcast_from_main
-from train.engine.deepspeed import release_gathered, zero_stage
+from train.engine.deepspeed_engine import release_gathered, zero_stage
 from train.engine.optimizer import parameter_groups, set_rates
-from train.engine.replicas import check_replicas
+from train.engine.replica_checksums import check_replicas
 
 NON_SEMANTIC_KEYS = (
     # How it is computed, and how much of it.

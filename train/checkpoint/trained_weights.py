@@ -16,7 +16,7 @@ from llava_next.config import ModelError
 from llava_next.formats.tensors import LazyTensor, from_tensor
 from llava_next.model.llava_next import LlavaNext
 from train.checkpoint import saver as checkpoint
-from train.distributed.quiet import muted_stdout
+from train.distributed.quiet_libraries import muted_stdout
 
 
 def trained_weights(model: LlavaNext, place: Path, *, masters: bool = False) -> dict[str, LazyTensor]:

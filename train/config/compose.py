@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from llava_next.config import ModelError
 from llava_next.model.released import settings_from_checkpoint
-from train.config.messages import explain_composition, explain_invalid
+from train.config.error_messages import explain_composition, explain_invalid
 from train.config.rules import check_folders, check_installed, check_values
 from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
 

@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d
 
 from train.config.schema import RunConfig
 from train.distributed.malloc import keep_freed_memory
-from train.distributed.quiet import muted_stdout
+from train.distributed.quiet_libraries import muted_stdout
 
 JOIN_TIMEOUT_S = 300
 """How long ranks wait for each other at the start; after that `timeout_s` is the limit."""

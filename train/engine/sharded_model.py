@@ -1,7 +1,7 @@
 """The model of a run on its ranks: rank 0 builds it and reads its weights, the others get theirs from there.
 
 So a host holds one copy of the model while it starts, whatever the number of its ranks. Owns who holds which weights
-before there is an engine; DeepSpeed sends them around (`train/engine/deepspeed.py`).
+before there is an engine; DeepSpeed sends them around (`train/engine/deepspeed_engine.py`).
 """
 
 from pathlib import Path

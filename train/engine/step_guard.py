@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from train.config.schema import RunConfig
-from train.engine.deepspeed import zero_stage
+from train.engine.deepspeed_engine import zero_stage
 
 _NUM_AT_ONCE = 2**18
 """Numbers that one norm takes: a CPU adds up in fp32, which hundreds of millions of them are too many for."""

@@ -26,7 +26,7 @@ from llava_next.model.flops import step_costs
 from llava_next.model.towers import unsupported_by_stock
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
-from train.distributed.quiet import quiet_libraries
+from train.distributed.quiet_libraries import quiet_libraries
 from train.evaluate.answers import ONLY_LOSSES, Answer, StockModel
 from train.evaluate.evaluated_model import Subject, of_directory, of_run
 from train.evaluate.image_questions import (

@@ -18,7 +18,7 @@ from llava_next.formats.original import original_tensors, write_original_folder
 from train.checkpoint.saver import SaveFormatError
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
-from train.distributed.quiet import quiet_libraries
+from train.distributed.quiet_libraries import quiet_libraries
 from train.export.export_card import card, servers
 from train.export.exported_model import Source, open_source
 from train.export.verify import verify_logits, verify_tensors

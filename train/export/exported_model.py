@@ -25,8 +25,8 @@ from llava_next.formats.hugging_face import (
     write_tokenizer_settings,
 )
 from llava_next.formats.initial_weights import first_weights
-from llava_next.formats.names import as_published
 from llava_next.formats.original import OriginalModel, of_backbone
+from llava_next.formats.tensor_names import as_published
 from llava_next.formats.tensors import LazyTensor, read_folder, write_shards
 from llava_next.inputs.anyres import grids_of_pinpoints
 from llava_next.inputs.chat_template import PRINTED_BOS, adds_bos, adds_special_tokens, set_post_processor

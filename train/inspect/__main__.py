@@ -16,7 +16,7 @@ from data_recipes.schema.sample import DataError
 from llava_next.config import ModelError
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
-from train.distributed.quiet import quiet_libraries
+from train.distributed.quiet_libraries import quiet_libraries
 from train.inspect.replay import replay, table
 from train.inspect.sample_set import Subject, of_run, of_store, of_store_like
 from train.inspect.samples_page import write_page

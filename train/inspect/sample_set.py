@@ -1,7 +1,7 @@
 """What is looked at: samples of a prepared source, or of one step of a run, and all that is known around them.
 
-Owns finding them, by seed, by step or by id.
-Leaves: what a sample becomes to the processor, the order of a run to its planner, the data around to `spread.py`.
+Owns finding them, by seed, by step or by id. Leaves: what a sample becomes to the processor, the order of a run to its
+planner, the data around to `length_distribution.py`.
 """
 
 import difflib
@@ -28,7 +28,7 @@ from train.config.compose import load, load_yaml
 from train.config.schema import ConfigError, RunConfig
 from train.data.length_table import LengthTable, open_table
 from train.data.loader import StepPlan, stage_processor
-from train.inspect.spread import LeftOut, Spread, aspects_of, count, read_quarantine
+from train.inspect.length_distribution import LeftOut, Spread, aspects_of, count, read_quarantine
 
 _NUM_DRAWN = 4096
 

@@ -15,10 +15,10 @@ from train.html.stylesheet import STYLE
 from train.html.table import write_table
 from train.inspect.drawing import side_for
 from train.inspect.histograms import curve, histogram
+from train.inspect.length_distribution import LeftOut, Spread
 from train.inspect.replay import Replay, compared
 from train.inspect.sample_html import write_card
 from train.inspect.sample_set import RunStep, Subject
-from train.inspect.spread import LeftOut, Spread
 
 # Nothing is fetched and nothing runs, whatever a text of the data may hold.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"

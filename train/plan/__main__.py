@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stages = _checked(options)
     except ConfigError as error:
         return report_mistake(error)
-    from train.distributed.quiet import quiet_libraries
+    from train.distributed.quiet_libraries import quiet_libraries
 
     quiet_libraries(on_cpu=True)
     from data_recipes.schema.sample import DataError
@@ -58,7 +58,7 @@ def _checked(options: argparse.Namespace) -> list[tuple[RunConfig, Hardware, int
 def _plan(stages: list[tuple[RunConfig, Hardware, int]], options: argparse.Namespace) -> int:
     from train.plan.bar_chart import plan_picture
     from train.plan.plan_text import plan_text, plan_values
-    from train.plan.stage import plan_stage
+    from train.plan.training_stage import plan_stage
 
     plans = []
     for config, hardware, nodes in stages:
@@ -79,7 +79,7 @@ def _plan(stages: list[tuple[RunConfig, Hardware, int]], options: argparse.Names
 
 
 def _model_card(hardware: Hardware, out: Path | None) -> int:
-    from train.plan.model_card import card_rows, card_text
+    from train.plan.published_model_card import card_rows, card_text
 
     rows = card_rows(hardware)
     print(card_text(rows))

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from data_recipes.mixture.order import num_steps
 from train.config.schema import PackingConfig, RunConfig
-from train.plan.facts import ModelFacts, half_precision
 from train.plan.hardware import Hardware
 from train.plan.hours import StepTime, step_time
 from train.plan.memory import Memory, Row, memory_of
-from train.plan.population import Population
+from train.plan.model_facts import ModelFacts, half_precision
 from train.plan.rows import StepRows, draw_steps, largest_row
+from train.plan.sample_lengths import Population
 from train.plan.setting import Setting
 
 NUM_STEPS = 12

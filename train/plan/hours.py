@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from train.plan.facts import ModelFacts
 from train.plan.hardware import Hardware
+from train.plan.model_facts import ModelFacts
 from train.plan.rows import StepRows
 from train.plan.setting import Setting
 

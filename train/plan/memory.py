@@ -8,7 +8,7 @@ ones, R the ranks, s the bytes of a weight (2 in bf16, 4 in fp32); a row has t t
 from dataclasses import dataclass
 
 from llava_next.model.loss import CHUNK_LOGITS
-from train.plan.facts import LanguageShape, ModelFacts, VisionShape
+from train.plan.model_facts import LanguageShape, ModelFacts, VisionShape
 from train.plan.setting import Setting
 
 FRAGMENTATION = 0.05
@@ -18,7 +18,9 @@ nothing back: a row's activations are still the process's when AdamW steps (seen
 LOGIT_BYTES = 12
 """Of a logit, at the most, in fp32: its log-probability, and two gradients of that size (loss.py, cross entropy)."""
 
-_MAIN_DTYPE_BYTES = 4  # of the optimizer's copy and of gradients, whatever the weights are (train/engine/deepspeed.py)
+_MAIN_DTYPE_BYTES = (
+    4  # of the optimizer's copy and of gradients, whatever the weights are (train/engine/deepspeed_engine.py)
+)
 
 
 @dataclass(frozen=True)

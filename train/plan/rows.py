@@ -13,7 +13,7 @@ from llava_next.model.flops import StepCosts
 from train.config.schema import PackingConfig
 from train.data.packing import assign_rows
 from train.plan.memory import Row
-from train.plan.population import Population
+from train.plan.sample_lengths import Population
 
 Sums = npt.NDArray[np.float64]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.report.charts import need_matplotlib
-from train.report.folder import read_runs
 from train.report.page import write_page
+from train.report.run_folder import read_runs
 
 _NUM_SAMPLES = 12
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from train.report.folder import Run
+from train.report.run_folder import Run
 
 UNKNOWN = "not recorded"
 _NAMES_THE_RUN = ("root", "name")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from train.report.folder import Run
+from train.report.run_folder import Run
 
 MOST_POINTS = 150
 """A longer line is drawn as the means of so many equal spans of steps, with a band from their lowest to highest."""

@@ -11,7 +11,7 @@ from train.report import tables
 from train.report.charts import draw, legend
 from train.report.comparison import compare
 from train.report.curves import MOST_POINTS, charts_of
-from train.report.folder import Run
+from train.report.run_folder import Run
 from train.report.samples import MOST_STEPS, Shown, live_of, samples_of
 from train.report.style import STYLE
 

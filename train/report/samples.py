@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_recipes.schema.sample import DataError
-from train.report.folder import Run
+from train.report.run_folder import Run
 
 _SIDE, _JPEG_QUALITY = 384, 82
 MOST_STEPS = 8

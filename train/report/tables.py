@@ -10,7 +10,7 @@ import numpy as np
 from train.html.escaping import shown
 from train.html.table import write_table
 from train.report.curves import is_number, parts_of_time, predicted_gib, series
-from train.report.folder import Run
+from train.report.run_folder import Run
 
 _LAST = 10
 _NONE = ""

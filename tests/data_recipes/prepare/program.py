@@ -22,7 +22,7 @@ from data_recipes.raw.image_pool import PicturePool
 from data_recipes.schema.sample import Reject, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing import store_tables
-from data_recipes.writing.stream import Loaded, Mark, NumberedStream, Slice
+from data_recipes.writing.sample_stream import Loaded, Mark, NumberedStream, Slice
 from data_recipes.writing.writer import write_records
 from tests.data_recipes import raw_folders
 from tests.data_recipes.raw_folders import put

@@ -18,7 +18,7 @@ from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 from data_recipes.schema.source import SourceInfo, read_source
 from data_recipes.store.reader import read_manifest
 from data_recipes.writing import store_tables
-from data_recipes.writing.stream import Mark
+from data_recipes.writing.sample_stream import Mark
 from tests.data_recipes.merged_records import MERGED, record
 from tests.data_recipes.prepare.program import arguments, contents, failure, put_mixture
 from tests.data_recipes.raw_folders import picture, put

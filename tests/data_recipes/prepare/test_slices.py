@@ -12,7 +12,7 @@ from data_recipes.schema.sample import Reason, Reject, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.store.reader import Store
 from data_recipes.writing import store_tables
-from data_recipes.writing.stream import Mark, NumberedStream, Slice, StreamChangedError
+from data_recipes.writing.sample_stream import Mark, NumberedStream, Slice, StreamChangedError
 from data_recipes.writing.writer import write_store
 from tests.data_recipes.prepare.program import SOURCES, arguments, contents, failure, make_place, started, write_slice
 from tests.data_recipes.raw_folders import conversation, llava_record, picture, put, write_llava

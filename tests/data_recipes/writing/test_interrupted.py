@@ -29,8 +29,8 @@ from data_recipes.store.durable import only_one
 from data_recipes.store.reader import Store
 from data_recipes.writing import seen, store_tables
 from data_recipes.writing import writer as store_writer
+from data_recipes.writing.sample_stream import StreamChangedError
 from data_recipes.writing.store_tables import RejectedError
-from data_recipes.writing.stream import StreamChangedError
 from data_recipes.writing.writer import finish_interrupted, write_store
 from tests.data_recipes.prepare.program import Started, arguments, contents, make_slow_place, run, started
 from tests.data_recipes.raw_folders import conversation, llava_record, picture, put, write_llava

@@ -8,7 +8,7 @@ import pytest
 
 from train.accept.__main__ import _check_usage, _parse
 from train.accept.bench import Bench, Device
-from train.accept.materials import sizes_for
+from train.accept.generated_inputs import sizes_for
 from train.accept.outcome import passed
 from train.accept.phases import phases, run_phases
 from train.accept.ranks import Ranks

@@ -19,8 +19,8 @@ from llava_next.model.speedups import use_fused
 from tests.llava_next.models import mixed, row
 from tests.tiny import TowerName, tiny_model
 from train.config.schema import PackingConfig, StageConfig
-from train.plan.facts import LanguageShape, ModelFacts, VisionShape, model_facts
 from train.plan.memory import Row, activations, host_bytes, states
+from train.plan.model_facts import LanguageShape, ModelFacts, VisionShape, model_facts
 from train.plan.setting import Setting
 
 ALL = ("vision_tower", "projector", "image_newline", "language_model")

@@ -17,13 +17,13 @@ from train.data.loader import stage_processor
 from train.plan.__main__ import main
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner
-from train.plan.facts import model_facts, read_architecture
 from train.plan.hardware import Hardware
-from train.plan.population import Population, population_of
+from train.plan.model_facts import model_facts, read_architecture
 from train.plan.rows import draw_steps, largest_row
+from train.plan.sample_lengths import Population, population_of
 from train.plan.setting import setting_of
 from train.report.curves import predicted_gib
-from train.report.folder import Run
+from train.report.run_folder import Run
 
 QUICKSTART = ["experiment=quickstart", "hardware=cpu", "--samples", "1000"]
 

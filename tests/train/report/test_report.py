@@ -15,7 +15,7 @@ from tests.tiny import tiny_samples, tiny_store
 from train.report.__main__ import main
 from train.report.comparison import UNKNOWN, compare
 from train.report.curves import MOST_POINTS, Chart, charts_of, parts_of_time, series
-from train.report.folder import read_runs
+from train.report.run_folder import read_runs
 from train.report.samples import samples_of
 
 pytest.importorskip("matplotlib", reason="it draws the charts: ./scripts/setup.sh --extras report")

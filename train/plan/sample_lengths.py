@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_recipes.mixture.mixture import Mixture
-from data_recipes.schema.published import CAPTIONS, SOURCES, draw_shapes
+from data_recipes.schema.published_mixture import CAPTIONS, SOURCES, draw_shapes
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_yaml
 from llava_next.inputs.anyres import image_layout

@@ -6,10 +6,10 @@ Owns the order: shapes, samples, what was asked, the same under every ZeRO stage
 from train.config.schema import RunConfig
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner
-from train.plan.facts import model_facts, read_architecture
 from train.plan.hardware import Hardware
+from train.plan.model_facts import model_facts, read_architecture
 from train.plan.plan_text import StagePlan
-from train.plan.population import population_of
+from train.plan.sample_lengths import population_of
 from train.plan.setting import setting_of
 
 

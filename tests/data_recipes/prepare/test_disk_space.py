@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data_recipes.prepare.space import Need, check_space, survey
+from data_recipes.prepare.disk_space import Need, check_space, survey
 from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.progress import Progress, readable
-from data_recipes.writing.stream import Named, Slice
+from data_recipes.writing.sample_stream import Named, Slice
 from data_recipes.writing.writer import write_store
 from tests.data_recipes.prepare.program import write_slice
 from tests.data_recipes.raw_folders import conversation, picture, put

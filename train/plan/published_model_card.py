@@ -7,10 +7,10 @@ hours hold stage 1; they are read as stage 2's, on 760K samples, since stage 1 w
 from train.config.compose import load
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner
-from train.plan.facts import model_facts, read_architecture
 from train.plan.hardware import Hardware
+from train.plan.model_facts import model_facts, read_architecture
 from train.plan.plan_text import text_table
-from train.plan.population import population_of
+from train.plan.sample_lengths import population_of
 from train.plan.setting import setting_of
 
 SAMPLES = 760_000

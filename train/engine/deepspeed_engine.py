@@ -15,10 +15,10 @@ from torch import nn
 
 from llava_next.model.llava_next import LlavaNext
 from train.config.schema import ConfigError, RunConfig
-from train.distributed.quiet import muted_stdout
+from train.distributed.quiet_libraries import muted_stdout
 from train.distributed.world import World
 from train.engine.optimizer import parameter_groups
-from train.engine.replicas import check_replicas, compare_sums, tensor_sums
+from train.engine.replica_checksums import check_replicas, compare_sums, tensor_sums
 from train.engine.sharded_model import fill_in, send_buffers
 
 

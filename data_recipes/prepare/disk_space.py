@@ -12,7 +12,7 @@ from pathlib import Path
 
 from data_recipes.schema.sample import DataError, Reject
 from data_recipes.writing.progress import readable
-from data_recipes.writing.stream import WHOLE, Named, Slice
+from data_recipes.writing.sample_stream import WHOLE, Named, Slice
 
 _BYTES_PER_RECORD = 400  # index while it is written, offsets, id
 _BYTES_PER_STORE = 1 << 20

@@ -10,7 +10,7 @@ from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, Visi
 from tests.tiny import tiny_model
 from train.config.compose import load
 from train.config.schema import CONFIG_DIR, RunConfig
-from train.plan.facts import language_shape, model_facts, read_architecture
+from train.plan.model_facts import language_shape, model_facts, read_architecture
 from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS
 
 # Published parameter counts, whole models without the image token; the tower's is the card's 303.5M.

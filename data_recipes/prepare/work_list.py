@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from data_recipes.prepare.disk_space import Need, survey
 from data_recipes.prepare.shared_files import group_by_file, read_together
 from data_recipes.prepare.slices import num_slice_bytes, read_slices, remove_slices, slice_path, slices_folder
-from data_recipes.prepare.space import Need, survey
 from data_recipes.schema.source import NoRawFolder, RawState, SourceInfo, raw_state
 from data_recipes.store.reader import read_manifest
-from data_recipes.writing.stream import WHOLE, Slice
+from data_recipes.writing.sample_stream import WHOLE, Slice
 from data_recipes.writing.writer import read_inputs, refresh_description
 
 

@@ -1,7 +1,7 @@
 """Bandwidth and latency between the ranks: all-gather and reduce-scatter over growing sizes.
 
-Run as a program on every rank of a child run (`python -m train.accept.links --out FILE`). Two groups are timed: all
-ranks, and the ranks of each host, all hosts at once as in training. Rank 0 writes the numbers.
+Run as a program on every rank of a child run (`python -m train.accept.interconnect --out FILE`). Two groups are timed:
+all ranks, and the ranks of each host, all hosts at once as in training. Rank 0 writes the numbers.
 """
 
 import argparse
@@ -27,7 +27,9 @@ _MOST_REPEATS, _LEAST_REPEATS, _ENOUGH_S = 20, 3, 1.0
 
 def main() -> int:
     """The program; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m train.accept.links", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.accept.interconnect", description=(__doc__ or "").split("\n\n")[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     options = parser.parse_args()
     launch = read_launch()

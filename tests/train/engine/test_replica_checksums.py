@@ -13,7 +13,7 @@ from tests.train import cases, replica_cases
 from tests.train.cases import zero
 from tests.train.conftest import StartRanks
 from train.config.schema import RunConfig
-from train.engine.replicas import tensor_sums
+from train.engine.replica_checksums import tensor_sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8])

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from train.accept.bench import Bench, Device, NotRun
-from train.accept.children import child_environment, run_children
+from train.accept.child_runs import child_environment, run_children
 from train.accept.ranks import PhaseError, Ranks, join, launcher_name, leave
 
 LONG = "import subprocess, sys, time; p = subprocess.Popen(['sleep', '600']); print(p.pid, flush=True); p.wait()"
@@ -101,7 +101,7 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
     """A launcher ends its ranks by SIGTERM: what they have started ends too."""
     log = tmp_path / "log"
     parent = (
-        "import os, sys; from train.accept.children import Child; "
+        "import os, sys; from train.accept.child_runs import Child; "
         f"log = open({str(log)!r}, 'wb'); "
         f"Child([sys.executable, '-c', {LONG!r}], dict(os.environ), log.fileno()).close()"
     )
