@@ -316,7 +316,7 @@ def test_a_step_is_planned_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> 
         dealt.append(1)
         return assign_rows(*args, **kwargs)
 
-    monkeypatch.setattr(loader, "deal", counted)
+    monkeypatch.setattr(loader, "assign_rows", counted)
     planner = replace(data.planner(), stage=replace(data.config.stage, epochs=4.0))
     ahead = iter(range(planner.num_steps))
     loaded = [planner.plan(next(ahead)) for _ in range(3)]

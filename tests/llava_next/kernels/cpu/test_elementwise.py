@@ -202,7 +202,7 @@ def test_where_it_is_taken(
 ) -> None:
     """By itself in fp32 on processors with wide vectors; named, wherever there is a compiler."""
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: kind)
-    monkeypatch.setattr(cpu_fused, "missing", lambda: None)
+    monkeypatch.setattr(cpu_fused, "unavailable_reason", lambda: None)
     assert takes_fused(kernel, CPU, dtype) is expected
 
 
