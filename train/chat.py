@@ -78,7 +78,7 @@ class Chat:
             if why_not is not None:
                 raise ModelError(
                     f"{place} cannot answer in stock transformers: {why_not}; its losses are measured by "
-                    f"`python -m train.evaluate {export} --generate 0`"
+                    "`python -m train.evaluate RUN --generate 0`, or of a directory without its run with --store STORE"
                 )
             self._processor = AutoProcessor.from_pretrained(place)
             model = AutoModelForImageTextToText.from_pretrained(place, dtype=dtype)
