@@ -1,8 +1,6 @@
-"""What a model is and how its inputs are made, as plain values.
+"""Configuration dataclasses of a model and of the processing of its inputs.
 
-Owns the dataclasses that name a language model, a vision tower and what joins them. Standard library only, so that
-a configuration can be read and refused in a fraction of a second, before torch is imported. Building the model is
-`llava_next.py`'s; encoding samples is `processor.py`'s.
+Only the standard library is imported, so that a configuration is checked before torch is loaded.
 """
 
 import importlib.util
@@ -12,55 +10,60 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 PARTS = ("vision_tower", "projector", "image_newline", "language_model")
-"""What can be trained or frozen, each with its own learning rate; the head belongs to the language model."""
+"""Parts that are trained or frozen, each with its own learning rate; the head belongs to the language model."""
 
 Grid = tuple[int, int]
 """A tile grid as (rows, columns)."""
 
 AUTHORS_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
-"""The five grids of the released configurations, in the authors' order (ties go to the first)."""
+"""The five grids of the released configurations, in their order; among equally good grids the first is chosen."""
 
 ImageMode = Literal["anyres", "square", "pad", "squash"]
-"""anyres: a base view and the tiles of the best grid. square: one centre-cropped view (LLaVA-1.5, stage 1). pad: one
-view of the whole picture, made square with the tower's mean colour (LLaVA-1.5, stage 2). squash: one view of the whole
-image, resized to a square without keeping its aspect ratio (LLaVA-NeXT with a SigLIP tower, stage 1)."""
+"""How an image becomes views.
+
+anyres: a base view and the tiles of the best grid. square: one center-cropped view (LLaVA-1.5, stage 1). pad: one view
+of the entire image, padded to a square with the tower's mean color (LLaVA-1.5, stage 2). squash: one view of the entire
+image, resized to a square without keeping its aspect ratio (LLaVA-NeXT with a SigLIP tower, stage 1).
+"""
 
 ProjectorKind = Literal["mlp2x_gelu", "linear"]
-"""What turns a tower's feature into a token. mlp2x_gelu: linear, GELU, linear (LLaVA-1.5 and later). linear: one linear
-layer (LLaVA)."""
+"""The layers that map a tower's feature to a token embedding. mlp2x_gelu: linear, GELU, linear (LLaVA-1.5 and later).
+linear: one linear layer (LLaVA)."""
 
 Rounding = Literal["exact", "authors"]
-"""exact: what is kept of a map in whole numbers, as transformers and vLLM. authors: their int() of a float product, one
-line less at 16 of 549,552 sizes; for the comparison with their code and for servers that count as they do."""
+"""How the unpadded range of a feature map is rounded. exact: integer arithmetic, as in transformers and vLLM. authors:
+int() of a floating-point product, which drops one more line for 16 of 549,552 sizes; for comparison with the authors'
+code and for servers that count tokens the same way."""
 
 AttentionKernel = Literal["auto", "sdpa", "varlen", "flash_attention_2", "flash_attention_3"]
-"""What computes attention inside packed samples; nothing learned depends on it, beyond rounding."""
-
-LinearKernel = Literal["auto", "torch", "onednn"]
-"""Whose products a linear layer on a CPU takes; nothing learned depends on it, beyond rounding."""
-
-ElementwiseKernel = Literal["auto", "torch", "fused"]
-"""What runs norms, gates and rotary embeddings on a CPU; nothing learned depends on it, beyond rounding."""
-
+"""The attention kernel for packed samples. The choice affects results only through rounding."""
 
 Weights = Literal["pretrained", "random", "init_from"]
-"""Where a part's first weights come from: its own directory, a seed, or the whole model in stage.init_from, which then
-also says how pictures are cut (`released.py`)."""
+"""Source of a part's initial weights. pretrained: the part's own directory. random: drawn from the seed. init_from: the
+complete model in stage.init_from, which then also defines the image grids (`checkpoint_config.py`)."""
+
+IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+"""Files that can contain a Hugging Face directory's image processor settings (transformers 5, older versions)."""
 
 _STRICT = {"extra": "forbid"}
-"""Read by pydantic where a run's configuration is checked: unknown keys are errors."""
+"""Configuration of pydantic's validation: unknown keys are errors."""
 
 
 class ModelError(ValueError):
-    """A user's mistake about a model or a processor; the message says the rule, the value and the way out."""
+    """Invalid configuration or input of a model or a processor. The message names the value, the rule and the fix."""
 
 
 @dataclass(frozen=True)
 class LanguageModelConfig:
-    """Where the language model comes from.
+    """The language model and its chat template.
 
-    `path` is a Hugging Face directory (its config.json, and its weights when `weights` is pretrained); `overrides`
-    replaces keys of that config (for example a smaller depth, with random weights).
+    Attributes:
+        name: identifies the model in messages and in connector contracts.
+        path: a Hugging Face directory with config.json, and the weights if `weights` is pretrained.
+        template: name of the default chat template.
+        tokenizer: directory of the tokenizer; None means `path`.
+        weights: source of the initial weights.
+        overrides: keys of config.json that are replaced, for example a smaller depth with random weights.
     """
 
     __pydantic_config__ = _STRICT
@@ -74,16 +77,23 @@ class LanguageModelConfig:
 
     @property
     def tokenizer_path(self) -> str:
-        """The directory of the tokenizer; the model's own unless one is named."""
+        """Directory of the tokenizer: `tokenizer` if it is set, else `path`."""
         return self.tokenizer or self.path
 
 
 @dataclass(frozen=True)
 class VisionTowerConfig:
-    """Where the vision tower comes from, and which of its features are used.
+    """The vision tower and the layer whose features are used.
 
-    `tile` is the side of a tile in pixels (null: the tower's own image size; another size resamples its position
-    embedding). `feature_layer` counts as in `hidden_states` (-2: the output of the last layer but one).
+    Attributes:
+        name: identifies the tower in messages and in connector contracts.
+        path: a Hugging Face directory with config.json, and the weights if `weights` is pretrained.
+        weights: source of the initial weights.
+        overrides: keys of config.json that are replaced.
+        tile: side of a tile in pixels; None means the tower's image size. For another size the position embedding is
+            resampled.
+        feature_layer: index into `hidden_states` (-2: the output of the second-to-last layer).
+        image_mean, image_std: normalization of red, green and blue in [0, 1].
     """
 
     __pydantic_config__ = _STRICT
@@ -100,7 +110,7 @@ class VisionTowerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A language model, a vision tower, the projector between them, and the grids that cut pictures."""
+    """A language model, a vision tower, the projector between them, and the tile grids of images."""
 
     __pydantic_config__ = _STRICT
 
@@ -112,9 +122,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Adapters of a part (LoRA, Hu et al. 2021): a frozen weight W of the part's blocks becomes W + B A alpha / rank.
+    """Adapters of a part (LoRA, Hu et al. 2021, arXiv:2106.09685): W + (alpha / rank) B A, with W frozen.
 
-    `targets` are linear layers by the end of their names (q_proj, or mlp.gate_proj).
+    Attributes:
+        rank: inner dimension of B A.
+        alpha: scale of the adapters.
+        targets: suffixes of the names of the adapted linear layers, such as q_proj or mlp.gate_proj.
     """
 
     __pydantic_config__ = _STRICT
@@ -125,15 +138,21 @@ class LoraConfig:
 
 
 LORA_PARTS = ("vision_tower", "language_model")
-"""Parts that are stacks of blocks, in which adapters may sit."""
+"""Parts that consist of transformer blocks and can have adapters."""
 
 
 @dataclass(frozen=True)
 class ProcessorConfig:
-    """All that decides how a sample becomes tokens and tiles, next to the tokenizer itself.
+    """The settings, besides the tokenizer, that determine the tokens and tiles of a sample.
 
-    `tile` and `patches_per_side` come from the tower, never from the user. Lengths are in tokens, image tokens
-    included.
+    Attributes:
+        template: name of the chat template.
+        image_mode: how an image becomes views.
+        grids: tile grids of image mode anyres.
+        tile: side of a tile in pixels, derived from the tower.
+        patches_per_side: patches along a side of a tile, derived from the tower.
+        max_length: maximum length of a sample in tokens, including image tokens.
+        rounding: rounding of the unpadded range.
     """
 
     template: str
@@ -144,49 +163,51 @@ class ProcessorConfig:
     max_length: int
     rounding: Rounding = "exact"
     unmask_special_tokens: bool = False
-    """Supervise whole assistant messages, and special tokens everywhere, as the Llama-3 and Qwen releases were."""
+    """Supervise complete assistant messages, and special tokens everywhere, as the Llama-3 and Qwen releases did."""
     pad_colour: tuple[int, int, int] | None = None
-    """Of image mode pad, and only there: what the square is filled with, red, green, blue from 0 to 255."""
+    """Padding color of image mode pad as (red, green, blue) in 0 to 255; None in the other modes."""
 
 
 def check_grids(grids: tuple[Grid, ...]) -> None:
-    """Refuses an empty list, a grid without tiles and a grid that stands twice.
+    """Checks that there is a grid, that every grid has tiles, and that no grid is listed twice.
 
     Raises:
-        ModelError: with the grid and the rule.
+        ModelError: a check fails; the message names the grid and the rule.
     """
     if not grids:
-        raise ModelError("model.grids: at least one grid (rows, columns) is needed, got none")
+        raise ModelError("model.grids: at least one grid (rows, columns) is required, got none")
     for grid in grids:
         if min(grid) < 1:
             raise ModelError(f"model.grids: rows and columns must be at least 1, got {list(grid)}")
     if len(set(grids)) != len(grids):
-        raise ModelError(f"model.grids: a grid stands twice in {[list(g) for g in grids]}")
+        raise ModelError(f"model.grids: each grid must be listed once, got {[list(grid) for grid in grids]}")
 
 
 def check_lora(lora: Mapping[str, LoraConfig]) -> None:
-    """Refuses what no adapter can be; whether a model has the targets is found out when it is built.
+    """Checks the adapters' settings. The target layers are checked when the model is built.
 
     Raises:
-        ModelError: with the key, the rule, the value and the way out.
+        ModelError: a setting is invalid; the message names the key, the value and the fix.
     """
-    for part, chosen in lora.items():
+    for part, adapters in lora.items():
         key = f"lora.{part}"
         if part not in PARTS:
-            raise ModelError(f"{key}: there is no such part; adapters go into {' or '.join(LORA_PARTS)}")
+            raise ModelError(f"{key}: unknown part; adapters are supported in {' and '.join(LORA_PARTS)}")
         if part not in LORA_PARTS:
-            raise ModelError(f"{key}: this part is small, it trains whole or not at all; leave it out of lora")
-        if chosen.rank < 1:
-            raise ModelError(f"{key}.rank must be at least 1, got {chosen.rank}; usual are 8 to 128")
-        if not 0 < chosen.alpha < math.inf:
-            raise ModelError(f"{key}.alpha must be above 0, got {chosen.alpha}; usual are the rank and twice the rank")
-        if not chosen.targets:
-            raise ModelError(f"{key}.targets names no layer: no adapter would be made; try [q_proj, v_proj]")
+            raise ModelError(f"{key}: adapters are supported in {' and '.join(LORA_PARTS)} only; remove {key}")
+        if adapters.rank < 1:
+            raise ModelError(f"{key}.rank must be at least 1, got {adapters.rank}; common values are 8 to 128")
+        if not 0 < adapters.alpha < math.inf:
+            raise ModelError(
+                f"{key}.alpha must be positive and finite, got {adapters.alpha}; common values are rank and 2 * rank"
+            )
+        if not adapters.targets:
+            raise ModelError(f"{key}.targets is empty; name at least one linear layer, for example [q_proj, v_proj]")
 
 
 def check_peft() -> None:
-    """Raises ModelError unless the package that makes adapters is installed."""
+    """Raises ModelError unless peft is installed."""
     if importlib.util.find_spec("peft") is None:
         raise ModelError(
-            "lora: the package peft is not installed here; `./scripts/setup.sh --extras lora`, or lora=null"
+            "lora: the package peft is not installed; run `./scripts/setup.sh --extras lora`, or set lora=null"
         )

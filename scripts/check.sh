@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Every check that runs no test: formatting, lint, types, import directions, shell scripts.
-# All of them run, also after one has failed. To repair what can be repaired: ruff format && ruff check --fix
+# All checks that run no test: formatting, lint, types, import directions, shell scripts, the documentation's build. All of
+# them run, also after one has failed. Automatic fixes: ruff format && ruff check --fix
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit
 
@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.." || exit
 PATH=$(dirname "${LLAVA_NEXT_PYTHON:-$PWD/.venv/bin/python}"):$PATH
 failed=()
 
-# check TITLE COMMAND...: its output is shown where it fails; its seconds always.
+# check TITLE COMMAND...: prints the seconds, and the output after a failure.
 check() {
     local title=$1 started=$SECONDS output
     shift
@@ -26,7 +26,7 @@ shell_scripts() {
     if command -v shellcheck >/dev/null; then
         shellcheck --external-sources "${files[@]}"
     else
-        local file # only their syntax: shellcheck has no wheel for every machine
+        local file # the syntax only: shellcheck has no wheel for some machines
         for file in "${files[@]}"; do bash -n "$file" || return; done
     fi
 }
@@ -40,6 +40,7 @@ if command -v shellcheck >/dev/null; then
 else
     check "shell scripts (bash -n: no shellcheck)" shell_scripts
 fi
+check "documentation (mkdocs)" mkdocs build --strict --quiet --site-dir "$(mktemp -d)"
 
 if ((${#failed[@]})); then
     list=$(printf ', %s' "${failed[@]}")

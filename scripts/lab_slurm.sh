@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A real Slurm of two nodes on this machine, for trying and testing: slurmctld, two slurmd, munged, in one folder.
+# A Slurm cluster of two nodes on this machine, for tests: slurmctld, two slurmd and munged, with all files in one folder.
 #
-#   ./scripts/lab_slurm.sh start DIR     then: export SLURM_CONF=DIR/slurm.conf, and sbatch, srun, squeue as ever
+#   ./scripts/lab_slurm.sh start DIR     then export SLURM_CONF=DIR/slurm.conf, and use sbatch, srun, squeue as usual
 #   ./scripts/lab_slurm.sh status DIR
-#   ./scripts/lab_slurm.sh stop DIR      ends every job and daemon; what was logged stays in DIR
+#   ./scripts/lab_slurm.sh stop DIR      ends all jobs and daemons; the logs stay in DIR
 #
-# LAB_GPUS=2 makes each node believe that it has two GPUs, which shows how tasks are bound to them, and no more.
-# Debian, Ubuntu: apt-get install slurm-wlm munge. Nothing outside of DIR is touched. Partitions: `main`, and `urgent`,
-# whose jobs pre-empt main's (requeued, after 60 s to save). Nodes lab1 and lab2 are this machine, so a job sees one
-# host name on both, and time limits, signals, requeueing and exit codes are Slurm's own.
+# LAB_GPUS=2 gives each node two simulated GPUs, to test how tasks are bound to them.
+# Debian, Ubuntu: apt-get install slurm-wlm munge. Nothing outside of DIR is changed. Partitions: `main`, and `urgent`,
+# whose jobs pre-empt those of main (requeued, after 60 s to save). Both nodes, lab1 and lab2, are this machine and have
+# its host name; time limits, signals, requeueing and exit codes are those of Slurm.
 set -euo pipefail
 
 stop_here() { printf 'lab: %s\n' "$*" >&2; exit 2; }
@@ -17,13 +17,13 @@ find_programs() {
     PATH=$PATH:/usr/sbin:/sbin
     local program
     for program in slurmctld slurmd munged srun sbatch scontrol; do
-        command -v "$program" >/dev/null || stop_here "there is no $program; Debian, Ubuntu: apt-get install slurm-wlm munge"
+        command -v "$program" >/dev/null || stop_here "$program is not installed; Debian, Ubuntu: apt-get install slurm-wlm munge"
     done
 }
 
 is_free() { ! (exec 3<>"/dev/tcp/127.0.0.1/$1") 2>/dev/null; }
 
-# Three ports in a row that nobody listens on, another place for another folder.
+# Finds three consecutive free ports; the first one depends on the folder.
 find_ports() {
     local try
     port=$((10000 + $(cksum <<<"$lab" | cut -d' ' -f1) % 4000))
@@ -31,14 +31,14 @@ find_ports() {
         is_free "$port" && is_free $((port + 1)) && is_free $((port + 2)) && return
         port=$((port + 3))
     done
-    stop_here "no three free ports in a row below $port"
+    stop_here "no three consecutive free ports below $port"
 }
 
 write_config() {
     local host user gres=
     host=$(hostname -s)
     user=$(id -un)
-    if [[ ${LAB_GPUS:-0} == 2 ]]; then # of devices there are only files wanted
+    if [[ ${LAB_GPUS:-0} == 2 ]]; then # Slurm requires files for devices, and no more
         printf 'NodeName=lab[1-2] Name=gpu File=%s\n' /dev/null /dev/zero >"$lab/gres.conf"
         gres=Gres=gpu:2
     fi
@@ -57,7 +57,7 @@ SlurmctldLogFile=$lab/log/slurmctld.log
 SlurmdPidFile=$lab/slurmd_%n.pid
 SlurmdLogFile=$lab/log/%n.log
 SlurmdSpoolDir=$lab/spool_%n
-# Without cgroups, and whatever this machine has: the nodes have what stands below.
+# Without cgroups; the nodes have the resources given below, whatever this machine has.
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
@@ -78,7 +78,7 @@ CONF
 }
 
 start() {
-    [[ ! -e $lab/slurm.conf ]] || stop_here "$lab has a lab already; stop it, and remove the folder"
+    [[ ! -e $lab/slurm.conf ]] || stop_here "$lab already has a cluster; stop it and remove the folder"
     mkdir -p "$lab"/{munge,state,log,spool_lab1,spool_lab2}
     chmod 700 "$lab/munge"
     (umask 077 && head -c 128 /dev/urandom >"$lab/munge/key")
@@ -98,7 +98,7 @@ start() {
         fi
         sleep 0.1
     done
-    stop_here "its nodes are not ready after 30 s; see $lab/log"
+    stop_here "the nodes are not ready after 30 s; see $lab/log"
 }
 
 stop() {
@@ -122,10 +122,10 @@ status() {
 
 case ${1:-} in
     start | stop | status)
-        [[ $# == 2 ]] || stop_here "$1 wants the folder of the lab"
+        [[ $# == 2 ]] || stop_here "$1 needs the folder of the cluster"
         find_programs
         lab=$(realpath -m "$2")
-        [[ $1 == start || -e $lab/slurm.conf ]] || stop_here "there is no lab in $lab"
+        [[ $1 == start || -e $lab/slurm.conf ]] || stop_here "there is no cluster in $lab"
         "$1"
         ;;
     *) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; [[ ${1:-} == -h || ${1:-} == --help ]] || exit 2 ;;

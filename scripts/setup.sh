@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
-# Sets up .venv in this checkout, with the versions of constraints.txt. Nothing to do: under a second.
+# Installs this project into .venv of this checkout, with the versions of constraints.txt. Takes less than a second if
+# everything is installed.
 #
-#   ./scripts/setup.sh [--extras quickstart,dev,bench,lora,report,tensorboard]
+#   ./scripts/setup.sh [--extras quickstart,dev,bench,lora,tensorboard]
 #
-# PYTHON             the interpreter to build .venv with (default: the first of 3.13 3.12 3.11 python3 that fits)
-# LLAVA_NEXT_PYTHON  use this interpreter's environment as it is, and set nothing up (a container, a module)
-# TORCH_BUILD        auto (default): a CPU wheel where there is no NVIDIA driver; cpu; or default: what pip takes
-# TORCH_CPU_INDEX    where CPU wheels of torch come from
+# PYTHON             interpreter of .venv (default: the first suitable one of python3.13 python3.12 python3.11 python3)
+# LLAVA_NEXT_PYTHON  use the environment of this interpreter unchanged, and install nothing (a container, a module)
+# TORCH_BUILD        auto (default): a CPU wheel where there is no NVIDIA driver; cpu; or default: pip's choice
+# TORCH_CPU_INDEX    index of CPU wheels of torch
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 TORCH_BUILD=${TORCH_BUILD:-auto}
 VENV=.venv
-READY=$VENV/.ready         # written last: what is installed, and from which inputs
-BUSY=$VENV/.installing     # stands while packages change: found at the start, it means a half environment
+READY=$VENV/.ready         # written last: the installed extras, and the hash of the inputs
+BUSY=$VENV/.installing     # exists while packages change; if it exists at the start, the environment is incomplete
 extras=
 
 say() { printf '%s\n' "$*"; }
@@ -22,35 +23,35 @@ stop() { printf 'setup: %s\n' "$*" >&2; exit 2; }
 
 while (($#)); do
     case $1 in
-        --extras) [[ $# -ge 2 ]] || stop "--extras wants a list such as quickstart,dev"; extras=$2; shift 2 ;;
+        --extras) [[ $# -ge 2 ]] || stop "--extras needs a list such as quickstart,dev"; extras=$2; shift 2 ;;
         --extras=*) extras=${1#*=}; shift ;;
         -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-        *) stop "unknown argument '$1'; known: --extras quickstart,dev,bench,lora,report,tensorboard" ;;
+        *) stop "unknown argument '$1'; known: --extras quickstart,dev,bench,lora,tensorboard" ;;
     esac
 done
 for extra in ${extras//,/ }; do
-    [[ $extra =~ ^(quickstart|dev|bench|lora|report|tensorboard)$ ]] ||
-        stop "unknown extra '$extra'; known: quickstart, dev, bench, lora, report, tensorboard"
+    [[ $extra =~ ^(quickstart|dev|bench|lora|tensorboard)$ ]] ||
+        stop "unknown extra '$extra'; known: quickstart, dev, bench, lora, tensorboard"
 done
-[[ $TORCH_BUILD =~ ^(auto|cpu|default)$ ]] || stop "TORCH_BUILD is auto, cpu or default, not '$TORCH_BUILD'"
+[[ $TORCH_BUILD =~ ^(auto|cpu|default)$ ]] || stop "TORCH_BUILD=$TORCH_BUILD is not one of auto, cpu, default"
 
 system=$(uname -s)
 [[ $system == Linux ]] ||
-    stop "$system is not supported: DeepSpeed and its launchers want Linux (on Windows: WSL2, which is Linux)."
+    stop "$system is not supported: DeepSpeed and its launchers need Linux (on Windows: WSL2)."
 
 if [[ -n ${LLAVA_NEXT_PYTHON:-} ]]; then
     "$LLAVA_NEXT_PYTHON" -c 'import deepspeed, hydra, datasets, torch, transformers' >/dev/null ||
-        stop "LLAVA_NEXT_PYTHON=$LLAVA_NEXT_PYTHON lacks a package; unset it, and .venv is made instead."
-    say "setup: uses $LLAVA_NEXT_PYTHON as it is (LLAVA_NEXT_PYTHON)"
+        stop "LLAVA_NEXT_PYTHON=$LLAVA_NEXT_PYTHON lacks a package; unset it to use .venv instead."
+    say "setup: using $LLAVA_NEXT_PYTHON unchanged (LLAVA_NEXT_PYTHON)"
     exit 0
 fi
 
-# ------------------------------------------------------------------------------------ what is needed, what is there
+# ------------------------------------------------------------------------------------------- requirements and state
 
 has_driver() { [[ -e /proc/driver/nvidia/version || -e /dev/nvidiactl ]] || command -v nvidia-smi >/dev/null 2>&1; }
 
-# One line for an interpreter: "ok", or what it lacks. It is run, not looked up: a pyenv shim exists and fails.
-fits() {
+# One line about an interpreter: "ok", or what it lacks. It is started, since a pyenv shim may exist and fail.
+check_python() {
     "$1" - 2>/dev/null <<'PY' || say "does not start"
 import pathlib, sys, sysconfig
 if sys.version_info < (3, 11):
@@ -67,18 +68,18 @@ PY
 }
 
 find_python() {
-    local candidate path verdict seen=
+    local candidate path result rejected=
     for candidate in ${PYTHON:-python3.13 python3.12 python3.11 python3}; do
         path=$(command -v "$candidate" 2>/dev/null) || continue
-        verdict=$(fits "$path")
-        if [[ $verdict == ok ]]; then
-            found=$path
+        result=$(check_python "$path")
+        if [[ $result == ok ]]; then
+            python=$path
             return
         fi
-        seen+="${seen:+; }$candidate $verdict"
+        rejected+="${rejected:+; }$candidate $result"
     done
-    stop "no Python fits (${seen:-none found}). Wanted: Python 3.11 or newer with the venv module and the C headers
-       that DeepSpeed's ops are compiled with. Debian, Ubuntu: apt-get install python3-dev python3-venv g++
+    stop "no suitable Python (${rejected:-none found}). Required: Python 3.11 or newer with the venv module and the C
+       headers that DeepSpeed's ops are compiled with. Debian, Ubuntu: apt-get install python3-dev python3-venv g++
        Fedora: dnf install python3-devel gcc-c++   Another interpreter: PYTHON=/path/to/python3 $0"
 }
 
@@ -90,7 +91,7 @@ has_compiler() {
     return 1
 }
 
-# What the environment was made from: a change in any of these sets it up anew.
+# Everything that decides the environment; it is installed again when one of these changes.
 inputs_hash() {
     {
         cat pyproject.toml constraints.txt scripts/setup.sh
@@ -101,8 +102,8 @@ inputs_hash() {
 
 read_ready() { sed -n "s/^$1=//p" "$READY" 2>/dev/null || true; }
 
-# A login node without a driver may share this checkout with nodes that have one: a full build is never undone.
-wanted_torch() {
+# A login node without a driver may share this checkout with nodes that have one, so a CUDA build is never replaced.
+choose_torch_build() {
     if [[ $TORCH_BUILD != auto ]]; then
         say "$TORCH_BUILD"
     elif has_driver || [[ $(read_ready torch) == default ]]; then
@@ -114,7 +115,7 @@ wanted_torch() {
 
 is_ready() {
     [[ -e $READY && ! -e $BUSY && -x $VENV/bin/python ]] || return 1
-    [[ $(read_ready inputs) == "$(inputs_hash)" && $(read_ready torch) == "$(wanted_torch)" ]] || return 1
+    [[ $(read_ready inputs) == "$(inputs_hash)" && $(read_ready torch) == "$(choose_torch_build)" ]] || return 1
     local extra have
     have=,$(read_ready extras),
     for extra in ${extras//,/ }; do
@@ -122,9 +123,9 @@ is_ready() {
     done
 }
 
-# ----------------------------------------------------------------------------------------------- what is done about it
+# ----------------------------------------------------------------------------------------------------- installation
 
-# step TITLE COMMAND...: prints the title, and the seconds it took. What pip says on failure is shown whole.
+# step TITLE COMMAND...: prints the title and the seconds; after a failure the whole output.
 step() {
     local title=$1 log=$VENV/setup.log started=$SECONDS code=0
     shift
@@ -133,8 +134,8 @@ step() {
     if ((code != 0)); then
         printf 'failed\n'
         cat "$log" >&2
-        rm -f "$BUSY" # pip ended by itself and has cleaned up: what is installed is whole
-        printf 'setup: "%s" failed (exit code %d, its output stands above). Run it again: what is done is kept.\n' \
+        rm -f "$BUSY" # pip has ended and cleaned up: the installed packages are complete
+        printf 'setup: "%s" failed (exit code %d, see its output above). Run it again; finished steps are kept.\n' \
             "$title" "$code" >&2
         exit 1
     fi
@@ -144,8 +145,8 @@ step() {
 pip() { "$VENV/bin/python" -m pip --disable-pip-version-check "$@"; }
 pip_install() { pip install --quiet --no-compile --no-input -c constraints.txt "$@"; }
 
-# Where a CPU build is wanted, pip is asked first what it would take: a machine may have its own source of CPU wheels.
-takes_cuda() {
+# Whether pip would install a CUDA build. Asked before the CPU index is used: pip may be configured for CPU wheels.
+would_install_cuda() {
     local report=$VENV/torch.json
     pip install --quiet --dry-run --ignore-installed --no-deps --report "$report" -c constraints.txt torch >&2 || return 2
     "$VENV/bin/python" - "$report" <<'PY'
@@ -161,23 +162,23 @@ install_torch() {
     local code=0
     local -a more=()
     if [[ $torch_build == cpu ]]; then
-        takes_cuda || code=$?
+        would_install_cuda || code=$?
         case $code in
             0) more=(--index-url "$TORCH_CPU_INDEX") ;;
             1) ;;
             *) return "$code" ;;
         esac
     fi
-    # The right version with the wrong build is already "satisfied" for pip: take the old one out.
+    # For pip the right version with the wrong build is already "satisfied", so the old one is removed.
     [[ $(read_ready torch) == "$torch_build" || ! -e $READY ]] || pip uninstall --quiet --yes torch
     pip_install --no-deps "${more[@]}" torch
 }
 
-# deepspeed reads the installed torch while it is built, and the other source packages want only setuptools.
+# deepspeed reads the installed torch while it is built; the other source packages need setuptools only.
 install_project() { pip_install --no-build-isolation -e ".${extras:+[$extras]}"; }
 
-# Python keeps a module's bytecode at its first import, unless the environment forbids it. Then every start of every rank
-# would compile torch and transformers anew, for some 20 s. A file of a package that is no Python is no failure.
+# With PYTHONDONTWRITEBYTECODE Python would compile torch and transformers at every start of every rank, for some 20 s.
+# Files of packages that do not compile are ignored.
 write_bytecode() { "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" || true; }
 
 if is_ready; then
@@ -189,23 +190,23 @@ has_compiler || stop "no C++ compiler (c++, g++ or clang++); DeepSpeed compiles 
 
 exec 9>.setup.lock
 if command -v flock >/dev/null && ! flock --nonblock 9; then
-    say "setup: another setup is at work in this checkout; waiting for it"
+    say "setup: another setup runs in this checkout; waiting for it"
     flock 9
     is_ready && exit 0
 fi
 
-exec 3>&1 # a trap that runs inside a step would write into that step's log
-trap 'printf "\nsetup: interrupted. Run it again: it goes on where it stopped.\n" >&3; exit 130' INT TERM
+exec 3>&1 # for the trap, which could run inside a step, whose output goes to a log
+trap 'printf "\nsetup: interrupted. Run it again to continue.\n" >&3; exit 130' INT TERM
 started=$SECONDS
-torch_build=$(wanted_torch)
-# Extras that are there already stay.
+torch_build=$(choose_torch_build)
+# Installed extras are kept.
 extras=$(printf '%s\n' "${extras//,/$'\n'}" "$(read_ready extras | tr ',' '\n')" | sed '/^$/d' | sort -u | paste -sd, -)
 
 if [[ -e $BUSY || ! -e $VENV/.made || ! -x $VENV/bin/python ]]; then
     find_python
-    say "setup: $("$found" --version) in $VENV, versions of constraints.txt"
-    rm -rf "$VENV" # what an interrupted one left
-    "$found" -m venv "$VENV" >&2 || stop "$found -m venv $VENV failed (see above)"
+    say "setup: $("$python" --version) in $VENV, versions of constraints.txt"
+    rm -rf "$VENV" # of an interrupted setup
+    "$python" -m venv "$VENV" >&2 || stop "$python -m venv $VENV failed (see above)"
     touch "$VENV/.made"
 fi
 touch "$BUSY"
@@ -215,12 +216,12 @@ case $torch_build in
 esac
 step "pip, setuptools, wheel, ninja" pip_install --upgrade pip setuptools wheel ninja
 step "torch ($note)" install_torch
-step "this project and what it needs${extras:+ [$extras]}" install_project
+step "this project and its requirements${extras:+ [$extras]}" install_project
 [[ -z ${PYTHONDONTWRITEBYTECODE:-} ]] || step "bytecode (PYTHONDONTWRITEBYTECODE is set)" write_bytecode
 printf 'inputs=%s\ntorch=%s\nextras=%s\n' "$(inputs_hash)" "$torch_build" "$extras" >"$READY.partial"
 mv "$READY.partial" "$READY"
 rm -f "$BUSY"
 if [[ $torch_build == cpu ]]; then
-    say "setup: torch is a CPU build, since there is no NVIDIA driver here (TORCH_BUILD=default $0 takes the other)"
+    say "setup: torch is a CPU build, since there is no NVIDIA driver (for a CUDA build: TORCH_BUILD=default $0)"
 fi
-say "setup: ready in $((SECONDS - started)) s; for your own shell: source $VENV/bin/activate"
+say "setup: ready in $((SECONDS - started)) s; for your shell: source $VENV/bin/activate"

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# Sets itself up, runs the checks, then the tests.
+# Installs the environment, runs the checks, then the tests.
 #
 #   ./scripts/test.sh [quick|full] [arguments for pytest]
 #
-# quick (default)  under ten minutes on two cores; every proof has at least one case here
-# full             everything: kills, Slurm, vLLM, oracles, many ranks; an hour on two cores, and what it needs besides
-#                  is made by scripts/oracles.sh, vllm_env.sh, lmms_eval.sh and apt-get install slurm-wlm munge pdsh
-#                  openssh-server
-# A test that needs a GPU is skipped, with that reason, where there is none.
+# quick (default)  under ten minutes on two cores; at least one case of every property
+# full             everything: kills, Slurm, vLLM, oracles, many ranks; an hour on two cores. It needs scripts/oracles.sh,
+#                  vllm_env.sh, lmms_eval.sh and apt-get install slurm-wlm munge pdsh openssh-server
+# Tests that need a GPU are skipped, with that reason, on machines without one.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,7 +25,7 @@ PATH=$(dirname "${LLAVA_NEXT_PYTHON:-$PWD/.venv/bin/python}"):$PATH
 export PATH
 ./scripts/check.sh
 
-# Two ranks are the commonest guest: each gets half of the cores.
+# Most tests of several ranks have two: each gets half of the cores.
 half=$(($(nproc) / 2))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((half < 1 ? 1 : half > 8 ? 8 : half))}
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=${WANDB_MODE:-disabled} TOKENIZERS_PARALLELISM=false

@@ -1,10 +1,19 @@
-"""Owns what the marks mean; fixtures live beside the tests that use them.
+"""What the marks mean, and what is prepared while the first tests run; fixtures live beside the tests that use them.
 
 `full` is left out by default (pyproject.toml) and asked for by `scripts/test.sh full`. `gpu` is
 skipped here, with a reason, where there is no CUDA device.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
+
+from train.engine import deepspeed_ops
+
+ROOT = Path(__file__).resolve().parents[1]
+_OPS = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -18,3 +27,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in gpu_items:
         item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Where ranks will be started, compile DeepSpeed's CPU op beside the tests that need none: it takes a minute.
+
+    The first ranks wait for it (`deepspeed_ops.ensure_built`).
+    """
+    starts_ranks = any({"start_ranks", "rank"} & set(getattr(item, "fixturenames", ())) for item in session.items)
+    if session.config.option.collectonly or not starts_ranks or deepspeed_ops.is_built():
+        return
+    command = ["nice", "-n", "10", sys.executable, "-m", "train.engine.deepspeed_ops"]
+    session.config.stash[_OPS] = subprocess.Popen(
+        command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """End the compilation of a session that has ended before it."""
+    process = session.config.stash.get(_OPS, None)
+    if process is not None:
+        process.terminate()
+        process.wait()

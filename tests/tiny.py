@@ -15,7 +15,7 @@ from data_recipes.schema.sample import Message, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
-from train.accept.generated_inputs import encoded_image
+from train.acceptance.generated_inputs import encode_noise_image as encode_noise_image
 
 TowerName = Literal["clip", "siglip", "dinov2", "dinov2_with_registers", "dinov3", "aimv2", "ijepa"]
 TokenizerName = Literal["bytes", "metaspace"]
@@ -196,7 +196,7 @@ def tiny_model(
     )
 
 
-encoded_picture = encoded_image
+encoded_picture = encode_noise_image
 
 
 class HostilePickle:

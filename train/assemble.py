@@ -1,6 +1,6 @@
-"""The parts of a run, put together in the order of a start: data, model, planner, checkpoint, engine.
+"""Builds the parts of a run in this order: data, model, planner, checkpoint, engine.
 
-The order is fixed: resume, else `init_from`, else fresh parts. `run.py` and the tests start runs by it.
+The initial weights come from the newest valid checkpoint, else from `init_from`, else from the pretrained parts.
 """
 
 import hashlib
@@ -13,16 +13,16 @@ import deepspeed
 from data_recipes.mixture.mixture import Mixture
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone, read_backbone
+from llava_next.model.checkpoint_config import check_image_statistics
 from llava_next.model.flops import step_costs
 from llava_next.model.llava_next import LlavaNext
-from llava_next.model.released import check_image_statistics
 from train.checkpoint import resume
 from train.checkpoint.saver import latest_valid
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig
 from train.data.length_table import LengthTable, check_budgets, open_table
-from train.data.loader import Planner, blank_row, stage_processor
-from train.data.local_stores import local_stores
+from train.data.loader import Planner, build_processor, make_blank_row
+from train.data.local_stores import prepare_local_stores
 from train.distributed.world import Launch, World
 from train.engine.deepspeed_engine import start_engine
 from train.engine.replica_checksums import compare_starts
@@ -31,14 +31,13 @@ from train.engine.sharded_model import build
 
 @dataclass(frozen=True)
 class RunParts:
-    """A run that is ready for its first step.
+    """The parts of a run on this rank, ready for its first step.
 
     Attributes:
-        config, world, data, model, planner, engine: its parts on this rank.
-        frozen: sha256 of the frozen parameters of each part.
-        origin: what its weights come from, as a sentence.
-        first_step: the step that it begins or continues with.
-        num_skipped: steps before it that were left out.
+        frozen: sha256 of the frozen parameters, by part.
+        origin: description of where the weights come from.
+        first_step: the step to begin or to continue with, from 0.
+        num_skipped: earlier steps whose update was skipped because of non-finite numbers.
     """
 
     config: RunConfig
@@ -54,46 +53,45 @@ class RunParts:
 
 
 def assemble(config: RunConfig, world: World, data: "RunData", *, resumes: bool = True) -> RunParts:
-    """Builds the model, reads its weights, and starts the engine, from the newest valid checkpoint if there is one.
-    Every rank must call it; errors are those of its parts.
+    """Builds the model, loads its weights and starts the engine. Every rank must call it.
 
     Args:
-        resumes: look for a checkpoint in the run's folder.
+        resumes: continue from the newest valid checkpoint of the run folder, if there is one.
     """
     model, origin = build(data.backbone, config, world, num_sources=len(data.mixture.source_names))
     planner = make_planner(config, world, data.backbone, model, data.table)
-    frozen = resume.frozen_sums(model, world)
+    frozen = resume.hash_frozen_parts(model, world)
     first_step, num_skipped = 0, 0
-    place = latest_valid(config.run_dir / "checkpoints", world) if resumes else None
-    with resume.opened(place, model, data.table.fingerprint, config, world) as resumption:
+    checkpoint = latest_valid(config.run_dir / "checkpoints", world) if resumes else None
+    with resume.open_checkpoint(checkpoint, model, data.table.fingerprint, config, world) as resumption:
         engine = start_engine(model, config, world)
         if resumption is not None:
             origin = resumption.description
-            blank = blank_row(data.processor).to(world.device)
+            blank = make_blank_row(data.processor).to(world.device)
             first_step = resumption.load(engine, blank, frozen, world, config)
             num_skipped = first_step - resumption.state.updates
-    compare_starts(_outcome(config, data.table, place, origin, first_step, num_skipped), world)
+    compare_starts(_summarize_start(config, data.table, checkpoint, origin, first_step, num_skipped), world)
     return RunParts(config, world, data, model, planner, engine, frozen, origin, first_step, num_skipped)
 
 
-def _outcome(
-    config: RunConfig, table: LengthTable, place: Path | None, loaded: str, first_step: int, num_skipped: int
+def _summarize_start(
+    config: RunConfig, table: LengthTable, checkpoint: Path | None, origin: str, first_step: int, num_skipped: int
 ) -> dict[str, object]:
-    """What every rank must have come to by itself before the first step."""
-    resumed = "fresh" if place is None else loaded
+    """Returns what each rank has determined on its own; it must be equal on all ranks before the first step."""
+    resumed = "fresh" if checkpoint is None else origin
     return {
         "configuration": hashlib.sha256(to_yaml(config).encode()).hexdigest()[:12],
         "data fingerprint": table.fingerprint,
         "length table": f"{len(table)} samples, {hashlib.sha256(table.rows.tobytes()).hexdigest()[:12]}",
-        "checkpoint to resume from": place,
+        "checkpoint to resume from": checkpoint,
         "outcome of the resume": resumed,
         "first step": first_step,
-        "steps that were left out": num_skipped,
+        "skipped steps": num_skipped,
     }
 
 
 class RunData(NamedTuple):
-    """What a run reads, and by which processor of which model."""
+    """The data of a run, and the processor that encodes it."""
 
     backbone: Backbone
     processor: Processor
@@ -102,12 +100,12 @@ class RunData(NamedTuple):
 
 
 def open_data(config: RunConfig, launch: Launch) -> RunData:
-    """What can be known without a process group; every rank opens it, rank 0 makes the length table if need be."""
+    """Opens the data; needs no process group. Rank 0 builds the length table if there is none."""
     stage, store_root = config.stage, Path(config.data.store_root)
     check_image_statistics(config.model.vision_tower)
     backbone = read_backbone(config.model)
-    processor = stage_processor(backbone, stage)
-    mixture = Mixture.open(config.mixture, store_root, local_stores(config, launch))
+    processor = build_processor(backbone, stage)
+    mixture = Mixture.open(config.mixture, store_root, prepare_local_stores(config, launch))
     table = open_table(
         mixture,
         processor,
@@ -121,7 +119,7 @@ def open_data(config: RunConfig, launch: Launch) -> RunData:
 
 
 def make_planner(config: RunConfig, world: World, backbone: Backbone, model: LlavaNext, table: LengthTable) -> Planner:
-    """The steps of this run on this rank, with the costs of this model's parts."""
+    """Returns the planner of this rank, with the FLOPs of this model's parts."""
     costs = step_costs(
         backbone.hf_config.vision_config,
         backbone.hf_config.text_config,

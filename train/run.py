@@ -1,6 +1,6 @@
-"""One stage from its configuration to its result: builds the parts in order, trains, writes what comes next.
+"""Runs one stage: builds its parts, trains, and writes the connector or the export.
 
-The order at the start is fixed: resume, else `init_from`, else fresh parts.
+The initial weights come from the newest valid checkpoint, else from `init_from`, else from the pretrained parts.
 """
 
 import json
@@ -19,57 +19,59 @@ from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
-from llava_next.model.towers import unsupported_by_stock
+from llava_next.model.towers import stock_unsupported_reason
 from train.assemble import RunData, assemble, open_data
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig
 from train.data.length_table import LengthTable
-from train.data.loader import Planner, batches, stage_processor
+from train.data.loader import Planner, build_processor, make_batches
 from train.distributed.versions import versions
 from train.distributed.world import Launch, World, barrier, start
 from train.engine import deepspeed_ops
 from train.engine.deepspeed_engine import gathered
 from train.engine.optimizer import format_part_table, part_table
-from train.observability.run_log import RunLog, start_logging
+from train.observability.run_log import LEGEND, RunLog, start_logging
 from train.supervision import preflight
-from train.supervision.rank_progress import sample_names
-from train.supervision.watchdog import Watch
+from train.supervision.rank_progress import list_sample_names
+from train.supervision.watchdog import Watchdog
 from train.trainer import Trainer
-from train.validation.held_out import HeldOut, hold_out, of_mixture
-from train.validation.live_answers import LiveAnswers, live_answers
+from train.validation.held_out import HeldOutSet, build_held_out, list_mixture_samples
+from train.validation.live_answers import AnswerGenerator, build_answer_generator
 
 logger = logging.getLogger(__name__)
 
 
-def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
-    """Trains the stage and writes its result. Errors are those of its parts; see `__main__` for exit codes.
+def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
+    """Trains the stage and writes its result.
 
-    The process group is left by the caller, who knows whether the others can still be waited for.
+    The caller destroys the process group, because only the caller knows whether the other ranks still take part.
+    Errors of the parts propagate; `__main__` maps them to exit codes.
     """
     run_dir = config.run_dir
     run_dir.mkdir(parents=True, exist_ok=True)
     start_logging(launch, run_dir)
     deadline_s = time.monotonic() + 60 * config.time_limit_min if config.time_limit_min else float("inf")
-    with watch:
-        world = _start(config, launch)
+    with watchdog:
+        world = _start_world(config, launch)
         data = open_data(config, launch)
         if config.preflight == "only":
             parts = assemble(config, world, data, resumes=False)
-            preflight.rehearse(config, world, parts.engine, data.mixture, data.table, data.processor)
+            preflight.run_trial_step(config, world, parts.engine, data.mixture, data.table, data.processor)
             return
         parts = assemble(config, world, data)
         model, planner, engine, first_step = parts.model, parts.planner, parts.engine, parts.first_step
-        watch.names = partial(sample_names, planner, data.mixture)
-        if world.is_main:  # only now: a start that the checkpoint refuses leaves the folder as it was
+        watchdog.get_sample_names = partial(list_sample_names, planner, data.mixture)
+        if world.is_main:  # after the resume: a start that is refused must not change the run folder
             _write_data_summary(config, data.mixture, data.table)
-            _log_start(config, world, data.table, first_step, parts.origin)
+            _append_start(config, world, data.table, first_step, parts.origin)
         last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
         with closing(RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)) as log:
-            log.say(_opening(config, world, data, planner.num_steps, parts.origin))
-            log.say(format_part_table(part_table(model, engine.optimizer)))
+            log.info(_describe_start(config, world, data, planner.num_steps, parts.origin))
+            log.info(format_part_table(part_table(model, engine.optimizer)))
             if first_step < last_step:
-                held, asked = build_validation(config, data.mixture, data.backbone, data.processor, planner)
-                stream = batches(
+                log.info(LEGEND)
+                held_out, live_answers = build_validation(config, data.mixture, data.backbone, data.processor, planner)
+                stream = make_batches(
                     planner,
                     data.mixture,
                     data.processor,
@@ -85,55 +87,62 @@ def run(config: RunConfig, launch: Launch, watch: Watch) -> None:
                     stream,
                     log,
                     data.mixture,
-                    watch.progress,
+                    watchdog.progress,
                     frozen=parts.frozen,
                     num_skipped=parts.num_skipped,
                     deadline_s=deadline_s,
-                    held_out=held,
-                    live_answers=asked,
+                    held_out=held_out,
+                    live_answers=live_answers,
                 ).run(first_step, last_step)
-            watch.progress.enter("end", last_step - 1)
+            watchdog.progress.enter("end", last_step - 1)
             if last_step == planner.num_steps:
                 _write_result(config, model, data.backbone, world, log)
             else:
-                log.say(
-                    f"stopped at max_steps={last_step} of {planner.num_steps}: no {config.stage.result}/ yet; the same "
-                    "command with a larger max_steps, or null, goes on"
+                log.info(
+                    f"stopped at max_steps={last_step} of {planner.num_steps} steps, before {config.stage.result}/ is "
+                    "written; to continue, run the same command with a larger max_steps or max_steps=null"
                 )
         barrier(world)
 
 
-def _start(config: RunConfig, launch: Launch) -> World:
-    """The process group, after what must be there before it and with what must be right about it."""
+def _start_world(config: RunConfig, launch: Launch) -> World:
+    """Builds the DeepSpeed ops where they are needed, creates the process group, and runs the pre-flight checks."""
     if config.device != "cuda" and not torch.cuda.is_available():
-        deepspeed_ops.ensure_built(say=launch.local_rank == 0)
+        deepspeed_ops.ensure_built(verbose=launch.local_rank == 0)
     world = start(config, launch)
     if config.preflight != "off":
-        preflight.check(config, world)
+        preflight.run_checks(config, world)
     return world
 
 
 def build_validation(
     config: RunConfig, mixture: Mixture, backbone: Backbone, processor: Processor, planner: Planner
-) -> tuple[HeldOut | None, LiveAnswers | None]:
-    """The mixture's held-out samples, and those of them that are asked; both dealt to the ranks as the planner deals
-    the samples of a step. None where they are not wanted."""
+) -> tuple[HeldOutSet | None, AnswerGenerator | None]:
+    """Builds the held-out set and the questions for live answers, assigned to the ranks as the planner assigns samples.
+
+    Returns:
+        The held-out set (None where `evaluate.every` is 0) and the answer generator (None where `evaluate.answers` is 0
+        too).
+    """
     if not config.evaluate.every:
         return None, None
     packing, costs = planner.packing, planner.costs
     ranks: dict[str, int] = {"rank": planner.rank, "num_ranks": planner.num_ranks}
     per_sample = planner.stage.loss_weighting == "sample"
-    samples, names = of_mixture(mixture), mixture.source_names
-    held_out = hold_out(samples, names, processor, packing, costs, per_sample=per_sample, **ranks)
+    samples, names = list_mixture_samples(mixture), mixture.source_names
+    held_out = build_held_out(samples, names, processor, packing, costs, per_sample=per_sample, **ranks)
     if not config.evaluate.answers:
         return held_out, None
-    return held_out, live_answers(held_out.samples, config.evaluate, backbone, processor, packing, costs, **ranks)
+    return held_out, build_answer_generator(
+        held_out.samples, config.evaluate, backbone, processor, packing, costs, **ranks
+    )
 
 
 def _write_data_summary(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:
+    """Writes config.yaml, data.json and quarantine.jsonl into the run folder."""
     run_dir = config.run_dir
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    about = {
+    summary = {
         "data_fingerprint": table.fingerprint,
         "mixture_fingerprint": mixture.fingerprint,
         "mixture": mixture.table(),
@@ -146,12 +155,12 @@ def _write_data_summary(config: RunConfig, mixture: Mixture, table: LengthTable)
         "num_rounds_cut": table.num_rounds_cut,
         "special_texts": table.special_texts,
     }
-    (run_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n")
+    (run_dir / "data.json").write_text(json.dumps(summary, indent=1) + "\n")
     (run_dir / "quarantine.jsonl").write_bytes(table.quarantine.read_bytes())
 
 
-def _log_start(config: RunConfig, world: World, table: LengthTable, first_step: int, origin: str) -> None:
-    """A line of starts.jsonl: where this start begins, from what, with which versions, on what (rank 0's device)."""
+def _append_start(config: RunConfig, world: World, table: LengthTable, first_step: int, origin: str) -> None:
+    """Appends this start to starts.jsonl: first step, origin of the weights, ranks, rank 0's device, and versions."""
     is_gpu = world.device.type == "cuda"
     start = {
         "step": first_step,
@@ -167,50 +176,45 @@ def _log_start(config: RunConfig, world: World, table: LengthTable, first_step: 
         file.write(json.dumps(start) + "\n")
 
 
-def _opening(
-    config: RunConfig,
-    world: World,
-    data: RunData,
-    num_steps: int,
-    origin: str,
-) -> str:
+def _describe_start(config: RunConfig, world: World, data: RunData, num_steps: int, origin: str) -> str:
+    """Returns the lines that are logged at the start: stage, origin, recipe, data, and remarks on the model."""
     stage, table = config.stage, data.table
-    left_out = f", {sum(table.rejects.values())} left out ({table.rejects})" if table.rejects else ""
+    rejected = f", {sum(table.rejects.values())} rejected ({table.rejects})" if table.rejects else ""
     lines = [f"{config.run_dir}: stage {stage.name}, {origin}"]
     if config.recipe:
         lines.append(config.recipe)
     if stage.image_mode == "square" and data.backbone.hf_config.vision_config.model_type.startswith("siglip"):
         lines.append(
             "stage.image_mode=square crops the centre of every image; for a SigLIP tower the authors resize the whole "
-            "image to a square: stage.image_mode=squash"
+            "image to a square, which is stage.image_mode=squash"
         )
     lines.append(
-        f"{len(table):,} samples{left_out}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
+        f"{len(table):,} samples{rejected}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "
         f"{world.device.type}, {str(world.dtype).removeprefix('torch.')}; data {table.fingerprint[:12]}"
     )
     for source, counts in (table.special_texts or {}).items():
         tokens = ", ".join(f"{count:,} {text}" for text, count in counts.items())
         lines.append(
-            f"source {source}: samples whose text has a special token of the tokenizer written in it, which they are "
-            f"trained on as that token: {tokens}"
+            f"source {source}: number of samples whose text contains a special token's text, which is encoded as the "
+            f"token: {tokens}"
         )
     if table.special_texts is None:
-        lines.append(f"special tokens written in samples were not counted in {table.folder}: remove it to count them")
-    why_not = unsupported_by_stock(data.backbone.hf_config.vision_config)
-    if why_not is not None:
-        lines.append(f"stock transformers will load the export of this model, but cannot run it: {why_not}")
+        lines.append(f"{table.folder} has no counts of special tokens in the samples' text; remove it to count them")
+    reason = stock_unsupported_reason(data.backbone.hf_config.vision_config)
+    if reason is not None:
+        lines.append(f"stock transformers will load the export of this model but cannot run it: {reason}")
     return "\n".join(lines)
 
 
 def _write_result(config: RunConfig, model: LlavaNext, backbone: Backbone, world: World, log: RunLog) -> None:
-    """connector/ or export/, as the stage says. Every rank takes part, since parameters may be partitioned."""
+    """Writes connector/ or export/. Every rank must call it, since the parameters may be partitioned."""
     started = time.monotonic()
     target = config.run_dir / config.stage.result
     if config.stage.result == "connector":
         write_connector(model, backbone, target if world.is_main else None, gathered)
     else:
-        processor = stage_processor(backbone, config.stage)
+        processor = build_processor(backbone, config.stage)
         write_hf(model, backbone, processor, target if world.is_main else None, gathered)
-    if world.is_main:  # the fingerprints of what it has learned from go where it goes
+    if world.is_main:  # the data fingerprints stay with the weights
         shutil.copyfile(config.run_dir / "data.json", target / "data.json")
-    log.say(f"wrote {target} ({time.monotonic() - started:.1f} s)")
+    log.info(f"wrote {target} ({time.monotonic() - started:.1f} s)")

@@ -1,7 +1,7 @@
-"""The order of a step, and of a run. Read this first.
+"""The training loop. Read this first.
 
-A step: set the rates, take this rank's rows, forward and backward each, step, let the ranks agree, log, save if due,
-leave if asked. What a step computes is a function of its number; this file holds no other state.
+A step sets the learning rates, runs forward and backward on this rank's rows, all-reduces the step's state, applies the
+update, logs, and evaluates, saves or stops where that is due. What a step computes depends only on its number.
 """
 
 import time
@@ -30,15 +30,15 @@ from train.observability.step_metrics import StepMetrics, StepOutcome
 from train.supervision.rank_progress import Progress
 from train.supervision.step_errors import StepCheck, StepError
 from train.supervision.stop_signal import StopSignal
-from train.validation.held_out import HeldOut
-from train.validation.live_answers import LiveAnswers
+from train.validation.held_out import HeldOutSet
+from train.validation.live_answers import AnswerGenerator
 
 
 class Interrupted(Exception):
-    """The run was asked to stop, or its time is over; everything up to `step` is saved."""
+    """The run was asked to stop or its time limit has passed; everything up to `step` is saved."""
 
-    def __init__(self, step: int, why: str = "") -> None:
-        super().__init__(f"stopped after step {step}{why}")
+    def __init__(self, step: int, cause: str = "") -> None:
+        super().__init__(f"stopped after step {step}{cause}")
         self.step = step
 
 
@@ -46,15 +46,15 @@ class Trainer:
     """Runs the steps of one stage.
 
     Args:
-        config, world, engine, planner, log: the run's parts.
-        batches: this rank's batches, from the step where the run starts.
-        mixture: names the sources of the losses, and the samples of a step that cannot be right.
-        progress: where this rank says how far it is.
-        frozen: sums of the frozen parameters, for the checkpoints.
-        num_skipped: steps that were left out before this start.
-        deadline_s: on the monotonic clock: when it has passed, the run saves and leaves.
-        held_out: what `evaluate.every` computes the loss of.
-        live_answers: what the model is asked then.
+        config, world, engine, planner, log: of the run.
+        batches: this rank's batches, from the first step on.
+        mixture: gives the names of sources, and of samples in error messages.
+        progress: this rank's progress file.
+        frozen: sha256 of the frozen parameters by part, for the checkpoints.
+        num_skipped: earlier steps whose update was skipped.
+        deadline_s: time on the monotonic clock, in seconds, after which the run saves and stops.
+        held_out: samples whose loss is computed every `evaluate.every` steps; None to compute none.
+        live_answers: questions that are answered at the same steps; None to ask none.
     """
 
     def __init__(
@@ -71,8 +71,8 @@ class Trainer:
         frozen: dict[str, str] | None = None,
         num_skipped: int = 0,
         deadline_s: float = float("inf"),
-        held_out: HeldOut | None = None,
-        live_answers: LiveAnswers | None = None,
+        held_out: HeldOutSet | None = None,
+        live_answers: AnswerGenerator | None = None,
     ) -> None:
         self.config, self.world, self.engine = config, world, engine
         self.planner, self.batches, self.log = planner, batches, log
@@ -80,144 +80,147 @@ class Trainer:
         self.progress = progress or Progress(None)
         self.stop_signal = StopSignal()
         self.guard = StepGuard(engine, config)
-        self.check = StepCheck(config, world, planner, mixture, log.say, num_skipped)
+        self.check = StepCheck(config, world, planner, mixture, log.info, num_skipped)
         self.metrics = StepMetrics(mixture.source_names, world)
         self.saver = Saver(config.run_dir / "checkpoints", world, config.save)
         self._frozen, self._deadline_s = frozen or {}, deadline_s
         self._save_s = 0.0
         self.held_out, self.live_answers = held_out, live_answers
-        self.profiler = StepProfiler(config, world, log.say)
+        self.profiler = StepProfiler(config, world, log.info)
 
     def run(self, first_step: int, last_step: int) -> None:
         """Trains steps `first_step` to `last_step` - 1.
 
         Raises:
-            Interrupted: asked to stop, or out of time; saved.
-            StepError: a loss, a gradient or a count that cannot be right.
-            OutOfMemory: a row did not fit.
+            Interrupted: the run was asked to stop or its time limit has passed; a checkpoint was saved.
+            StepError: a step without supervised tokens, with a wrong count, or with one non-finite number too many.
+            OutOfMemory: a row did not fit into memory.
             SaveError: a checkpoint could not be written.
         """
         num_steps = self.planner.num_steps
-        seen = self.planner.seen(first_step)
-        with self.stop_signal, self._saving_what_is_saved():
+        seen = self.planner.count_seen(first_step)
+        with self.stop_signal, self._finish_save_on_error():
             for step in range(first_step, last_step):
                 factor = schedule_factor(step, num_steps, self.config.stage)
                 rates = set_rates(self.engine.optimizer.param_groups, factor)
                 plan = self.planner.plan(step)
-                self.profiler.before(step)
+                self.profiler.begin_step(step)
                 outcome = self.train_step(plan)
                 done = step + 1
                 seen = seen + plan.sizes
-                self.profiler.after(step, is_last=outcome.agreement.stop or done == last_step)
+                self.profiler.end_step(step, is_last=outcome.agreement.stop or done == last_step)
                 evaluated = {} if outcome.agreement.stop else self._evaluate(done, last_step)
-                values = self.metrics.of(plan, outcome) | {f"lr/{part}": rate for part, rate in rates.items()}
+                values = self.metrics.compute(plan, outcome) | {f"lr/{part}": rate for part, rate in rates.items()}
                 values |= dict(zip(("seen/samples", "seen/tokens", "seen/tiles"), seen.tolist(), strict=True))
                 if self._save_s:
-                    values["perf/save_s"], self._save_s = self._save_s, 0.0  # of the save before this step
-                self.log.step(step, values | evaluated)
+                    values["perf/save_s"], self._save_s = self._save_s, 0.0  # of the save after the previous step
+                self.log.log_step(step, values | evaluated)
                 if outcome.agreement.sealed:
-                    self.saver.finish()
-                if outcome.agreement.stop or self._save_is_due(done, last_step):
+                    self.saver.commit()
+                if outcome.agreement.stop or self._is_save_due(done, last_step):
                     self.save(done)
                 if outcome.agreement.stop and done < last_step:
                     self.saver.wait()
-                    raise Interrupted(done, "" if self.stop_signal.asked else self._why_out_of_time())
+                    raise Interrupted(done, "" if self.stop_signal.is_requested else self._describe_time_limit())
             self.saver.wait()
 
     def train_step(self, plan: StepPlan) -> StepOutcome:
-        """Forward and backward of this rank's rows, and the optimizer's step.
+        """Runs forward and backward on this rank's rows, then the optimizer step.
 
-        The loss of a row is its sum divided by what the whole step counts; DeepSpeed averages over ranks, hence the
-        factor. So ranks, rows and budgets have no say in the gradient.
+        The loss of a row is its loss sum divided by `plan.divisor`, which counts the whole step on all ranks. DeepSpeed
+        averages gradients over the ranks, so the loss is multiplied by their number. The gradient therefore does not
+        depend on the number of ranks, the rows or the budgets.
 
         Raises:
-            StepError: nothing is supervised, in all or in one of the sources, or a number cannot be right and no
-                more steps may be left out.
-            OutOfMemory: a row did not fit.
+            StepError: the step or one of its sources has no supervised token, a count differs from the length table, or
+                a number is non-finite and no more steps may be skipped.
+            OutOfMemory: a row did not fit into memory.
         """
-        self.check.before(plan)
+        self.check.check_supervised(plan)
         started = time.monotonic()
         waited = 0.0
         num_sources = len(self.source_names)
         sums = torch.zeros(2 * num_sources, dtype=torch.float64, device=self.world.device)
-        for number in range(len(plan.rows)):
-            self.progress.enter("data", plan.step, number)
+        for micro_step in range(len(plan.rows)):
+            self.progress.enter("data", plan.step, micro_step)
             before = time.monotonic()
             batch = next(self.batches)
             waited += time.monotonic() - before
             try:
-                loss = self._forward_backward(plan, number, batch)
+                loss = self._forward_backward(plan, micro_step, batch)
             except RuntimeError as error:
                 if is_out_of_memory(error):
-                    raise self.check.out_of_memory(plan, number, error) from error
+                    raise self.check.make_out_of_memory_error(plan, micro_step, error) from error
                 raise
             sums[:num_sources] += loss.by_source
             sums[num_sources:] += loss.tokens_by_source
         self.progress.enter("agree", plan.step)
-        on_host = sums.cpu()
+        host_sums = sums.cpu()
         agreement = all_reduce_step_state(
             self.world,
-            on_host,
-            stop=self.stop_signal.asked or time.monotonic() > self._deadline_s,
-            sealed=self.saver.is_sealed,
+            host_sums,
+            stop=self.stop_signal.is_requested or time.monotonic() > self._deadline_s,
+            sealed=self.saver.is_ready_to_commit,
             seconds=time.monotonic() - started - waited,
         )
-        self.check.counts(plan, agreement.sums[num_sources:])
-        bad = torch.nonzero(~torch.isfinite(agreement.sums[:num_sources]))[:, 0].tolist()
+        self.check.check_counts(plan, agreement.sums[num_sources:])
+        non_finite = torch.nonzero(~torch.isfinite(agreement.sums[:num_sources]))[:, 0].tolist()
         self.progress.enter("update", plan.step)
-        update = self.guard.step(refuse=bool(bad))
+        update = self.guard.step(refuse=bool(non_finite))
         if not update.applied:
-            self.check.leave_out(plan, bad)
+            self.check.record_skipped(plan, non_finite)
         return StepOutcome(agreement, update, time.monotonic() - started, waited)
 
     def save(self, step: int) -> None:
-        """A checkpoint after `step` steps. It has its name when every rank's files are on the disk, some steps later.
+        """Writes a checkpoint after `step` steps.
+
+        It is committed (`Saver.commit`) some steps later, when the files of every rank are on the disk.
 
         Raises:
             SaveError: it could not be written.
         """
         self.progress.enter("save", step - 1)
-        state = resume.run_state(
+        state = resume.make_run_state(
             step, self.planner.table.fingerprint, self.config, self.world, self.engine, self._frozen
         )
         self._save_s = self.saver.write(self.engine, state, to_yaml(self.config))
 
     @contextmanager
-    def _saving_what_is_saved(self) -> Iterator[None]:
-        """A checkpoint that is being brought to the disk is waited for, also after an error that every rank raises."""
+    def _finish_save_on_error(self) -> Iterator[None]:
+        """Waits for a checkpoint that is being written before an error that every rank raises ends the run."""
         try:
             yield
         except StepError:
             self.saver.wait()
             raise
 
-    def _forward_backward(self, plan: StepPlan, number: int, batch: Batch) -> LossSums:
+    def _forward_backward(self, plan: StepPlan, micro_step: int, batch: Batch) -> LossSums:
         batch = batch.to(self.world.device)
-        self.progress.enter("forward", plan.step, number)
+        self.progress.enter("forward", plan.step, micro_step)
         loss = LossSums(*self.engine(batch))
-        self.progress.enter("backward", plan.step, number)
+        self.progress.enter("backward", plan.step, micro_step)
         self.engine.backward(loss.total * (self.world.size / plan.divisor))
         return loss
 
     def _evaluate(self, done: int, last_step: int) -> dict[str, float]:
-        """Held-out losses and live answers after `done` steps, where they are due; nothing learned depends on them."""
+        """Computes held-out losses and live answers after `done` steps, where they are due. Changes no weight."""
         every = self.config.evaluate.every
         if self.held_out is None or every < 1 or (done % every and done != last_step):
             return {}
         enter = partial(self.progress.enter, "evaluate", done - 1)
-        found = self.held_out.metrics(self.engine, self.world, enter)
-        losses = ", ".join(f"{key.split('/')[1]} {found[key]:.4f}" for key in found if key.startswith("eval/"))
-        self.log.say(f"held-out loss after step {done}: {losses}")
+        metrics = self.held_out.compute_metrics(self.engine, self.world, enter)
+        losses = ", ".join(f"{key.split('/')[1]} {metrics[key]:.4f}" for key in metrics if key.startswith("eval/"))
+        self.log.info(f"held-out loss after step {done}: {losses}")
         if self.live_answers is not None:
             started = time.monotonic()
-            self.log.answers(done - 1, self.live_answers.ask(self.engine, self.world, enter))
-            found["perf/evaluate_s"] += time.monotonic() - started
+            self.log.log_answers(done - 1, self.live_answers.generate(self.engine, self.world, enter))
+            metrics["perf/evaluate_s"] += time.monotonic() - started
         release_gathered(self.engine)
-        return found
+        return metrics
 
-    def _save_is_due(self, done: int, last_step: int) -> bool:
+    def _is_save_due(self, done: int, last_step: int) -> bool:
         every = self.config.save.every
         return every > 0 and (done % every == 0 or done == last_step)
 
-    def _why_out_of_time(self) -> str:
-        return f" (time_limit_min={self.config.time_limit_min:g} is over)" if self.config.time_limit_min else ""
+    def _describe_time_limit(self) -> str:
+        return f" (time_limit_min={self.config.time_limit_min:g} has passed)" if self.config.time_limit_min else ""

@@ -1,16 +1,15 @@
-"""The program that makes training data of what a demo's users asked, in two steps with a stronger model between them.
+"""Program that makes training data from the requests of a demo's users, in two steps.
 
     python -m data_recipes.demo_requests collect --logs DIR --out DIR --model NAME
     python -m data_recipes.demo_requests answer --out DIR --answers FILE...
 
-Owns: the command line, the output folder, the tables of what was left out and why, exit codes. Leaves: the logs to
-`logs.py`, what may not go on to `screen.py` and `duplicates.py`, the batch files to `request_files.py`.
+`collect` filters the requests in a demo's logs. It writes batch requests for a stronger model to
+OUT/requests/requests_NNN.jsonl, the images to OUT/images, and the list of requests to OUT/kept.jsonl. A person should
+review this list; removed lines are not used. The requests are answered with a batch service of the user's choice.
+`answer` then writes OUT/demo_requests.json, LLaVA's conversation JSON, for configs/source/demo_requests.yaml. Neither
+step uses the network.
 
-`collect` writes OUT/requests/requests_NNN.jsonl, which you hand to a batch service of your choice; OUT/images; and
-OUT/kept.jsonl, which a person should look through: lines taken out of it are not used. `answer` writes
-OUT/demo_requests.json, LLaVA's conversation JSON, for configs/source/demo_requests.yaml. Neither uses the network.
-
-Exit codes: 0 done; 1 the disk failed; 2 the user's mistake, in one sentence.
+Exit codes: 0 success; 1 I/O error; 2 user error.
 """
 
 import argparse
@@ -18,46 +17,58 @@ import hashlib
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from textwrap import indent
+
+from tabulate import tabulate
 
 from data_recipes.demo_requests.duplicates import SeenRequests
-from data_recipes.demo_requests.logs import Drop, LeftOut, Request, read_requests
-from data_recipes.demo_requests.request_files import BatchOptions, BatchWriter, Kept, read_answers
-from data_recipes.demo_requests.screen import has_term, only_pixels, private, read_terms
-from data_recipes.raw.image_files import PictureError, load
+from data_recipes.demo_requests.logs import DroppedRequest, DropReason, Request, read_requests
+from data_recipes.demo_requests.request_files import BatchOptions, BatchWriter, KeptRequest, read_answers
+from data_recipes.demo_requests.screen import find_personal_data, has_unsafe_term, read_unsafe_terms, strip_metadata
+from data_recipes.raw.image_files import ImageError, load_image
 from data_recipes.raw.json_records import iter_records
 from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError
 
 
-def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line; argparse itself leaves with 2 on what it does not understand."""
-    parser = argparse.ArgumentParser(prog="python -m data_recipes.demo_requests", description="a demo's logs → data")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line; argparse exits with code 2 on invalid arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_recipes.demo_requests", description="Make training data from a demo's logs."
+    )
     steps = parser.add_subparsers(dest="step", required=True)
-    collect_step = steps.add_parser("collect", help="logs → requests for a stronger model")
-    collect_step.add_argument("--logs", type=Path, required=True, help="the folder that the demo logs to")
-    collect_step.add_argument("--out", type=Path, required=True, help="where requests and pictures go")
-    collect_step.add_argument("--model", required=True, help="the model that shall answer, as its service names it")
-    collect_step.add_argument("--max-tokens", type=int, default=1024, help="of an answer (%(default)s)")
-    collect_step.add_argument("--pictures", choices=("inline", "path"), default="inline", help="in the requests")
-    collect_step.add_argument("--unsafe-terms", type=Path, help="a text file of terms, one a line, to leave out")
-    collect_step.add_argument("--limit", type=int, help="at most so many requests, those with the smallest hashes")
-    collect_step.add_argument("--max-mib", type=int, default=190, help="of one file of requests (%(default)s)")
-    collect_step.add_argument("--max-requests", type=int, default=50_000, help="in one file (%(default)s)")
-    answer_step = steps.add_parser("answer", help="answers → LLaVA JSON")
-    answer_step.add_argument("--out", type=Path, required=True, help="the folder that `collect` made")
-    answer_step.add_argument("--answers", type=Path, nargs="+", required=True, help="the service's files")
+    collect_step = steps.add_parser("collect", help="write requests for a stronger model")
+    collect_step.add_argument("--logs", type=Path, required=True, help="folder with the demo's logs")
+    collect_step.add_argument("--out", type=Path, required=True, help="output folder")
+    collect_step.add_argument("--model", required=True, help="name of the answering model, as used by the service")
+    collect_step.add_argument("--max-tokens", type=int, default=1024, help="maximum length of an answer (%(default)s)")
+    collect_step.add_argument(
+        "--pictures", choices=("inline", "path"), default="inline", help="how requests contain images"
+    )
+    collect_step.add_argument(
+        "--unsafe-terms", type=Path, help="text file with one term per line; requests with any are dropped"
+    )
+    collect_step.add_argument("--limit", type=int, help="maximum number of requests, selected by hash")
+    collect_step.add_argument("--max-mib", type=int, default=190, help="maximum size of a request file (%(default)s)")
+    collect_step.add_argument(
+        "--max-requests", type=int, default=50_000, help="maximum requests per file (%(default)s)"
+    )
+    answer_step = steps.add_parser("answer", help="convert the answers to LLaVA JSON")
+    answer_step.add_argument("--out", type=Path, required=True, help="output folder of `collect`")
+    answer_step.add_argument("--answers", type=Path, nargs="+", required=True, help="answer files of the service")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code."""
-    options = parse(argv)
+    """Run the program and return its exit code."""
+    options = parse_arguments(argv)
     try:
         if options.step == "collect":
-            collect(options)
+            collect_requests(options)
         else:
-            answer(options.out, options.answers)
+            write_answers(options.out, options.answers)
     except DataError as error:
         print(f"demo_requests: {error}", file=sys.stderr)
         return 2
@@ -67,130 +78,135 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def collect(options: argparse.Namespace) -> None:
-    """Read the logs, leave out what may not go on, and write the requests.
+def collect_requests(options: argparse.Namespace) -> None:
+    """Read and filter the logs, and write the requests.
 
     Raises:
-        DataError: no logs, no such file of terms, or `--out` holds an earlier collection.
+        DataError: there are no logs, the file of unsafe terms is missing, or `--out` has an earlier collection.
     """
     out: Path = options.out
     for name in ("kept.jsonl", "requests", "images"):
         if (out / name).exists():
-            raise DataError(f"{out / name} is there already: choose another --out, or remove the earlier collection.")
-    kept, left_out = _choose(options)
+            raise DataError(f"{out / name} already exists; choose another --out, or remove the earlier collection.")
+    accepted, dropped = _select_requests(options)
     (out / "images").mkdir(parents=True)
     inline = options.pictures == "inline"
     batch = BatchOptions(options.model, options.max_tokens, inline, options.max_mib, options.max_requests)
     writer = BatchWriter(out / "requests", batch)
-    with (out / "kept.jsonl").open("w", encoding="utf-8") as list_of_kept:
-        for request_id, request in kept:
-            picture = only_pixels(request.picture.read_bytes())
-            image = f"images/{hashlib.sha256(picture).hexdigest()[:32]}.jpg"
-            (out / image).write_bytes(picture)
-            line = Kept(request_id, request.text, image)
-            writer.write(line, picture)
-            list_of_kept.write(json.dumps(line.__dict__, ensure_ascii=False) + "\n")
-    _report(out / "left_out.jsonl", left_out, f"{len(kept):,} requests in {out / 'requests'}")
+    with (out / "kept.jsonl").open("w", encoding="utf-8") as kept_file:
+        for request_id, request in accepted:
+            data = strip_metadata(request.image.read_bytes())
+            image = f"images/{hashlib.sha256(data).hexdigest()[:32]}.jpg"
+            (out / image).write_bytes(data)
+            entry = KeptRequest(request_id, request.text, image)
+            writer.write(entry, data)
+            kept_file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+    _write_dropped(out / "left_out.jsonl", dropped, f"{len(accepted):,} requests in {out / 'requests'}")
 
 
-def answer(out: Path, answers: Sequence[Path]) -> None:
-    """Join answers with the kept requests, and write LLaVA's conversation JSON.
+def write_answers(out: Path, answers: Sequence[Path]) -> None:
+    """Join the answers with the kept requests, and write LLaVA's conversation JSON.
+
+    Args:
+        out: the output folder of `collect`.
+        answers: the answer files of the service.
 
     Raises:
-        DataError: `out` holds no collection, or there is no such file of answers.
+        DataError: `out` has no collection, or an answer file does not exist.
     """
-    kept = _read_kept(out / "kept.jsonl")
-    found: dict[str, str] = {}
-    left_out: list[LeftOut] = []
-    for place, request_id, result in read_answers(answers):
-        if isinstance(result, Drop):
-            left_out.append(LeftOut(result, place))
-        elif request_id not in kept:
-            left_out.append(LeftOut(Drop.UNKNOWN_ID, place))
-        elif request_id in found:
-            left_out.append(LeftOut(Drop.ANSWER_REPEATED, place))
+    accepted = _read_kept(out / "kept.jsonl")
+    answer_texts: dict[str, str] = {}
+    dropped: list[DroppedRequest] = []
+    for location, request_id, result in read_answers(answers):
+        if isinstance(result, DropReason):
+            dropped.append(DroppedRequest(result, location))
+        elif request_id not in accepted:
+            dropped.append(DroppedRequest(DropReason.UNKNOWN_ID, location))
+        elif request_id in answer_texts:
+            dropped.append(DroppedRequest(DropReason.ANSWER_REPEATED, location))
         else:
-            found[request_id] = result
-    left_out += [LeftOut(Drop.UNANSWERED, request_id) for request_id in kept if request_id not in found]
-    records = [_record(kept[request_id], found[request_id]) for request_id in kept if request_id in found]
+            answer_texts[request_id] = result
+    dropped += [
+        DroppedRequest(DropReason.UNANSWERED, request_id) for request_id in accepted if request_id not in answer_texts
+    ]
+    records = [
+        _make_record(request, answer_texts[request_id])
+        for request_id, request in accepted.items()
+        if request_id in answer_texts
+    ]
     path = out / "demo_requests.json"
     path.write_text(json.dumps(records, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    _report(out / "answers_left_out.jsonl", left_out, f"{len(records):,} conversations in {path}")
+    _write_dropped(out / "answers_left_out.jsonl", dropped, f"{len(records):,} conversations in {path}")
 
 
-def _choose(options: argparse.Namespace) -> tuple[list[tuple[str, Request]], list[LeftOut]]:
-    """(kept requests by id, what was left out), in the order of the logs."""
-    terms = read_terms(options.unsafe_terms) if options.unsafe_terms else None
+def _select_requests(options: argparse.Namespace) -> tuple[list[tuple[str, Request]], list[DroppedRequest]]:
+    """Return the accepted (id, request) pairs sorted by id, and the dropped requests in the order of the logs."""
+    terms = read_unsafe_terms(options.unsafe_terms) if options.unsafe_terms else None
     seen = SeenRequests()
-    kept: dict[str, Request] = {}
-    left_out: list[LeftOut] = []
+    accepted: dict[str, Request] = {}
+    dropped: list[DroppedRequest] = []
     for item in read_requests(options.logs):
-        reason = item.reason if isinstance(item, LeftOut) else None
+        reason = item.reason if isinstance(item, DroppedRequest) else None
         if isinstance(item, Request):
             if item.flagged:
-                reason = Drop.FLAGGED
-            elif item.moderated or has_term(item.text, terms):
-                reason = Drop.UNSAFE
+                reason = DropReason.FLAGGED
+            elif item.moderated or has_unsafe_term(item.text, terms):
+                reason = DropReason.UNSAFE
             else:
-                reason = private(item.text) or _judge_picture(item, seen)
+                reason = find_personal_data(item.text) or _check_image(item, seen)
         if reason is None:
             assert isinstance(item, Request)
-            kept[_request_id(item)] = item
+            accepted[_request_id(item)] = item
         else:
-            left_out.append(LeftOut(reason, item.place))
-    ids = sorted(kept)[: options.limit] if options.limit else sorted(kept)
-    return [(request_id, kept[request_id]) for request_id in ids], left_out
+            dropped.append(DroppedRequest(reason, item.location))
+    ids = sorted(accepted)[: options.limit] if options.limit else sorted(accepted)
+    return [(request_id, accepted[request_id]) for request_id in ids], dropped
 
 
-def _read_kept(path: Path) -> dict[str, Kept]:
-    """The kept requests by id; a line that a person took out, or broke, asks for nothing."""
+def _read_kept(path: Path) -> dict[str, KeptRequest]:
+    """Read the kept requests by id. Requests whose lines were removed in review are not used."""
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file; run `collect` first, with this --out.")
-    kept = {}
-    for place, record in iter_records(path):
+        raise DataError(f"{path}: no such file; run `collect` with this --out first.")
+    accepted = {}
+    for location, record in iter_records(path):
         try:
-            kept[record["id"]] = Kept(record["id"], record["text"], record["image"])
+            accepted[record["id"]] = KeptRequest(record["id"], record["text"], record["image"])
         except (TypeError, KeyError) as error:
-            raise DataError(
-                f"{place}: not a line that `collect` wrote; mend it, or take the whole line out."
-            ) from error
-    return kept
+            raise DataError(f"{location}: not a line written by `collect`; correct it or remove the line.") from error
+    return accepted
 
 
-def _judge_picture(request: Request, seen: SeenRequests) -> Drop | None:
+def _check_image(request: Request, seen: SeenRequests) -> DropReason | None:
     try:
-        picture = load(request.picture).data
-    except PictureError:
-        return Drop.PICTURE_UNUSABLE
-    return None if seen.is_new(request.text, picture) else Drop.NEAR_DUPLICATE
+        data = load_image(request.image).data
+    except ImageError:
+        return DropReason.IMAGE_UNUSABLE
+    return None if seen.add_if_new(request.text, data) else DropReason.NEAR_DUPLICATE
 
 
 def _request_id(request: Request) -> str:
-    """A hash of what was asked: it says nothing about who asked, or when."""
-    digest = hashlib.sha256(request.text.encode("utf-8", "replace") + b"\0" + request.picture.read_bytes())
+    """Derive the id from text and image only, so that it reveals neither the user nor the time."""
+    digest = hashlib.sha256(request.text.encode("utf-8", "replace") + b"\0" + request.image.read_bytes())
     return f"demo_{digest.hexdigest()[:24]}"
 
 
-def _record(kept: Kept, text: str) -> dict[str, object]:
+def _make_record(request: KeptRequest, text: str) -> dict[str, object]:
     turns = [
-        {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{kept.text}"},
+        {"from": "human", "value": f"{IMAGE_PLACEHOLDER}\n{request.text}"},
         {"from": "gpt", "value": text},
     ]
-    return {"id": kept.id, "image": Path(kept.image).name, "conversations": turns}
+    return {"id": request.id, "image": Path(request.image).name, "conversations": turns}
 
 
-def _report(path: Path, left_out: Sequence[LeftOut], kept: str) -> None:
-    """Write what was left out, and print how much of it for each reason."""
-    path.write_text("".join(_lines(left_out)), encoding="utf-8")
-    print(f"kept: {kept}")
-    print(f"left out: {len(left_out):,}, listed in {path}")
-    for reason, count in Counter(item.reason for item in left_out).most_common():
-        print(f"  {reason.value:24} {count:>8,}")
-
-
-def _lines(left_out: Sequence[LeftOut]) -> Iterator[str]:
-    for item in left_out:
-        yield json.dumps({"reason": item.reason, "place": item.place}) + "\n"
+def _write_dropped(path: Path, dropped: Sequence[DroppedRequest], summary: str) -> None:
+    """Write the dropped requests to `path`, and print the number per reason."""
+    lines = [json.dumps({"reason": item.reason, "place": item.location}) + "\n" for item in dropped]
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"kept: {summary}")
+    print(f"dropped: {len(dropped):,}, listed in {path}")
+    rows = [(reason.value, f"{n:,}") for reason, n in Counter(item.reason for item in dropped).most_common()]
+    if rows:
+        print(indent(tabulate(rows, tablefmt="plain", disable_numparse=True, colalign=("left", "right")), "  "))
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-"""What the users of a LLaVA demo asked, out of its server's logs.
+"""Reads user requests from the logs of a LLaVA demo server.
 
-Owns: the layout of the logs, what counts as one request, who flagged what.
-Leaves: what may be kept to `screen.py` and `duplicates.py`.
+The server writes one file per day, `YYYY-MM-DD-conv.json`, with one object per line: {tstamp, type, model, state, ip}
+and, if `type` is chat, {start, finish, images}. `state` is the conversation so far, {system, roles, messages, offset,
+sep, sep2, template_name}; a message is [role, text] or [role, [text, image, mode]], and the first `offset` messages are
+examples. `images` are MD5 sums; the images are in `serve_images/YYYY-MM-DD/MD5.jpg`.
 
-The public demo server writes one file a day, `YYYY-MM-DD-conv.json`, one object a line: {tstamp, type, model, state,
-ip} and, where `type` is chat, {start, finish, images}. `state` is the conversation so far, {system, roles, messages,
-offset, sep, sep2, template_name}; a message is [role, text] or [role, [text, image, mode]], and the first `offset`
-ones are examples. `images` are md5 sums; the pictures lie in `serve_images/YYYY-MM-DD/MD5.jpg`.
-
-A request is the first question of a conversation: later ones depend on answers that are not to be learnt. Address and
-time are read for nothing but to match a flag with its conversation, and leave this module in no form: a place is "log
-2, record 17", the logs counted by name.
+A request is the first question of a conversation; later questions depend on answers that must not be trained on.
+Address and time are used only to match a flag with its conversation, and are never returned: a location is "log 2,
+record 17", with the logs numbered by name.
 """
 
 import re
@@ -24,17 +21,17 @@ from data_recipes.raw.json_records import iter_records
 from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError, Reject
 
 _MD5 = re.compile(r"[0-9a-f]{32}")
-# What the demo says in place of an answer when its moderation stops an input.
+# The demo's answer to an input that its moderation rejects.
 _MODERATION = "violates our content moderation guidelines"
 
 
-class Drop(StrEnum):
-    """Why a request or its answer is not kept. A fixed list: `left_out.jsonl` uses these words."""
+class DropReason(StrEnum):
+    """Why a request or answer was dropped. `left_out.jsonl` contains these values, so they do not change."""
 
     BROKEN_RECORD = "broken_record"
     LATER_TURN = "later_turn"
-    NO_PICTURE = "no_picture"
-    SEVERAL_PICTURES = "several_pictures"
+    NO_IMAGE = "no_picture"
+    SEVERAL_IMAGES = "several_pictures"
     NO_TEXT = "no_text"
     FLAGGED = "flagged"
     UNSAFE = "unsafe"
@@ -43,8 +40,8 @@ class Drop(StrEnum):
     PRIVATE_CARD = "private_card"
     PRIVATE_ADDRESS = "private_network_address"
     PRIVATE_NUMBER = "private_id_number"
-    PICTURE_MISSING = "picture_missing"
-    PICTURE_UNUSABLE = "picture_unusable"
+    IMAGE_MISSING = "picture_missing"
+    IMAGE_UNUSABLE = "picture_unusable"
     NEAR_DUPLICATE = "near_duplicate"
     UNKNOWN_ID = "unknown_id"
     ANSWER_REPEATED = "answer_repeated"
@@ -57,87 +54,95 @@ class Drop(StrEnum):
 
 @dataclass(frozen=True)
 class Request:
-    """One question on one picture; `flagged` if its user or the demo's moderation objected to the conversation."""
+    """One question about one image.
+
+    Attributes:
+        text: the question, without placeholder.
+        image: path of the image.
+        location: number of the log and of the record.
+        flagged: the user flagged the conversation.
+        moderated: the demo's moderation rejected an input of the conversation.
+    """
 
     text: str
-    picture: Path
-    place: str
+    image: Path
+    location: str
     flagged: bool = False
     moderated: bool = False
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """Something that is not kept: why, and where it stands in the logs. It never repeats what was said."""
+class DroppedRequest:
+    """A dropped request or answer: the reason and its location in the logs, without any of its text."""
 
-    reason: Drop
-    place: str
+    reason: DropReason
+    location: str
 
 
-def read_requests(folder: Path) -> Iterator[Request | LeftOut]:
-    """Every chat of the logs, days in their order: a request, or why it is none. Votes are no chats and not counted.
+def read_requests(folder: Path) -> Iterator[Request | DroppedRequest]:
+    """Yield a request, or the reason why it is dropped, for each chat of the logs. Votes are skipped.
 
     Raises:
-        DataError: there are no logs in `folder`.
+        DataError: `folder` has no logs.
     """
     logs = sorted(folder.glob("*-conv.json"))
     if not logs:
-        raise DataError(f"{folder}: no YYYY-MM-DD-conv.json in it; --logs is the folder that a LLaVA demo logs to.")
+        raise DataError(f"{folder} has no YYYY-MM-DD-conv.json; --logs must be the log folder of a LLaVA demo.")
     flagged = {
         _conversation_key(record)
         for log in logs
         for _, record in iter_records(log)
         if isinstance(record, dict) and record.get("type") == "flag"
     }
-    pictures = {path.stem: path for path in sorted((folder / "serve_images").glob("*/*.jpg"), reverse=True)}
+    images = {path.stem: path for path in sorted((folder / "serve_images").glob("*/*.jpg"), reverse=True)}
     for number, log in enumerate(logs, start=1):
-        for log_place, record in iter_records(log):
-            place = f"log {number}, {log_place.rsplit(', ', 1)[-1]}"
+        for log_location, record in iter_records(log):
+            location = f"log {number}, {log_location.rsplit(', ', 1)[-1]}"
             if isinstance(record, Reject):
-                yield LeftOut(Drop.BROKEN_RECORD, place)
+                yield DroppedRequest(DropReason.BROKEN_RECORD, location)
             elif record.get("type") == "chat":
-                yield _request(record, pictures, flagged, place)
+                yield _parse_request(record, images, flagged, location)
 
 
-def _request(
-    record: dict[str, Any], pictures: dict[str, Path], flagged: set[tuple[str, str]], place: str
-) -> Request | LeftOut:
-    said = _said(record)
-    if said is None:
-        return LeftOut(Drop.BROKEN_RECORD, place)
-    asked = [text for role, text in said if role == "user"]
-    if len(asked) != 1:
-        return LeftOut(Drop.LATER_TURN if asked else Drop.NO_TEXT, place)
+def _parse_request(
+    record: dict[str, Any], images: dict[str, Path], flagged: set[tuple[str, str]], location: str
+) -> Request | DroppedRequest:
+    turns = _read_turns(record)
+    if turns is None:
+        return DroppedRequest(DropReason.BROKEN_RECORD, location)
+    questions = [text for role, text in turns if role == "user"]
+    if len(questions) != 1:
+        return DroppedRequest(DropReason.LATER_TURN if questions else DropReason.NO_TEXT, location)
     hashes = record.get("images") or []
     if not isinstance(hashes, list) or not all(isinstance(h, str) and _MD5.fullmatch(h) for h in hashes):
-        return LeftOut(Drop.BROKEN_RECORD, place)
+        return DroppedRequest(DropReason.BROKEN_RECORD, location)
     if len(hashes) != 1:
-        return LeftOut(Drop.SEVERAL_PICTURES if hashes else Drop.NO_PICTURE, place)
-    text = asked[0].replace(IMAGE_PLACEHOLDER, "").strip()
+        return DroppedRequest(DropReason.SEVERAL_IMAGES if hashes else DropReason.NO_IMAGE, location)
+    text = questions[0].replace(IMAGE_PLACEHOLDER, "").strip()
     if not text:
-        return LeftOut(Drop.NO_TEXT, place)
-    if hashes[0] not in pictures:
-        return LeftOut(Drop.PICTURE_MISSING, place)
-    moderated = any(_MODERATION in text.lower() for _, text in said)
-    return Request(text, pictures[hashes[0]], place, _conversation_key(record) in flagged, moderated)
+        return DroppedRequest(DropReason.NO_TEXT, location)
+    if hashes[0] not in images:
+        return DroppedRequest(DropReason.IMAGE_MISSING, location)
+    moderated = any(_MODERATION in text.lower() for _, text in turns)
+    return Request(text, images[hashes[0]], location, _conversation_key(record) in flagged, moderated)
 
 
 def _conversation_key(record: dict[str, Any]) -> tuple[str, str]:
-    """What a vote and the chat that it is about have in common: who, and the first question."""
-    said = _said(record) or []
-    first = next((text for role, text in said if role == "user"), "")
+    """Return (address, first question), which a vote and its chat have in common."""
+    turns = _read_turns(record) or []
+    first = next((text for role, text in turns if role == "user"), "")
     return str(record.get("ip")), first.replace(IMAGE_PLACEHOLDER, "").strip()
 
 
-def _said(record: dict[str, Any]) -> list[tuple[str, str]] | None:
-    """(user or assistant, text) of each turn after the examples; None where the state is not laid out so."""
+def _read_turns(record: dict[str, Any]) -> list[tuple[str, str]] | None:
+    """Return (role, text) of each turn after the examples, or None if the state has an unknown layout."""
     state = record.get("state")
     if not isinstance(state, dict):
         return None
     messages, roles, offset = state.get("messages"), state.get("roles"), state.get("offset")
     if not isinstance(messages, list) or not isinstance(roles, list) or not isinstance(offset, int):
         return None
-    said = []
+    turns = []
     for message in messages[offset:]:
         if not isinstance(message, list) or len(message) != 2:
             return None
@@ -146,5 +151,5 @@ def _said(record: dict[str, Any]) -> list[tuple[str, str]] | None:
             text = text[0] if text else None
         if not isinstance(text, str | None):
             return None
-        said.append(("user" if roles and role == roles[0] else "assistant", text or ""))
-    return said
+        turns.append(("user" if roles and role == roles[0] else "assistant", text or ""))
+    return turns

@@ -1,15 +1,10 @@
-"""The program that turns raw files into stores.
+"""Program that prepares stores from raw files.
 
     python -m data_recipes.prepare --mixture NAME --raw DIR --stores DIR [--workers N] [--strict]
-    ... --slice 3/32     one of 32 jobs of a cluster;     ... --merge 32     then, once
+    ... --slice 3/32     one of 32 jobs of a cluster;     ... --merge 32     afterwards, once
 
-Owns: the command line, what is done in which order, exit codes.
-Leaves: which sources need work to `work_list.py`, the making of a store to `writing/` and `slices.py`, raw layouts to
-`readers/`, choosing samples to `mixture.py`, what is printed and written about a mixture to `summary.py` and
-`manifest.py`.
-
-Exit codes: 0 done; 1 the data or the machine failed (too many bad records, a full disk); 2 the user's
-mistake, in one sentence; 130 stopped by Ctrl-C. Needs neither torch nor deepspeed.
+Exit codes: 0 success; 1 data or machine error, such as too many invalid records or a full disk; 2 user error; 130
+interrupted by Ctrl-C. Neither torch nor DeepSpeed is needed.
 """
 
 import argparse
@@ -24,24 +19,31 @@ from pathlib import Path
 
 from data_recipes.mixture.mixture import Mixture, read_mixture
 from data_recipes.prepare import summary
-from data_recipes.prepare.disk_space import Need, check_space
+from data_recipes.prepare.disk_space import SpaceNeed, check_space
 from data_recipes.prepare.manifest import write_manifest
-from data_recipes.prepare.shared_files import read_together
-from data_recipes.prepare.slices import merge_slices, read_slices, slice_writer
-from data_recipes.prepare.work_list import Work, find_work, report_up_to_date, survey_work
-from data_recipes.raw.image_pool import PicturePool
+from data_recipes.prepare.shared_files import read_group
+from data_recipes.prepare.slices import make_slice_writer, merge_slices, read_slices
+from data_recipes.prepare.work_list import WorkItem, estimate_group_space, plan_work, report_up_to_date
+from data_recipes.raw.image_pool import ImagePool
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_source
-from data_recipes.store.durable import only_one
+from data_recipes.store.durable import exclusive_lock
 from data_recipes.writing.progress import Progress
-from data_recipes.writing.sample_stream import WHOLE, Loaded, Mark, NumberedStream, Slice, StreamChangedError
+from data_recipes.writing.sample_stream import (
+    WHOLE_SOURCE,
+    LoadedRecord,
+    NumberedStream,
+    Slice,
+    StreamChangedError,
+    StreamPosition,
+)
 from data_recipes.writing.store_tables import RejectedError, StoreReport
-from data_recipes.writing.writer import StoreWriter, finish_interrupted, read_inputs, write_records
+from data_recipes.writing.writer import StoreWriter, complete_interrupted, read_inputs, write_records
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """The command line."""
+    """The parsed command line; the fields are its options."""
 
     mixture: str | None
     source: list[str]
@@ -55,43 +57,49 @@ class Arguments:
     configs: Path
 
 
-def parse(argv: Sequence[str] | None = None) -> Arguments:
-    """Read the command line; argparse itself leaves with 2 on what it does not understand."""
-    parser = argparse.ArgumentParser(prog="python -m data_recipes.prepare", description="raw files → stores")
+def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
+    """Parse the command line; argparse exits with code 2 on invalid arguments."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data_recipes.prepare", description="Prepare stores from raw files."
+    )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--mixture", help="prepare every source of configs/mixture/NAME.yaml")
-    what.add_argument("--source", nargs="+", default=[], help="prepare these of configs/source/*.yaml")
-    parser.add_argument("--raw", type=Path, required=True, help="the folder that holds the raw folders")
-    parser.add_argument("--stores", type=Path, required=True, help="where the stores go, one folder a source")
+    what.add_argument("--source", nargs="+", default=[], help="prepare these sources of configs/source/*.yaml")
+    parser.add_argument("--raw", type=Path, required=True, help="folder that contains the raw folders")
+    parser.add_argument("--stores", type=Path, required=True, help="output folder, with one store per source")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=int, default=cores, help="processes that decode pictures (%(default)s)")
-    parser.add_argument("--strict", action="store_true", help="stop at the first bad record")
+    parser.add_argument("--workers", type=int, default=cores, help="processes that decode images (%(default)s)")
+    parser.add_argument("--strict", action="store_true", help="stop at the first invalid record")
     parser.add_argument(
         "--max-rejects",
         type=float,
         metavar="SHARE",
-        help="fail above this share of bad records, 0 to 1 (default: each source's max_reject_share)",
+        help="fail above this fraction of rejected records, 0 to 1 (default: each source's max_reject_share)",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument(
-        "--slice", type=_slice, default=WHOLE, metavar="K/N", help="make slice K of N only, for a cluster's array jobs"
+        "--slice",
+        type=_parse_slice,
+        default=WHOLE_SOURCE,
+        metavar="K/N",
+        help="prepare slice K of N only, for array jobs",
     )
-    part.add_argument("--merge", type=int, metavar="N", help="make the stores of their N slices, and remove those")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="the YAML folder (%(default)s)")
+    part.add_argument("--merge", type=int, metavar="N", help="merge N slices per source to stores, and remove them")
+    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the YAML files (%(default)s)")
     arguments = Arguments(**vars(parser.parse_args(argv)))
     if arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers}: at least 1 is needed")
+        parser.error(f"--workers {arguments.workers}: must be at least 1")
     if arguments.max_rejects is not None and not 0 <= arguments.max_rejects <= 1:
-        parser.error(f"--max-rejects {arguments.max_rejects}: a share lies between 0 and 1")
+        parser.error(f"--max-rejects {arguments.max_rejects}: must be between 0 and 1")
     if arguments.merge is not None and arguments.merge < 1:
-        parser.error(f"--merge {arguments.merge}: at least 1 slice is needed")
+        parser.error(f"--merge {arguments.merge}: must be at least 1")
     return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program; returns the exit code."""
-    arguments = parse(argv)
-    again = "What was done is kept: the same command goes on from there"
+    """Run the program and return its exit code."""
+    arguments = parse_arguments(argv)
+    resume_hint = "Completed work is kept; run the same command again to continue"
     try:
         prepare(arguments)
     except DataError as error:
@@ -101,40 +109,47 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenProcessPool:
         return _fail(
             1,
-            "a process that decodes pictures was killed, most likely because memory ran out. Try fewer --workers. "
-            f"{again}.",
+            "a worker process was killed, probably because the machine ran out of memory. Try fewer --workers. "
+            f"{resume_hint}.",
         )
     except OSError as error:
-        return _fail(1, f"{error}. {again} once this is mended.")
+        return _fail(1, f"{error}. {resume_hint} after resolving the error.")
     except KeyboardInterrupt:
-        return _fail(130, f"stopped. {again}.")
+        return _fail(130, f"interrupted. {resume_hint}.")
     return 0
 
 
 def prepare(arguments: Arguments) -> None:
-    """Make every store that is asked for and is not there yet, then print what came of it.
+    """Prepare all requested stores that are not up to date, then print a summary.
 
-    All raw folders and readers are looked for before the first is read, and the room is measured: a run of hours
-    should not end on a wrong name at its last source.
+    Raw folders, readers and disk space are checked for all sources before any file is read, so that errors are found
+    early.
+
+    Raises:
+        DataError: user error in the configuration or the command line.
+        RejectedError: too many records are invalid.
+        OSError: the disk is full or failing.
     """
     if not arguments.configs.is_dir():
-        raise DataError(f"no folder {arguments.configs}: start in the checkout, or name it with --configs.")
+        raise DataError(f"no folder {arguments.configs}: run from the repository, or set --configs.")
     config = read_mixture(arguments.configs, arguments.mixture) if arguments.mixture else None
     names = sorted({*config.sources, *config.exclude}) if config else list(dict.fromkeys(arguments.source))
     sources = [read_source(arguments.configs, name) for name in names]
     if arguments.max_rejects is not None:
         sources = [replace(source, max_reject_share=arguments.max_rejects) for source in sources]
-    work = find_work(sources, arguments.raw, arguments.stores, arguments.slice, arguments.merge)
-    # Before any other thread starts: the pool forks. One pool serves all sources.
+    work = plan_work(sources, arguments.raw, arguments.stores, arguments.slice, arguments.merge)
+    # The pool forks, so it is created before any thread. It is shared by all sources.
     num_workers = arguments.workers if work and arguments.merge is None else 1
-    with PicturePool(num_workers) as pool:
+    with ImagePool(num_workers) as pool:
         if work:
-            needs = pool.run_all(partial(survey_work, arguments.raw, arguments.stores, arguments.slice), work)
+            needs = pool.map_items(
+                partial(estimate_group_space, arguments.raw, arguments.stores, arguments.slice), work
+            )
             print(check_space([need for group in needs for need in group], arguments.stores), flush=True)
             for group, measured in zip(work, needs, strict=True):
-                _make(group, measured, arguments, pool)
-    if arguments.slice != WHOLE:
-        print(f"slice {arguments.slice} is done; when all are: --merge {arguments.slice.num_slices}")
+                _prepare_group(group, measured, arguments, pool)
+    if arguments.slice != WHOLE_SOURCE:
+        print(f"slice {arguments.slice} is complete; after all slices, run --merge {arguments.slice.num_slices}")
     elif config is None:
         summary.print_sources(sources, arguments.stores)
     else:
@@ -143,67 +158,71 @@ def prepare(arguments: Arguments) -> None:
         print(f"written: {write_manifest(mixture, arguments.stores)}/manifest.json, .md, .tex, .bib")
 
 
-def _make(group: Sequence[Work], needs: Sequence[Need], arguments: Arguments, pool: PicturePool) -> None:
-    """Make the stores or slices of one raw file, all at once."""
+def _prepare_group(
+    group: Sequence[WorkItem], needs: Sequence[SpaceNeed], arguments: Arguments, pool: ImagePool
+) -> None:
+    """Prepare the stores or slices that are read from one raw file, in one pass."""
     with ExitStack() as locks:
         for work in group:
-            locks.enter_context(only_one(work.path))
-        # Another program may have made one since it was looked at, or an earlier start had not yet renamed it.
+            locks.enter_context(exclusive_lock(work.path))
+        # Another program may have prepared one in the meantime, or an interrupted run may have completed it.
         todo = []
         for work in group:
-            if read_inputs(work.path) == work.inputs or finish_interrupted(work.path, work.inputs):
+            if read_inputs(work.path) == work.inputs or complete_interrupted(work.path, work.inputs):
                 report_up_to_date(work)
             else:
                 todo.append(work)
         if not todo:
             return
         try:
-            reports = _write(todo, needs, arguments, pool)
+            reports = _write_group(todo, needs, arguments, pool)
         except StreamChangedError:
-            print(f"{todo[0].name}: the raw files have changed since an interrupted start; from the beginning")
-            reports = _write(todo, needs, arguments, pool)
+            print(f"{todo[0].name}: the raw files have changed since the interrupted run; starting over")
+            reports = _write_group(todo, needs, arguments, pool)
     names = {work.source.name: work.name for work in todo}
     for report in reports:
-        left_out = sum(report.rejects.values())
-        counts = f"{report.num_samples:,} samples, {report.num_pictures:,} pictures, {left_out:,} left out"
+        num_rejected = sum(report.rejects.values())
+        counts = f"{report.num_samples:,} samples, {report.num_images:,} images, {num_rejected:,} rejected"
         print(f"{names[report.name]}: {counts}", flush=True)
 
 
-def _write(group: Sequence[Work], needs: Sequence[Need], arguments: Arguments, pool: PicturePool) -> list[StoreReport]:
+def _write_group(
+    group: Sequence[WorkItem], needs: Sequence[SpaceNeed], arguments: Arguments, pool: ImagePool
+) -> list[StoreReport]:
     names = [work.name for work in group]
     counts = [need.num_records for need in needs if need.name in names]
     num_records = None if None in counts else sum(count for count in counts if count is not None)
-    shown = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    with Progress(shown, num_records) as progress:
+    title = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    with Progress(title, num_records) as progress:
         if arguments.merge is not None:
             folders = read_slices(group[0].path, arguments.merge, group[0].inputs["recipe"])
             return [merge_slices(group[0].path, group[0].source, folders, progress)]
-        writers = [_writer(work, arguments) for work in group]
+        writers = [_make_writer(work, arguments) for work in group]
 
-        def records(starts: Mapping[str, Mark]) -> Iterator[tuple[str, Mark, Loaded | None]]:
-            stream = read_together([work.source for work in group], arguments.raw)
+        def records(starts: Mapping[str, StreamPosition]) -> Iterator[tuple[str, StreamPosition, LoadedRecord | None]]:
+            stream = read_group([work.source for work in group], arguments.raw)
             root = arguments.raw / group[0].source.root
             return NumberedStream(stream, root, starts, arguments.slice).load(pool)
 
         return write_records(writers, records, progress)
 
 
-def _writer(work: Work, arguments: Arguments) -> StoreWriter:
-    if arguments.slice == WHOLE:
+def _make_writer(work: WorkItem, arguments: Arguments) -> StoreWriter:
+    if arguments.slice == WHOLE_SOURCE:
         return StoreWriter(work.path, work.source, work.inputs, strict=arguments.strict)
     store = arguments.stores / work.source.name
-    return slice_writer(store, arguments.slice, work.source, work.inputs, arguments.strict)
+    return make_slice_writer(store, arguments.slice, work.source, work.inputs, arguments.strict)
 
 
-def _slice(text: str) -> Slice:
+def _parse_slice(text: str) -> Slice:
     try:
         return Slice.parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def _fail(code: int, sentence: str) -> int:
-    print(f"prepare: {sentence}", file=sys.stderr)
+def _fail(code: int, message: str) -> int:
+    print(f"prepare: {message}", file=sys.stderr)
     return code
 
 

@@ -1,8 +1,4 @@
-"""How much room a store will need, told and compared with what is free before anything is written.
-
-Owns: counting records and bytes ahead, the comparison.
-Leaves: what counts as a picture's path to the readers; a disk that fills all the same to `writing/`.
-"""
+"""Estimates the disk space of stores and compares it with the free space before anything is written."""
 
 import shutil
 import zlib
@@ -11,80 +7,94 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_recipes.schema.sample import DataError, Reject
-from data_recipes.writing.progress import readable
-from data_recipes.writing.sample_stream import WHOLE, Named, Slice
+from data_recipes.writing.progress import format_bytes
+from data_recipes.writing.sample_stream import WHOLE_SOURCE, Slice, TaggedRecord
 
-_BYTES_PER_RECORD = 400  # index while it is written, offsets, id
+_BYTES_PER_RECORD = 400  # temporary index, offsets and id
 _BYTES_PER_STORE = 1 << 20
-_SEEN_BITS = 1 << 26  # 8 MiB whatever the number of pictures; a million share them with 1.5 % of collisions
+_SEEN_BITS = 1 << 26  # 8 MiB; 1.5 % of a million images collide
 
 
 @dataclass(frozen=True)
-class Need:
-    """What one store or slice takes: records (None: not counted) and bytes on the disk."""
+class SpaceNeed:
+    """Estimated size of one store or slice.
+
+    Attributes:
+        name: name of the store or slice in messages.
+        num_records: number of records; None if they were not counted.
+        num_bytes: size on the disk.
+    """
 
     name: str
     num_records: int | None
     num_bytes: int
 
 
-def survey(
-    names: Mapping[str, str], records: Iterable[Named], raw_bytes: Callable[[], int], part: Slice = WHOLE
-) -> list[Need]:
-    """Count a reader's stream without opening a picture: file sizes, each path once, and the texts.
+def estimate_space(
+    names: Mapping[str, str], records: Iterable[TaggedRecord], raw_bytes: Callable[[], int], part: Slice = WHOLE_SOURCE
+) -> list[SpaceNeed]:
+    """Estimate the size of stores from the texts and image files of their records, without opening the images.
 
-    Pictures that come as bytes out of the raw files are not counted one by one, since that would read all of those
-    files twice: the whole raw folder, `raw_bytes`, stands for them.
+    If the raw files contain the images as bytes, counting them would read all of these files twice. The size of the raw
+    folder is used instead.
 
     Args:
-        names: the sources of the stream, and what each one's need is called.
-        part: the slice that is made.
+        names: {source of the stream: name of its store or slice}.
+        records: the reader's records.
+        raw_bytes: returns the size of the raw folder in bytes.
+        part: the slice to prepare.
     """
     seen = bytearray(_SEEN_BITS // 8)
     num_records, num_bytes = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for source, record in records:
         for name in names if source is None else (source,):
             num_records[name] += 1
-            if isinstance(record, Reject) or not part.has(num_records[name] - 1):
+            if isinstance(record, Reject) or not part.contains(num_records[name] - 1):
                 continue
-            if any(isinstance(picture, bytes) for picture in record.pictures):
+            if any(isinstance(image, bytes) for image in record.images):
                 share = raw_bytes() // part.num_slices // len(names)
-                return [Need(shown, None, share + _BYTES_PER_STORE) for shown in names.values()]
+                return [SpaceNeed(title, None, share + _BYTES_PER_STORE) for title in names.values()]
             num_bytes[name] += sum(len(str(message.text)) for message in record.messages)
-            paths = (picture for picture in record.pictures if isinstance(picture, Path))
+            paths = (image for image in record.images if isinstance(image, Path))
             num_bytes[name] += sum(_size_once(name, path, seen) for path in paths)
     needs = []
-    for name, shown in names.items():
-        num_own = num_records[name] // part.num_slices
-        needs.append(Need(shown, num_own, num_bytes[name] + num_own * _BYTES_PER_RECORD + _BYTES_PER_STORE))
+    for name, title in names.items():
+        num_in_slice = num_records[name] // part.num_slices
+        needs.append(
+            SpaceNeed(title, num_in_slice, num_bytes[name] + num_in_slice * _BYTES_PER_RECORD + _BYTES_PER_STORE)
+        )
     return needs
 
 
-def check_space(needs: Sequence[Need], folder: Path) -> str:
-    """The line that says what is needed and what is free below `folder`.
+def check_space(needs: Sequence[SpaceNeed], folder: Path) -> str:
+    """Compare the needed with the free disk space and return a message with both.
+
+    Args:
+        needs: the estimates.
+        folder: the output folder, which need not exist.
 
     Raises:
-        DataError: it is not enough.
+        DataError: there is not enough free space.
     """
-    place = folder.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = folder.resolve()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     needed = sum(need.num_bytes for need in needs)
-    names = ", ".join(f"{need.name} {readable(need.num_bytes)}" for need in needs)
-    line = f"space: about {readable(needed)} needed ({names}), {readable(free)} free in {place}"
+    names = ", ".join(f"{need.name} {format_bytes(need.num_bytes)}" for need in needs)
+    line = f"space: about {format_bytes(needed)} needed ({names}), {format_bytes(free)} free in {existing}"
     if needed > free:
-        raise DataError(f"{line}, which is not enough. Make room, or name another place with --stores.")
+        raise DataError(f"{line}, which is not enough. Free some space, or use another --stores.")
     return line
 
 
-def _size_once(source: str, picture: Path, seen: bytearray) -> int:
-    """The file's size, or 0 if it was counted for this source before or is not there."""
-    bit = zlib.crc32(bytes(picture), zlib.crc32(source.encode())) % _SEEN_BITS
+def _size_once(source: str, image: Path, seen: bytearray) -> int:
+    """Return the size of a file, or 0 if it was already counted for this source or does not exist."""
+    bit = zlib.crc32(bytes(image), zlib.crc32(source.encode())) % _SEEN_BITS
     if seen[bit >> 3] & (1 << (bit & 7)):
         return 0
     seen[bit >> 3] |= 1 << (bit & 7)
     try:
-        return picture.stat().st_size
+        return image.stat().st_size
     except OSError:
         return 0

@@ -1,11 +1,8 @@
-"""Which data set a record of a merged file comes from: mix665k, the 779K release and others are many sets in one list.
+"""Rules that assign the records of a merged file to the datasets (components) that it was made from.
 
-Owns: one table of rules for each merged file, and the verdict on a record.
-Leaves: reading the files to `readers/llava_json.py`, the counts that each part should have to configs/source.
-
-The files carry no label. What tells the parts apart is the folder of the picture, the ending of a prompt (recipe
-4.2 to 4.4), the number of questions and the id. The first rule that fits decides; a record that fits none is left
-out as `unknown_component`, in the source of every part, because it may belong to any of them.
+The records have no label. Their component follows from the image folder, the format instruction in a prompt, the number
+of questions and the id. The first matching rule applies; a record that matches none is rejected as `unknown_component`
+in every component, because it may belong to any of them.
 """
 
 from collections.abc import Collection, Sequence
@@ -18,14 +15,14 @@ from data_recipes.schema.sample import DataError
 
 @dataclass(frozen=True)
 class Rule:
-    """Records that belong to `component`; every condition that is given must hold.
+    """Conditions on a record of `component`. A record matches if all conditions hold.
 
     Attributes:
-        component: the part's name, as `component` in a source's options.
-        folders: the picture's path begins with one of them; empty for records without a picture.
-        prompts: some user turn contains one of them, in whatever case.
-        id_prefix: the id begins so.
-        min_questions: at least so many user turns.
+        component: name of the component, as in a source's options.
+        folders: prefixes of the image path, of which one must match; empty for records without an image.
+        prompts: texts of which one must occur in a user turn, ignoring case; empty for no condition.
+        id_prefix: required prefix of the id.
+        min_questions: minimum number of user turns.
     """
 
     component: str
@@ -42,9 +39,9 @@ _REGION = (
     "short description for the given region",
     "bounding box coordinate of the region",
 )
-# COCO pictures are asked about by five sets. VQAv2 has three questions or more on each of its 82,783 pictures, OK-VQA
-# 9,009 questions on 8,998, so nearly always one (both remembered figures; checked against no real file).
-_ASKED_ABOUT_COCO = (
+# Five datasets use COCO images. VQAv2 has at least three questions on each of its 82,783 images; OK-VQA has 9,009
+# questions on 8,998 images, so almost always one. Both numbers are from memory and were not checked against the files.
+_COCO_QUESTION_SETS = (
     Rule("refcoco", _COCO, _REGION),
     Rule("aokvqa", _COCO, (LETTER_ANSWER,)),
     Rule("vqav2", _COCO, (SHORT_ANSWER,), min_questions=3),
@@ -52,23 +49,23 @@ _ASKED_ABOUT_COCO = (
 )
 
 TABLES: dict[str, tuple[Rule, ...]] = {
-    # llava_v1_5_mix665k.json: what is left on COCO pictures was written by GPT-4, without an ending.
+    # llava_v1_5_mix665k.json: the remaining records with COCO images are LLaVA-158K, without a format instruction.
     "mix665k": (
         Rule("sharegpt_text"),
-        *_ASKED_ABOUT_COCO,
+        *_COCO_QUESTION_SETS,
         Rule("llava_instruct", _COCO),
         Rule("gqa", ("gqa/",)),
         Rule("ocr_vqa", ("ocr_vqa/",)),
         Rule("textcaps", ("textvqa/",)),
         Rule("vg", ("vg/",)),
     ),
-    # llava_next_raw_format_processed.json, which leaves out the release's text-only records. LLaVA-158K got an ending
-    # of its own there, so what is left on COCO pictures is ShareGPT-4V.
+    # llava_next_raw_format_processed.json, which has no text-only records. LLaVA-158K has its own format instruction,
+    # so the remaining records with COCO images are ShareGPT-4V.
     "llava_next_779k": (
         Rule("coco_captions", _COCO, id_prefix="coco2014_caps_"),
         Rule("coco_captions", _COCO, (ONE_SENTENCE_CAPTION,)),
         Rule("llava_instruct", _COCO, ("Answer the question with GPT-T-COCO format.",)),
-        *_ASKED_ABOUT_COCO,
+        *_COCO_QUESTION_SETS,
         Rule("sharegpt4v", ("coco/", "llava_pretrain_lcs558k/", "sharegpt4v/")),
         Rule("vg", ("vg/",)),
         Rule("ocr_vqa", ("ocr_vqa/",)),
@@ -80,8 +77,8 @@ TABLES: dict[str, tuple[Rule, ...]] = {
         Rule("laion_gpt4v", ("laion-gpt4v",)),
         Rule("ai2d", ("ai2d/",)),
     ),
-    # open-llava-next_instruct_mix1M.json: ShareGPT-4V's version of mix665k as one part, since its captions on COCO
-    # pictures look like LLaVA-158K's.
+    # open-llava-next_instruct_mix1M.json: ShareGPT-4V's version of mix665k is one component, because its captions of
+    # COCO images cannot be distinguished from LLaVA-158K.
     "open_llava_next_1m": (
         Rule("sharegpt4v_mix665k"),
         Rule("sharegpt4v_mix665k", ("coco/", "gqa/", "ocr_vqa/", "textvqa/", "vg/")),
@@ -89,7 +86,7 @@ TABLES: dict[str, tuple[Rule, ...]] = {
         Rule("allava", ("allava_vflan/",)),
         Rule("docvqa", ("docvqa/",)),
         Rule("synthdog_en", ("synthdog-en/",)),
-        Rule("chartqa", ("chartqa/", "chatqa/")),  # the published paths are misspelt
+        Rule("chartqa", ("chartqa/", "chatqa/")),  # the published file contains the misspelling
         Rule("dvqa", ("dvqa/",)),
         Rule("ai2d", ("ai2d/",)),
         Rule("geoqa", ("geoqa+/",)),
@@ -104,49 +101,53 @@ TABLES: dict[str, tuple[Rule, ...]] = {
 }
 
 
-def find_table(table: str, wanted: Collection[str]) -> tuple[Rule, ...]:
-    """The rules of `table`, after checking that it has the `wanted` components.
+def find_table(table: str, selected: Collection[str]) -> tuple[Rule, ...]:
+    """Return the rules of a table.
+
+    Args:
+        table: name of the table.
+        selected: names of the components to read.
 
     Raises:
-        DataError: there is no such table or component, or none is wanted; the known ones are listed.
+        DataError: the table or a component does not exist, or no component is selected.
     """
     if table not in TABLES:
-        raise DataError(f"components: there is no table {table!r}; known: {', '.join(TABLES)}.")
+        raise DataError(f"components: no table {table!r}; known: {', '.join(TABLES)}.")
     known = list(dict.fromkeys(rule.component for rule in TABLES[table]))
-    if not wanted:
-        raise DataError(f"component: it is missing; table {table} has {', '.join(known)}.")
-    for component in wanted:
+    if not selected:
+        raise DataError(f"component: not given; table {table} has {', '.join(known)}.")
+    for component in selected:
         if component not in known:
             raise DataError(f"component: table {table} has no {component!r}; it has {', '.join(known)}.")
     return TABLES[table]
 
 
-def component_of(record: dict[str, Any], rules: Sequence[Rule]) -> str | None:
-    """The component of a record {id, image?, conversations}, None where no rule fits."""
+def match_component(record: dict[str, Any], rules: Sequence[Rule]) -> str | None:
+    """Return the component of a record {id, image?, conversations}, or None if no rule matches."""
     image = record.get("image")
     image = image[0] if isinstance(image, list) and image else image
     path = image if isinstance(image, str) else None
     sample_id = str(record.get("id"))
     prompts: list[str] | None = None
     for rule in rules:
-        if not _in_folder(path, rule.folders):
+        if not _is_in_folders(path, rule.folders):
             continue
-        prompts = _prompts(record.get("conversations")) if prompts is None else prompts
-        if rule.prompts and not any(wanted.lower() in prompt for wanted in rule.prompts for prompt in prompts):
+        prompts = _lowercase_prompts(record.get("conversations")) if prompts is None else prompts
+        if rule.prompts and not any(text.lower() in prompt for text in rule.prompts for prompt in prompts):
             continue
         if sample_id.startswith(rule.id_prefix) and len(prompts) >= rule.min_questions:
             return rule.component
     return None
 
 
-def _in_folder(path: str | None, folders: tuple[str, ...]) -> bool:
+def _is_in_folders(path: str | None, folders: tuple[str, ...]) -> bool:
     if path is None or not folders:
         return path is None and not folders
     return path.startswith(folders)
 
 
-def _prompts(turns: object) -> list[str]:
-    """The user's turns in small letters; what is no turn is passed over, to be rejected by the reader."""
-    spoken = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
-    texts = [turn.get("value") for turn in spoken if turn.get("from") in ("human", "user")]
+def _lowercase_prompts(turns: object) -> list[str]:
+    """Return the user's turns in lower case. Invalid turns are skipped; the reader rejects them."""
+    valid = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    texts = [turn.get("value") for turn in valid if turn.get("from") in ("human", "user")]
     return [text.lower() for text in texts if isinstance(text, str)]

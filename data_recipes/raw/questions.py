@@ -1,11 +1,8 @@
-"""Questions on pictures: how they are worded, and how those on one picture become one conversation.
+"""Builds conversations from visual question answering datasets.
 
-Owns: the endings that ask for a form of answer, the merging rule and its order, choosing by hash.
-Leaves: finding questions and pictures in raw files to the readers.
-
-LLaVA-1.5 merged its question sets by picture, and the released LLaVA-NeXT set has one conversation a chart and a
-page (recipe 4.2, 4.4): the picture, by far the longest part of a sequence, is then paid for once. In the released
-conversations the ending stands after the first question only; the later ones are understood to want the same.
+All questions about one image form one conversation, as in LLaVA-1.5 and the released LLaVA-NeXT data, so that the
+image, which is the longest part of the sequence, is processed once. As in the released data, the format instruction
+follows the first question only.
 """
 
 import hashlib
@@ -14,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.raw.image_files import PictureError, inside
+from data_recipes.raw.image_files import ImageError, resolve_inside
 from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
 
-# The wordings of the released sets (recipe 4.3).
+# The prompts of the released datasets, verbatim.
 SHORT_ANSWER = "Answer the question using a single word or phrase."
 LETTER_ANSWER = "Answer with the option's letter from the given choices directly."
 ONE_SENTENCE_CAPTION = "Provide a one-sentence caption for the provided image."
@@ -25,90 +22,119 @@ OCR = (
     "OCR this image section by section, from top to bottom, and left to right. Do not insert line breaks in the "
     "output text. If a word is split due to a line break in the image, use a space instead."
 )
-ENDINGS = (SHORT_ANSWER, LETTER_ANSWER)
-"""Those that stand with the first question of a conversation and hold for all of it."""
+RESPONSE_FORMAT_PROMPTS = (SHORT_ANSWER, LETTER_ANSWER)
+"""Format instructions that follow the first question of a conversation and apply to all of its questions."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question on one picture, named as the raw files name it; `place` finds the record again."""
+    """One question about one image.
 
-    picture: str
+    Attributes:
+        image: file name of the image in the raw annotations.
+        text: the question.
+        answer: the answer.
+        location: file and record number of the raw record.
+    """
+
+    image: str
     text: str
     answer: str
-    place: str
+    location: str
 
 
-def question(picture: object, text: object, answer: object, place: str) -> Question | Reject:
-    """A question of raw fields of any type; a `Reject` where one is no string, or the answer is empty."""
-    if not isinstance(picture, str) or not isinstance(text, str) or not isinstance(answer, str):
-        wrong = next(value for value in (picture, text, answer) if not isinstance(value, str))
+def make_question(image: object, text: object, answer: object, location: str) -> Question | Reject:
+    """Build a `Question` from raw fields, which may have any type.
+
+    Returns:
+        The question, or a `Reject` if a field is not a string or the answer is empty.
+    """
+    if not isinstance(image, str) or not isinstance(text, str) or not isinstance(answer, str):
+        wrong = next(value for value in (image, text, answer) if not isinstance(value, str))
         detail = f"picture, question and answer must be strings; one is {type(wrong).__name__} {str(wrong)[:60]!r}"
-        return Reject(place, Reason.NOT_A_STRING, detail, place)
+        return Reject(location, Reason.NOT_A_STRING, detail, location)
     if not answer.strip():
-        return Reject(place, Reason.EMPTY_ANSWER, f"no answer to {text[:60]!r}", place)
-    return Question(picture, text, answer, place)
+        return Reject(location, Reason.EMPTY_ANSWER, f"no answer to {text[:60]!r}", location)
+    return Question(image, text, answer, location)
 
 
-def one_conversation_a_picture(
+def merge_by_image(
     items: Iterable[Question | Reject],
     folder: Path,
     sample_id: Callable[[str], str],
     suffix: str = SHORT_ANSWER,
-    mixed: bool = False,
+    by_hash: bool = False,
 ) -> Iterator[Sample | Reject]:
-    """All questions on a picture as one conversation, pictures in the order in which they are first asked about.
+    """Yield one conversation per image, in the order of each image's first question.
 
-    Rejects come first, since every question is read before the first conversation is whole; the text of a set fits
-    in memory (2.3 million questions of DVQA: 0.3 GiB), its pictures are read later, one by one.
+    All questions are read before the first conversation is yielded, so rejects come first. The texts of a dataset fit
+    in memory (0.3 GiB for the 2.3 million questions of DVQA).
 
     Args:
-        items: the questions, in the order that they are to have; rejects pass.
-        folder: where the pictures' names start from; a name that leaves it is a `Reject`.
-        sample_id: the id of the conversation on a picture, from the picture's name.
-        suffix: the ending of the first question.
-        mixed: order the questions of a picture by hash, where the file lists them in blocks of a kind.
+        items: questions in the order of the conversations; rejects are passed through.
+        folder: folder that image names are relative to. A name that leads outside is a `Reject`.
+        sample_id: maps the name of an image to the id of its conversation.
+        suffix: format instruction after the first question.
+        by_hash: order the questions of an image by hash, for files that are sorted by question type.
     """
-    by_picture: dict[str, list[tuple[str, str]]] = {}
-    places: dict[str, str] = {}
+    by_image: dict[str, list[tuple[str, str]]] = {}
+    locations: dict[str, str] = {}
     for item in items:
         if isinstance(item, Reject):
             yield item
             continue
-        # Synthetic sets ask the same things of every picture: one copy of a text is enough.
+        # Synthetic datasets repeat the same questions for every image; interning keeps one copy of each text.
         pair = (sys.intern(item.text), sys.intern(item.answer))
-        by_picture.setdefault(item.picture, []).append(pair)
-        places.setdefault(item.picture, item.place)
-    for name, pairs in by_picture.items():
+        by_image.setdefault(item.image, []).append(pair)
+        locations.setdefault(item.image, item.location)
+    for name, pairs in by_image.items():
         try:
-            picture = inside(folder, name)
-        except PictureError as error:
-            yield Reject(sample_id(name), error.reason, error.detail, places[name])
+            image = resolve_inside(folder, name)
+        except ImageError as error:
+            yield Reject(sample_id(name), error.reason, error.detail, locations[name])
             continue
-        yield merge(sample_id(name), by_hash(pairs) if mixed else pairs, picture, places[name], suffix)
+        yield make_conversation(
+            sample_id(name), sort_by_hash(pairs) if by_hash else pairs, image, locations[name], suffix
+        )
 
 
-def merge(
+def make_conversation(
     sample_id: str,
     questions: Sequence[tuple[str, str]],
-    picture: Path | bytes,
-    place: str,
+    image: Path | bytes,
+    location: str,
     suffix: str = SHORT_ANSWER,
 ) -> Sample | Reject:
-    """One conversation of (question, answer) pairs in their order; picture and ending belong to the first."""
+    """Build a conversation about one image.
+
+    Args:
+        sample_id: id of the sample.
+        questions: (question, answer) pairs in order.
+        image: path or encoded bytes of the image; its placeholder precedes the first question.
+        location: file and record number.
+        suffix: format instruction after the first question.
+    """
     turns: list[tuple[object, object]] = []
     for number, (text, answer) in enumerate(questions):
         first = f"{IMAGE_PLACEHOLDER}\n{text}\n{suffix}".rstrip("\n")
         turns.append(("user", first if number == 0 else text))
         turns.append(("assistant", answer))
-    return assemble(sample_id, turns, [picture], place)
+    return assemble(sample_id, turns, [image], location)
 
 
-def multiple_choice(text: str, options: Sequence[str], right: int) -> tuple[str, str]:
-    """(question with its options as lettered lines, letter of the right one).
+def format_multiple_choice(text: str, options: Sequence[str], right: int) -> tuple[str, str]:
+    """Format a multiple-choice question.
+
+    Args:
+        text: the question.
+        options: the answer options.
+        right: index of the correct option.
+
+    Returns:
+        (the question followed by one line per option, the letter of the correct option).
 
     Raises:
-        IndexError: there is no option of that number, or there are more than letters.
+        IndexError: `right` is out of range, or there are more than 26 options.
     """
     if not 0 <= right < len(options) <= 26:
         raise IndexError(f"option {right} of {len(options)}")
@@ -117,19 +143,20 @@ def multiple_choice(text: str, options: Sequence[str], right: int) -> tuple[str,
     return "\n".join([text, *lines]), letters[right]
 
 
-def by_hash(questions: Sequence[tuple[str, str]], num_wanted: int | None = None) -> list[tuple[str, str]]:
-    """The questions ordered by their hash, the first `num_wanted` of them.
+def sort_by_hash(questions: Sequence[tuple[str, str]], limit: int | None = None) -> list[tuple[str, str]]:
+    """Sort questions by hash and return the first `limit` of them (None: all).
 
-    A hash mixes the kinds of questions that files list in blocks, needs no seed, and a smaller number is
-    always a part of a larger one.
+    The order mixes question types that a file lists in blocks and needs no seed. A smaller limit selects a subset of a
+    larger one.
     """
-    return sorted(questions, key=lambda pair: _hash("\n".join(pair)))[:num_wanted]
+    return sorted(questions, key=lambda pair: _hash("\n".join(pair)))[:limit]
 
 
 def pick_by_hash(options: Sequence[str], key: str) -> str:
-    """One of the options, the same one for the same key on every machine and in every run.
+    """Select one option, deterministically for each key.
 
-    Each option is hashed with the key and the smallest hash wins, so that an option more moves few choices.
+    The option with the smallest hash of (key, option) is selected, so an additional option changes few selections
+    (rendezvous hashing).
     """
     return min(options, key=lambda option: _hash(f"{key}\n{option}"))
 

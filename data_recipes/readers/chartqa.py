@@ -1,45 +1,43 @@
-"""ChartQA as its authors publish it.
+"""Reader of ChartQA in its published layout.
 
-In `ChartQA Dataset/{train,val,test}`: the charts in `png`, and two lists of questions, `train_human.json` and
-`train_augmented.json`, of {imgname, query, label}.
-
-All questions on one chart become one conversation, human ones first, as in the released LLaVA-NeXT set.
+`ChartQA Dataset/{train,val,test}` contains the charts in `png` and two lists of questions, `train_human.json` and
+`train_augmented.json`, of {imgname, query, label}. All questions about one chart form one conversation, human questions
+first, as in the released LLaVA-NeXT data.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
 from data_recipes.raw.json_records import iter_records
-from data_recipes.raw.questions import Question, one_conversation_a_picture, question
+from data_recipes.raw.questions import Question, make_question, merge_by_image
 from data_recipes.schema.sample import DataError, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
-    """Yield one sample per chart of `split`, in the order in which the charts are first asked about.
+    """Yield one sample per chart of `split`, in the order of each chart's first question.
 
-    A question that cannot be used (not a string, no answer) is a `Reject` of its own; the chart's others
-    remain.
+    An invalid question is yielded as a `Reject`; the chart's other questions are kept.
 
     Raises:
-        DataError: there is no such split, or a list of questions is absent.
+        DataError: the split or a list of questions does not exist.
     """
     folder = root / "ChartQA Dataset" / split
     if not folder.is_dir():
-        raise DataError(
-            f"{folder}: there is no such folder; ChartQA is unpacked as `ChartQA Dataset/{{train,val,test}}`."
-        )
-    yield from one_conversation_a_picture(
-        _questions(folder, split), folder / "png", lambda name: f"chartqa_{split}_{Path(name).stem}"
+        raise DataError(f"{folder}: no such folder; unpack the ChartQA archive to {root}.")
+    yield from merge_by_image(
+        _iter_questions(folder, split), folder / "png", lambda name: f"chartqa_{split}_{Path(name).stem}"
     )
 
 
-def _questions(folder: Path, split: str) -> Iterator[Question | Reject]:
+def _iter_questions(folder: Path, split: str) -> Iterator[Question | Reject]:
     for kind in ("human", "augmented"):
-        for place, record in iter_records(folder / f"{split}_{kind}.json"):
+        for location, record in iter_records(folder / f"{split}_{kind}.json"):
             if isinstance(record, Reject):
                 yield record
                 continue
             answer = record.get("label")
-            if isinstance(answer, list) and len(answer) == 1:  # the mirror on the hub wraps each label
+            if (
+                isinstance(answer, list) and len(answer) == 1
+            ):  # the mirror on the Hugging Face Hub wraps each label in a list
                 answer = answer[0]
-            yield question(record.get("imgname"), record.get("query"), answer, place)
+            yield make_question(record.get("imgname"), record.get("query"), answer, location)

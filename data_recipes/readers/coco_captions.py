@@ -1,49 +1,49 @@
-"""COCO's captions as they are published: `annotations/captions_{split}.json` and the pictures in `{split}`.
+"""Reader of COCO captions in their published layout: `annotations/captions_{split}.json` and the images in `{split}`.
 
-One object with `images`, a list of {id, file_name, ...}, and `annotations`, a list of {id, image_id, caption}: five
-captions a picture. One of them, chosen by hash, answers the prompt of the released set (recipe 4.3).
+The JSON object has `images`, a list of {id, file_name, ...}, and `annotations`, a list of {id, image_id, caption} with
+five captions per image. One of them, selected by hash, answers the prompt of the released LLaVA-NeXT data.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.raw.image_files import PictureError, inside
+from data_recipes.raw.image_files import ImageError, resolve_inside
 from data_recipes.raw.json_records import iter_records
-from data_recipes.raw.questions import ONE_SENTENCE_CAPTION, merge, pick_by_hash
+from data_recipes.raw.questions import ONE_SENTENCE_CAPTION, make_conversation, pick_by_hash
 from data_recipes.schema.sample import Reason, Reject, Sample
 
 
 def samples(root: Path, split: str = "train2014") -> Iterator[Sample | Reject]:
-    """Yield one sample per picture that has a caption, in the order of `images`.
+    """Yield one sample per image with a caption, in the order of `images`.
 
     Raises:
-        DataError: there is no such file, or it lacks one of its two lists.
+        DataError: the annotations file does not exist, or has no `images` or `annotations`.
     """
     path = root / "annotations" / f"captions_{split}.json"
     captions: dict[object, list[str]] = {}
-    for place, record in iter_records(path, under="annotations"):
+    for location, record in iter_records(path, list_key="annotations"):
         if isinstance(record, Reject):
             yield record
         elif isinstance(record.get("caption"), str) and record["caption"].strip():
             captions.setdefault(record.get("image_id"), []).append(" ".join(record["caption"].split()))
         else:
-            yield Reject(place, Reason.EMPTY_ANSWER, "`caption` is empty or no string", place)
-    for place, record in iter_records(path, under="images"):
+            yield Reject(location, Reason.EMPTY_ANSWER, "`caption` is empty or no string", location)
+    for location, record in iter_records(path, list_key="images"):
         if isinstance(record, Reject):
             yield record
             continue
         name, number = record.get("file_name"), record.get("id")
         if not isinstance(name, str) or not isinstance(number, int):
             detail = "`file_name` must be a string and `id` a whole number"
-            yield Reject(place, Reason.NOT_A_STRING, detail, place)
+            yield Reject(location, Reason.NOT_A_STRING, detail, location)
             continue
         if number not in captions:
-            continue  # a picture that nobody described is no record of a set of captions
+            continue  # images without a caption are not part of the dataset
         sample_id = f"coco2014_caps_{number}"
         try:
-            picture = inside(root / split, name)
-        except PictureError as error:
-            yield Reject(sample_id, error.reason, error.detail, place)
+            image = resolve_inside(root / split, name)
+        except ImageError as error:
+            yield Reject(sample_id, error.reason, error.detail, location)
             continue
         caption = pick_by_hash(captions[number], sample_id)
-        yield merge(sample_id, [(ONE_SENTENCE_CAPTION, caption)], picture, place, suffix="")
+        yield make_conversation(sample_id, [(ONE_SENTENCE_CAPTION, caption)], image, location, suffix="")

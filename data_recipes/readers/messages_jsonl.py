@@ -1,21 +1,20 @@
-"""One's own data, as TRL, ms-swift and LLaMA-Factory read it: one object per line, `messages` and `images`.
+"""Reader of user data in the format of TRL, ms-swift and LLaMA-Factory: one JSON object per line.
 
     {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A
      cup."}], "images": ["photos/17.jpg"]}
 
-`content` may also be a list of parts, {"type": "text", "text": ...} and {"type": "image"}; an image is a path
-or {"path": ...}. Where no message says where the images stand, they stand before the first question, as TRL and
-ms-swift have it. `id` is optional: without one, a sample is named after its file and line. `messages_parquet.py`
-reads the same columns from parquet.
+`content` may also be a list of parts, {"type": "text", "text": ...} and {"type": "image"}; an image is a path or
+{"path": ...}. If no message contains a placeholder, all images are placed before the first question, as in TRL and
+ms-swift. `id` is optional; the default is the file name and record number. `messages_parquet.py` reads the same columns
+from parquet.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data_recipes.raw.image_files import PictureError
+from data_recipes.raw.image_files import ImageError, resolve_images
 from data_recipes.raw.json_records import iter_records
-from data_recipes.raw.parquet_records import picture_of
 from data_recipes.readers.llava_json import record_id
 from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
 
@@ -25,45 +24,43 @@ def samples(root: Path, annotations: str, image_root: str = ".") -> Iterator[Sam
 
     Args:
         root: the source's raw folder.
-        annotations: the JSON-lines file (a JSON list is read too), below `root`.
-        image_root: the folder, below `root`, that the paths in `images` start from.
+        annotations: path of the JSON-lines file (or JSON list), relative to `root`.
+        image_root: folder that the paths in `images` are relative to, itself relative to `root`.
 
     Raises:
-        DataError: there is no such annotations file.
+        DataError: the annotations file does not exist.
     """
-    for place, record in iter_records(root / annotations):
-        yield record if isinstance(record, Reject) else conversation(record, root / image_root, place)
+    for location, record in iter_records(root / annotations):
+        yield record if isinstance(record, Reject) else convert_record(record, root / image_root, location)
 
 
-def conversation(record: dict[str, Any], pictures_root: Path, place: str) -> Sample | Reject:
-    """The sample of one record; a picture is a path below `pictures_root`, or a cell of parquet."""
-    sample_id = record_id(record, place)
+def convert_record(record: dict[str, Any], image_root: Path, location: str) -> Sample | Reject:
+    """Convert one record to a sample; arguments as in `llava_json.convert_record`."""
+    sample_id = record_id(record, location)
     messages = record.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return Reject(sample_id, Reason.BROKEN_RECORD, "`messages` is not a list of messages", place)
-    cells = record.get("images")
-    cells = [] if cells is None else cells if isinstance(cells, list) else [cells]
+        return Reject(sample_id, Reason.BROKEN_RECORD, "`messages` is not a list of messages", location)
     try:
-        pictures = [picture_of(cell, pictures_root) for cell in cells]
-    except PictureError as error:
-        return Reject(sample_id, error.reason, error.detail, place)
-    turns = [(message.get("role"), _text(message.get("content"))) for message in messages]
-    return assemble(sample_id, _placed(turns, len(pictures)), pictures, place)
+        images = resolve_images(record.get("images"), image_root)
+    except ImageError as error:
+        return Reject(sample_id, error.reason, error.detail, location)
+    turns = [(message.get("role"), _join_parts(message.get("content"))) for message in messages]
+    return assemble(sample_id, _insert_placeholders(turns, len(images)), images, location)
 
 
-def _placed(turns: list[tuple[Any, Any]], num_pictures: int) -> list[tuple[Any, Any]]:
-    """The turns with a placeholder for each picture before the first question, where no turn has any."""
+def _insert_placeholders(turns: list[tuple[Any, Any]], num_images: int) -> list[tuple[Any, Any]]:
+    """Insert all placeholders before the first question if no turn contains one."""
     if any(isinstance(text, str) and IMAGE_PLACEHOLDER in text for _, text in turns):
         return turns
     for number, (role, text) in enumerate(turns):
         if role == "user" and isinstance(text, str):
-            placed = (role, f"{IMAGE_PLACEHOLDER}\n" * num_pictures + text)
-            return [*turns[:number], placed, *turns[number + 1 :]]
+            turn = (role, f"{IMAGE_PLACEHOLDER}\n" * num_images + text)
+            return [*turns[:number], turn, *turns[number + 1 :]]
     return turns
 
 
-def _text(content: Any) -> Any:
-    """`content` as one string, a placeholder for each image part; anything else as it is, to be rejected."""
+def _join_parts(content: Any) -> Any:
+    """Join a list of parts to one string, with a placeholder per image part; return other content unchanged."""
     if not isinstance(content, list):
         return content
     lines: list[str] = []

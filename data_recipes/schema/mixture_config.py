@@ -1,7 +1,7 @@
-"""What a user writes about a mixture, as frozen values; standard library only, since a run reads it first.
+"""Configuration of a mixture: its sources and how many samples each contributes.
 
-Owns: `MixtureConfig`, `SourceShare` and the rules on their values.
-Leaves: YAML without Hydra and the choosing of samples to `mixture.py`, what a source is to `source.py`.
+The dataclasses are frozen and validate their values. Only the standard library is imported, because training validates
+this configuration before it imports anything else.
 """
 
 from dataclasses import dataclass
@@ -13,14 +13,17 @@ from data_recipes.schema.sample import DataError
 
 @dataclass(frozen=True)
 class SourceShare:
-    """How much of a source is used.
+    """Number of samples that a mixture takes from one source.
 
     Attributes:
-        count: samples to train on, after the held-out ones are taken away; None for all that are left.
-        holdout: samples set aside for evaluation.
-        share: instead of a count, the part of the mixture's training samples that are this source's, between 0
-            and 1. Beside sources with counts it is measured by those; where every source has a share, the shares
-            add up to 1 and the mixture is as large as its scarcest source allows.
+        count: training samples, not counting held-out ones; None for all that remain.
+        holdout: samples reserved for evaluation.
+        share: fraction of the mixture's training samples, in (0, 1]; an alternative to `count`. If other sources have
+            counts, the fraction is relative to the total that follows from them. If every source has a share, the
+            shares must sum to 1 and the smallest source limits the size of the mixture.
+
+    Raises:
+        DataError: a value is out of range, or both `count` and `share` are given.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -31,27 +34,33 @@ class SourceShare:
 
     def __post_init__(self) -> None:
         if self.share is not None and self.count is not None:
-            raise DataError(f"share: {self.share} stands beside count: {self.count}; a source has one of them.")
+            raise DataError(f"share: {self.share} and count: {self.count} are both given; set one of them.")
         if self.share is not None and not 0 < self.share <= 1:
-            raise DataError(f"share: {self.share} must be above 0 and at most 1; it is a part of the mixture.")
+            raise DataError(f"share: {self.share} must be above 0 and at most 1.")
         if self.count is not None and self.count < 1:
-            raise DataError(f"count: {self.count} is below 1; leave it out (or null) for all, or drop the source.")
+            raise DataError(f"count: {self.count} is below 1; use null for all samples, or remove the source.")
         if self.holdout < 0:
-            raise DataError(f"holdout: {self.holdout} is negative; 0 holds out nothing.")
+            raise DataError(f"holdout: {self.holdout} is negative; use 0 to hold out no samples.")
 
     @property
     def exact_share(self) -> Fraction | None:
-        """`share` as it is written: 0.1 is a tenth, and ten of them are 1."""
+        """`share` as an exact decimal fraction, so that ten shares of 0.1 sum to 1."""
         return None if self.share is None else Fraction(str(self.share))
 
 
 @dataclass(frozen=True)
 class MixtureConfig:
-    """Sources by name with their shares; the seed decides which samples a count takes.
+    """A mixture of sources.
 
     Attributes:
-        exclude: prepared sources (benchmarks) none of whose pictures may be trained on; they are not trained
-            on themselves.
+        name: name of the mixture.
+        seed: selects which samples of a source are taken if it has a `count` or `share`.
+        sources: {source name: number of samples}.
+        exclude: prepared sources, such as benchmarks, whose images must not occur in the training samples. Their own
+            samples are not trained on either.
+
+    Raises:
+        DataError: there are no sources, the shares do not add up, or a source is both used and excluded.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -63,20 +72,19 @@ class MixtureConfig:
 
     def __post_init__(self) -> None:
         if not self.sources:
-            raise DataError(f"mixture {self.name}: `sources` is empty; name at least one.")
+            raise DataError(f"mixture {self.name}: `sources` is empty; add at least one source.")
         self._check_shares()
         both = sorted(set(self.sources) & set(self.exclude))
         if both:
             raise DataError(
-                f"mixture {self.name}: {both[0]} stands in `sources` and in `exclude`; nothing of it would be "
-                "left. Remove it from one of them."
+                f"mixture {self.name}: {both[0]} is in both `sources` and `exclude`; remove it from one of them."
             )
 
     def _check_shares(self) -> None:
         shares = {name: share.exact_share for name, share in self.sources.items() if share.exact_share is not None}
         total = sum(shares.values(), Fraction())
-        what = f"mixture {self.name}: the shares of {', '.join(shares)} add up to {float(total):g}"
+        message = f"mixture {self.name}: the shares of {', '.join(shares)} add up to {float(total):g}"
         if len(shares) < len(self.sources) and total >= 1:
-            raise DataError(f"{what}, which leaves nothing for the other sources. Lower them, or give counts.")
+            raise DataError(f"{message}, which leaves no samples for the other sources. Lower them, or use counts.")
         if shares and len(shares) == len(self.sources) and total != 1:
-            raise DataError(f"{what}, and must add up to 1, since every source has one. Change one, or give a count.")
+            raise DataError(f"{message}, but must add up to 1 if every source has a share. Change one, or use a count.")

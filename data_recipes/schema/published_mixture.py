@@ -1,12 +1,8 @@
-"""The published 779K mixture as numbers: counts that were published, and shapes of pictures and texts that were not.
+"""Synthetic sample shapes of the published 779K mixture, for planning and benchmarks without the data.
 
-Owns: what a planner or a benchmark needs of a mixture that nobody has prepared here: how many samples of each
-source, how large their pictures, how long their texts.
-Leaves: what becomes of a size to the model's geometry, real mixtures to `mixture.py`.
-
-Counts are those of the public per-folder analysis of `lmms-lab/LLaVA-NeXT-Data` and of mix665k's components. Picture
-sizes and text lengths are our assumptions, from what the sets are known to hold (COCO's 640-pixel side, DVQA's 448
-squares, scanned letter pages, book covers); none of them was measured on the released files.
+The counts are those of the public per-folder analysis of `lmms-lab/LLaVA-NeXT-Data` and of mix665k's components. Image
+sizes and text lengths are assumptions, based on what is known of the datasets (COCO's 640-pixel side, DVQA's 448 x 448
+charts, scanned letter pages, book covers); none of them was measured on the released files.
 """
 
 from dataclasses import dataclass
@@ -19,13 +15,15 @@ SizeHW = tuple[int, int]
 
 @dataclass(frozen=True)
 class PublishedSource:
-    """One source: its samples, and how they are drawn.
+    """Distribution of the samples of one source.
 
     Attributes:
-        sizes_hw: (height, width) of its pictures with weights; none for text alone.
-        spread: relative standard deviation of a picture's sides about such a size.
-        mean_rounds: questions with answers in a conversation (geometric, at least one).
-        question_tokens, answer_tokens: means per round (exponential).
+        name: short name of the source.
+        count: number of samples in the published mixture.
+        sizes_hw: image sizes as ((height, width), weight); empty for text-only sources.
+        spread: standard deviation of the logarithm of each image side around the chosen size.
+        mean_rounds: mean number of question-answer rounds (geometric, at least 1).
+        question_tokens, answer_tokens: mean number of tokens per round (exponential).
     """
 
     name: str
@@ -64,20 +62,27 @@ SOURCES: tuple[PublishedSource, ...] = (
     PublishedSource("dvqa", 20_000, (((448, 448), 1.0),), 0.0, 11.0, 22, 3),
     PublishedSource("ai2d", 3_247, (((450, 600), 0.6), ((600, 600), 0.4)), 0.2, 3.8, 50, 2),
 )
-"""Their counts add up to 779,278, the sum of the published folders."""
+"""The sources of stage 2. Their counts sum to 779,278, the total of the published folders."""
 
 CAPTIONS: tuple[PublishedSource, ...] = (PublishedSource("lcs_558k", 558_128, _WEB, 0.2, 1.0, 0.01, 14),)
-"""Stage 1's captioned pictures; BLIP's captions have about ten words (assumed as the rest)."""
+"""The captioned images of stage 1. BLIP captions are assumed to have about ten words."""
 
 MAX_TEXT_TOKENS = 2048
-"""Text-only conversations were cut to this."""
+"""Maximum length of text-only conversations, in tokens."""
 SYSTEM_TOKENS = 40
+"""Assumed length of the system prompt, in tokens."""
 
 
 @dataclass(frozen=True)
-class Shapes:
-    """Drawn samples: source number int16 [n], picture (height, width) int64 [n, 2] (zeros without one), tokens of text
-    int64 [n], supervised ones among them int64 [n]."""
+class SampleShapes:
+    """Shapes of n samples.
+
+    Attributes:
+        sources: index of the source, int16 [n].
+        sizes_hw: (height, width) of the image in pixels, int64 [n, 2]; zeros for text-only samples.
+        text_tokens: number of text tokens, int64 [n].
+        supervised: number of supervised text tokens, int64 [n].
+    """
 
     sources: npt.NDArray[np.int16]
     sizes_hw: npt.NDArray[np.int64]
@@ -85,9 +90,10 @@ class Shapes:
     supervised: npt.NDArray[np.int64]
 
 
-def draw_shapes(num_samples: int, seed: int = 0, sources: tuple[PublishedSource, ...] = SOURCES) -> Shapes:
-    """Samples of the mixture by size and length; the same numbers for the same arguments."""
-    # Not the seed alone: `order.py` seeds its permutations with it, and would visit these samples source by source.
+def draw_shapes(num_samples: int, seed: int = 0, sources: tuple[PublishedSource, ...] = SOURCES) -> SampleShapes:
+    """Draw the shapes of `num_samples` samples; a deterministic function of its arguments."""
+    # `order.py` seeds its permutations with the seed alone. With the same generator here, the order would be correlated
+    # with the sources.
     random = np.random.Generator(np.random.Philox(np.random.SeedSequence([779_278, seed])))
     counts = np.array([source.count for source in sources], dtype=np.float64)
     drawn = random.choice(len(sources), num_samples, p=counts / counts.sum()).astype(np.int16)
@@ -107,4 +113,4 @@ def draw_shapes(num_samples: int, seed: int = 0, sources: tuple[PublishedSource,
             ]
             scale = np.exp(random.normal(0.0, source.spread, (len(rows), 2)))
             sizes[rows] = np.maximum(1, np.rint(chosen * scale)).astype(np.int64)
-    return Shapes(drawn, sizes, text, supervised)
+    return SampleShapes(drawn, sizes, text, supervised)

@@ -1,8 +1,6 @@
-"""What a sample is, what makes one bad, and the word for the user's own mistake.
+"""The sample format that readers yield, the rules that it must satisfy, and the reasons for rejecting a record.
 
-Owns: `Message`, `Sample`, `Reject`, the fixed list of `Reason`s, the rules on messages, `DataError`.
-Leaves: reading raw files to `readers/`, everything about pictures to `raw/pictures.py`, counting and
-writing down the rejected to `writing/tables.py`.
+Readers build samples with `assemble`; `check_sample` is applied to every sample before it is stored.
 """
 
 from collections.abc import Iterable
@@ -13,14 +11,13 @@ from typing import Literal, cast
 
 IMAGE_PLACEHOLDER = "<image>"
 
-# The longest context of a supported backbone is 131,072 tokens, and no language has 7.6 characters a token. What
-# fits one backbone and not another is for the run to leave out; this is what fits none.
+# The longest context of a supported backbone is 131,072 tokens, and no language averages 7.6 characters per token, so a
+# longer sample fits no backbone. Training applies the limit of the chosen backbone.
 MAX_CHARACTERS = 1_000_000
 
 Role = Literal["system", "user", "assistant"]
 
-# Speakers as raw files name them. `bing`, `bard` and `chatgpt` are what ShareGPT exports call the answering
-# side.
+# Speaker names in raw files. ShareGPT exports use `bing`, `bard` and `chatgpt` for the assistant.
 ROLES: dict[str, Role] = {
     "system": "system",
     "human": "user",
@@ -34,21 +31,21 @@ ROLES: dict[str, Role] = {
 
 
 class DataError(ValueError):
-    """The user's mistake (a wrong name, no such folder, more wanted than found), and the way out.
+    """A user error in the data configuration, such as an unknown name or a missing folder.
 
-    Programs print it as one sentence and leave with exit code 2. It is a `ValueError` so that pydantic, which
-    validates `MixtureConfig` for a run, reports it with the path of the key.
+    The message says how to fix it. Programs print it and exit with code 2. It derives from `ValueError` so that
+    pydantic, which validates `MixtureConfig` for training, reports it with the path of the key.
     """
 
 
 class Reason(StrEnum):
-    """Why a record was left out. A fixed list: `manifest.json` and `quarantine.jsonl` use these words."""
+    """Why a record was rejected. `manifest.json` and `quarantine.jsonl` contain these values, so they do not change."""
 
-    PICTURE_MISSING = "picture_missing"
-    PICTURE_UNREADABLE = "picture_unreadable"
-    PICTURE_TRUNCATED = "picture_truncated"
-    PICTURE_EMPTY = "picture_empty"
-    PICTURE_TOO_LARGE = "picture_too_large"
+    IMAGE_MISSING = "picture_missing"
+    IMAGE_UNREADABLE = "picture_unreadable"
+    IMAGE_TRUNCATED = "picture_truncated"
+    IMAGE_EMPTY = "picture_empty"
+    IMAGE_TOO_LARGE = "picture_too_large"
     PATH_OUTSIDE_ROOT = "path_outside_root"
     PLACEHOLDER_MISMATCH = "placeholder_mismatch"
     EMPTY_ANSWER = "empty_answer"
@@ -68,7 +65,7 @@ class Reason(StrEnum):
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. Pictures stand as `<image>` in user text, in the order of `Sample.pictures`."""
+    """One turn of a conversation. User text contains one `<image>` per image, in the order of `Sample.images`."""
 
     role: Role
     text: str
@@ -76,53 +73,62 @@ class Message:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a reader yields; the source's name is the store's.
+    """One conversation, as a reader yields it.
 
     Attributes:
-        id: unique within the source as far as the raw files go; the store makes it so.
-        messages: an optional system turn, then user and assistant in turn, user first.
-        pictures: one per placeholder, a file to read or the encoded bytes themselves.
-        place: file and record number, enough to find the raw record again.
-        repairs: what was done to make it whole (`first_turn_dropped`, `last_turn_dropped`); counted in the
-            manifest, so that nothing is changed in silence.
+        id: the id of the raw record. It need not be unique; the store makes it unique.
+        messages: an optional system turn, then alternating user and assistant turns, user first.
+        images: one per `<image>` placeholder, as the path of a file or as encoded bytes.
+        location: file and record number of the raw record.
+        repairs: changes made to the raw record (`first_turn_dropped`, `last_turn_dropped`), counted in the manifest.
     """
 
     id: str
     messages: tuple[Message, ...]
-    pictures: tuple[Path | bytes, ...] = ()
-    place: str = ""
+    images: tuple[Path | bytes, ...] = ()
+    location: str = ""
     repairs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Reject:
-    """A bad record: left out, counted, and written to `quarantine.jsonl`, never replaced."""
+    """An invalid record. It is counted and written to `quarantine.jsonl`; no other record replaces it.
+
+    Attributes:
+        id: the id of the raw record, or its location if it has none.
+        reason: the category of the error.
+        detail: a description of the error.
+        location: file and record number of the raw record.
+    """
 
     id: str
     reason: Reason
     detail: str
-    place: str = ""
+    location: str = ""
 
 
 def assemble(
-    sample_id: str, turns: Iterable[tuple[object, object]], pictures: Iterable[Path | bytes], place: str
+    sample_id: str, turns: Iterable[tuple[object, object]], images: Iterable[Path | bytes], location: str
 ) -> Sample | Reject:
-    """Make a `Sample` of raw (speaker, text) pairs of any type, by the rules the authors' training code has.
+    """Build a `Sample` from raw (speaker, text) pairs, which may have any type.
 
-    A first turn that is not the user's is dropped (recipe 3.1: the authors drop it too), and so is a last
-    user turn that nobody answers, since it could teach nothing; both are noted in `repairs`. The rest is
-    judged by `check`, which the store calls for every sample, whoever made it.
+    A first turn that is not the user's is dropped, as in the authors' training code, and so is a last user turn
+    without an answer. Both are listed in `repairs`. The other rules are those of `check_sample`, which is applied to
+    every sample before it is stored.
+
+    Returns:
+        The sample, or a `Reject` if a turn is not a string or its speaker is unknown.
     """
     messages: list[Message] = []
     for number, (speaker, text) in enumerate(turns, start=1):
         if not isinstance(speaker, str) or not isinstance(text, str):
             wrong = text if isinstance(speaker, str) else speaker
             detail = f"turn {number} holds {type(wrong).__name__} {str(wrong)[:60]!r} where a string belongs"
-            return Reject(sample_id, Reason.NOT_A_STRING, detail, place)
+            return Reject(sample_id, Reason.NOT_A_STRING, detail, location)
         role = ROLES.get(speaker.strip().lower())
         if role is None:
             detail = f"turn {number} is spoken by {speaker[:60]!r}; known speakers: {', '.join(ROLES)}"
-            return Reject(sample_id, Reason.ROLES_DO_NOT_ALTERNATE, detail, place)
+            return Reject(sample_id, Reason.ROLES_DO_NOT_ALTERNATE, detail, location)
         messages.append(Message(role, text))
 
     repairs = []
@@ -133,53 +139,58 @@ def assemble(
     if messages and messages[-1].role == "user" and any(m.role == "assistant" for m in messages):
         del messages[-1]
         repairs.append("last_turn_dropped")
-    return Sample(sample_id, tuple(messages), tuple(pictures), place, tuple(repairs))
+    return Sample(sample_id, tuple(messages), tuple(images), location, tuple(repairs))
 
 
-def check(sample: Sample) -> Reject | None:
-    """The rules on messages: None where all hold, else the first that does not.
+def check_sample(sample: Sample) -> Reject | None:
+    """Validate a sample's messages.
 
-    Strings that UTF-8 can hold and a context might, user first, roles in turn, at least one answer, no empty
-    answer, and as many `<image>` (in user text only) as pictures.
+    Texts must be strings that UTF-8 can encode, with at most `MAX_CHARACTERS` in total. User and assistant turns must
+    alternate, user first, with at least one answer and no empty answer. `<image>` may occur in user text only, once per
+    image.
+
+    Returns:
+        A `Reject` with the first violated rule, or None if the sample is valid.
     """
 
     def reject(reason: Reason, detail: str) -> Reject:
-        return Reject(str(sample.id), reason, detail, sample.place)
+        return Reject(str(sample.id), reason, detail, sample.location)
 
     for number, message in enumerate(sample.messages, start=1):
-        # The annotation promises str; a reader of one's own may break it.
+        # The annotation says str, but a custom reader may not respect it.
         text = cast(object, message.text)
         if not isinstance(text, str):
-            return reject(Reason.NOT_A_STRING, f"turn {number} holds {type(text).__name__}, not a string")
+            return reject(Reason.NOT_A_STRING, f"turn {number} is of type {type(text).__name__}, not a string")
     for name, text in [("id", sample.id), *((f"turn {n}", m.text) for n, m in enumerate(sample.messages, 1))]:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             return reject(
-                Reason.WRONG_ENCODING, f"{name}, character {error.start}: not UTF-8, or half a surrogate pair"
+                Reason.WRONG_ENCODING, f"{name}, character {error.start}: not valid UTF-8, or an unpaired surrogate"
             )
 
     num_characters = sum(len(message.text) for message in sample.messages)
     if num_characters > MAX_CHARACTERS:
-        return reject(Reason.TOO_LONG, f"{num_characters} characters; no context holds more than {MAX_CHARACTERS}")
+        return reject(Reason.TOO_LONG, f"{num_characters} characters; the limit is {MAX_CHARACTERS}")
 
-    spoken = sample.messages[1:] if sample.messages[:1] and sample.messages[0].role == "system" else sample.messages
-    if not any(message.role == "assistant" for message in spoken):
-        return reject(Reason.NO_ANSWER, f"none of {len(sample.messages)} turns is an answer")
-    if spoken[0].role != "user":
-        return reject(Reason.FIRST_TURN_NOT_USER, f"the conversation begins with {spoken[0].role!r}")
-    for number, message in enumerate(spoken):
+    turns = sample.messages[1:] if sample.messages[:1] and sample.messages[0].role == "system" else sample.messages
+    if not any(message.role == "assistant" for message in turns):
+        return reject(Reason.NO_ANSWER, f"none of the {len(sample.messages)} turns is an answer")
+    if turns[0].role != "user":
+        return reject(Reason.FIRST_TURN_NOT_USER, f"the first turn is {turns[0].role!r}, not 'user'")
+    for number, message in enumerate(turns):
         expected = "user" if number % 2 == 0 else "assistant"
         if message.role != expected:
-            detail = f"turn {number + 1} is {message.role!r} where {expected!r} belongs"
+            detail = f"turn {number + 1} is {message.role!r} where {expected!r} is expected"
             return reject(Reason.ROLES_DO_NOT_ALTERNATE, detail)
         if message.role == "assistant" and not message.text.strip():
-            return reject(Reason.EMPTY_ANSWER, f"turn {number + 1} answers nothing")
+            return reject(Reason.EMPTY_ANSWER, f"the answer in turn {number + 1} is empty")
 
-    asked = sum(m.text.count(IMAGE_PLACEHOLDER) for m in spoken if m.role == "user")
-    elsewhere = sum(m.text.count(IMAGE_PLACEHOLDER) for m in sample.messages if m.role != "user")
-    if elsewhere:
-        return reject(Reason.PLACEHOLDER_MISMATCH, f"{elsewhere} {IMAGE_PLACEHOLDER} outside the user's turns")
-    if asked != len(sample.pictures):
-        return reject(Reason.PLACEHOLDER_MISMATCH, f"{asked} {IMAGE_PLACEHOLDER} for {len(sample.pictures)} pictures")
+    num_placeholders = sum(m.text.count(IMAGE_PLACEHOLDER) for m in turns if m.role == "user")
+    num_misplaced = sum(m.text.count(IMAGE_PLACEHOLDER) for m in sample.messages if m.role != "user")
+    if num_misplaced:
+        return reject(Reason.PLACEHOLDER_MISMATCH, f"{num_misplaced} {IMAGE_PLACEHOLDER} outside user turns")
+    if num_placeholders != len(sample.images):
+        detail = f"{num_placeholders} {IMAGE_PLACEHOLDER} for {len(sample.images)} images"
+        return reject(Reason.PLACEHOLDER_MISMATCH, detail)
     return None

@@ -1,8 +1,7 @@
-"""What a source is: its YAML, its reader, and the state of its raw folder.
+"""Configuration of a source: its YAML file, its reader, and the state of its raw folder.
 
-Owns: `SourceInfo`, reading `configs/source/*.yaml`, finding a reader and checking its options, the digest
-that tells whether anything changed since a store was made.
-Leaves: raw layouts to `readers/`, the making of stores to `prepare/` and `writing/`.
+A source is one dataset. `SourceInfo` is read from `configs/source/*.yaml`; the digests computed here show whether the
+reader, its options or the raw files have changed since a store was prepared.
 """
 
 import difflib
@@ -21,29 +20,37 @@ import yaml
 from data_recipes.schema.sample import DataError, Reject, Sample
 
 NOT_STATED = "not stated"
+"""Shown for values that the YAML does not give."""
 
 METRICS = ("exact_match", "vqa_accuracy", "relaxed_accuracy", "anls", "options", "edit_similarity", "grounding_iou")
-"""What `metric` may name besides `none`; `train/evaluate/metrics.py` computes them."""
+"""Values of `metric` besides `none`; `train/evaluate/metrics.py` computes them."""
+
+_VALUE_TYPES: dict[str, tuple[type, ...]] = {
+    "options": (dict,),
+    "citation": (dict,),
+    "expected_count": (int,),
+    "max_reject_share": (int, float),
+}
 
 Reader = Callable[..., Iterator[Sample | Reject]]
 
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """One dataset: where it is, who reads it, and what is to be said about it.
+    """Description of one dataset.
 
     Attributes:
-        name: the YAML's file name.
-        reader: a name in `data_recipes/readers`, or the path of a module of one's own (`mylab.receipts`).
+        name: name of the YAML file, without extension.
+        reader: name of a module in `data_recipes/readers`, or the import path of a custom module (`mylab.receipts`).
         root: the raw folder, relative to `--raw` or absolute.
-        options: what the reader's `samples` takes besides the root.
-        publisher, fetch, size, licence: shown where they are needed, and kept in the manifest; `size` is what has
-            to be fetched, in words.
+        options: keyword arguments of the reader's `samples` function.
+        publisher, fetch, size, licence: free text, shown to the user and written to the manifest. `fetch` says how to
+            download the raw files, `size` how large they are.
         citation: a BibTeX entry: `key`, `type` (article, inproceedings, misc) and its fields.
-        metric: how answers are judged in an evaluation, one of `METRICS`; `none` where only the loss says anything
-            (captions, descriptions, chats).
-        expected_count: samples that the published set gives; None where that is not a fixed number.
-        max_reject_share: `prepare` fails above this share of rejected records, between 0 and 1.
+        metric: evaluation metric of the answers, one of `METRICS`, or `none` for sources such as captions and chats, of
+            which only the loss is evaluated.
+        expected_count: number of samples in the published dataset; None if it is not a fixed number.
+        max_reject_share: largest accepted fraction of rejected records, between 0 and 1.
     """
 
     name: str
@@ -60,22 +67,24 @@ class SourceInfo:
     max_reject_share: float = 0.02
 
     def raw_folder(self, raw_root: Path) -> Path:
-        """The raw folder.
+        """Return the path of the raw folder.
 
         Raises:
-            NoRawFolder: it is not there; says who publishes it, how to fetch it, how much it is, under which licence,
-                and where to put it.
+            MissingRawFolderError: it does not exist. The message gives publisher, download instructions, size, licence
+                and the expected path.
         """
         folder = raw_root / self.root
         if not folder.is_dir():
-            raise NoRawFolder([self], raw_root)
+            raise MissingRawFolderError([self], raw_root)
         return folder
 
     def samples(self, raw_root: Path) -> Iterator[Sample | Reject]:
-        """The reader's stream over the raw folder.
+        """Return the reader's iterator over the raw folder.
+
+        Reader, options and folder are checked immediately; nothing is read before the first sample is requested.
 
         Raises:
-            DataError: no such reader, options it does not take, or no raw folder.
+            DataError: the reader does not exist, does not accept the options, or the raw folder is missing.
         """
         reader: Reader = find_reader(self.name, self.reader)
         folder = self.raw_folder(raw_root)
@@ -83,189 +92,202 @@ class SourceInfo:
         return reader(folder, **self.options)
 
     def _check_options(self, reader: Reader) -> None:
-        """Every option is one that the reader has, and none that it needs is missing."""
-        place = f"source {self.name}: `options`"
-        takes = list(inspect.signature(reader).parameters.values())[1:]
-        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in takes):
-            known = [parameter.name for parameter in takes]
-            refuse_unknown(place, self.options, known, f"reader {self.reader} takes")
-        for parameter in takes:
-            is_needed = parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
-            if is_needed and parameter.name not in self.options:
-                listed = ", ".join(str(each) for each in takes)
-                raise DataError(f"{place}: {parameter.name!r} is missing; reader {self.reader} takes: {listed}.")
+        """Raise DataError for unknown options and for missing required ones."""
+        origin = f"source {self.name}: `options`"
+        parameters = list(inspect.signature(reader).parameters.values())[1:]
+        if all(parameter.kind != parameter.VAR_KEYWORD for parameter in parameters):
+            known = [parameter.name for parameter in parameters]
+            reject_unknown_keys(origin, self.options, known, f"reader {self.reader} takes")
+        for parameter in parameters:
+            is_required = parameter.default is parameter.empty and parameter.kind != parameter.VAR_KEYWORD
+            if is_required and parameter.name not in self.options:
+                listed = ", ".join(str(each) for each in parameters)
+                raise DataError(f"{origin}: {parameter.name!r} is missing; reader {self.reader} takes: {listed}.")
 
     def recipe_digest(self) -> str:
-        """sha256 of what decides the samples besides the raw files: reader and options."""
+        """Compute the sha256 of the configuration that determines the samples: reader, root and options."""
         return _digest([self.reader, self.root, self.options])
 
 
-class NoRawFolder(DataError):
-    """Raw folders that are not there, each with all that is known of it."""
+class MissingRawFolderError(DataError):
+    """One or more raw folders do not exist; the message says how to obtain each of them."""
 
     def __init__(self, sources: Sequence[SourceInfo], raw_root: Path) -> None:
         self.sources = sources
         by_folder: dict[Path, list[SourceInfo]] = {}
         for source in sources:
             by_folder.setdefault(raw_root / source.root, []).append(source)
-        lines = ["no raw folder at" if len(by_folder) == 1 else f"{len(by_folder)} raw folders are not there:"]
+        lines = ["missing raw folder:" if len(by_folder) == 1 else f"{len(by_folder)} missing raw folders:"]
         for folder, group in by_folder.items():
             lines.append(f"  {folder}  (for {', '.join(source.name for source in group)})")
-            lines += [f"    {key}:{_known(group, key)}" for key in ("publisher", "fetch", "size", "licence")]
+            lines += [f"    {key}:{_format_facts(group, key)}" for key in ("publisher", "fetch", "size", "licence")]
             counts = [source.expected_count for source in group if source.expected_count]
             lines += [f"    expected: {sum(counts):,} samples"] if counts else []
-        lines.append("Put each there, or name another folder as `root` in the source's YAML.")
+        lines.append("Download them to these paths, or set `root` in the source's YAML.")
         super().__init__("\n".join(lines))
 
 
-def _known(sources: Sequence[SourceInfo], key: str) -> str:
-    """What the sources say, each thing once; and for which of them, where it differs."""
-    said: dict[str, list[str]] = {}
+def _format_facts(sources: Sequence[SourceInfo], key: str) -> str:
+    """Format one attribute of several sources; with their names if the values differ."""
+    names_by_value: dict[str, list[str]] = {}
     for source in sources:
-        said.setdefault(getattr(source, key) or NOT_STATED, []).append(source.name)
-    if len(said) == 1:
-        return f" {next(iter(said))}"
-    return "".join(f"\n      {', '.join(names)}: {text}" for text, names in said.items())
+        names_by_value.setdefault(getattr(source, key) or NOT_STATED, []).append(source.name)
+    if len(names_by_value) == 1:
+        return f" {next(iter(names_by_value))}"
+    return "".join(f"\n      {', '.join(names)}: {value}" for value, names in names_by_value.items())
 
 
 def find_reader(source: str, reader: str, function: str = "samples") -> Callable[..., Any]:
-    """A reader's function.
+    """Import a function of a reader module.
+
+    Args:
+        source: name of the source, for error messages.
+        reader: name or import path of the reader.
+        function: name of the function.
 
     Raises:
-        DataError: no such module, or it has no such function.
+        DataError: there is no such module, or it has no such function.
     """
     module_path = reader if "." in reader else f"data_recipes.readers.{reader}"
     try:
         module = importlib.import_module(module_path)
     except ModuleNotFoundError as error:
         if error.name is None or not (module_path + ".").startswith(error.name + "."):
-            raise  # the reader is there, and something that it imports is not
+            raise  # the reader exists, but one of its own imports does not
         known = sorted(p.stem for p in (Path(__file__).parents[1] / "readers").glob("[a-z]*.py"))
         raise DataError(
-            f"source {source}: there is no reader {reader!r}. Known: {', '.join(known)}; a reader of your "
-            f"own is "
-            "named by its module path (`mylab.receipts`), which Python must be able to import."
+            f"source {source}: there is no reader {reader!r}. Known: {', '.join(known)}. For a custom reader, give the "
+            "import path of its module (`mylab.receipts`)."
         ) from error
-    found = getattr(module, function, None)
-    if not callable(found):
+    loaded = getattr(module, function, None)
+    if not callable(loaded):
         raise DataError(f"source {source}: reader {module_path} has no function `{function}(root, **options)`.")
-    return found  # type: ignore[no-any-return]
+    return loaded  # type: ignore[no-any-return]
 
 
 def read_source(configs: Path, name: str) -> SourceInfo:
-    """The source `configs/source/<name>.yaml`.
+    """Read and validate `configs/source/<name>.yaml`.
 
     Raises:
-        DataError: there is none (the known ones are listed), or it has unknown keys or values of a wrong
-            type.
+        DataError: the file does not exist, or it has unknown keys or invalid values.
     """
     values = read_yaml(configs, "source", name)
     known = {f.name for f in fields(SourceInfo)} - {"name"}
-    place = f"configs/source/{name}.yaml"
-    refuse_unknown(place, values, [*sorted(known), "name"])
+    origin = f"configs/source/{name}.yaml"
+    reject_unknown_keys(origin, values, [*sorted(known), "name"])
     for key in ("reader", "root"):
         if not values.get(key):
-            raise DataError(f"{place}: `{key}` is missing; a source needs `reader` and `root`.")
+            raise DataError(f"{origin}: `{key}` is missing; `reader` and `root` are required.")
     values = {key: value for key, value in values.items() if value is not None and key != "name"}
-    types: dict[str, tuple[type, ...]] = {
-        "options": (dict,),
-        "citation": (dict,),
-        "expected_count": (int,),
-        "max_reject_share": (int, float),
-    }
     for key, value in values.items():
-        wanted = types.get(key, (str,))
-        if not isinstance(value, wanted) or isinstance(value, bool):
-            names = " or ".join(kind.__name__ for kind in wanted)
-            raise DataError(f"{place}: `{key}` is {value!r}, and must be {names}.")
-    values["citation"] = _citation(place, values.get("citation", {}))
+        expected_types = _VALUE_TYPES.get(key, (str,))
+        if not isinstance(value, expected_types) or isinstance(value, bool):
+            names = " or ".join(kind.__name__ for kind in expected_types)
+            raise DataError(f"{origin}: `{key}` is {value!r}, but must be {names}.")
+    values["citation"] = _parse_citation(origin, values.get("citation", {}))
     info = SourceInfo(name=name, **values)
     if info.metric not in (*METRICS, "none"):
-        near = difflib.get_close_matches(info.metric, METRICS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(f"{place}: `metric` is {info.metric!r}; known: {', '.join(METRICS)}, none.{hint}")
+        known_metrics = f"known: {', '.join(METRICS)}, none.{_suggest(info.metric, METRICS)}"
+        raise DataError(f"{origin}: `metric` is {info.metric!r}; {known_metrics}")
     if not 0 <= info.max_reject_share <= 1:
-        raise DataError(f"{place}: `max_reject_share` is {info.max_reject_share}, and must lie between 0 and 1.")
+        raise DataError(f"{origin}: `max_reject_share` is {info.max_reject_share}, but must be between 0 and 1.")
     return info
 
 
-def _citation(place: str, entry: dict[str, Any]) -> dict[str, str]:
-    """A BibTeX entry with all its values as strings; a year is a number in YAML."""
+def _parse_citation(origin: str, entry: dict[str, Any]) -> dict[str, str]:
+    """Validate a BibTeX entry and convert its values to strings; YAML reads a year as a number."""
     for key in ("key", "type", "title"):
         if entry and not entry.get(key):
-            raise DataError(f"{place}: `citation` has no `{key}`; a BibTeX entry needs `key`, `type` and `title`.")
+            raise DataError(f"{origin}: `citation` has no `{key}`; `key`, `type` and `title` are required.")
     return {str(key): str(value) for key, value in entry.items()}
 
 
-def refuse_unknown(place: str, values: Mapping[str, Any], known: Sequence[str], what: str = "known keys") -> None:
-    """Keys that mean nothing are a mistake, told with the known ones and the nearest of them.
+def reject_unknown_keys(
+    origin: str, values: Mapping[str, Any], known: Sequence[str], title: str = "known keys"
+) -> None:
+    """Check that `values` has known keys only.
+
+    Args:
+        origin: file or key that `values` come from, for the error message.
+        values: the mapping to check.
+        known: the accepted keys.
+        title: introduces the accepted keys in the error message.
 
     Raises:
-        DataError: `values` has a key that is not known.
+        DataError: `values` has an unknown key. The message lists the known ones and suggests the closest.
     """
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise DataError(f"{place}: unknown key {key!r}; {what}: {', '.join(known) or 'none'}.{hint}")
+            listed = f"{title}: {', '.join(known) or 'none'}.{_suggest(str(key), known)}"
+            raise DataError(f"{origin}: unknown key {key!r}; {listed}")
 
 
 def read_yaml(configs: Path, group: str, name: str) -> dict[str, Any]:
-    """The mapping in `configs/<group>/<name>.yaml`.
+    """Read the mapping in `configs/<group>/<name>.yaml`.
 
     Raises:
-        DataError: no such file (the known ones are listed, the nearest one is proposed), or not a mapping.
+        DataError: the file does not exist (the message lists the known names), is not valid YAML, or is not a mapping.
     """
     known = sorted(path.stem for path in (configs / group).glob("*.yaml"))
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
-        raise DataError(
-            f"there is no {group} {name!r} in {configs / group}.{hint} Known: {', '.join(known) or 'none'}."
-        )
+        listed = f"{_suggest(name, known)} Known: {', '.join(known) or 'none'}."
+        raise DataError(f"there is no {group} {name!r} in {configs / group}.{listed}")
     try:
         values = yaml.safe_load((configs / group / f"{name}.yaml").read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise DataError(f"{configs / group / name}.yaml is not YAML: {' '.join(str(error).split())}") from error
+        raise DataError(f"{configs / group / name}.yaml is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{configs / group / name}.yaml must hold keys and values.")
+        raise DataError(f"{configs / group / name}.yaml must be a mapping of keys to values.")
     return values
+
+
+def _suggest(name: str, known: Sequence[str]) -> str:
+    """Return " Did you mean ...?" with the closest known name, or an empty string."""
+    closest = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {closest[0]}?" if closest else ""
 
 
 @dataclass(frozen=True)
 class RawState:
-    """What a raw folder holds: sha256 over name, size and time of change of every file below it, and their bytes."""
+    """State of a raw folder.
+
+    Attributes:
+        digest: sha256 over path, size and modification time of every file.
+        num_bytes: total size of the files.
+    """
 
     digest: str
     num_bytes: int
 
 
-def raw_state(folder: Path, leave_out: Path) -> RawState:
-    """Has anything been touched? Files are not read. Folders behind links are looked at too, each once.
+def scan_raw_folder(folder: Path, exclude_folder: Path) -> RawState:
+    """Compute the state of a raw folder without reading its files.
+
+    Symbolic links to folders are followed; each folder is visited once.
 
     Args:
         folder: a source's raw folder.
-        leave_out: a folder to pass over where it lies inside (the stores, in a cramped layout).
+        exclude_folder: a folder to skip if it is inside `folder`, such as the stores.
     """
     digest, num_bytes = hashlib.sha256(), 0
-    looked_at = {os.path.realpath(leave_out), os.path.realpath(folder)}
+    visited = {os.path.realpath(exclude_folder), os.path.realpath(folder)}
     for current, folders, names in os.walk(folder, followlinks=True):
-        below = os.path.relpath(current, folder)
+        relative = os.path.relpath(current, folder)
         for name in sorted(names):
             try:
                 status = os.stat(f"{current}/{name}")  # noqa: PTH116  (a Path costs more than the call)
-            except OSError:  # a link to nowhere; the reader will meet it
+            except OSError:  # a broken link; the reader reports it
                 continue
-            digest.update(json.dumps([below, name, status.st_size, status.st_mtime_ns]).encode())
+            digest.update(json.dumps([relative, name, status.st_size, status.st_mtime_ns]).encode())
             num_bytes += status.st_size
         real = {name: os.path.realpath(f"{current}/{name}") for name in sorted(folders)}
-        folders[:] = [name for name, path in real.items() if path not in looked_at]
-        looked_at.update(real.values())
+        folders[:] = [name for name, path in real.items() if path not in visited]
+        visited.update(real.values())
     return RawState(digest.hexdigest(), num_bytes)
 
 
-def describe(info: SourceInfo) -> dict[str, Any]:
-    """What the manifest keeps of a source: everything but the place of its raw folder on this machine."""
+def describe_source(info: SourceInfo) -> dict[str, Any]:
+    """Return the attributes that are written to the manifest; `root`, which depends on the machine, is not."""
     return {key: value for key, value in asdict(info).items() if key not in ("root", "max_reject_share")}
 
 

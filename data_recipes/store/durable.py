@@ -1,7 +1,6 @@
-"""Folders on disk that are complete or absent, whoever is killed and whatever fails.
+"""Durable and atomic operations on files and folders, and the lock of a store.
 
-Owns: the lock that keeps two programs apart, getting files safely onto the disk, the swap of a new folder for an old.
-Leaves: what is in the folders to `reader.py`, `writing/` and `local_copy.py`.
+After a crash, a folder that is published by `replace_folder` is either complete or absent.
 """
 
 import errno
@@ -16,11 +15,13 @@ from data_recipes.schema.sample import DataError
 
 
 @contextmanager
-def only_one(path: Path) -> Iterator[None]:
-    """Hold the lock of the store `path`: two programs that write one store would spoil each other's work.
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold the lock of the store at `path`, so that no other program writes it at the same time.
+
+    On file systems without locks, a warning is printed instead.
 
     Raises:
-        DataError: another program holds it.
+        DataError: another program holds the lock.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
@@ -29,13 +30,15 @@ def only_one(path: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise DataError(f"another prepare is writing {path}; wait for it, or use another --stores.") from None
+                raise DataError(
+                    f"another process is writing {path}; wait for it to finish, or use another --stores."
+                ) from None
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                     raise
-                print(f"{path.parent} has no file locks: make sure that no other prepare writes {path}.")
-            if not _is_file(lock, handle.fileno()):
-                continue  # its last holder removed it after we had opened it: what we hold locks nobody out
+                print(f"{path.parent} does not support file locks: make sure that no other process writes {path}.")
+            if not _is_same_file(lock, handle.fileno()):
+                continue  # the previous holder removed the file after it was opened here, so this lock has no effect
             try:
                 yield
             finally:
@@ -43,37 +46,44 @@ def only_one(path: Path) -> Iterator[None]:
             return
 
 
-def _is_file(path: Path, descriptor: int) -> bool:
+def _is_same_file(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def sync(folder: Path) -> None:
-    """Force every file below `folder`, and the folders, onto the disk. A full disk shows here at the latest.
+def sync_folder(folder: Path) -> None:
+    """Flush all files and folders below `folder` to the disk (fsync). A full disk is detected here at the latest.
 
     Raises:
         OSError: the disk is full or failing.
     """
     for current, _, names in os.walk(folder):
         for path in [*(Path(current, name) for name in names), Path(current)]:
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _fsync(path)
 
 
-def swap_in(partial: Path, path: Path) -> None:
-    """Rename, the store that was there stepping aside first: at any moment `path` is complete or absent."""
+def replace_folder(partial: Path, path: Path) -> None:
+    """Move `partial` to `path`, replacing an existing folder. At any moment, `path` is complete or absent."""
     old = path.with_name(path.name + ".old")
     shutil.rmtree(old, ignore_errors=True)
     if path.exists():
         path.rename(old)
     partial.rename(path)
     shutil.rmtree(old, ignore_errors=True)
-    descriptor = os.open(path.parent, os.O_RDONLY)
+    _fsync(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """Write a file in UTF-8 through a temporary file and a rename, so that readers never see a part of it."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -1,10 +1,9 @@
-"""Copies of stores on a disk of this machine, for runs whose stores lie on a busy network file system.
+"""Copies stores to a local disk, for training with stores on a busy network file system.
 
-Owns: which files, room first, going on where an interrupted copy stopped, proof that the copy is the store.
-Leaves: the format to `reader.py`, which process of a node copies and what the others wait for to the training side.
+    <root>/<source>-<fingerprint>/           a complete copy; every preparation of a source has its own fingerprint
+    <root>/<source>-<fingerprint>.partial/   an incomplete copy; its files are complete except for `*.unverified`
 
-    <root>/<source>-<fingerprint>/   one copy: another preparation of a source has another fingerprint and its own copy
-    <root>/<source>-<fingerprint>.partial/   while it is made; files in it are whole but for `*.unverified`
+An interrupted copy is resumed, and every file is verified by its sha256 as read back from the disk.
 """
 
 import fcntl
@@ -19,28 +18,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_recipes.schema.sample import DataError
-from data_recipes.store.durable import sync
+from data_recipes.store.durable import sync_folder
 from data_recipes.store.reader import Store, read_manifest
 
 _BLOCK_BYTES = 8 << 20
-_NUM_THREADS = 4  # a network file system gives several streams more than one
+_NUM_THREADS = 4  # parallel streams have a higher throughput on network file systems
 
 
 @dataclass(frozen=True)
 class LocalCopy:
-    """One store and the place of its copy.
+    """A store and the path of its copy.
 
-    `sizes` are the bytes of every file of the store; `listed` the sha256 of those that its manifest lists.
+    Attributes:
+        source: path of the store.
+        path: path of the copy.
+        sizes: size in bytes of every file of the store.
+        file_sha256: sha256 of the files that the manifest lists.
     """
 
     source: Path
-    place: Path
+    path: Path
     sizes: dict[str, int]
-    listed: dict[str, str]
+    file_sha256: dict[str, str]
 
     @classmethod
-    def of(cls, source: Path, root: Path) -> "LocalCopy":
-        """The copy below `root` of the store at `source`. Errors are those of `Store.open`."""
+    def from_store(cls, source: Path, root: Path) -> "LocalCopy":
+        """Describe the copy below `root` of the store at `source`; raises the errors of `Store.open`."""
         manifest = read_manifest(source)
         try:
             if manifest is None:
@@ -51,72 +54,73 @@ class LocalCopy:
         except OSError as error:
             Store.open(source)
             raise DataError(f"the store at {source} cannot be read: {error}") from error
-        listed = {name: str(file["sha256"]) for name, file in files.items()}
-        return cls(source, root / f"{manifest['name']}-{manifest['fingerprint'][:16]}", sizes, listed)
+        file_sha256 = {name: str(file["sha256"]) for name, file in files.items()}
+        return cls(source, root / f"{manifest['name']}-{manifest['fingerprint'][:16]}", sizes, file_sha256)
 
     @property
-    def is_there(self) -> bool:
-        """Whether the copy is whole: every file has its size (its contents were proved before it got its name)."""
-        return self.place.is_dir() and all(_size(self.place / name) == size for name, size in self.sizes.items())
+    def is_complete(self) -> bool:
+        """Whether the copy exists and all files have the expected size. Their content was verified when copying."""
+        return self.path.is_dir() and all(_size(self.path / name) == size for name, size in self.sizes.items())
 
     @property
     def partial(self) -> Path:
-        """Where it is made."""
-        return self.place.with_name(self.place.name + ".partial")
+        """Path of the copy while it is incomplete."""
+        return self.path.with_name(self.path.name + ".partial")
 
     @property
     def missing(self) -> dict[str, int]:
-        """Files that must still be copied, with their sizes in bytes."""
+        """{name: size in bytes} of the files that are not yet copied."""
         return {name: size for name, size in self.sizes.items() if _size(self.partial / name) != size}
 
 
 def copy_stores(copies: Sequence[LocalCopy], on_bytes: Callable[[int], object], on_wait: Callable[[], object]) -> None:
-    """Makes those copies that are not there, below one root; only one process of the machine at a time.
+    """Make the copies that do not exist yet. Only one process per machine copies at a time.
 
     Args:
-        copies: with one parent folder, which is made.
-        on_bytes: called with the number of bytes that were copied, or proved, since the last call; from threads.
-        on_wait: called every second while another process of this machine copies to the same root.
+        copies: copies with a common parent folder, which is created.
+        on_bytes: called from several threads with the number of bytes copied or verified since the last call.
+        on_wait: called every second while another process of this machine copies to the same folder.
 
     Raises:
-        DataError: not enough room, a damaged store, or a failing disk; what was copied stays, and a new start goes on.
+        DataError: there is not enough disk space, a store is damaged, or the disk fails. Files that were copied are
+            kept, and the next call continues with the others.
     """
-    root = copies[0].place.parent
+    root = copies[0].path.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
-        with _only_one(root, on_wait), ThreadPoolExecutor(_NUM_THREADS) as pool:
-            todo = [copy for copy in copies if not copy.is_there]
-            _check_room(root, todo)
+        with _lock_root(root, on_wait), ThreadPoolExecutor(_NUM_THREADS) as pool:
+            todo = [copy for copy in copies if not copy.is_complete]
+            _check_free_space(root, todo)
             for copy in todo:
                 _copy(copy, pool, on_bytes)
     except OSError as error:
         raise DataError(
-            f"the stores could not be copied to {root} ({error}); what was copied stays there: mend it and start "
-            "again, or read the stores where they lie (data.local_dir=null)"
+            f"the stores could not be copied to {root} ({error}). Resolve the error and start again, which continues "
+            "the copy, or read the stores from their original location (data.local_dir=null)"
         ) from error
 
 
-def num_bytes_to_move(copies: Sequence[LocalCopy]) -> int:
-    """What `on_bytes` will add up to: every missing byte is copied once and read once more."""
-    return 2 * sum(size for copy in copies if not copy.is_there for size in copy.missing.values())
+def count_copy_bytes(copies: Sequence[LocalCopy]) -> int:
+    """Return the total that `on_bytes` will report: every missing byte is copied once and read back once."""
+    return 2 * sum(size for copy in copies if not copy.is_complete for size in copy.missing.values())
 
 
-def _check_room(root: Path, todo: Sequence[LocalCopy]) -> None:
-    # Half a file that an interrupted copy left is written over: it is room that can be used.
-    halves = sum(path.stat().st_size for copy in todo for path in copy.partial.rglob("*.unverified"))
+def _check_free_space(root: Path, todo: Sequence[LocalCopy]) -> None:
+    # Incomplete files of an interrupted copy are overwritten, so their space is available.
+    reusable = sum(path.stat().st_size for copy in todo for path in copy.partial.rglob("*.unverified"))
     needed = sum(sum(copy.missing.values()) for copy in todo)
-    free = shutil.disk_usage(root).free + halves
+    free = shutil.disk_usage(root).free + reusable
     if needed > free:
         raise DataError(
             f"data.local_dir={root} has {free / 2**30:.2f} GiB free, and the stores need {needed / 2**30:.2f} GiB "
-            "there; remove what is no longer used (copies of older preparations too), or read the stores where they "
-            "lie (data.local_dir=null)"
+            "there. Remove unused files, such as copies of older preparations, or read the stores from their original "
+            "location (data.local_dir=null)"
         )
 
 
 def _copy(copy: LocalCopy, pool: ThreadPoolExecutor, on_bytes: Callable[[int], object]) -> None:
-    if copy.place.exists():  # cut short: not a copy of this store any more
-        shutil.rmtree(copy.place)
+    if copy.path.exists():  # incomplete, although it was published
+        shutil.rmtree(copy.path)
     jobs = [pool.submit(_copy_file, copy, name, on_bytes) for name in copy.missing]
     try:
         for job in jobs:
@@ -125,12 +129,12 @@ def _copy(copy: LocalCopy, pool: ThreadPoolExecutor, on_bytes: Callable[[int], o
         for job in jobs:
             job.cancel()
         raise
-    sync(copy.partial)
-    copy.partial.rename(copy.place)
+    sync_folder(copy.partial)
+    copy.partial.rename(copy.path)
 
 
 def _copy_file(copy: LocalCopy, name: str, on_bytes: Callable[[int], object]) -> None:
-    """Copies one file, proves it by its sha256 as read back from the disk, and only then gives it its name."""
+    """Copy one file, verify its sha256 as read back from the disk, and rename it to its final name."""
     source, target = copy.source / name, copy.partial / name
     unverified = target.with_name(target.name + ".unverified")
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,28 +146,28 @@ def _copy_file(copy: LocalCopy, name: str, on_bytes: Callable[[int], object]) ->
             on_bytes(len(block))
         writing.flush()
         os.fsync(writing.fileno())
-        os.posix_fadvise(writing.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is asked, not the cache
-    listed = copy.listed.get(name, digest.hexdigest())
-    if digest.hexdigest() != listed:
+        os.posix_fadvise(writing.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # read back from the disk, not the cache
+    expected_sha256 = copy.file_sha256.get(name, digest.hexdigest())
+    if digest.hexdigest() != expected_sha256:
         raise DataError(
-            f"{source} is not what its store's manifest says (sha256 {digest.hexdigest()[:12]}, listed {listed[:12]}): "
-            f"the store is damaged; remove {copy.source} and prepare it again"
+            f"{source} has sha256 {digest.hexdigest()[:12]}, but {expected_sha256[:12]} in the store's manifest: the "
+            f"store is damaged; remove {copy.source} and prepare it again"
         )
-    proof = hashlib.sha256()
+    read_back = hashlib.sha256()
     with unverified.open("rb", buffering=0) as reading:
         while block := reading.read(_BLOCK_BYTES):
-            proof.update(block)
+            read_back.update(block)
             on_bytes(len(block))
-    if proof.digest() != digest.digest():
+    if read_back.digest() != digest.digest():
         raise DataError(
-            f"{unverified} reads back other bytes than were written: the disk is failing; use another data.local_dir"
+            f"{unverified} has other bytes than were written: the disk is failing; use another data.local_dir"
         )
     unverified.rename(target)
 
 
 @contextmanager
-def _only_one(root: Path, on_wait: Callable[[], object]) -> Iterator[None]:
-    """A lock that ends with its process; on a local disk, where it can be relied upon."""
+def _lock_root(root: Path, on_wait: Callable[[], object]) -> Iterator[None]:
+    """Wait for the lock of `root`, which is released when the process ends. Local disks support such locks."""
     with (root / ".lock").open("w") as handle:
         while True:
             try:

@@ -1,14 +1,12 @@
-"""One prepared source: a `datasets` Arrow directory that is complete or absent, and its manifest.
+"""Reads a prepared source: a store, which is a `datasets` Arrow directory with a manifest, opened by memory map.
 
-Owns: the layout on disk, reading it by memory map.
-Leaves: making it to `writing/`, a picture's bytes to `images.py`, choosing
-samples to `mixture.py`.
+    <store>/samples/          {id, messages: [{role, text}], pictures: [row of the other table]}
+    <store>/pictures/         {sha256, bytes, height, width, format}: every distinct image, with its original bytes
+    <store>/manifest.json     fingerprint, counts, licence, and sha256 and size of every file
+    <store>/quarantine.jsonl  the rejected records
+    <store>/inputs.json       digests of what the store was prepared from, used by `prepare`
 
-    <store>/samples/    {id, messages: [{role, text}], pictures: [row of the other table]}
-    <store>/pictures/   {sha256, bytes, height, width, format}: each picture once, as published
-    <store>/manifest.json     fingerprint, counts, licence, and sha256 and bytes of every file
-    <store>/quarantine.jsonl  the records left out; `dataset_dict.json` lets load_from_disk open the whole;
-                              `inputs.json` is for `prepare` alone
+`dataset_dict.json` lets `datasets.load_from_disk` open both tables. A store is complete or absent.
 """
 
 import json
@@ -22,14 +20,22 @@ import numpy as np
 import numpy.typing as npt
 
 from data_recipes.schema.sample import DataError, Message
-from data_recipes.store.images import StorePictures
+from data_recipes.store.images import StoreImages
 
-FORMAT = 2  # of the store; another number is another layout
+FORMAT = 2
+"""Version of the store layout; stores with another version are not read."""
 
 
 @dataclass(frozen=True)
 class StoredText:
-    """A sample without its pictures' bytes: what lengths are counted from. Sizes are (height, width)."""
+    """A sample without the bytes of its images, sufficient to compute its length.
+
+    Attributes:
+        id: unique id within the source.
+        source: name of the source.
+        messages: the conversation.
+        sizes_hw: (height, width) in pixels of each image.
+    """
 
     id: str
     source: str
@@ -39,18 +45,24 @@ class StoredText:
 
 @dataclass(frozen=True)
 class StoredSample:
-    """A sample with its pictures' original bytes and their sha256."""
+    """A sample with its images.
+
+    Attributes:
+        id, source, messages, sizes_hw: as in `StoredText`.
+        images: original encoded bytes of each image.
+        image_hashes: sha256 of each image, in hexadecimal.
+    """
 
     id: str
     source: str
     messages: tuple[Message, ...]
     sizes_hw: tuple[tuple[int, int], ...]
-    pictures: tuple[bytes, ...]
-    picture_hashes: tuple[str, ...]
+    images: tuple[bytes, ...]
+    image_hashes: tuple[str, ...]
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """The manifest of a complete store of the present format; None where there is none."""
+    """Read the manifest of a complete store; returns None if there is none or if its format version differs."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
@@ -59,37 +71,41 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 class Store:
-    """A complete store, read by memory map. Cheap to pickle: the map is opened again where it is needed."""
+    """A complete store. Pickling is cheap, because the memory maps are opened again on demand."""
 
     def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
         self.path = path
         self.manifest = manifest
         self.name: str = manifest["name"]
         self.fingerprint: str = manifest["fingerprint"]
-        self._tables: tuple[datasets.Dataset, StorePictures] | None = None
+        self._tables: tuple[datasets.Dataset, StoreImages] | None = None
 
     @classmethod
     def open(cls, path: Path) -> "Store":
         """Open the store at `path`.
 
         Raises:
-            DataError: it is absent, unfinished, of another format or damaged; with the command that makes it.
+            DataError: it is missing, incomplete, damaged or has another format version. The message has the command
+                that prepares it.
         """
         path = Path(path)
         command = f"python -m data_recipes.prepare --source {path.name} --raw RAW_ROOT --stores {path.parent}"
         manifest = read_manifest(path)
         if manifest is None:
-            half = " (an unfinished one lies beside it)" if path.with_name(path.name + ".partial").exists() else ""
-            raise DataError(f"no complete store at {path}{half}. Make it: {command}")
+            has_partial = path.with_name(path.name + ".partial").exists()
+            note = " (its preparation was interrupted)" if has_partial else ""
+            raise DataError(f"no complete store at {path}{note}. Prepare it: {command}")
         store = cls(path, manifest)
         try:
-            found = (len(store._samples), len(store._pictures))
+            num_rows = (len(store._samples), len(store._images))
         except (OSError, KeyError, ValueError) as error:
-            raise DataError(f"the store at {path} is damaged ({error}). Remove it and make it: {command}") from error
-        if found != (manifest["num_samples"], manifest["num_pictures"]):
             raise DataError(
-                f"the store at {path} holds {found[0]} samples and {found[1]} pictures, its manifest says "
-                f"{manifest['num_samples']} and {manifest['num_pictures']}. Remove it and make it: {command}"
+                f"the store at {path} is damaged ({error}). Remove it and prepare it again: {command}"
+            ) from error
+        if num_rows != (manifest["num_samples"], manifest["num_pictures"]):
+            raise DataError(
+                f"the store at {path} has {num_rows[0]} samples and {num_rows[1]} images, but its manifest lists "
+                f"{manifest['num_samples']} and {manifest['num_pictures']}. Remove it and prepare it again: {command}"
             )
         return store
 
@@ -100,53 +116,58 @@ class Store:
         return {**self.__dict__, "_tables": None}
 
     def text(self, index: int) -> StoredText:
-        """Sample `index` without touching picture bytes."""
-        row = self._samples[self._checked_index(index)]
-        return StoredText(row["id"], self.name, _messages(row), self._pictures.sizes_hw(row["pictures"]))
+        """Return sample `index` without reading its images."""
+        row = self._samples[self._check_index(index)]
+        return StoredText(row["id"], self.name, _messages(row), self._images.sizes_hw(row["pictures"]))
 
     def sample(self, index: int) -> StoredSample:
-        """Sample `index` with its pictures.
+        """Return sample `index` with its images.
 
         Raises:
-            OSError: the file system failed to read a picture; another try may succeed.
+            OSError: reading an image failed; the call may be repeated.
         """
-        row = self._samples[self._checked_index(index)]
+        row = self._samples[self._check_index(index)]
         return StoredSample(
             id=row["id"],
             source=self.name,
             messages=_messages(row),
-            sizes_hw=self._pictures.sizes_hw(row["pictures"]),
-            pictures=tuple(self._pictures.read(picture) for picture in row["pictures"]),
-            picture_hashes=self._pictures.hashes(row["pictures"]),
+            sizes_hw=self._images.sizes_hw(row["pictures"]),
+            images=tuple(self._images.read(image) for image in row["pictures"]),
+            image_hashes=self._images.hashes(row["pictures"]),
         )
 
-    def picture_hashes(self, index: int) -> tuple[str, ...]:
-        """sha256 of each picture of sample `index`, in order."""
-        return self._pictures.hashes(self._samples[self._checked_index(index)]["pictures"])
+    def image_hashes(self, index: int) -> tuple[str, ...]:
+        """Return the sha256 of each image of sample `index`, in order."""
+        return self._images.hashes(self._samples[self._check_index(index)]["pictures"])
 
     def ids(self) -> list[str]:
-        """The ids of all samples."""
+        """Return the ids of all samples."""
         return list(self.iter_ids())
 
     def iter_ids(self) -> Iterator[str]:
-        """The ids of all samples, without holding them."""
+        """Iterate over the ids of all samples without keeping them in memory."""
         for chunk in self._samples.data.column("id").chunks:
             yield from chunk.to_pylist()
 
-    def all_picture_hashes(self) -> npt.NDArray[np.bytes_]:
-        """sha256 (as 64 hexadecimal letters) of every picture, by row."""
-        return self._pictures.all_hashes()
+    def all_image_hashes(self) -> npt.NDArray[np.bytes_]:
+        """Return the sha256 of every image as 64 hexadecimal digits, S64 [num_images]."""
+        return self._images.all_hashes()
 
-    def hashes_of_pictures(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bytes_]:
-        """sha256 (as 64 hexadecimal letters) of these pictures, by their rows."""
-        return np.array(self._pictures.hashes(rows.tolist()), dtype="S64")
+    def hashes_of_images(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.bytes_]:
+        """Return the sha256 of the images in these rows as 64 hexadecimal digits, S64 [len(rows)]."""
+        return np.array(self._images.hashes(rows.tolist()), dtype="S64")
 
-    def picture_keys(self) -> npt.NDArray[np.uint64]:
-        """The first 64 bits of every picture's sha256, by row: an eighth of a hash's memory."""
-        return self._pictures.keys()
+    def image_keys(self) -> npt.NDArray[np.uint64]:
+        """Return the first 64 bits of the sha256 of every image, uint64 [num_images]."""
+        return self._images.keys()
 
-    def picture_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(starts [num_samples + 1], rows): the pictures of sample i are rows[starts[i]:starts[i + 1]]."""
+    def image_rows(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return which images each sample has.
+
+        Returns:
+            (starts int64 [num_samples + 1], rows int64 [number of references]): sample i has the images in rows
+            `rows[starts[i]:starts[i + 1]]` of the images table.
+        """
         chunks = self._samples.data.column("pictures").chunks
         counts = [np.diff(np.asarray(chunk.offsets)) for chunk in chunks]
         starts = np.concatenate([[0], np.cumsum(np.concatenate(counts))]) if counts else np.zeros(1)
@@ -158,16 +179,16 @@ class Store:
         return self._open_tables()[0]
 
     @property
-    def _pictures(self) -> StorePictures:
+    def _images(self) -> StoreImages:
         return self._open_tables()[1]
 
-    def _open_tables(self) -> tuple[datasets.Dataset, StorePictures]:
+    def _open_tables(self) -> tuple[datasets.Dataset, StoreImages]:
         if self._tables is None:
             samples = datasets.load_from_disk(str(self.path / "samples"), keep_in_memory=False)
-            self._tables = (samples, StorePictures(self.path / "pictures"))
+            self._tables = (samples, StoreImages(self.path / "pictures"))
         return self._tables
 
-    def _checked_index(self, index: int) -> int:
+    def _check_index(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of store {self.name}, which has {len(self)}")
         return int(index)

@@ -1,11 +1,7 @@
-"""Writing a `datasets` directory row by row, so that memory stays flat whatever its size.
+"""Writes a `datasets` directory (Arrow shards, `state.json`, `dataset_info.json`) row by row, with bounded memory.
 
-Owns: the folder that plain `datasets.load_from_disk` opens (Arrow shards, `state.json`, `dataset_info.json`),
-the digest of every shard, and getting bytes safely onto the disk.
-Leaves: what the rows mean, and when a shard ends, to `store_tables.py`.
-
-`Dataset.save_to_disk` writes the same folder, but from a dataset that exists already: pictures would be
-written twice.
+`datasets.load_from_disk` opens the result. `Dataset.save_to_disk` writes the same format, but needs an existing
+dataset, so that images would be written twice.
 """
 
 import hashlib
@@ -24,7 +20,7 @@ from datasets.arrow_writer import ArrowWriter
 
 @dataclass(frozen=True)
 class Shard:
-    """One finished Arrow file: its name, how many rows and bytes it has, and their sha256."""
+    """A complete Arrow file: its name, number of rows, size in bytes and sha256."""
 
     name: str
     num_rows: int
@@ -33,10 +29,10 @@ class Shard:
 
 
 class TableWriter:
-    """One table of a `DatasetDict` directory.
+    """Writes one table of a `DatasetDict` directory.
 
-    Rows are kept until `batch_rows` or `batch_bytes` are together, then written as one record batch. `cut` ends a
-    shard; what it returns is on the disk and can be gone on from.
+    Rows are buffered up to `batch_rows` or `batch_bytes`, then written as one record batch. `finish_shard` makes the
+    rows so far durable; a later writer can continue after them.
     """
 
     def __init__(
@@ -47,7 +43,14 @@ class TableWriter:
         batch_bytes: int = 16 << 20,
         shards: Sequence[Shard] = (),
     ) -> None:
-        """`shards` are those of an earlier writer of this folder; every other file in it is removed."""
+        """Create or open the folder of the table.
+
+        Args:
+            folder: folder of the table.
+            features: its columns.
+            batch_rows, batch_bytes: size limits of a record batch.
+            shards: complete shards of an earlier writer, which are kept; all other files are removed.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         for path in folder.iterdir():
             if path.name not in {shard.name for shard in shards}:
@@ -65,7 +68,7 @@ class TableWriter:
         self.num_rows = sum(shard.num_rows for shard in shards)
 
     def write(self, row: dict[str, Any], num_bytes: int = 0) -> int:
-        """Append a row that weighs about `num_bytes`; returns its number."""
+        """Append a row of about `num_bytes` bytes and return its number."""
         self._rows.append(row)
         self._rows_bytes += num_bytes
         self.num_rows += 1
@@ -73,8 +76,8 @@ class TableWriter:
             self._flush()
         return self.num_rows - 1
 
-    def cut(self) -> list[Shard]:
-        """End the present shard, if it has rows, and force it onto the disk; returns all shards.
+    def finish_shard(self) -> list[Shard]:
+        """Complete the current shard, if it has rows, flush it to the disk, and return all shards.
 
         Raises:
             OSError: the disk is full or failing.
@@ -83,16 +86,20 @@ class TableWriter:
         if self._writer is not None and self._file is not None:
             self._writer.finalize(close_stream=False)
             num_rows = self.num_rows - sum(shard.num_rows for shard in self.shards)
-            self.shards.append(self._file.end(num_rows))
+            self.shards.append(self._file.finish(num_rows))
             self._writer = self._file = None
         return self.shards
 
     def close(self, fingerprint: str) -> None:
-        """Write what is left and the two JSON files; `fingerprint` is the one `datasets` sees."""
+        """Write the remaining rows and the JSON files.
+
+        Args:
+            fingerprint: fingerprint of the table for `datasets`.
+        """
         self._flush()
         if not self.shards and self._writer is None:
-            self._open_shard()  # an empty table is a table too
-        self.cut()
+            self._open_shard()  # an empty table needs a file for its schema
+        self.finish_shard()
         state: dict[str, Any] = {
             "_data_files": [{"filename": shard.name} for shard in self.shards],
             "_fingerprint": fingerprint,
@@ -105,10 +112,10 @@ class TableWriter:
         (self._folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         DatasetInfo(features=self._features).write_to_directory(str(self._folder), pretty_print=True)
 
-    def abandon(self) -> None:
-        """Let go of the open file and what waits for it."""
+    def abort(self) -> None:
+        """Close the open file and discard buffered rows."""
         if self._file is not None:
-            self._file.abandon()
+            self._file.abort()
         self._writer = self._file = None
         self._rows = []
 
@@ -131,7 +138,7 @@ class TableWriter:
 
 
 class _HashedFile(io.RawIOBase):
-    """A file that is hashed while it is written: reading a hundred gigabytes again would take minutes."""
+    """A file that is hashed while it is written, because reading large shards again would take minutes."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -144,28 +151,28 @@ class _HashedFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
-        left = view
-        while left:  # an unbuffered file may take less than it was given
-            left = left[self._stream.write(left) :]
+        remaining = view
+        while remaining:  # an unbuffered write may be partial
+            remaining = remaining[self._stream.write(remaining) :]
         self._digest.update(view)
         self._num_bytes += len(view)
         return len(view)
 
-    def end(self, num_rows: int) -> Shard:
+    def finish(self, num_rows: int) -> Shard:
         os.fsync(self._stream.fileno())
         self._stream.close()
         return Shard(self._path.name, num_rows, self._num_bytes, self._digest.hexdigest())
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         self._stream.close()
 
 
-def write_dict_file(folder: Path, tables: Sequence[str]) -> None:
-    """The file that makes `folder` a `DatasetDict` of those tables."""
+def write_dataset_dict(folder: Path, tables: Sequence[str]) -> None:
+    """Write `dataset_dict.json`, which makes `folder` a `DatasetDict` of these tables."""
     (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(tables)}), encoding="utf-8")
 
 
-def file_digest(path: Path) -> dict[str, Any]:
-    """{"bytes", "sha256"} of a small file."""
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return {"bytes": size, "sha256": digest} of a small file."""
     data = path.read_bytes()
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

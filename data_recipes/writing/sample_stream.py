@@ -1,11 +1,7 @@
-"""A reader's stream, numbered for each source: which records are a slice's, how far one has come, what to pass over.
+"""Numbers the records of a reader, selects slices, and resumes after a position.
 
-Owns: `Slice`, `Mark` (a place in a stream, with a digest of everything before it), the check of every sample's
-messages, and handing samples to the processes that load their pictures.
-Leaves: raw layouts to `readers/`, the rules on messages to `sample.py`, what is done with a record to the tables.
-
-A reader is run from its first record each time, whatever is needed of it: that costs seconds, since no picture is
-read, and the digest tells whether the records are the ones that an earlier run has met.
+A reader always starts at its first record, which takes seconds because it does not read images. A digest of all records
+up to a position detects whether they have changed since an earlier run.
 """
 
 import hashlib
@@ -17,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from data_recipes.raw.image_files import LoadedPicture
-from data_recipes.raw.image_pool import PicturePool
-from data_recipes.schema.sample import Reject, Sample, check
+from data_recipes.raw.image_files import LoadedImage
+from data_recipes.raw.image_pool import ImagePool
+from data_recipes.schema.sample import Reject, Sample, check_sample
 
-Loaded = tuple[Sample, list[LoadedPicture]] | Reject
+LoadedRecord = tuple[Sample, list[LoadedImage]] | Reject
+"""A sample with its images, or a rejected record."""
 
-Named = tuple[str | None, Sample | Reject]
-"""A record and the source that it belongs to; None for every source of the stream."""
+TaggedRecord = tuple[str | None, Sample | Reject]
+"""(source name, record); the name is None if the record applies to every source of the stream."""
 
 
-class Mark(NamedTuple):
-    """A place in a stream: so many records lie before it, and this is their digest."""
+class StreamPosition(NamedTuple):
+    """A position in the stream of a source: the number of records before it, and their digest."""
 
     num_records: int = 0
     digest: str = ""
@@ -36,91 +33,106 @@ class Mark(NamedTuple):
 
 @dataclass(frozen=True)
 class Slice:
-    """Every `num_slices`-th record of a stream; 3/32 has records 2, 34, 66 and so on, counted from 0."""
+    """Every `num_slices`-th record of a stream: 3/32 contains the records 2, 34, 66, ..., counted from 0."""
 
     number: int = 1
     num_slices: int = 1
 
     @classmethod
     def parse(cls, text: str) -> "Slice":
-        """A slice as the command line writes it: `3/32`, from 1/32 to 32/32.
+        """Parse a slice such as `3/32`; the first is 1/32, the last 32/32.
 
         Raises:
-            ValueError: it is written otherwise, or there is no such slice.
+            ValueError: the text has another format, or the number is out of range.
         """
         match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text)
         if match is None or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(f"{text!r} is no slice; write 1/32 to 32/32")
+            raise ValueError(f"{text!r} is not a slice; use 1/32 to 32/32")
         return cls(int(match[1]), int(match[2]))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.num_slices}"
 
-    def has(self, record: int) -> bool:
-        """Whether record number `record`, counted from 0, is of this slice."""
+    def contains(self, record: int) -> bool:
+        """Return whether the record with this number, counted from 0, belongs to the slice."""
         return record % self.num_slices == self.number - 1
 
 
-WHOLE = Slice()
+WHOLE_SOURCE = Slice()
 
 
 class StreamChangedError(Exception):
-    """The records before a mark are not the ones that an earlier run has met."""
+    """The records before a position differ from those of the earlier run."""
 
 
 class NumberedStream:
-    """Of each source the records of a slice that lie behind its start, each with the mark behind it."""
+    """The records of a slice after each source's start position, each with the position after it."""
 
-    def __init__(self, records: Iterable[Named], root: Path, starts: Mapping[str, Mark], part: Slice = WHOLE) -> None:
-        """`root` is the raw folder: the digest has pictures' paths below it, so it is the same wherever it lies."""
+    def __init__(
+        self,
+        records: Iterable[TaggedRecord],
+        root: Path,
+        starts: Mapping[str, StreamPosition],
+        part: Slice = WHOLE_SOURCE,
+    ) -> None:
+        """Create the stream.
+
+        Args:
+            records: the reader's records, from the first one.
+            root: the raw folder. The digest contains image paths relative to it, so it does not depend on its location.
+            starts: {source: position after which records are yielded}.
+            part: the slice.
+        """
         self._records = records
         self._root = f"{root}/"
         self._starts = starts
         self._part = part
 
-    def load(self, pool: PicturePool) -> Iterator[tuple[str, Mark, Loaded | None]]:
-        """Yield (source, mark behind it, record with its pictures), in order; last each source's end, and None.
+    def load(self, pool: ImagePool) -> Iterator[tuple[str, StreamPosition, LoadedRecord | None]]:
+        """Yield (source, position after the record, record with its images) in order.
+
+        At the end, (source, final position, None) is yielded for each source.
 
         Raises:
-            StreamChangedError: what lies before a source's start is not what it was.
+            StreamChangedError: the records before a start position have changed.
         """
-        marks: deque[tuple[str, Mark]] = deque()
-        for loaded in pool.load_in_order(self._own(marks)):
-            yield *marks.popleft(), loaded
-        for name, mark in marks:
-            yield name, mark, None
+        positions: deque[tuple[str, StreamPosition]] = deque()
+        for loaded in pool.load_in_order(self._select_records(positions)):
+            yield *positions.popleft(), loaded
+        for name, position in positions:
+            yield name, position, None
 
-    def _own(self, marks: "deque[tuple[str, Mark]]") -> Iterator[Sample | Reject]:
-        at = dict.fromkeys(self._starts, (0, b""))
+    def _select_records(self, positions: "deque[tuple[str, StreamPosition]]") -> Iterator[Sample | Reject]:
+        progress = dict.fromkeys(self._starts, (0, b""))
         for source, item in self._records:
             canonical = self._canonical(item)
             for name in self._starts if source is None else (source,):
-                number, digest = at[name][0] + 1, hashlib.sha256(at[name][1] + canonical).digest()
-                at[name], start = (number, digest), self._starts[name]
+                number, digest = progress[name][0] + 1, hashlib.sha256(progress[name][1] + canonical).digest()
+                progress[name], start = (number, digest), self._starts[name]
                 if number < start.num_records:
                     continue
                 if number == start.num_records:
                     if digest.hex() != start.digest:
                         raise StreamChangedError
-                elif self._part.has(number - 1):
-                    marks.append((name, Mark(number, digest.hex())))
-                    yield (check(item) or item) if isinstance(item, Sample) else item
-        for name, (number, digest) in at.items():
+                elif self._part.contains(number - 1):
+                    positions.append((name, StreamPosition(number, digest.hex())))
+                    yield (check_sample(item) or item) if isinstance(item, Sample) else item
+        for name, (number, digest) in progress.items():
             if number < self._starts[name].num_records:
                 raise StreamChangedError
-            marks.append((name, Mark(number, digest.hex())))
+            positions.append((name, StreamPosition(number, digest.hex())))
 
     def _canonical(self, item: Sample | Reject) -> bytes:
+        # The text of `detail` is included, so changing a reader's error message changes the digest.
         if isinstance(item, Reject):
-            value: list[object] = [item.id, item.reason, item.detail, item.place]
+            value: list[object] = [item.id, item.reason, item.detail, item.location]
         else:
-            pictures = [
-                hashlib.sha256(picture).hexdigest()
-                if isinstance(picture, bytes)
-                else str(picture).removeprefix(self._root)
-                for picture in item.pictures
+            images = [
+                hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image).removeprefix(self._root)
+                for image in item.images
             ]
             messages = [[message.role, message.text] for message in item.messages]
-            value = [item.id, messages, pictures, item.place, item.repairs]
-        # ASCII holds lone surrogates, and `str` what a reader of one's own may have put where a string belongs.
+            value = [item.id, messages, images, item.location, item.repairs]
+        # ASCII escapes lone surrogates. `default=str` accepts values of wrong types from custom readers, which
+        # `check_sample` rejects.
         return json.dumps(value, default=str).encode("ascii")

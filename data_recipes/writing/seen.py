@@ -1,8 +1,7 @@
-"""What a store under construction has met already: pictures by hash, sample ids with their contents, progress.
+"""An on-disk index of the images and samples in a store that is being written, and of its progress.
 
-Owns: the index, a file beside the tables and not a dictionary, so that a million records need no more memory
-than ten thousand; and that index and progress are saved together or not at all.
-Leaves: what to do about a repetition, and what progress is, to `store_tables.py`.
+The index is a SQLite file instead of a dictionary, so that memory does not grow with the number of records. Its entries
+and the progress are committed in one transaction.
 """
 
 import json
@@ -13,16 +12,15 @@ from urllib.parse import quote
 
 
 class SeenIndex:
-    """A scratch index on disk. What was added since the last `commit` is gone when the program dies.
+    """A temporary index on disk. If the process is killed, entries since the last `commit` are lost.
 
-    Raises (every method):
-        OSError: the disk is full or failing.
+    Every method raises OSError if the disk is full or failing.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open the index, as the last `commit` left it, or make it."""
+        """Open the index in the state of the last `commit`, or create it."""
         self._path = path
-        # No locks: whoever writes a store holds a lock of its own, and cluster file systems often have none.
+        # SQLite's locks are disabled: the store has its own lock, and cluster file systems often do not support locks.
         self._db = sqlite3.connect(f"file:{quote(str(path))}?nolock=1", uri=True, isolation_level=None)
         self._run("PRAGMA cache_size=-16384")
         self._run("CREATE TABLE IF NOT EXISTS pictures (sha256 BLOB PRIMARY KEY, row INTEGER) WITHOUT ROWID")
@@ -30,45 +28,45 @@ class SeenIndex:
         self._run("CREATE TABLE IF NOT EXISTS progress (one INTEGER PRIMARY KEY, value TEXT)")
         self._run("BEGIN")
 
-    def picture_row(self, sha256: str) -> int | None:
-        """The row of a picture that was met before, else None."""
-        found = self._run("SELECT row FROM pictures WHERE sha256 = ?", bytes.fromhex(sha256)).fetchone()
-        return None if found is None else int(found[0])
+    def image_row(self, sha256: str) -> int | None:
+        """Return the row of an image that was added before, or None."""
+        result = self._run("SELECT row FROM pictures WHERE sha256 = ?", bytes.fromhex(sha256)).fetchone()
+        return None if result is None else int(result[0])
 
-    def add_picture(self, sha256: str, row: int) -> None:
-        """Note that the picture stands in `row`."""
+    def add_image(self, sha256: str, row: int) -> None:
+        """Add an image with its row in the images table."""
         self._run("INSERT INTO pictures VALUES (?, ?)", bytes.fromhex(sha256), row)
 
     def has_id(self, sample_id: str) -> bool:
-        """Was there a sample of this id?"""
+        """Return whether a sample with this id was added."""
         return self._run("SELECT 1 FROM samples WHERE id = ? LIMIT 1", sample_id).fetchone() is not None
 
     def has_sample(self, sample_id: str, content: bytes) -> bool:
-        """Was there a sample of this id with this content?"""
-        found = self._run("SELECT 1 FROM samples WHERE id = ? AND content = ?", sample_id, content).fetchone()
-        return found is not None
+        """Return whether a sample with this id and content was added."""
+        result = self._run("SELECT 1 FROM samples WHERE id = ? AND content = ?", sample_id, content).fetchone()
+        return result is not None
 
     def add_sample(self, sample_id: str, content: bytes) -> None:
-        """Note the sample."""
+        """Add a sample by its id and the hash of its content."""
         self._run("INSERT OR IGNORE INTO samples VALUES (?, ?)", sample_id, content)
 
     def progress(self) -> dict[str, Any] | None:
-        """What the last `commit` was given; None before the first."""
-        found = self._run("SELECT value FROM progress").fetchone()
-        return None if found is None else dict(json.loads(found[0]))
+        """Return the progress of the last `commit`, or None if there was none."""
+        result = self._run("SELECT value FROM progress").fetchone()
+        return None if result is None else dict(json.loads(result[0]))
 
     def commit(self, progress: dict[str, Any]) -> None:
-        """Save all that was added, and `progress`, at one stroke."""
+        """Save all added entries and the progress in one transaction."""
         self._run("INSERT OR REPLACE INTO progress VALUES (0, ?)", json.dumps(progress))
         self._run("COMMIT")
         self._run("BEGIN")
 
     def close(self) -> None:
-        """Let go of the file, which keeps what was committed; a second call does nothing."""
+        """Close the file, which keeps the committed entries. A second call has no effect."""
         self._db.close()
 
     def remove(self) -> None:
-        """Close and remove the file."""
+        """Close the index and remove its file."""
         self.close()
         remove_index(self._path)
 
@@ -80,6 +78,6 @@ class SeenIndex:
 
 
 def remove_index(path: Path) -> None:
-    """Remove a closed index, if there is one."""
+    """Remove the files of a closed index, if they exist."""
     for file in (path, path.with_name(path.name + "-journal")):
         file.unlink(missing_ok=True)

@@ -1,8 +1,6 @@
-"""The contents of a store while it is written: two tables, what was met before, the counts, the fingerprint.
+"""Writes the contents of a store: both tables, the quarantine, the checkpoints, and the manifest.
 
-Owns: the columns, keeping a picture once, telling ids apart, counting rejects and repairs, the quarantine, the
-checkpoints that a killed start goes on from, the manifest.
-Leaves: where the folder stands, and that it appears whole or not at all, to `writer.py`.
+Each distinct image is stored once, and sample ids are made unique. `writer.py` makes the store appear atomically.
 """
 
 import hashlib
@@ -17,16 +15,16 @@ from typing import Any, ClassVar
 
 from datasets import Features, List, Value
 
-from data_recipes.raw.image_files import LoadedPicture
+from data_recipes.raw.image_files import LoadedImage
 from data_recipes.schema.sample import Reason, Reject, Sample
-from data_recipes.schema.source import SourceInfo, describe
-from data_recipes.store.durable import sync
+from data_recipes.schema.source import SourceInfo, describe_source
+from data_recipes.store.durable import sync_folder
 from data_recipes.store.reader import FORMAT
-from data_recipes.writing.arrow_folder import Shard, TableWriter, file_digest, write_dict_file
-from data_recipes.writing.sample_stream import Loaded, Mark
+from data_recipes.writing.arrow_folder import Shard, TableWriter, describe_file, write_dataset_dict
+from data_recipes.writing.sample_stream import LoadedRecord, StreamPosition
 from data_recipes.writing.seen import SeenIndex
 
-# A checkpoint ends a shard of both tables, so that no file grows beyond what file systems and copies like.
+# A checkpoint completes a shard of both tables, which also limits the size of the files.
 CHECKPOINT_BYTES = 1 << 30
 CHECKPOINT_RECORDS = 100_000
 
@@ -37,7 +35,7 @@ _SAMPLES = Features(
         "pictures": List(Value("int32")),
     }
 )
-_PICTURES = Features(
+_IMAGES = Features(
     {
         "sha256": Value("string"),
         "bytes": Value("binary"),
@@ -49,82 +47,101 @@ _PICTURES = Features(
 
 
 class RejectedError(Exception):
-    """Too many records were rejected, or the first one under `--strict`; no store was written."""
+    """Too many records were rejected, or one with `--strict`. No store was written."""
 
 
 @dataclass(frozen=True)
 class StoreReport:
-    """What became of one source's records."""
+    """Counts and fingerprint of a complete store.
+
+    Attributes:
+        name: name of the source.
+        path: path of the store.
+        num_records: number of raw records.
+        num_samples: number of samples in the store.
+        num_images: number of distinct images.
+        rejects: {reason: number of rejected records}.
+        repairs: {repair: number of changed samples}.
+        fingerprint: sha256 of the samples.
+    """
 
     name: str
     path: Path
     num_records: int
     num_samples: int
-    num_pictures: int
+    num_images: int
     rejects: dict[str, int]
     repairs: dict[str, int]
     fingerprint: str
 
 
 class StoreTables:
-    """The two tables, the index of what was met, the counts and the fingerprint, while they grow.
+    """The tables, index, counts and fingerprint of a store that is being written.
 
-    Everything up to the last `checkpoint` can be opened again; it is a function of the stream alone, so a store
-    that was gone on with is, byte for byte, the one that was made in one go.
+    The state of the last `checkpoint` can be opened again. It depends on the stream only, so a resumed store is byte
+    for byte the one that an uninterrupted run writes.
     """
 
     features: ClassVar[Features] = _SAMPLES
 
     def __init__(self, folder: Path, source: SourceInfo) -> None:
-        """Open the folder at its last checkpoint, or begin it."""
+        """Open the folder at its last checkpoint, or start a new store."""
         self._folder = folder
         self._source = source
         self._seen = SeenIndex(folder / "seen.sqlite")
-        at = self._seen.progress() or {}
-        self.has_checkpoint = bool(at)
+        progress = self._seen.progress() or {}
+        self.has_checkpoint = bool(progress)
         self._samples = TableWriter(
-            folder / "samples", self.features, batch_rows=1000, shards=[Shard(**s) for s in at.get("samples", [])]
+            folder / "samples", self.features, batch_rows=1000, shards=[Shard(**s) for s in progress.get("samples", [])]
         )
-        self._pictures = TableWriter(
-            folder / "pictures", _PICTURES, batch_rows=100, shards=[Shard(**s) for s in at.get("pictures", [])]
+        self._images = TableWriter(
+            folder / "pictures", _IMAGES, batch_rows=100, shards=[Shard(**s) for s in progress.get("pictures", [])]
         )
         self._quarantine = (folder / "quarantine.jsonl").open("ab")
-        self._quarantine.truncate(at.get("quarantine_bytes", 0))
-        self._content = bytes.fromhex(at.get("content", "")) or hashlib.sha256(b"data_recipes store 2\n").digest()
-        self._picture_bytes: int = at.get("picture_bytes", 0)
+        self._quarantine.truncate(progress.get("quarantine_bytes", 0))
+        self._content = bytes.fromhex(progress.get("content", "")) or hashlib.sha256(b"data_recipes store 2\n").digest()
+        self._image_bytes: int = progress.get("picture_bytes", 0)
         self._bytes_since = 0
         self._records_since = 0
-        self.mark = Mark(*at.get("mark", ()))
-        self.num_records: int = at.get("num_records", 0)
-        self.rejects: Counter[str] = Counter(at.get("rejects", {}))
-        self.repairs: Counter[str] = Counter(at.get("repairs", {}))
+        self.position = StreamPosition(*progress.get("mark", ()))
+        self.num_records: int = progress.get("num_records", 0)
+        self.rejects: Counter[str] = Counter(progress.get("rejects", {}))
+        self.repairs: Counter[str] = Counter(progress.get("repairs", {}))
 
-    def add(self, loaded: Loaded, mark: Mark, strict: bool = False) -> Reject | None:
-        """Take in one record; returns it if it is left out. `mark` lies behind it.
+    def add(self, loaded: LoadedRecord, position: StreamPosition, strict: bool = False) -> Reject | None:
+        """Add one record.
+
+        Args:
+            loaded: the record.
+            position: position in the stream after the record.
+            strict: raise an error if the record is rejected.
+
+        Returns:
+            The `Reject` if the record is rejected, else None.
 
         Raises:
-            RejectedError: it is left out, and `strict`.
+            RejectedError: the record is rejected, and `strict` is set.
             OSError: the disk is full or failing.
         """
-        rejected = loaded if isinstance(loaded, Reject) else self._add_sample(*loaded, mark)
-        if rejected is not None:
+        reject = loaded if isinstance(loaded, Reject) else self._add_sample(*loaded, position)
+        if reject is not None:
             if strict:
                 raise RejectedError(
-                    f"source {self._source.name}: {rejected.reason} at {rejected.place or rejected.id}: "
-                    f"{rejected.detail} "
-                    "(--strict stops at the first bad record; without it, bad records are left out and counted)."
+                    f"source {self._source.name}: {reject.reason} at {reject.location or reject.id}: "
+                    f"{reject.detail} "
+                    "(--strict stops at the first invalid record; without it, invalid records are skipped and counted)."
                 )
-            self.rejects[rejected.reason.value] += 1
-            self._quarantine.write(json.dumps(self._quarantine_line(rejected, mark)).encode() + b"\n")
-        self.mark = mark
+            self.rejects[reject.reason.value] += 1
+            self._quarantine.write(json.dumps(self._quarantine_line(reject, position)).encode() + b"\n")
+        self.position = position
         self.num_records += 1
         self._records_since += 1
         if self._bytes_since >= CHECKPOINT_BYTES or self._records_since >= CHECKPOINT_RECORDS:
             self.checkpoint()
-        return rejected
+        return reject
 
     def checkpoint(self) -> None:
-        """Force everything onto the disk: a later start goes on from here.
+        """Make the current state durable, so that a later run can resume from it.
 
         Raises:
             OSError: the disk is full or failing.
@@ -132,12 +149,12 @@ class StoreTables:
         self._quarantine.flush()
         os.fsync(self._quarantine.fileno())
         progress = {
-            "mark": self.mark,
-            "samples": [asdict(shard) for shard in self._samples.cut()],
-            "pictures": [asdict(shard) for shard in self._pictures.cut()],
+            "mark": self.position,
+            "samples": [asdict(shard) for shard in self._samples.finish_shard()],
+            "pictures": [asdict(shard) for shard in self._images.finish_shard()],
             "quarantine_bytes": self._quarantine.tell(),
             "content": self._content.hex(),
-            "picture_bytes": self._picture_bytes,
+            "picture_bytes": self._image_bytes,
             "num_records": self.num_records,
             "rejects": self.rejects,
             "repairs": self.repairs,
@@ -146,23 +163,27 @@ class StoreTables:
         self.has_checkpoint = True
         self._bytes_since = self._records_since = 0
 
-    def finish(self, path: Path, about: Mapping[str, Any] | None = None) -> StoreReport:
-        """Write what is left, and, when all of it is on the disk, the manifest; `about` goes into it.
+    def finish(self, path: Path, extra_manifest: Mapping[str, Any] | None = None) -> StoreReport:
+        """Write the remaining data and, after it is durable, the manifest.
+
+        Args:
+            path: final path of the store, for the report.
+            extra_manifest: additional entries of the manifest.
 
         Raises:
             OSError: the disk is full or failing.
         """
         fingerprint = self._content.hex()
         self._samples.close(fingerprint[:16])
-        self._pictures.close(fingerprint[16:32])
+        self._images.close(fingerprint[16:32])
         self._quarantine.close()
-        write_dict_file(self._folder, ["samples", "pictures"])
+        write_dataset_dict(self._folder, ["samples", "pictures"])
         report = StoreReport(
             name=self._source.name,
             path=path,
             num_records=self.num_records,
             num_samples=self._samples.num_rows,
-            num_pictures=self._pictures.num_rows,
+            num_images=self._images.num_rows,
             rejects=dict(sorted(self.rejects.items())),
             repairs=dict(sorted(self.repairs.items())),
             fingerprint=fingerprint,
@@ -170,17 +191,17 @@ class StoreTables:
         manifest: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": fingerprint,
-            **describe(self._source),
+            **describe_source(self._source),
             "num_records": report.num_records,
             "num_samples": report.num_samples,
-            "num_pictures": report.num_pictures,
-            "num_picture_bytes": self._picture_bytes,
+            "num_pictures": report.num_images,
+            "num_picture_bytes": self._image_bytes,
             "rejects": report.rejects,
             "repairs": report.repairs,
-            **(about or {}),
+            **(extra_manifest or {}),
             "files": self._files(),
         }
-        sync(self._folder)
+        sync_folder(self._folder)
         with (self._folder / "manifest.json").open("w", encoding="utf-8") as stream:
             stream.write(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
             stream.flush()
@@ -188,71 +209,71 @@ class StoreTables:
         self._seen.remove()
         return report
 
-    def abandon(self) -> None:
-        """Let go of the open files; what was checkpointed stays in the folder."""
-        self._samples.abandon()
-        self._pictures.abandon()
+    def abort(self) -> None:
+        """Close the open files. The state of the last checkpoint remains in the folder."""
+        self._samples.abort()
+        self._images.abort()
         self._seen.close()
-        with suppress(OSError):  # what it could not write is behind the checkpoint
+        with suppress(OSError):  # the unwritten data is after the last checkpoint
             self._quarantine.close()
 
-    def _add_sample(self, sample: Sample, pictures: list[LoadedPicture], mark: Mark) -> Reject | None:
+    def _add_sample(self, sample: Sample, images: list[LoadedImage], position: StreamPosition) -> Reject | None:
         messages = [[message.role, message.text] for message in sample.messages]
-        hashes = [picture.info.sha256 for picture in pictures]
+        hashes = [image.info.sha256 for image in images]
         content = hashlib.sha256(_canonical([messages, hashes])).digest()
         sample_id = sample.id
-        repairs = [*sample.repairs, *(note for picture in pictures for note in picture.notes)]
+        repairs = [*sample.repairs, *(note for image in images for note in image.notes)]
         if self._seen.has_id(sample_id) and not self._seen.has_sample(sample_id, content):
-            # LLaVA-158K names three different conversations after one COCO picture: not a repetition.
+            # Not a duplicate: LLaVA-158K has three different conversations with the id of the same COCO image.
             sample_id = f"{sample_id}~{content.hex()[:12]}"
             repairs.append("id_made_unique")
         if self._seen.has_id(sample_id):
-            detail = "a record of this id and this content came before"
-            return Reject(sample.id, Reason.DUPLICATE_ID, detail, sample.place)
+            detail = "duplicate of an earlier record with the same id and content"
+            return Reject(sample.id, Reason.DUPLICATE_ID, detail, sample.location)
         self._seen.add_sample(sample.id, content)
         self._seen.add_sample(sample_id, content)
         self.repairs.update(repairs)
-        self._write_sample(sample_id, sample, pictures)
+        self._write_sample(sample_id, sample, images)
         self._content = hashlib.sha256(self._content + _canonical([sample_id, messages, hashes])).digest()
         return None
 
-    def _write_sample(self, sample_id: str, sample: Sample, pictures: list[LoadedPicture], **more: object) -> None:
-        rows = [self._picture_row(picture) for picture in pictures]
+    def _write_sample(self, sample_id: str, sample: Sample, images: list[LoadedImage], **extra: object) -> None:
+        rows = [self._image_row(image) for image in images]
         turns = [{"role": message.role, "text": message.text} for message in sample.messages]
         num_bytes = sum(len(message.text) for message in sample.messages)
-        self._samples.write({"id": sample_id, "messages": turns, "pictures": rows, **more}, num_bytes)
+        self._samples.write({"id": sample_id, "messages": turns, "pictures": rows, **extra}, num_bytes)
         self._bytes_since += num_bytes
 
-    def _picture_row(self, picture: LoadedPicture) -> int:
-        info = picture.info
-        row = self._seen.picture_row(info.sha256)
+    def _image_row(self, image: LoadedImage) -> int:
+        info = image.info
+        row = self._seen.image_row(info.sha256)
         if row is None:
             record = {
                 "sha256": info.sha256,
-                "bytes": picture.data,
+                "bytes": image.data,
                 "height": info.height,
                 "width": info.width,
                 "format": info.format,
             }
-            row = self._pictures.write(record, len(picture.data))
-            self._seen.add_picture(info.sha256, row)
-            self._picture_bytes += len(picture.data)
-            self._bytes_since += len(picture.data)
+            row = self._images.write(record, len(image.data))
+            self._seen.add_image(info.sha256, row)
+            self._image_bytes += len(image.data)
+            self._bytes_since += len(image.data)
         return row
 
-    def _quarantine_line(self, reject: Reject, mark: Mark) -> dict[str, object]:
-        return {"id": reject.id, "reason": reject.reason, "detail": reject.detail, "place": reject.place}
+    def _quarantine_line(self, reject: Reject, position: StreamPosition) -> dict[str, object]:
+        return {"id": reject.id, "reason": reject.reason, "detail": reject.detail, "place": reject.location}
 
     def _files(self) -> dict[str, dict[str, Any]]:
-        """{path in the store: bytes and sha256} of every file but the manifest itself, for whoever copies it."""
+        """Return {path in the store: size and sha256} of every file except the manifest, to verify copies."""
         files = {}
-        for table, writer in (("samples", self._samples), ("pictures", self._pictures)):
+        for table, writer in (("samples", self._samples), ("pictures", self._images)):
             for shard in writer.shards:
                 files[f"{table}/{shard.name}"] = {"bytes": shard.num_bytes, "sha256": shard.sha256}
             for name in ("state.json", "dataset_info.json"):
-                files[f"{table}/{name}"] = file_digest(self._folder / table / name)
+                files[f"{table}/{name}"] = describe_file(self._folder / table / name)
         for name in ("dataset_dict.json", "quarantine.jsonl"):
-            files[name] = file_digest(self._folder / name)
+            files[name] = describe_file(self._folder / name)
         return dict(sorted(files.items()))
 
 

@@ -1,81 +1,74 @@
-"""What reading and writing directories of tensors share: a directory is complete or absent, a tensor fits by name and
-shape or is told. Which directories there are is `hugging_face.py`'s and `connector.py`'s.
+"""Directories that are complete or absent.
+
+A directory is written under a temporary name and renamed when it is complete, so that an interrupted write never leaves
+a directory that looks complete.
 """
 
+import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Protocol
 
-import torch
-from torch import nn
+PARTIAL = ".partial"
+"""Suffix of a directory that is being written."""
 
-from llava_next.config import ModelError
-
-Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
-"""Makes parameters whole while inside it, where they are partitioned; every rank calls it in the same order."""
-
-
-class Shaped(Protocol):
-    """A tensor, or what stands for one that is not read yet."""
-
-    @property
-    def shape(self) -> Sequence[int]: ...
-
-
-def no_gather(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
-    """The `Gather` of parameters that are whole already."""
-    return nullcontext()
+REMOVED = ".removed"
+"""Suffix of a directory that is being deleted."""
 
 
 @contextmanager
-def complete_or_absent(target: Path | None) -> Iterator[Path | None]:
-    """A folder to write into, which becomes `target` (and replaces an older one) when all went well.
+def atomic_directory(target: Path | None) -> Iterator[Path | None]:
+    """Context manager that yields an empty directory and renames it to `target` on success.
+
+    An existing `target` is replaced. If the body raises, `target` is unchanged.
 
     Args:
-        target: None on ranks that write nothing; they get None.
+        target: the final path; None on ranks that write nothing, which receive None.
     """
     if target is None:
         yield None
         return
-    partial = target.with_name(target.name + ".partial")
+    partial = partial_path(target)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     yield partial
+    replace_directory(target)
+
+
+def partial_path(target: Path) -> Path:
+    """The temporary path of a directory that will be renamed to `target`."""
+    return target.with_name(target.name + PARTIAL)
+
+
+def replace_directory(target: Path) -> None:
+    """Renames `partial_path(target)` to `target`, deletes a directory of that name, and syncs the parent directory.
+
+    Raises:
+        OSError: the file system fails.
+    """
     if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+        shutil.rmtree(retire_directory(target))
+    partial_path(target).rename(target)
+    sync_directory(target.parent)
 
 
-def check_names(ours: Mapping[str, Shaped], theirs: set[str], source: Path) -> None:
-    """Raises ModelError unless both have the same tensors."""
-    missing, extra = sorted(set(ours) - theirs), sorted(theirs - set(ours))
-    if missing:
-        shape = list(ours[missing[0]].shape)
-        raise ModelError(
-            f"{source} lacks {len(missing)} tensor(s) that this model has, the first is {missing[0]} of shape {shape}; "
-            f"{_CHOOSE}"
-        )
-    if extra:
-        raise ModelError(
-            f"{source} has {len(extra)} tensor(s) that this model lacks, the first is {extra[0]}; {_CHOOSE}"
-        )
+def retire_directory(target: Path) -> Path:
+    """Renames a directory before it is deleted, so that a partly deleted one does not look complete.
+
+    Returns:
+        The new path.
+    """
+    retired = target.with_name(target.name + REMOVED)
+    shutil.rmtree(retired, ignore_errors=True)  # left by an interrupted deletion
+    target.rename(retired)
+    return retired
 
 
-_CHOOSE = "choose the language model and vision tower it was made with"
-
-
-def check_shape(parameter: nn.Parameter, tensor: Shaped, name: str, source: Path) -> None:
-    """Raises ModelError, with both shapes, unless the tensor fits the parameter."""
-    if tuple(parameter.shape) != tuple(tensor.shape):
-        raise ModelError(
-            f"{source}: {name} has shape {list(tensor.shape)}, this model needs {list(parameter.shape)}; {_CHOOSE}"
-        )
-
-
-def copy_tensor(parameter: nn.Parameter, tensor: torch.Tensor, name: str, source: Path) -> None:
-    """Writes a tensor of any floating type into the parameter; raises ModelError where the shape is another."""
-    check_shape(parameter, tensor, name, source)
-    with torch.no_grad():
-        parameter.copy_(tensor)
+def sync_directory(directory: Path) -> None:
+    """Writes the entries of a directory to the disk (fsync)."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,9 +1,8 @@
-"""The hand-over between the stages: projector and newline vector, written with a contract and read back by the next
-stage; and the authors' `mm_projector.bin`, which can take its place.
+"""Reads and writes connectors: the projector and the newline vector that the align stage passes to the finetune stage.
 
-A contract names the tower, the language model and the kind of projector, so that a mismatch is told before training.
-The authors' file names nothing: its tensors' names tell the kind, their shapes the rest. Whole models are
-`hugging_face.py`'s.
+A connector directory contains a contract that names the tower, the language model and the kind of projector, so that a
+mismatch is an error before training. The authors' `mm_projector.bin` has no contract: its tensor names give the kind of
+projector, and only its shapes are compared.
 """
 
 import hashlib
@@ -19,9 +18,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llava_next.config import ModelError, ProjectorKind
-from llava_next.formats.atomic import Gather, check_names, check_shape, complete_or_absent, no_gather
-from llava_next.formats.tensor_names import AUTHORS_PROJECTORS, authors_name
-from llava_next.formats.tensors import LazyTensor, from_tensor, read_plain_tensors
+from llava_next.formats.atomic import atomic_directory
+from llava_next.formats.tensor_names import AUTHORS_PROJECTORS, NEWLINE, to_authors_name
+from llava_next.formats.tensors import (
+    Gather,
+    LazyTensor,
+    check_shape,
+    check_tensor_names,
+    from_tensor,
+    no_gather,
+    read_plain_tensors,
+)
 from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
@@ -30,23 +37,22 @@ CONTRACT = "contract.json"
 MM_PROJECTOR = "mm_projector.bin"
 _TENSORS = "connector.safetensors"
 _LIVE_PREFIXES = ("hf.model.multi_modal_projector.", "hf.model.image_newline")
-_NEWLINE = "image_newline"
 _AUTHORS_PREFIX = re.compile(r"^(?:(?:module|base_model|model)\.)+")
-"""What the authors' files have before a name, after DDP, after LoRA, or not at all."""
+"""Prefixes of tensor names in the authors' files, which depend on DDP and LoRA."""
 
 
 def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, gather: Gather = no_gather) -> None:
     """Writes the projector and the newline vector with the contract that the next stage checks.
 
     Args:
-        model: the live model; its weights are written in their own dtype.
-        backbone: names what the connector was trained for.
-        target: the directory, or None on ranks that only help to gather.
-        gather: makes parameters whole while inside it.
+        model: its weights are written in their dtype.
+        backbone: the configuration that the contract records.
+        target: the directory; None on ranks that only take part in gathering.
+        gather: completes partitioned parameters.
     """
-    with complete_or_absent(target) as folder:
+    with atomic_directory(target) as folder:
         tensors = {}
-        for name, parameter in _parameters(model).items():
+        for name, parameter in _connector_parameters(model).items():
             with gather([parameter]):
                 if folder is not None:
                     tensors[name] = parameter.detach().cpu().clone().contiguous()
@@ -69,71 +75,81 @@ def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, g
 
 
 def read_connector(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[dict[str, LazyTensor], str]:
-    """What `write_connector` wrote, by live names, for a model of these shapes, and a sentence on it.
+    """Reads a directory written by `write_connector`.
+
+    Returns:
+        The tensors by parameter name of `LlavaNext`, and a description for the log.
 
     Raises:
-        ModelError: it was trained for other parts, lacks a tensor, or its bytes are not those of the contract.
-        SafetensorError, OSError, KeyError, json.JSONDecodeError: a damaged file.
+        ModelError: the connector was trained for other parts, a tensor is missing or has another shape, or a checksum
+            differs from the contract's.
+        SafetensorError, OSError, KeyError, json.JSONDecodeError: a file is damaged.
     """
     contract = json.loads((source / CONTRACT).read_text())
-    for key, ours in _identity(backbone).items():
+    for key, value in _identity(backbone).items():
         if key not in contract and key in _LATER_KEYS:
             continue
-        if contract[key] != ours:
-            choose = f"choose model.projector={contract[key]}" if key == "projector" else "train one with stage=align"
+        if contract[key] != value:
+            fix = f"set model.projector={contract[key]}" if key == "projector" else "train one with stage=align"
             raise ModelError(
-                f"the connector in {source} was trained for {key}={contract[key]}, this model has {ours}; {choose}, or "
-                "start from fresh parts with stage.init_from=null"
+                f"the connector in {source} was trained for {key}={contract[key]}, this model has {value}; {fix}, or "
+                "initialize the parts with stage.init_from=null"
             )
-    found = _parameters(model)
+    parameters = _connector_parameters(model)
     with safe_open(source / _TENSORS, framework="pt") as file:
-        check_names(found, set(file.keys()), source)
-        tensors = {name: file.get_tensor(name) for name in found}
+        check_tensor_names(parameters, set(file.keys()), source)
+        tensors = {name: file.get_tensor(name) for name in parameters}
     for name, tensor in tensors.items():
         if _sha256(tensor) != contract["tensors"][name]["sha256"]:
-            raise ModelError(f"{source}: the bytes of {name} are not the ones in {CONTRACT}; the file is damaged")
-        check_shape(found[name], tensor, name, source)
+            raise ModelError(
+                f"{source}: the checksum of {name} is not the one in {CONTRACT}, the file is damaged; copy it again"
+            )
+        check_shape(parameters[name], tensor, name, source)
     newline = "trained" if contract["image_newline_trained"] else "not trained"
-    return _live(tensors), f"connector from {source} (image_newline {newline})"
+    return _with_parameter_names(tensors), f"connector from {source} (image_newline {newline})"
 
 
 def read_mm_projector(model: LlavaNext, backbone: Backbone, path: Path) -> tuple[dict[str, LazyTensor], str]:
-    """A connector as the authors' trainer writes it (`mm_projector.bin`), by live names, and a sentence on it.
+    """Reads a connector written by the authors' trainer (`mm_projector.bin`).
 
-    `image_newline` is not among them where the file has none, as LLaVA-1.5's: that vector keeps its fresh values.
+    Returns:
+        The tensors by parameter name of `LlavaNext`, and a description for the log. `image_newline` is absent if the
+        file does not contain it, as in LLaVA-1.5; the vector then keeps its initial values.
 
     Raises:
-        ModelError: no plain tensors, another kind of projector, or another shape: the tensor, both shapes, the way out.
+        ModelError: the file contains anything but tensors, another kind of projector, or a tensor of another shape.
     """
-    by_full_name = read_plain_tensors(path, f"the authors' own {MM_PROJECTOR}")
+    by_full_name = read_plain_tensors(path, f"the authors' {MM_PROJECTOR}")
     full_names = {_AUTHORS_PREFIX.sub("", name): name for name in by_full_name}
-    kind = _kind(set(full_names), path)
+    kind = _projector_kind(set(full_names), path)
     if len(full_names) != len(by_full_name):
-        raise ModelError(f"stage.init_from={path} has a tensor twice, under two prefixes: {sorted(by_full_name)}")
+        raise ModelError(f"stage.init_from={path} contains a tensor under two prefixes: {sorted(by_full_name)}")
     if kind != backbone.config.projector:
         raise ModelError(
             f"stage.init_from={path} is a projector of kind {kind}, this model's is {backbone.config.projector}; "
-            f"choose model.projector={kind}, or start from fresh parts with stage.init_from=null"
+            f"set model.projector={kind}, or initialize the parts with stage.init_from=null"
         )
     tensors = {}
-    for name, parameter in _parameters(model).items():
-        full_name = full_names.get(authors_name(name))
-        if full_name is None:  # the newline, as the kind has told
+    for name, parameter in _connector_parameters(model).items():
+        full_name = full_names.get(to_authors_name(name))
+        if full_name is None:  # only the newline can be missing, `_projector_kind` has checked the others
             continue
         tensors[name] = tensor = by_full_name[full_name]
         check_shape(parameter, tensor, full_name, path)
         if not tensor.is_floating_point():
-            raise ModelError(f"stage.init_from={path}: {full_name} is of type {_dtype(tensor)}, no weight's")
+            raise ModelError(
+                f"stage.init_from={path}: {full_name} has dtype {_dtype(tensor)}; use floating-point weights"
+            )
     dtypes = "/".join(sorted({_dtype(tensor) for tensor in by_full_name.values()}))
-    newline = "image_newline from it too" if _NEWLINE in full_names else "it has no image_newline, which starts fresh"
-    return _live(tensors), (
-        f"projector ({kind}, {dtypes}) from {path}: {newline}; the file does not say for which tower and language "
-        "model, only its shapes were compared"
+    newline = "with image_newline" if NEWLINE in full_names else "without image_newline, which is newly initialized"
+    return _with_parameter_names(tensors), (
+        f"projector ({kind}, {dtypes}) from {path}, {newline}; the file does not name its tower and language model, so "
+        "only shapes were compared"
     )
 
 
-def _parameters(model: LlavaNext) -> dict[str, nn.Parameter]:
-    """The connector's parameters, by their names on disk."""
+def _connector_parameters(model: LlavaNext) -> dict[str, nn.Parameter]:
+    """The connector's parameters by their names on disk."""
     return {
         name.removeprefix("hf.model."): parameter
         for name, parameter in live_parameters(model)
@@ -141,12 +157,12 @@ def _parameters(model: LlavaNext) -> dict[str, nn.Parameter]:
     }
 
 
-def _live(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
+def _with_parameter_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, LazyTensor]:
     return {f"hf.model.{name}": from_tensor(f"hf.model.{name}", tensor) for name, tensor in tensors.items()}
 
 
 def _identity(backbone: Backbone) -> dict[str, Any]:
-    """What a connector depends on: the tower's features, the language model's embedding space, its own kind."""
+    """The values that must agree between the connector and a model: tower features, embedding space, projector."""
     vision, text = backbone.hf_config.vision_config, backbone.hf_config.text_config
     return {
         "language_model": backbone.config.language_model.name,
@@ -161,16 +177,16 @@ def _identity(backbone: Backbone) -> dict[str, Any]:
 
 
 _LATER_KEYS = ("image_mean", "image_std")
-"""Of a contract: connectors that were written before the keys were added have none of them."""
+"""Keys that contracts of earlier versions do not have."""
 
 
-def _kind(names: set[str], path: Path) -> ProjectorKind:
+def _projector_kind(names: set[str], path: Path) -> ProjectorKind:
     for kind, expected in AUTHORS_PROJECTORS.items():
-        if names - {_NEWLINE} == expected:
+        if names - {NEWLINE} == expected:
             return kind
     known = "; ".join(f"{kind} has {', '.join(sorted(expected))}" for kind, expected in AUTHORS_PROJECTORS.items())
     shown = ", ".join(sorted(names)[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    raise ModelError(f"stage.init_from={path} is no connector of a known kind: its tensors are {shown}; {known}")
+    raise ModelError(f"stage.init_from={path} is not a supported connector: it contains {shown}; {known}")
 
 
 def _dtype(tensor: torch.Tensor) -> str:

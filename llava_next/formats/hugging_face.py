@@ -1,11 +1,8 @@
-"""Directories of whole models in the Hugging Face layout: written for transformers and vLLM, read back.
+"""Reads and writes complete models in the Hugging Face layout, for transformers and vLLM.
 
-Writing streams tensor by tensor, from a live model or from files; where parameters are partitioned every rank walks the
-same list and the caller's `gather` makes them whole. Everything is safetensors. What stands between the stages is
-`connector.py`'s, the authors' layout `original.py`'s, and weights for a model that is there already `load.py`'s.
-
-A model that saw AnyRes tiles is written as a LLaVA-NeXT. One that saw single views is written as a LLaVA (1.5), whose
-stock processor makes the same view: as a LLaVA-NeXT it would be served tiles that it never saw.
+Weights are written one tensor at a time, from a model in memory or from files. A model trained on AnyRes tiles is
+written as a LLaVA-NeXT. A model trained on single views is written as a LLaVA (1.5), whose stock processor makes the
+same view.
 """
 
 import copy
@@ -33,25 +30,21 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
-from llava_next.formats.atomic import Gather, complete_or_absent, no_gather
-from llava_next.formats.merge_adapters import merged
-from llava_next.formats.tensor_names import published_name
-from llava_next.formats.tensors import LazyTensor, from_tensor, write_shards
-from llava_next.inputs.anyres import grids_of_pinpoints
-from llava_next.inputs.chat_template import adds_bos, chat_template, set_post_processor, word_separator
+from llava_next.formats.atomic import atomic_directory
+from llava_next.formats.merge_adapters import merge_adapters
+from llava_next.formats.tensor_names import NEWLINE, SECOND_LAYER, published_name
+from llava_next.formats.tensors import Gather, LazyTensor, from_tensor, no_gather, write_shards
+from llava_next.inputs.anyres import grids_from_pinpoints
+from llava_next.inputs.chat_template import chat_template, is_bos_added, set_post_processor, word_separator
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, Template
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone, read_tokenizer, require_all_weights_loaded
+from llava_next.model.checkpoint_config import projector_kind
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
-from llava_next.model.released import projector_kind
-from llava_next.model.towers import tower_config
+from llava_next.model.towers import prepare_tower_config
 
-NEWLINE = "image_newline"
-SECOND_LAYER = ("multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias")
-"""What the published layout has and a linear projector has not: written as the identity."""
-
-_KEYS_OF_BOTH = (
+_SHARED_KEYS = (
     "image_token_index",
     "image_seq_length",
     "projector_hidden_act",
@@ -60,7 +53,7 @@ _KEYS_OF_BOTH = (
     "tie_word_embeddings",
     "pad_token_id",
 )
-"""Of LLaVA's config and LLaVA-NeXT's, besides the two configs inside."""
+"""Keys that the configs of LLaVA and LLaVA-NeXT share, besides the configs of the two parts."""
 
 
 def write_hf(
@@ -69,15 +62,15 @@ def write_hf(
     """Writes the model as a directory that stock transformers loads.
 
     Args:
-        model: the live model; its weights are written in their own dtype.
+        model: its weights are written in their dtype.
         backbone: config and tokenizer.
         processor: its template becomes the chat template.
-        target: the directory, or None on ranks that only help to gather.
-        gather: makes parameters whole while inside it.
+        target: the directory; None on ranks that only take part in gathering.
+        gather: completes partitioned parameters.
     """
     keep = target is not None
     tensors = published_tensors(model, backbone, processor.config.image_mode, gather, keep=keep)
-    with complete_or_absent(target) as folder:
+    with atomic_directory(target) as folder:
         write_hf_folder(tensors, backbone, processor, folder)
 
 
@@ -88,26 +81,28 @@ def write_hf_folder(
     folder: Path | None,
     shard_bytes: int | None = None,
 ) -> None:
-    """Fills a folder with a model's directory: weights, then all that says what they are.
+    """Writes a model into an existing directory: weights, configs, tokenizer and processor.
 
     Args:
-        tensors: as `as_stock` gives them, all of one dtype.
-        folder: is there; None on ranks that only help to gather.
+        tensors: from `to_stock_tensors`, all of one dtype.
+        backbone: config and tokenizer.
+        processor: its template becomes the chat template.
+        folder: an empty directory; None on ranks that only take part in gathering.
         shard_bytes: see `write_shards`.
     """
     write_shards(tensors, folder, shard_bytes)
     if folder is None:
         return
     config = stock_config(backbone, processor.config.image_mode)
-    for described in (config, config.text_config, config.vision_config):
-        described.dtype = tensors[0].dtype
+    for part_config in (config, config.text_config, config.vision_config):
+        part_config.dtype = tensors[0].dtype
     config.save_pretrained(folder)
     generation_config(backbone, processor.template).save_pretrained(folder)
     save_processor(backbone, processor, folder)
 
 
 def generation_config(backbone: Backbone, template: Template) -> GenerationConfig:
-    """Where a generation stops and what it is padded with; greedy, as nothing else was learned."""
+    """The generation config of an export: greedy decoding, with the template's end token as a stop token."""
     return GenerationConfig(
         bos_token_id=backbone.tokenizer.bos_token_id,
         eos_token_id=_stop_ids(backbone, template),
@@ -116,39 +111,49 @@ def generation_config(backbone: Backbone, template: Template) -> GenerationConfi
 
 
 def check_identity(tensor: torch.Tensor, name: str, source: Path) -> None:
-    """Raises ModelError unless the second layer of a linear projector does nothing."""
-    nothing = torch.eye(len(tensor), dtype=tensor.dtype) if tensor.ndim == 2 else torch.zeros_like(tensor)
-    if not torch.equal(tensor, nothing):
+    """Raises ModelError unless a tensor of a linear projector's second layer is the identity weight or zero bias."""
+    identity = torch.eye(len(tensor), dtype=tensor.dtype) if tensor.ndim == 2 else torch.zeros_like(tensor)
+    if not torch.equal(tensor, identity):
         raise ModelError(
-            f"{source}: {name} is not the identity, so its projector is two linear layers without an activation, which "
-            "is none of ours; multiply them into one"
+            f"{source}: {name} is not the identity: the projector is two linear layers without an activation, which is "
+            "not supported; multiply them into one layer"
         )
 
 
 def published_tensors(
     model: LlavaNext, backbone: Backbone, image_mode: ImageMode, gather: Gather = no_gather, *, keep: bool = True
 ) -> list[LazyTensor]:
-    """The tensors of a live model as its directory has them, by their published names.
+    """The tensors of a model under their published names, as `to_stock_tensors` returns them.
 
     Args:
-        gather: makes parameters whole while inside it.
-        keep: whether this rank wants what it has helped to gather.
+        model: the model in memory.
+        backbone: its configuration.
+        image_mode: whether the stock model is a LLaVA-NeXT or a LLaVA.
+        gather: completes partitioned parameters.
+        keep: whether this rank keeps the tensors that it gathers.
     """
-    live = [live_tensor(name, parameter, gather, keep=keep) for name, parameter in live_parameters(model)]
-    return as_stock(live, model, backbone, image_mode)
+    tensors = [lazy_parameter(name, parameter, gather, keep=keep) for name, parameter in live_parameters(model)]
+    return to_stock_tensors(tensors, model, backbone, image_mode)
 
 
-def as_stock(
+def to_stock_tensors(
     tensors: Iterable[LazyTensor], model: LlavaNext, backbone: Backbone, image_mode: ImageMode
 ) -> list[LazyTensor]:
-    """What the stock model of the image mode has, by its published names: adapters are merged, a linear projector's
-    second layer is added, a newline that is never used left out.
+    """Converts the tensors of a model to those of the stock model of the image mode.
+
+    Adapters are merged, a linear projector gets its identity second layer, and `image_newline` is omitted for a LLaVA.
 
     Args:
-        tensors: of all of `live_parameters(model)`, by their live names.
+        tensors: all of `live_parameters(model)`, by parameter name.
+        model: gives the adapters.
+        backbone: its configuration.
+        image_mode: whether the stock model is a LLaVA-NeXT or a LLaVA.
+
+    Returns:
+        The tensors under their published names.
     """
     tower_type = backbone.hf_config.vision_config.model_type
-    named = [tensor.renamed(published_name(tensor.name, tower_type)) for tensor in merged(model, tensors)]
+    named = [tensor.renamed(published_name(tensor.name, tower_type)) for tensor in merge_adapters(model, tensors)]
     if backbone.config.projector == "linear":
         dtype = next(tensor.dtype for tensor in named if tensor.name == NEWLINE)
         width = backbone.hf_config.text_config.hidden_size
@@ -157,8 +162,15 @@ def as_stock(
     return [tensor for tensor in named if image_mode == "anyres" or tensor.name != NEWLINE]
 
 
-def live_tensor(name: str, parameter: nn.Parameter, gather: Gather = no_gather, *, keep: bool = True) -> LazyTensor:
-    """A parameter that may be partitioned (ZeRO-3), to be read by every rank at once."""
+def lazy_parameter(name: str, parameter: nn.Parameter, gather: Gather = no_gather, *, keep: bool = True) -> LazyTensor:
+    """A parameter as a `LazyTensor`. Where it is partitioned (ZeRO-3), `read` is collective.
+
+    Args:
+        name: of the tensor.
+        parameter: of any device; it is copied to the host.
+        gather: completes partitioned parameters.
+        keep: whether `read` returns the tensor on this rank.
+    """
     shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
 
     def read() -> torch.Tensor | None:
@@ -169,16 +181,16 @@ def live_tensor(name: str, parameter: nn.Parameter, gather: Gather = no_gather, 
 
 
 def stock_config(backbone: Backbone, image_mode: ImageMode) -> LlavaNextConfig | LlavaConfig:
-    """The config of the stock model that sees what the image mode showed."""
+    """The config of the stock model whose processor makes the views of the image mode."""
     config = backbone.hf_config
     if image_mode == "anyres":
         config.architectures = ["LlavaNextForConditionalGeneration"]
         return config
-    config = copy.deepcopy(config)  # what is given to a new config forgets how the live model attends
+    config = copy.deepcopy(config)  # LlavaConfig resets the attention implementation of the configs passed to it
     single = LlavaConfig(
         vision_config=config.vision_config,
         text_config=config.text_config,
-        **{key: getattr(config, key) for key in _KEYS_OF_BOTH},
+        **{key: getattr(config, key) for key in _SHARED_KEYS},
     )
     single.architectures = ["LlavaForConditionalGeneration"]
     return single
@@ -193,7 +205,7 @@ def _stop_ids(backbone: Backbone, template: Template) -> int | list[int] | None:
 
 
 def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProcessor | LlavaProcessor:
-    """The stock processor that cuts the same views and renders the same prompt."""
+    """The stock processor that makes the same views and renders the same prompt."""
     tower, image_mode = backbone.config.vision_tower, processor.config.image_mode
     pixels: dict[str, Any] = {
         "size": {"shortest_edge": backbone.tile},
@@ -203,140 +215,150 @@ def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProces
     }
     strategy = backbone.hf_config.vision_feature_select_strategy
     tokenizer = serving_tokenizer(backbone, processor.template)
-    words: dict[str, Any] = {
+    text_options: dict[str, Any] = {
         "tokenizer": tokenizer,
         "patch_size": backbone.hf_config.vision_config.patch_size,
         "vision_feature_select_strategy": strategy,
         "num_additional_image_tokens": 1 if strategy == "default" else 0,
         "chat_template": chat_template(processor.template, separator=word_separator(tokenizer)),
     }
-    if image_mode == "squash":  # resized to height and width, whatever the aspect ratio, as SigLIP's own processor does
+    if image_mode == "squash":  # resized without keeping the aspect ratio, as SigLIP's processor does
         pixels |= {"size": {"height": backbone.tile, "width": backbone.tile}, "do_center_crop": False}
     if image_mode != "anyres":
-        return LlavaProcessor(LlavaImageProcessorPil(do_pad=image_mode == "pad", **pixels), **words)
+        return LlavaProcessor(LlavaImageProcessorPil(do_pad=image_mode == "pad", **pixels), **text_options)
     grids = backbone.hf_config.image_grid_pinpoints
-    return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **words)
+    return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **text_options)
 
 
 def stock_image_mode(model_type: str, images: Any, source: Path) -> ImageMode:
-    """The image mode whose views a stock model's image processor makes; `stock_processor` read backwards.
+    """The image mode of a stock model's image processor; the inverse of `stock_processor`.
 
     Args:
         model_type: of the directory's config, llava_next or llava.
-        images: the image processor; of a LLaVA one of LLaVA's, CLIP's or SigLIP's.
+        images: the image processor; for a LLaVA, one of LLaVA's, CLIP's or SigLIP's.
         source: the directory, for messages.
 
     Raises:
-        ModelError: its view is not one of ours: not a square, or a crop of an image that was resized to a square.
+        ModelError: the view is not square, or it is a crop of an image that was resized to a square.
     """
     if model_type == "llava_next":
         return "anyres"
     if getattr(images, "do_pad", False):
         return "pad"
     height, width = images.size.get("height"), images.size.get("width")
-    if height is None or width is None:  # the short side is resized, then the centre is cropped
+    if height is None or width is None:  # the short side is resized, then the center is cropped
         return "square"
     cropped = images.crop_size if getattr(images, "do_center_crop", False) else images.size
     if height != width or (cropped["height"], cropped["width"]) != (height, width):
         raise ModelError(
             f"{source}: its image processor resizes to {height} x {width} and crops to {cropped['height']} x "
-            f"{cropped['width']} (height x width), which is no image mode; set its size and crop_size to one square"
+            f"{cropped['width']} (height x width), which is not an image mode; set size and crop_size to one square"
         )
     return "squash"
 
 
 def save_processor(backbone: Backbone, processor: Processor, folder: Path) -> None:
-    """Writes the files from which `AutoProcessor` loads the stock processor."""
+    """Writes the stock processor in the format of `AutoProcessor`."""
     stock = stock_processor(backbone, processor)
     stock.save_pretrained(folder)
     write_tokenizer_settings(folder, stock.tokenizer)
 
 
-def serving_tokenizer(backbone: Backbone, template: Template, *, opens_text: bool = False) -> Any:
-    """The tokenizer of an export: pads on the left, as generation in batches needs, and calls the template's end its
-    end of sequence, as published checkpoints do (some programs, such as lmms-eval, stop at that token alone).
+def serving_tokenizer(backbone: Backbone, template: Template, *, add_bos: bool = False) -> Any:
+    """The tokenizer of an export.
+
+    It pads on the left for batched generation. Its end-of-sequence token is the template's end token, as in published
+    checkpoints, because some programs (such as lmms-eval) stop at that token only.
 
     Args:
-        opens_text: add the beginning-of-sequence token of a template that opens with it. Otherwise the tokenizer adds
-            no special token, and the chat template has to print it (see `chat_template.py`).
+        backbone: gives the tokenizer, which is copied.
+        template: gives the end token and whether a sample begins with the beginning-of-sequence token.
+        add_bos: add the beginning-of-sequence token of such a template. Otherwise the tokenizer adds no special token,
+            and the chat template writes it (see `chat_template.py`).
     """
     tokenizer = copy.deepcopy(backbone.tokenizer)
     tokenizer.padding_side = "left"
     if template.end:
         tokenizer.eos_token = template.end
-    set_post_processor(tokenizer, adds_bos=opens_text and template.bos)
+    set_post_processor(tokenizer, add_bos=add_bos and template.bos)
     return tokenizer
 
 
 def write_tokenizer_settings(folder: Path, tokenizer: Any) -> None:
-    """Completes the tokenizer_config.json of a saved tokenizer with what transformers 5 does not save: the padding side
-    of one that was loaded without; `legacy`, by which its Llama tokenizer chooses where words begin when it is loaded
-    again; and `add_bos_token`, without which the Llama tokenizer of older versions adds the token."""
+    """Adds settings to tokenizer_config.json that transformers 5 does not save.
+
+    These are the padding side; `legacy`, which determines where the Llama tokenizer marks the beginning of words; and
+    `add_bos_token`, without which the Llama tokenizer of older versions adds the token.
+
+    Args:
+        folder: to which `tokenizer` was saved.
+        tokenizer: the saved tokenizer.
+    """
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
-    settings |= {"padding_side": "left", "add_bos_token": adds_bos(tokenizer), "add_eos_token": False}
+    settings |= {"padding_side": "left", "add_bos_token": is_bos_added(tokenizer), "add_eos_token": False}
     if hasattr(tokenizer, "legacy"):
         settings["legacy"] = bool(tokenizer.legacy)
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
-    """A directory that `write_hf` made, loaded by stock transformers and wrapped for packed rows.
+    """Loads a directory written by `write_hf` with stock transformers and wraps the model for packed rows.
 
     Args:
-        source: the directory; its own config, tokenizer and grids are used.
-        config: names the parts and gives the tower's image mean and standard deviation.
+        source: the directory, which gives config, tokenizer and grids.
+        config: gives the parts' names and the tower's image mean and standard deviation.
 
     Raises:
-        ModelError: transformers does not read it, or would make up a tensor, or its grids are no multiples of its tile.
+        ModelError: transformers cannot load the directory, a tensor would be initialized at random, the grids are not
+            multiples of the tile, or the tokenizer has another image token than config.json.
     """
     try:
-        stock, found = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
+        stock, loading_info = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{source} is no model that transformers reads: {error}") from error
-    require_all_weights_loaded(found, str(source))
-    model = wrapped(stock, config, source)
+        raise ModelError(f"transformers cannot load {source}: {error}") from error
+    require_all_weights_loaded(loading_info, str(source))
+    model = wrap_stock_model(stock, config, source)
     tower = replace(config.vision_tower, feature_layer=model.hf.config.vision_feature_layer)
     grids = config.grids
     if isinstance(stock, LlavaNextForConditionalGeneration):
-        grids = grids_of_pinpoints(stock.config.image_grid_pinpoints, stock.config.vision_config.image_size)
+        grids = grids_from_pinpoints(stock.config.image_grid_pinpoints, stock.config.vision_config.image_size)
     kind = projector_kind(model.hf.config.to_dict(), source)
     config = replace(config, grids=grids, vision_tower=tower, projector=kind)
     tokenizer = read_tokenizer(str(source))
     token = tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     if token != model.hf.config.image_token_index:
         raise ModelError(
-            f"{source}: its tokenizer has no {IMAGE_PLACEHOLDER} where its config.json says (image_token_index="
-            f"{model.hf.config.image_token_index}, the tokenizer gives it {token}); give it the tokenizer that it was "
-            "published with"
+            f"{source}: the tokenizer's id of {IMAGE_PLACEHOLDER} is {token}, but config.json has image_token_index="
+            f"{model.hf.config.image_token_index}; add the tokenizer that the model was published with"
         )
     return Backbone(config, model.hf.config, tokenizer), model
 
 
-def wrapped(stock: PreTrainedModel, config: ModelConfig, source: Path) -> LlavaNext:
-    """A stock model for packed rows; the stock model itself does not run any more.
+def wrap_stock_model(stock: PreTrainedModel, config: ModelConfig, source: Path) -> LlavaNext:
+    """Wraps a stock model for packed rows. `stock` is modified and must not be run afterwards.
 
     Args:
-        stock: a LLaVA-NeXT, or a LLaVA.
+        stock: a LLaVA-NeXT or a LLaVA.
         config: gives the tower's image mean and standard deviation, and the grids of a LLaVA.
         source: for messages.
 
     Raises:
-        ModelError: another model; a tower that is not supported; grids that are no multiples of its tile; a projector
-            that is none of ours.
+        ModelError: the model is neither, the tower or the projector is not supported, or the grids are not multiples
+            of the tile.
     """
     if isinstance(stock, LlavaForConditionalGeneration | LlavaNextForConditionalGeneration):
-        tower_config(stock.config.vision_config)
+        prepare_tower_config(stock.config.vision_config)
     if isinstance(stock, LlavaForConditionalGeneration):
         hf = _with_newline(stock, config.grids)
     elif isinstance(stock, LlavaNextForConditionalGeneration):
         hf = stock
         try:
-            grids_of_pinpoints(hf.config.image_grid_pinpoints, hf.config.vision_config.image_size)
+            grids_from_pinpoints(hf.config.image_grid_pinpoints, hf.config.vision_config.image_size)
         except ModelError as error:
             raise ModelError(f"{source}: {error}") from error
     else:
-        raise ModelError(f"{source} is a {type(stock).__name__}, no LLaVA and no LLaVA-NeXT")
+        raise ModelError(f"{source} is a {type(stock).__name__}; only LLaVA and LLaVA-NeXT are supported")
     if projector_kind(hf.config.to_dict(), source) == "linear":
         for tensor, name in zip(hf.model.multi_modal_projector.linear_2.parameters(), SECOND_LAYER, strict=True):
             check_identity(tensor.detach(), name, source)
@@ -346,14 +368,14 @@ def wrapped(stock: PreTrainedModel, config: ModelConfig, source: Path) -> LlavaN
 
 
 def _with_newline(stock: LlavaForConditionalGeneration, grids: tuple[Grid, ...]) -> LlavaNextForConditionalGeneration:
-    """A LLaVA's parts as those of a LLaVA-NeXT; single views never use its newline, which is zero."""
+    """A LLaVA-NeXT with the parts of a LLaVA. Its newline vector is zero; single views do not use it."""
     old = stock.config
     tile = old.vision_config.image_size
     config = LlavaNextConfig(
         vision_config=old.vision_config,
         text_config=old.text_config,
         image_grid_pinpoints=[[rows * tile, cols * tile] for rows, cols in grids],
-        **{key: getattr(old, key) for key in _KEYS_OF_BOTH},
+        **{key: getattr(old, key) for key in _SHARED_KEYS},
     )
     with torch.device("meta"):
         hf = LlavaNextForConditionalGeneration(config)

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) merged into the weights that they adapt, one tensor at a time."""
+"""Merges adapters (LoRA) into the weights that they adapt, one tensor at a time."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,38 +11,39 @@ from llava_next.model.lora import ADAPTER_NAME
 from llava_next.model.parts import BASE, is_adapter
 
 
-def merged(model: LlavaNext, tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
-    """The tensors of the model without adapters: W + B A alpha / rank in place of W, in W's type.
+def merge_adapters(model: LlavaNext, tensors: Iterable[LazyTensor]) -> list[LazyTensor]:
+    """The tensors of the model without adapters: W + (alpha / rank) B A in place of W, in W's dtype.
+
+    The result is computed when it is read, one layer at a time. Reading is collective if reading `tensors` is.
 
     Args:
-        model: says where adapters sit and how they are scaled.
-        tensors: of all of its parameters, by their live names. They are read when the result is, one layer at a time,
-            on every rank in the same order.
+        model: gives the adapted layers and their scales.
+        tensors: all parameters of the model, by parameter name.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
-    found = []
+    merged = []
     for name, tensor in by_name.items():
         if is_adapter(name):
             continue
-        layer, base, own = name.partition(BASE)
+        layer, base, suffix = name.partition(BASE)
         if base:
-            if own == "weight":
+            if suffix == "weight":
                 down, up = (by_name[f"{layer}.lora_{matrix}.{ADAPTER_NAME}.weight"] for matrix in ("A", "B"))
-                tensor = _sum(tensor, down, up, _scale(model.get_submodule(layer)))
-            tensor = tensor.renamed(f"{layer}.{own}")
-        found.append(tensor)
-    return found
+                tensor = _merged_weight(tensor, down, up, _scale(model.get_submodule(layer)))
+            tensor = tensor.renamed(f"{layer}.{suffix}")
+        merged.append(tensor)
+    return merged
 
 
 def _scale(layer: Any) -> float:
     return float(layer.scaling[ADAPTER_NAME])
 
 
-def _sum(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float) -> LazyTensor:
+def _merged_weight(weight: LazyTensor, down: LazyTensor, up: LazyTensor, scale: float) -> LazyTensor:
     def read() -> torch.Tensor | None:
-        whole, a, b = weight.read(), down.read(), up.read()  # each of them may be a collective
-        if whole is None or a is None or b is None:
+        w, a, b = weight.read(), down.read(), up.read()  # each call can be collective
+        if w is None or a is None or b is None:
             return None
-        return torch.addmm(whole.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
+        return torch.addmm(w.float(), b.float(), a.float(), alpha=scale).to(weight.dtype)
 
     return LazyTensor(weight.name, weight.shape, weight.dtype, read)

@@ -1,8 +1,7 @@
-"""Tensor names: the live model's, the published Hugging Face layout's, the authors'.
+"""Maps tensor names between the modules of `LlavaNext`, the Hugging Face layout and the authors' layout.
 
-Only this file, `hugging_face.py`, `original.py` and `connector.py` know how tensors are called on disk. The published
-names are those of the released Hugging Face checkpoints, which transformers, vLLM and TGI all read; what transformers 5
-itself writes is not, and is read by `as_published`. The authors' names are those of their own releases, which their
+Published names are those of the released Hugging Face checkpoints, which transformers, vLLM and TGI read. transformers
+5 writes other names, which `to_published_name` maps. Original names are those of the authors' releases, which their
 code and SGLang read.
 """
 
@@ -11,21 +10,34 @@ import re
 from llava_next.config import ProjectorKind
 from llava_next.model.towers import TOWER_FAMILIES
 
+NEWLINE = "image_newline"
+EMBEDDING, HEAD = "language_model.model.embed_tokens.weight", "language_model.lm_head.weight"
+SECOND_LAYER = ("multi_modal_projector.linear_2.weight", "multi_modal_projector.linear_2.bias")
+"""Published names. A linear projector has no second layer; it is written as the identity."""
+
 _LINEAR = ("hf.model.multi_modal_projector.weight", "hf.model.multi_modal_projector.bias")
-"""A linear projector is one layer: in the published layout the first of two (see `hugging_face.py`)."""
+"""Parameters of a linear projector, which the published layout stores as the first of two layers."""
 
 AUTHORS_PROJECTORS: dict[ProjectorKind, set[str]] = {
     "mlp2x_gelu": {f"mm_projector.{layer}.{tensor}" for layer in (0, 2) for tensor in ("weight", "bias")},
     "linear": {"mm_projector.weight", "mm_projector.bias"},
 }
-"""The tensors of the authors' projectors, without the prefix that their files vary."""
+"""Tensor names of the authors' projectors, without the prefix, which differs between files."""
 
 
-def published_name(live: str, tower_type: str) -> str:
-    """The name in the published Hugging Face layout of a parameter of `LlavaNext` (`hf.model...`)."""
+def published_name(name: str, tower_type: str) -> str:
+    """The published name of a parameter of `LlavaNext`.
+
+    Args:
+        name: in the module tree (`hf.model...`), without adapters.
+        tower_type: transformers' model_type of the tower.
+
+    Raises:
+        KeyError: `LlavaNext` has no such parameter.
+    """
     tower = TOWER_FAMILIES[tower_type].published_prefix
-    if live in _LINEAR:
-        return live.removeprefix("hf.model.").replace("projector.", "projector.linear_1.")
+    if name in _LINEAR:
+        return name.removeprefix("hf.model.").replace("projector.", "projector.linear_1.")
     for prefix, published in (
         ("hf.model.vision_tower.vision_model.", tower),
         ("hf.model.vision_tower.", tower),
@@ -33,28 +45,28 @@ def published_name(live: str, tower_type: str) -> str:
         ("hf.lm_head.", "language_model.lm_head."),
         ("hf.model.", ""),
     ):
-        if live.startswith(prefix):
-            return _own_tower_name(published + live.removeprefix(prefix), tower_type)
-    raise KeyError(live)
+        if name.startswith(prefix):
+            return _published_tower_name(published + name.removeprefix(prefix), tower_type)
+    raise KeyError(name)
 
 
-def _own_tower_name(name: str, tower_type: str) -> str:
-    """The name that a tower's tensor was published under, which every version of transformers reads."""
+def _published_tower_name(name: str, tower_type: str) -> str:
+    """The published name of a tower's tensor, which every version of transformers reads."""
     if name.startswith("vision_tower."):
-        for today, published in TOWER_FAMILIES[tower_type].published:
-            name = name.replace(today, published)
+        for module_name, published in TOWER_FAMILIES[tower_type].published_names:
+            name = name.replace(module_name, published)
     return name
 
 
-def authors_name(connector: str) -> str:
+def to_authors_name(connector: str) -> str:
     """The authors' name of a connector's tensor (`multi_modal_projector...`, `image_newline`), without prefix."""
-    for ours, authors in (
+    for published, authors in (
         ("multi_modal_projector.linear_1.", "mm_projector.0."),
         ("multi_modal_projector.linear_2.", "mm_projector.2."),
         ("multi_modal_projector.", "mm_projector."),
     ):
-        if connector.startswith(ours):
-            return authors + connector.removeprefix(ours)
+        if connector.startswith(published):
+            return authors + connector.removeprefix(published)
     return connector
 
 
@@ -71,37 +83,43 @@ _ORIGINAL_OF_ALL = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model."),
 )
-"""Published prefixes and the authors'; from their side the longest comes first, since all begin with `model.`"""
+"""Pairs of a published and an original prefix. Longer original prefixes come first, since all begin with `model.`"""
 
 
-def original_name(published: str, kind: ProjectorKind) -> str:
-    """The authors' name of a tensor with a published one."""
+def to_original_name(published: str, kind: ProjectorKind) -> str:
+    """The original name of a published tensor name; raises KeyError if there is none."""
     for prefix, original in (*_ORIGINAL[kind], *_ORIGINAL_OF_ALL):
         if published.startswith(prefix):
             return original + published.removeprefix(prefix)
     raise KeyError(published)
 
 
-def from_original(name: str, kind: ProjectorKind) -> str:
-    """The published name of a tensor with the authors' one; what is none of theirs stays as it is."""
+def original_to_published_name(name: str, kind: ProjectorKind) -> str:
+    """The published name of an original tensor name; other names are returned unchanged."""
     for prefix, original in (*_ORIGINAL[kind], *_ORIGINAL_OF_ALL):
         if name.startswith(original):
             return prefix + name.removeprefix(original)
     return name
 
 
-_INSIDE = re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$|language_model\.)")
+_MODEL_PREFIX = re.compile(r"^model\.(?=vision_tower\.|multi_modal_projector\.|image_newline$|language_model\.)")
 _DECODER = re.compile(r"^language_model\.(?=embed_tokens\.|layers\.|norm\.)")
 
 
-def as_published(name: str, tower_type: str) -> str:
-    """The published name of a tensor in a Hugging Face directory of any version: transformers 5 leaves out
-    `vision_model.`, its module tree says `model.language_model.` and `lm_head.`"""
-    name = _INSIDE.sub("", name)
+def to_published_name(name: str, tower_type: str) -> str:
+    """The published name of a tensor in a Hugging Face directory of any transformers version.
+
+    transformers 5 omits `vision_model.`, and its modules are named `model.language_model.` and `lm_head.`
+
+    Args:
+        name: in the directory.
+        tower_type: transformers' model_type of the tower.
+    """
+    name = _MODEL_PREFIX.sub("", name)
     name = _DECODER.sub("language_model.model.", name)
     if name.startswith("lm_head."):
         return "language_model." + name
     prefix = TOWER_FAMILIES[tower_type].published_prefix
     if name.startswith("vision_tower.") and not name.startswith(prefix):
         return prefix + name.removeprefix("vision_tower.")
-    return _own_tower_name(name, tower_type)
+    return _published_tower_name(name, tower_type)

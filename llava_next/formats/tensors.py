@@ -1,32 +1,49 @@
-"""Named tensors that are read one at a time: the folders they lie in, and safetensors shards that they are written to.
+"""Named tensors that are loaded one at a time, and the weight files they are read from and written to.
 
-A model of any size passes through here with one shard of it in memory. What the names mean is `tensor_names.py`'s;
-where the tensors come from (a live model, files, a checkpoint) is the caller's.
+At most one shard of a model is in memory while its tensors are copied or converted.
 """
 
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from llava_next.config import ModelError
 
 SHARD_BYTES = 4 * 10**9
+"""Default maximum size of a safetensors file."""
 _DERIVED = re.compile(r"\.(?:rotary_emb\.inv_freq|position_ids)$")
-"""Buffers that older versions saved, and that every model makes for itself."""
+"""Buffers that older versions of transformers saved and that a model computes."""
+
+Gather = Callable[[Sequence[nn.Parameter]], AbstractContextManager[None]]
+"""Context manager inside which partitioned parameters (ZeRO-3) are complete. It is collective: every rank enters it, in
+the same order."""
+
+
+def no_gather(_: Sequence[nn.Parameter]) -> AbstractContextManager[None]:
+    """The `Gather` of parameters that are not partitioned."""
+    return nullcontext()
 
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor by name. `read` gives it, in `shape` and `dtype`, on the host; None on ranks that only gather."""
+    """A named tensor that is loaded on demand.
+
+    Attributes:
+        name: of the tensor.
+        shape, dtype: of what `read` returns.
+        read: loads the tensor to the host; returns None on ranks that only take part in gathering it.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,63 +52,70 @@ class LazyTensor:
 
     @property
     def num_bytes(self) -> int:
+        """Size of the tensor in bytes."""
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
     def renamed(self, name: str) -> "LazyTensor":
-        """The same tensor by another name."""
+        """The same tensor under another name."""
         return replace(self, name=name)
 
     def cast(self, dtype: torch.dtype) -> "LazyTensor":
-        """The same numbers in another type."""
+        """The tensor converted to another dtype."""
         return self.mapped(lambda tensor: tensor.to(dtype), self.shape, dtype)
 
-    def rows(self, count: int) -> "LazyTensor":
-        """The first rows alone."""
+    def first_rows(self, count: int) -> "LazyTensor":
+        """The first `count` rows."""
         return self.mapped(lambda tensor: tensor[:count], (count, *self.shape[1:]), self.dtype)
 
     def mapped(
-        self, change: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
+        self, function: Callable[[torch.Tensor], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype
     ) -> "LazyTensor":
-        """What `change` makes of it, when it is read."""
+        """The tensor with `function` applied when it is read.
+
+        Args:
+            function: maps the tensor to one of `shape` and `dtype`.
+        """
 
         def read() -> torch.Tensor | None:
-            found = self.read()
-            return None if found is None else change(found)
+            tensor = self.read()
+            return None if tensor is None else function(tensor)
 
         return LazyTensor(self.name, shape, dtype, read)
 
     def value(self) -> torch.Tensor:
-        """The tensor, where this process has it."""
-        found = self.read()
-        assert found is not None, self.name
-        return found
+        """Loads the tensor; only for ranks on which `read` returns one."""
+        tensor = self.read()
+        assert tensor is not None, self.name
+        return tensor
 
 
 def from_tensor(name: str, tensor: torch.Tensor) -> LazyTensor:
-    """A tensor that is in memory already."""
+    """Wraps a tensor in memory as a `LazyTensor`."""
     return LazyTensor(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
 
 
 def write_shards(tensors: Sequence[LazyTensor], folder: Path | None, shard_bytes: int | None = None) -> None:
-    """Writes safetensors files of at most `shard_bytes` (a larger tensor has one of its own), and their index.
+    """Writes tensors to safetensors files of at most `shard_bytes`, and their index if there is more than one file.
+
+    A tensor larger than `shard_bytes` is written to a file of its own.
 
     Args:
         tensors: each is read once, in this order, on every rank.
-        folder: None on ranks that only help to gather.
-        shard_bytes: None takes `SHARD_BYTES`; what is held in memory at a time.
+        folder: an existing directory; None on ranks that only take part in gathering.
+        shard_bytes: maximum size of a file, and of the tensors in memory; None means `SHARD_BYTES`.
     """
     shards = list(_shards(tensors, shard_bytes or SHARD_BYTES))
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file_name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        held = {}
+        loaded = {}
         for tensor in shard:
-            found = tensor.read()
+            value = tensor.read()
             weight_map[tensor.name] = file_name
-            if folder is not None and found is not None:
-                held[tensor.name] = found.contiguous()
+            if folder is not None and value is not None:
+                loaded[tensor.name] = value.contiguous()
         if folder is not None:
-            save_file(held, folder / file_name, metadata={"format": "pt"})
+            save_file(loaded, folder / file_name, metadata={"format": "pt"})
     if folder is not None and len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -111,44 +135,48 @@ def _shards(tensors: Sequence[LazyTensor], shard_bytes: int) -> Iterator[list[La
 
 
 def read_folder(source: Path) -> dict[str, LazyTensor]:
-    """The weights of a model's directory: `*.safetensors`, else `pytorch_model*.bin`; mapped, none of them read.
+    """The tensors of a model's directory by name, memory-mapped: `*.safetensors` if present, else `pytorch_model*.bin`.
 
     Raises:
-        ModelError: there are none, a name stands in two files, or a `.bin` holds more than tensors.
-        SafetensorError, OSError: a damaged file.
+        ModelError: there are no weights, a file of the index is missing, two files contain the same name, or a `.bin`
+            file contains anything but tensors.
+        SafetensorError, OSError: a file is damaged.
     """
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not files:
-        raise ModelError(f"{source} holds a config.json and no weights (neither *.safetensors nor pytorch_model*.bin)")
-    _refuse_missing_shards(source, files)
-    found: dict[str, LazyTensor] = {}
+        raise ModelError(f"{source} has a config.json but no weights (neither *.safetensors nor pytorch_model*.bin)")
+    _check_shards(source, files)
+    tensors: dict[str, LazyTensor] = {}
     for path in files:
-        for tensor in _in_safetensors(path) if path.suffix == ".safetensors" else _in_pickle(path):
+        for tensor in _iter_safetensors(path) if path.suffix == ".safetensors" else _iter_pickle(path):
             if _DERIVED.search(tensor.name):
                 continue
-            if tensor.name in found:
-                raise ModelError(f"{source} holds {tensor.name} twice, once in {path.name}; take one of them away")
-            found[tensor.name] = tensor
-    return found
+            if tensor.name in tensors:
+                raise ModelError(f"{source} contains {tensor.name} twice, once in {path.name}; remove one of the files")
+            tensors[tensor.name] = tensor
+    return tensors
 
 
-def _refuse_missing_shards(source: Path, files: Sequence[Path]) -> None:
+def _check_shards(source: Path, files: Sequence[Path]) -> None:
     index = source / ("model.safetensors.index.json" if files[0].suffix == ".safetensors" else _BIN_INDEX)
     if index.is_file():
-        wanted = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(wanted - {path.name for path in files})
+        expected = set(json.loads(index.read_text())["weight_map"].values())
+        missing = sorted(expected - {path.name for path in files})
         if missing:
-            raise ModelError(f"{source} lacks {missing[0]}, which {index.name} names ({len(missing)} such files)")
+            raise ModelError(
+                f"{source} lacks {len(missing)} file(s) that {index.name} lists, the first is {missing[0]}; copy the "
+                "missing files"
+            )
 
 
 _BIN_INDEX = "pytorch_model.bin.index.json"
 
 
-def _in_safetensors(path: Path) -> Iterator[LazyTensor]:
+def _iter_safetensors(path: Path) -> Iterator[LazyTensor]:
     with safe_open(path, framework="pt") as file:
         for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            part = file.get_slice(name)
-            yield LazyTensor(name, tuple(part.get_shape()), _DTYPES[part.get_dtype()], _Reader(path, name))
+            header = file.get_slice(name)
+            yield LazyTensor(name, tuple(header.get_shape()), _DTYPES[header.get_dtype()], _Reader(path, name))
 
 
 @dataclass(frozen=True)
@@ -178,36 +206,86 @@ _DTYPES = {
 }
 
 
-def _in_pickle(path: Path) -> Iterator[LazyTensor]:
-    for name, tensor in read_plain_tensors(path, "the publisher's own").items():
-        yield from_tensor(name, tensor)  # mapped: its pages are read when they are used
+def _iter_pickle(path: Path) -> Iterator[LazyTensor]:
+    for name, tensor in read_plain_tensors(path, "the publisher's original file").items():
+        yield from_tensor(name, tensor)  # memory-mapped: pages are read on access
 
 
-def read_plain_tensors(path: Path, whose: str) -> dict[str, torch.Tensor]:
-    """The tensors of a file of `torch.save`, mapped, read without running what a pickle may ask for.
+def read_plain_tensors(path: Path, alternative: str) -> dict[str, torch.Tensor]:
+    """The tensors of a file written by `torch.save`, memory-mapped, without executing code from the pickle.
 
     Args:
         path: the file.
-        whose: file to give instead, for the message.
+        alternative: what the error message suggests to use instead.
 
     Raises:
-        ModelError: it asks for code, is damaged, or holds anything but tensors on the host.
+        ModelError: the pickle calls code, is damaged, or contains anything but strided tensors on the CPU.
     """
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # whatever a damaged or hostile file may raise
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
-            what = f"asks Python for {asked[1]}, which no file of weights needs: nothing in it was run"
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # a damaged or malicious file can raise any exception
+        imported = re.search(r"GLOBAL (\S+)", str(error))
+        if imported:
+            problem = f"imports {imported[1]}, which weight files do not need; no code was executed"
         elif isinstance(error, pickle.UnpicklingError):
-            what = "is no pickle of plain tensors: nothing in it was run"
+            problem = "is not a pickle of plain tensors; no code was executed"
         else:
-            what = f"is damaged, or no file of torch.save ({type(error).__name__} {str(error).strip()[:80]!r})"
-        raise ModelError(f"stage.init_from={path} {what}; give {whose}") from None
-    if not isinstance(found, dict) or not all(_is_plain(value) for value in found.values()):
-        raise ModelError(f"stage.init_from={path} holds no dictionary of tensors; give {whose}")
-    return {str(name): tensor for name, tensor in found.items()}
+            problem = (
+                f"is damaged or was not written by torch.save ({type(error).__name__} {str(error).strip()[:80]!r})"
+            )
+        raise ModelError(f"stage.init_from={path} {problem}; use {alternative}") from None
+    if not isinstance(content, dict) or not all(_is_plain(value) for value in content.values()):
+        raise ModelError(f"stage.init_from={path} does not contain a dictionary of tensors; use {alternative}")
+    return {str(name): tensor for name, tensor in content.items()}
 
 
 def _is_plain(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+
+
+class HasShape(Protocol):
+    """A parameter, a tensor or a `LazyTensor`."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+_FIX = "use the language model and the vision tower that it was trained with"
+
+
+def check_tensor_names(expected: Mapping[str, HasShape], names: set[str], source: Path) -> None:
+    """Checks that the names of the tensors in `source` are exactly those that the model needs.
+
+    Args:
+        expected: the model's parameters by name.
+        names: of the tensors in `source`.
+        source: for the message.
+
+    Raises:
+        ModelError: a tensor is missing or unexpected.
+    """
+    missing, unexpected = sorted(set(expected) - names), sorted(names - set(expected))
+    if missing:
+        shape = list(expected[missing[0]].shape)
+        raise ModelError(
+            f"{source} lacks {len(missing)} tensor(s) of this model, the first is {missing[0]} of shape {shape}; {_FIX}"
+        )
+    if unexpected:
+        raise ModelError(
+            f"{source} has {len(unexpected)} tensor(s) that this model lacks, the first is {unexpected[0]}; {_FIX}"
+        )
+
+
+def check_shape(parameter: nn.Parameter, tensor: HasShape, name: str, source: Path) -> None:
+    """Raises ModelError, with both shapes, if the tensor's shape is not the parameter's."""
+    if tuple(parameter.shape) != tuple(tensor.shape):
+        raise ModelError(
+            f"{source}: {name} has shape {list(tensor.shape)}, this model needs {list(parameter.shape)}; {_FIX}"
+        )
+
+
+def copy_tensor(parameter: nn.Parameter, tensor: torch.Tensor, name: str, source: Path) -> None:
+    """Copies a tensor of any floating dtype into the parameter; raises ModelError if the shapes differ."""
+    check_shape(parameter, tensor, name, source)
+    with torch.no_grad():
+        parameter.copy_(tensor)

@@ -1,8 +1,8 @@
-"""Examples → one packed row → the tensors that one micro-step takes.
+"""Packs examples into a row and computes the tensors of a micro-step.
 
-Workers do all of the index arithmetic here, as integers, so that the device does one vision call, one gather and one
-indexed write and never loops over samples. A row is one sequence without padding; attention stays inside the
-segments (one per example) and positions restart at each.
+A row is one sequence without padding; attention stays inside its segments, one per example, and positions restart in
+each. Data workers compute all indices here, so that the model runs one vision call, one gather and one indexed write
+without a loop over samples.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,14 @@ from llava_next.inputs.processor import IGNORE, Example
 
 @dataclass(frozen=True)
 class Segments:
-    """Bounds of a row's samples: `bounds` int32 [num_samples + 1], from 0 to T; on the host `lengths`, the longest, and
-    how many supervised tokens each has (`num_targets`).
+    """The bounds of the samples in a row.
 
-    `max_length` is a value of its own: code that asks `lengths` for it is compiled anew for every list of them.
+    Attributes:
+        bounds: int32 [num_samples + 1], from 0 to T.
+        lengths: of the samples in tokens, on the host.
+        num_targets: supervised tokens of each sample, on the host.
+        max_length: the largest of `lengths`. It is stored because torch.compile would recompile code that computes it
+            for every tuple of lengths.
     """
 
     bounds: torch.Tensor
@@ -34,19 +38,19 @@ class Segments:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one micro-step of one rank takes: one row of T tokens.
+    """The input of one micro-step of one rank: one row of T tokens.
 
     Attributes:
         input_ids, position_ids: int64 [1, T].
-        segments: the samples' bounds in the row.
-        tiles: uint8 [N, S, S, 3]; one blank tile when no sample has a picture, so that every part always runs.
+        segments: bounds of the samples in the row.
+        tiles: uint8 [N, S, S, 3]; one blank tile if no sample has an image, so that every part always runs.
         image_positions: int64 [K], positions of the image tokens in the row.
-        image_sources: int64 [K], rows of [tile features (N * patches); newline], the newline being the last row.
+        image_sources: int64 [K], rows of [tile features (N * patches); newline]; the newline is the last row.
         target_positions: int64 [L], positions whose next token is supervised.
-        target_ids: int64 [L], those next tokens.
-        target_sources: int64 [L], the number of the data source of each.
-        target_samples: int64 [L], the row's sample each belongs to.
-        target_weights: float32 [L], each token's weight in the loss sum.
+        target_ids: int64 [L], the supervised next tokens.
+        target_sources: int64 [L], index of the data source of each target.
+        target_samples: int64 [L], index of the row's sample of each target.
+        target_weights: float32 [L], weight of each target in the loss sum.
     """
 
     input_ids: torch.Tensor
@@ -62,21 +66,21 @@ class Batch:
     target_weights: torch.Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device; copies are asynchronous where the host memory is pinned."""
+        """Returns a copy on a device. The copy is asynchronous if the host memory is pinned."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
-        """Called by torch's DataLoader when `pin_memory` is set."""
+        """Returns a copy in pinned memory; called by torch's DataLoader with `pin_memory=True`."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function) -> "Batch":  # type: ignore[no-untyped-def]
-        changed: dict[str, object] = {
+        mapped: dict[str, object] = {
             item.name: function(getattr(self, item.name))
             for item in fields(self)
             if isinstance(getattr(self, item.name), torch.Tensor)
         }
-        changed["segments"] = replace(self.segments, bounds=function(self.segments.bounds))
-        return replace(self, **changed)  # type: ignore[arg-type]
+        mapped["segments"] = replace(self.segments, bounds=function(self.segments.bounds))
+        return replace(self, **mapped)  # type: ignore[arg-type]
 
 
 def collate(
@@ -89,16 +93,19 @@ def collate(
 ) -> Batch:
     """Packs examples, in order, into one row.
 
-    Examples that hold the very same array of tiles (several questions about one picture) share its features: the
-    tower sees them once.
+    The tower runs once for examples whose `tiles` are the same array (several questions about one image).
 
     Args:
-        examples: encoded samples; none makes the row of a rank that has nothing left in this micro-step: one
-            unsupervised token of id 0 with a blank tile.
+        examples: encoded samples. An empty sequence gives the row of a rank without samples in this micro-step: one
+            unsupervised token of id 0 and a blank tile.
         tile: side of a tile in pixels.
         patches_per_tile: feature rows per tile.
-        source_ids: the data source of each example (0 if not given).
-        per_sample: weigh each token by one over its sample's supervised tokens (loss_weighting: sample).
+        source_ids: index of the data source of each example; None means 0.
+        per_sample: weight each token by the reciprocal of its sample's number of supervised tokens (loss_weighting:
+            sample).
+
+    Raises:
+        ValueError: the number of image tokens of an example is not the number of its features.
     """
     source_ids = source_ids if source_ids is not None else [0] * len(examples)
     lengths = [example.layout.num_tokens for example in examples] or [1]
@@ -132,12 +139,12 @@ def collate(
         target_ids=_int64(targets.ids),
         target_sources=_int64(targets.sources),
         target_samples=_int64(targets.samples),
-        target_weights=torch.from_numpy(_joined(targets.weights, np.float32)),
+        target_weights=torch.from_numpy(_concatenate(targets.weights, np.float32)),
     )
 
 
 def _distinct_tiles(examples: Sequence[Example]) -> tuple[list[np.ndarray], list[int]]:
-    """Each array of tiles once, and for each example the number of its first tile among them."""
+    """The distinct arrays of tiles, and for each example the index of its first tile in their concatenation."""
     tiles: list[np.ndarray] = []
     first_of: dict[int, int] = {}
     first_tiles, num_tiles = [], 0
@@ -152,7 +159,7 @@ def _distinct_tiles(examples: Sequence[Example]) -> tuple[list[np.ndarray], list
 
 
 class _Targets:
-    """The supervised positions of a row, gathered sample by sample."""
+    """Accumulates the supervised positions of a row, one sample at a time."""
 
     def __init__(self) -> None:
         self.positions: list[np.ndarray] = []
@@ -162,26 +169,27 @@ class _Targets:
         self.weights: list[np.ndarray] = []
 
     def add(self, labels: np.ndarray, start: int, sample: int, source: int, per_sample: bool) -> None:
-        # The first token of a sample is predicted by nothing: there is no position before it.
-        at = np.flatnonzero(labels[1:] != IGNORE)
-        self.positions.append(start + at)
-        self.ids.append(labels[at + 1])
-        self.sources.append(np.full(len(at), source))
-        self.samples.append(np.full(len(at), sample))
-        self.weights.append(np.full(len(at), 1.0 / max(len(at), 1) if per_sample else 1.0))
+        # The first token of a sample has no preceding position that could predict it.
+        positions = np.flatnonzero(labels[1:] != IGNORE)
+        num_targets = len(positions)
+        self.positions.append(start + positions)
+        self.ids.append(labels[positions + 1])
+        self.sources.append(np.full(num_targets, source))
+        self.samples.append(np.full(num_targets, sample))
+        self.weights.append(np.full(num_targets, 1.0 / max(num_targets, 1) if per_sample else 1.0))
 
 
 def _image_token_positions(example: Example) -> np.ndarray:
     positions = np.flatnonzero(example.layout.ids == example.layout.image_token_id)
     expected = sum(image.num_tokens for image in example.layout.images)
     if len(positions) != expected:
-        raise ValueError(f"{len(positions)} image tokens in the ids but the pictures make {expected} features")
+        raise ValueError(f"{len(positions)} image tokens in the ids, but the images have {expected} features")
     return positions
 
 
-def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
+def _concatenate(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype=dtype)
 
 
 def _int64(parts: list[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(_joined(parts, np.int64))
+    return torch.from_numpy(_concatenate(parts, np.int64))

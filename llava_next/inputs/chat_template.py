@@ -1,18 +1,8 @@
-"""Templates and Jinja chat templates, in both directions.
+"""Converts between `Template` and Jinja chat templates.
 
-`chat_template` writes a `Template` as Jinja, for exports. `template_of` reads one from the Jinja that a tokenizer
-carries: it prints conversations of marked texts, cuts the wording out between them, and then holds the result to the
-chat template on other conversations, character by character. What a `Template` cannot say is refused, never guessed.
-The named templates and their wording are `conversation.py`'s.
-
-The beginning-of-sequence token of a prompt has exactly one source. In the Hugging Face layout it is the chat template:
-an exported tokenizer adds no token, so that `apply_chat_template(tokenize=True)`, the rendered text given to the
-processor, and vLLM all read the prompt of the training. In the authors' layout it is the tokenizer, as in their
-releases. Directories of others may do either; `adds_special_tokens` and `template_of` find out.
-
-The text before, between and after images is tokenized piece by piece in training, as the authors do. A sentencepiece
-tokenizer with `legacy: false` marks the beginning of a word at the start of a text, but not behind a special token; in
-the rendered prompt, which has the token and the images in it, a space stands for that mark (`word_separator`).
+`chat_template` writes a `Template` as Jinja for exports. `template_from_tokenizer` reads one from a tokenizer's Jinja:
+it renders conversations of marker texts, takes the text between the markers, and verifies the result on other
+conversations. A chat template that a `Template` cannot represent is an error.
 """
 
 import json
@@ -24,7 +14,7 @@ from typing import Any
 
 from tokenizers import processors
 
-from llava_next.config import ModelError
+from llava_next.config import IMAGE_PROCESSOR_FILES, ModelError
 from llava_next.inputs.conversation import (
     FROM_TOKENIZER,
     IMAGE_PLACEHOLDER,
@@ -32,8 +22,12 @@ from llava_next.inputs.conversation import (
     TEMPLATES,
     MessageLike,
     Template,
-    template_named,
+    get_template,
 )
+
+# Exactly one component adds the beginning-of-sequence token to a prompt. In the Hugging Face layout it is the chat
+# template, and the exported tokenizer adds no token, so that `apply_chat_template(tokenize=True)`, the processor and
+# vLLM read the prompt of training. In the authors' layout it is the tokenizer, as in their releases.
 
 
 @dataclass(frozen=True)
@@ -50,10 +44,10 @@ _ROUNDS = (
     _Turn("assistant", "ANSWER-2-5Q7X"),
 )
 _BOS = "BOS-5Q7X"
-"""Stands for the beginning-of-sequence token while the wording is cut: SmolLM2's is also what opens its turns."""
+"""Replaces the beginning-of-sequence token while a chat template is read. SmolLM2's token also begins its turns."""
 
-PRINTED_BOS = "{{ bos_token }}"
-"""What `chat_template` begins with where it prints the beginning-of-sequence token."""
+BOS_EXPRESSION = "{{ bos_token }}"
+"""Prefix of a chat template that renders the beginning-of-sequence token."""
 
 _TEXTS = (
     "What is in the picture?",
@@ -65,32 +59,44 @@ _TEXTS = (
     "Ça coûte 3 €, 你好 🙂",
     "x",
 )
-"""What a chat template could treat in its own way: white space, its own signs, HTML's, other scripts."""
+"""Texts that a chat template might modify: white space, Jinja syntax, HTML, other scripts."""
 
 
-def template_for(name: str, tokenizer: Any) -> Template:
-    """The named template, or the tokenizer's own for `tokenizer`. Errors are those of `template_named` and
-    `template_of`."""
-    return template_of(tokenizer) if name == FROM_TOKENIZER else template_named(name)
+def resolve_template(name: str, tokenizer: Any) -> Template:
+    """The named template, or the tokenizer's chat template if `name` is `tokenizer`.
+
+    Raises:
+        ModelError: as `get_template` and `template_from_tokenizer` do.
+    """
+    return template_from_tokenizer(tokenizer) if name == FROM_TOKENIZER else get_template(name)
 
 
-def adds_special_tokens(tokenizer: Any, text: str) -> bool:
-    """Whether the tokenizer has to add special tokens to a rendered prompt: not where it begins with the
-    beginning-of-sequence token, as in transformers' own `apply_chat_template(tokenize=True)`."""
+def should_add_special_tokens(tokenizer: Any, text: str) -> bool:
+    """Whether the tokenizer should add special tokens to a rendered prompt.
+
+    It should not if the prompt begins with the beginning-of-sequence token (transformers'
+    `apply_chat_template(tokenize=True)`).
+    """
     bos = tokenizer.bos_token
     return not (bos and text.startswith(bos))
 
 
-def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts the beginning-of-sequence token before a text that has none."""
+def is_bos_added(tokenizer: Any) -> bool:
+    """Whether the tokenizer adds the beginning-of-sequence token to a text."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("x")["input_ids"][0] == bos
 
 
-def set_post_processor(tokenizer: Any, *, adds_bos: bool) -> None:
-    """Lets a fast tokenizer add its beginning-of-sequence token to each text, or no special token at all; and lets it
-    report each token's characters as they are, where a byte-level post-processor may leave out white space."""
-    bos = tokenizer.bos_token if adds_bos else None
+def set_post_processor(tokenizer: Any, *, add_bos: bool) -> None:
+    """Replaces the post-processor of a fast tokenizer.
+
+    The new one reports character offsets including white space, which a byte-level post-processor can trim.
+
+    Args:
+        tokenizer: is modified.
+        add_bos: add the beginning-of-sequence token to each text; otherwise no special token is added.
+    """
+    bos = tokenizer.bos_token if add_bos else None
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A" if bos else "$A",
         pair=f"{bos} $A $B" if bos else "$A $B",
@@ -98,93 +104,95 @@ def set_post_processor(tokenizer: Any, *, adds_bos: bool) -> None:
     )
 
 
-def template_of(tokenizer: Any) -> Template:
-    """The tokenizer's chat template as a `Template`: the same strings, answers supervised with their end token.
+def template_from_tokenizer(tokenizer: Any) -> Template:
+    """Converts the tokenizer's chat template to a `Template` in which answers are supervised with their end token.
 
-    The beginning-of-sequence token is left to the processor where the chat template prints it once, in front; and
-    where it prints none but the tokenizer, which belongs to a whole vision-language model, adds it. (The tokenizer of a
-    language model alone renders its conversations without adding tokens.)
+    `bos` is set if the chat template renders the beginning-of-sequence token at the beginning, or if it renders none
+    and the tokenizer, which belongs to a vision-language model, adds it. (The tokenizer of a language model renders
+    conversations without adding tokens.)
 
     Raises:
-        ModelError: there is no chat template, its answers end with no stop token, or it is none that a `Template`
-            can say (dates, a first turn unlike the others, rewritten texts); shows the first place that differs.
+        ModelError: there is no chat template, its answers do not end with a special token, or a `Template` cannot
+            represent it (dates, a special first turn, modified texts). The message shows the first difference.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise _refusal(tokenizer, "the tokenizer has no chat template")
-    template = _cut(tokenizer)
+        raise _unsupported(tokenizer, "the tokenizer has no chat template")
+    template = _parse(tokenizer)
     _verify(template, tokenizer)
-    if not template.bos and _has_processor(tokenizer) and adds_bos(tokenizer):
+    if not template.bos and _has_image_processor(tokenizer) and is_bos_added(tokenizer):
         return replace(template, bos=True)
     return template
 
 
-def _has_processor(tokenizer: Any) -> bool:
+def _has_image_processor(tokenizer: Any) -> bool:
+    """Whether the tokenizer's directory is that of a vision-language model."""
     folder = Path(tokenizer.name_or_path)
-    return any((folder / name).is_file() for name in ("processor_config.json", "preprocessor_config.json"))
+    return any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES)
 
 
-def _cut(tokenizer: Any) -> Template:
-    """The wording between marked texts, as if the chat template had the form of a `Template`; `_verify` judges it."""
-    asked, prompted, one, two = (
+def _parse(tokenizer: Any) -> Template:
+    """The text between markers, on the assumption that the chat template has the form of a `Template`."""
+    question, prompt, one_round, two_rounds = (
         _pieces(tokenizer, _ROUNDS[:1]),
         _pieces(tokenizer, _ROUNDS[:1], prompt=True),
         _pieces(tokenizer, _ROUNDS[:2]),
         _pieces(tokenizer, _ROUNDS),
     )
-    tail = one[2]
+    tail = one_round[2]
     end = _stop_token(tokenizer, tail)
-    answer_after, _, between = tail.partition(end)
-    question_before = two[2].removeprefix(tail)
-    front = one[0].removesuffix(question_before)
+    after_answer, _, between = tail.partition(end)
+    before_question = two_rounds[2].removeprefix(tail)
+    opening = one_round[0].removesuffix(before_question)
     bos_text = tokenizer.bos_token or ""
-    bos = _BOS if front.startswith(_BOS) else bos_text if front == bos_text else ""
-    front = front.removeprefix(bos)
-    default_system = front or None
+    bos = _BOS if opening.startswith(_BOS) else bos_text if opening == bos_text else ""
+    opening = opening.removeprefix(bos)
+    default_system = opening or None
     system_format = None
     system = _system_pieces(tokenizer)
     if system is not None:
-        before, after = system[0].removeprefix(bos), system[1].removesuffix(question_before)
+        before, after = system[0].removeprefix(bos), system[1].removesuffix(before_question)
         system_format = before + "{text}" + after
-        default_system = front.removeprefix(before).removesuffix(after) if front else None
+        default_system = opening.removeprefix(before).removesuffix(after) if opening else None
     padded = f"\t{_ROUNDS[0].text}\t"
 
-    def real(text: str) -> str:
+    def restore_bos(text: str) -> str:
         return text.replace(_BOS, bos_text)
 
     return Template(
         name=FROM_TOKENIZER,
-        system_format=None if system_format is None else real(system_format),
-        default_system=None if default_system is None else real(default_system),
-        question_format=real(question_before + "{text}" + asked[1]),
-        header=real(prompted[1].removeprefix(asked[1])),
-        answer_format=real(one[1].removeprefix(prompted[1]) + "{text}" + answer_after),
+        system_format=None if system_format is None else restore_bos(system_format),
+        default_system=None if default_system is None else restore_bos(default_system),
+        question_format=restore_bos(before_question + "{text}" + question[1]),
+        header=restore_bos(prompt[1].removeprefix(question[1])),
+        answer_format=restore_bos(one_round[1].removeprefix(prompt[1]) + "{text}" + after_answer),
         end=end,
-        between=real(between),
+        between=restore_bos(between),
         bos=bool(bos),
-        trims=padded not in _print(tokenizer, [_Turn("user", padded)]),
+        trims=padded not in _render(tokenizer, [_Turn("user", padded)]),
     )
 
 
 def _verify(template: Template, tokenizer: Any) -> None:
-    """Raises ModelError unless both print the same for a set of conversations of one to four rounds."""
+    """Raises ModelError unless `template` and the chat template render the same text for conversations of one to four
+    rounds."""
     for turns in _conversations(with_system=template.system_format is not None):
-        theirs = _print(tokenizer, turns, prompt=turns[-1].role == "user")
-        ours = tokenizer.bos_token if template.bos else ""
-        ours += "".join(segment.text for segment in template.render(turns))
-        if ours == theirs:
+        expected = _render(tokenizer, turns, prompt=turns[-1].role == "user")
+        actual = tokenizer.bos_token if template.bos else ""
+        actual += "".join(segment.text for segment in template.render(turns))
+        if actual == expected:
             continue
-        place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
-        place = min(len(ours), len(theirs)) if place is None else place
-        raise _refusal(
+        index = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), None)
+        index = min(len(actual), len(expected)) if index is None else index
+        raise _unsupported(
             tokenizer,
-            f"it does not treat all turns alike, or rewrites their texts: in a conversation of {len(turns)} turns, "
-            f"behind {theirs[max(0, place - 30) : place]!r}, it prints {theirs[place : place + 40]!r} where the "
-            f"wording of its other turns gives {ours[place : place + 40]!r}",
+            f"it renders turns differently or modifies their texts: in a conversation of {len(turns)} turns, after "
+            f"{expected[max(0, index - 30) : index]!r}, it renders {expected[index : index + 40]!r} instead of "
+            f"{actual[index : index + 40]!r}",
         )
 
 
 def _conversations(*, with_system: bool) -> Iterator[list[_Turn]]:
-    """Conversations of one to four rounds, whole and up to the last question, through all of `_TEXTS`."""
+    """Conversations of one to four rounds with all of `_TEXTS`, with and without the last answer."""
     for start in range(len(_TEXTS)):
         texts = [_TEXTS[(start + step) % len(_TEXTS)] for step in range(9)]
         num_rounds = 1 + start % 4
@@ -195,88 +203,96 @@ def _conversations(*, with_system: bool) -> Iterator[list[_Turn]]:
 
 
 def _system_pieces(tokenizer: Any) -> list[str] | None:
-    """Wording around a system turn; None where the chat template refuses one or leaves its text out."""
+    """The text around a system turn; None if the chat template raises for it or omits it."""
     turns = [_SYSTEM, *_ROUNDS[:2]]
     try:
-        printed = _print(tokenizer, turns)
+        rendered = _render(tokenizer, turns)
     except ModelError:
         return None
-    return _pieces(tokenizer, turns) if _SYSTEM.text in printed else None
+    return _pieces(tokenizer, turns) if _SYSTEM.text in rendered else None
 
 
 def _pieces(tokenizer: Any, turns: Sequence[MessageLike], *, prompt: bool = False) -> list[str]:
-    """What stands before, between and behind the turns' texts: one more than there are turns."""
-    rest = _print(tokenizer, turns, prompt=prompt, **({"bos_token": _BOS} if tokenizer.bos_token else {}))
+    """The rendered text before, between and after the turns' texts: [number of turns + 1]."""
+    rest = _render(tokenizer, turns, prompt=prompt, **({"bos_token": _BOS} if tokenizer.bos_token else {}))
     pieces = []
     for turn in turns:
-        before, found, rest = rest.partition(turn.text)
-        if not found:
-            raise _refusal(tokenizer, f"it does not print a text of the {turn.role} as it is given, in its turn")
+        before, text, rest = rest.partition(turn.text)
+        if not text:
+            raise _unsupported(tokenizer, f"it does not render a text of the {turn.role} unchanged and in order")
         pieces.append(before)
     return [*pieces, rest]
 
 
-def _print(tokenizer: Any, turns: Sequence[MessageLike], *, prompt: bool = False, **values: Any) -> str:
+def _render(tokenizer: Any, turns: Sequence[MessageLike], *, prompt: bool = False, **values: Any) -> str:
     messages = [{"role": turn.role, "content": turn.text} for turn in turns]
-    values |= {"word_separator": ""}  # of an export's chat template: the text of the training is asked for
+    values |= {"word_separator": ""}  # an export's chat template then renders the text of training
     render = partial(tokenizer.apply_chat_template, messages, tokenize=False, add_generation_prompt=prompt, **values)
     try:
-        # The clock is taken away: what a date is printed in today is no template tomorrow.
+        # Without the clock, because a template that contains a date differs tomorrow.
         return str(render(strftime_now=None))
-    except Exception as error:  # a chat template is a program, and may raise whatever a program can
+    except Exception as error:  # a chat template is a program and can raise any exception
         try:
             render()
         except Exception:
-            why = f"it cannot print a conversation of {len(turns)} turns: {error}"
+            reason = f"it cannot render a conversation of {len(turns)} turns: {error}"
         else:
-            why = "it prints today's date"
-        raise _refusal(tokenizer, why) from error
+            reason = "it renders today's date"
+        raise _unsupported(tokenizer, reason) from error
 
 
 def _stop_token(tokenizer: Any, tail: str) -> str:
-    """The first special token behind an answer: where generation stops."""
+    """The first special token after an answer, at which generation stops."""
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    places = sorted((tail.find(text), -len(text), text) for text in special | {tokenizer.eos_token} if text in tail)
-    if not places:
-        raise _refusal(
+    matches = sorted((tail.find(text), -len(text), text) for text in special | {tokenizer.eos_token} if text in tail)
+    if not matches:
+        raise _unsupported(
             tokenizer,
-            f"behind an answer it prints {tail!r}, which holds no special token of the tokenizer: a model trained on "
-            "it would never stop",
+            f"after an answer it renders {tail!r}, which contains no special token of the tokenizer, so generation "
+            "would not stop",
         )
-    return places[0][2]
+    return matches[0][2]
 
 
-def _refusal(tokenizer: Any, why: str) -> ModelError:
+def _unsupported(tokenizer: Any, reason: str) -> ModelError:
     return ModelError(
-        f"template {FROM_TOKENIZER!r} asks for the chat template of {tokenizer.name_or_path}, which cannot be used: "
-        f"{why}; choose a named template with stage.template=NAME ({', '.join(sorted(TEMPLATES))})"
+        f"template {FROM_TOKENIZER!r}: the chat template of {tokenizer.name_or_path} is not supported: {reason}; "
+        f"choose a named template with stage.template=NAME ({', '.join(sorted(TEMPLATES))})"
     )
 
 
 def word_separator(tokenizer: Any) -> str:
-    """What a text needs before it, behind a special token, to be tokenized as it is alone: nothing, or a space."""
+    """The text to insert between a special token and a following text so that the text has the same tokens as alone.
+
+    Training tokenizes the text between images piece by piece, as the authors do. A sentencepiece tokenizer with
+    `legacy: false` inserts its separator at the beginning of a text but not after a special token. In the rendered
+    prompt, which contains special tokens, a space replaces this separator.
+
+    Returns:
+        An empty string or a space.
+    """
     alone = tokenizer("x", add_special_tokens=False)["input_ids"]
-    behind = tokenizer(f"{IMAGE_PLACEHOLDER} x", add_special_tokens=False)["input_ids"][-len(alone) :]
-    directly = tokenizer(f"{IMAGE_PLACEHOLDER}x", add_special_tokens=False)["input_ids"][-len(alone) :]
-    return " " if behind == alone != directly else ""
+    with_space = tokenizer(f"{IMAGE_PLACEHOLDER} x", add_special_tokens=False)["input_ids"][-len(alone) :]
+    without_space = tokenizer(f"{IMAGE_PLACEHOLDER}x", add_special_tokens=False)["input_ids"][-len(alone) :]
+    return " " if with_space == alone != without_space else ""
 
 
-def chat_template(template: Template, *, prints_bos: bool = True, separator: str = "") -> str:
-    """The template as Jinja, over messages whose content is a string or a list of text and image items.
+def chat_template(template: Template, *, include_bos: bool = True, separator: str = "") -> str:
+    """Writes the template as Jinja, for messages whose content is a string or a list of text and image items.
 
-    Images of a turn come first, as `place_image` puts them.
+    The images of a turn come first, as in `move_image_to_front`.
 
     Args:
-        prints_bos: print the beginning-of-sequence token of a template that opens with it; otherwise the tokenizer
-            has to add it.
-        separator: the tokenizer's `word_separator`. The variable of that name replaces it where a caller of the chat
-            template gives one: with an empty one it prints the text of the training.
+        template: the template.
+        include_bos: render the beginning-of-sequence token if the template has it; otherwise the tokenizer must add it.
+        separator: the tokenizer's `word_separator`. The Jinja variable `word_separator` overrides it; an empty one
+            renders the text of training.
     """
-    literal = partial(json.dumps, ensure_ascii=False)  # Jinja does not join the two halves of an escaped emoji
+    literal = partial(json.dumps, ensure_ascii=False)  # Jinja does not decode surrogate pairs
     text = "text_of(message.content)" + (" | trim" if template.trims else "")
 
-    def turn(wording: str) -> str:
-        before, _, after = wording.partition("{text}")
+    def turn(wrapping: str) -> str:
+        before, _, after = wrapping.partition("{text}")
         return f"{literal(before)} + ({text}) + {literal(after)}"
 
     system = "''"
@@ -306,7 +322,7 @@ def chat_template(template: Template, *, prints_bos: bool = True, separator: str
             "{%- if add_generation_prompt -%}{{ ", literal(template.header), " }}{%- endif -%}",
         ]
     )  # fmt: skip
-    bos = template.bos and prints_bos
+    bos = template.bos and include_bos
     if separator:
         at_start = "" if bos else "not loop.first and "
         body = "".join(
@@ -320,4 +336,4 @@ def chat_template(template: Template, *, prints_bos: bool = True, separator: str
                 "{%- endfor -%}",
             ]
         )  # fmt: skip
-    return (PRINTED_BOS if bos else "") + body
+    return (BOS_EXPRESSION if bos else "") + body

@@ -1,9 +1,7 @@
-"""Prompt templates: messages → text segments, each marked as supervised or not.
+"""Named prompt templates, which render messages as supervised and unsupervised text segments.
 
-Owns the wording of every named template and the place of the image placeholder. It knows no tokenizer and no picture:
-`processor.py` turns segments into ids and labels, `chat_template.py` reads a template from a tokenizer.
-
-The strings are those of LLaVA's `conversation.py`; the tests hold them to the authors' own output.
+The strings are those of LLaVA's `conversation.py`; tests compare them with the authors' output. `chat_template.py`
+reads a template from a tokenizer.
 """
 
 from collections.abc import Sequence
@@ -14,12 +12,13 @@ from llava_next.config import ModelError
 
 IMAGE_PLACEHOLDER = "<image>"
 FROM_TOKENIZER = "tokenizer"
-"""Stands where a template's name does, and means the tokenizer's own chat template."""
+"""The name that selects the tokenizer's chat template instead of a named template."""
 NO_SYSTEM_TURN = "this template has no place for a system turn"
+"""Error message, which exported chat templates contain."""
 
 
 class MessageLike(Protocol):
-    """A turn: `role` is system, user or assistant; placeholders stand in user text."""
+    """A turn of a conversation. `role` is system, user or assistant; user text contains the image placeholders."""
 
     @property
     def role(self) -> str: ...
@@ -29,7 +28,13 @@ class MessageLike(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of the prompt. `ends_round` marks the end of an answer: the place where a long sample may be cut."""
+    """A piece of the prompt.
+
+    Attributes:
+        text: of the segment.
+        supervised: whether its tokens are training targets.
+        ends_round: whether it ends an answer, after which a long sample can be truncated.
+    """
 
     text: str
     supervised: bool = False
@@ -38,15 +43,24 @@ class Segment:
 
 @dataclass(frozen=True)
 class Template:
-    """The wording around messages. A round is question, header, answer, end.
+    """The text around messages. A round is question, header, answer, end.
 
-    `system_format`, `question_format` and `answer_format` contain `{text}`; `end` is the end token's text,
-    supervised with the answer; `between` follows it, unsupervised. Where `system_format` is None, a sample's system
-    turn has no place and `default_system` opens every sample as it stands. `trims` cuts white space around every text.
-    `bos` tells whether the tokenizer's beginning-of-sequence id opens the sample (a caption goes without where the
-    tokenizer has none). `released_specials` are the tokens
-    that the released checkpoints of this template were supervised on wherever they stand (an option, see
-    `ProcessorConfig.unmask_special_tokens`).
+    Attributes:
+        name: of the template.
+        system_format: contains `{text}`; None if a sample cannot have a system turn.
+        default_system: the system text of samples without a system turn; None means none. If `system_format` is None,
+            every sample begins with this text.
+        question_format: contains `{text}`.
+        header: text between a question and its answer.
+        answer_format: contains `{text}`.
+        end: text of the end token, supervised with the answer.
+        between: text after the end token, not supervised.
+        bos: whether a sample begins with the tokenizer's beginning-of-sequence token. A caption-only template omits it
+            if the tokenizer has none.
+        caption_only: questions are reduced to their image placeholders, and system turns are omitted.
+        trims: whether leading and trailing white space of every text is removed.
+        released_specials: tokens that the released checkpoints of this template were supervised on everywhere (see
+            `ProcessorConfig.unmask_special_tokens`).
     """
 
     name: str
@@ -63,20 +77,22 @@ class Template:
     released_specials: tuple[str, ...] = ()
 
     def render(self, messages: Sequence[MessageLike], *, whole_answers: bool = False) -> list[Segment]:
-        """Segments of a conversation whose roles alternate and which ends with an answer (a checked sample).
+        """Renders a conversation as segments; empty ones are omitted.
 
         Args:
-            messages: the turns; a system turn may come first.
-            whole_answers: supervise the answer's header and what follows its end token too.
+            messages: an optional system turn, followed by alternating user and assistant turns.
+            whole_answers: also supervise the header before an answer and the text after its end token.
 
         Raises:
-            ModelError: the messages do not alternate user, assistant, or there is no place for their system turn.
+            ModelError: the turns do not alternate, or the template does not support their system turn.
         """
         opening, messages = self._opening(messages)
         segments = [Segment(opening)]
         for index, message in enumerate(messages):
             if message.role != ("user", "assistant")[index % 2]:
-                raise ModelError(f"messages must alternate user and assistant, turn {index} is {message.role!r}")
+                raise ModelError(
+                    f"messages must alternate between user and assistant, turn {index} is {message.role!r}"
+                )
             if message.role == "user":
                 segments.append(Segment(self._question(self._trimmed(message.text))))
                 segments.append(Segment(self.header, supervised=whole_answers))
@@ -87,7 +103,7 @@ class Template:
         return [segment for segment in segments if segment.text]
 
     def _opening(self, messages: Sequence[MessageLike]) -> tuple[str, Sequence[MessageLike]]:
-        """What stands before the first question, and the messages from there on."""
+        """The text before the first question, and the messages without the system turn."""
         system = self.default_system
         if messages and messages[0].role == "system":
             if self.system_format is None:
@@ -104,13 +120,13 @@ class Template:
         num_images = text.count(IMAGE_PLACEHOLDER)
         if self.caption_only:
             return IMAGE_PLACEHOLDER * num_images
-        return self.question_format.replace("{text}", place_image(text))
+        return self.question_format.replace("{text}", move_image_to_front(text))
 
 
-def place_image(text: str) -> str:
-    """A turn's single picture comes first, on a line of its own (LLaVA's `preprocess_multimodal`).
+def move_image_to_front(text: str) -> str:
+    """Moves the placeholder of a turn's only image to the first line (LLaVA's `preprocess_multimodal`).
 
-    Turns with several pictures are interleaved on purpose and stay as they are, as in LLaVA-NeXT.
+    Turns with several images are interleaved text and images and are returned unchanged, as in LLaVA-NeXT.
     """
     if text.count(IMAGE_PLACEHOLDER) != 1:
         return text
@@ -118,7 +134,7 @@ def place_image(text: str) -> str:
 
 
 def _chatml(name: str, default_system: str | None) -> Template:
-    """Standard ChatML: a newline follows every end token."""
+    """Standard ChatML, with a newline after every end token."""
     return Template(
         name=name,
         system_format="<|im_start|>system\n{text}<|im_end|>\n",
@@ -195,11 +211,11 @@ _TEMPLATES = (
         end="<|eot_id|>",
         between="",
         bos=True,
-        # preprocess_llama3 also looks two line breaks up, under a spelling that its vocabulary does not have.
+        # preprocess_llama3 also looks up two line breaks, in a spelling that is not in its vocabulary.
         released_specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     _chatml("qwen_1_5", "You are a helpful assistant."),
-    # SmolLM2-Instruct speaks ChatML; without a system turn, as short as its format allows.
+    # SmolLM2-Instruct uses ChatML; this template has no default system turn.
     _chatml("chatml", None),
 )
 
@@ -207,23 +223,19 @@ TEMPLATES: dict[str, Template] = {template.name: template for template in _TEMPL
 
 
 def check_template_name(name: str) -> None:
-    """Refuses what is neither a named template nor `tokenizer`.
-
-    Raises:
-        ModelError: with the names that exist.
-    """
+    """Raises ModelError, with the known names, if `name` is neither a named template nor `tokenizer`."""
     if name != FROM_TOKENIZER and name not in TEMPLATES:
         raise ModelError(
-            f"no template is called {name!r}; there are {', '.join(sorted(TEMPLATES))}, and {FROM_TOKENIZER} for the "
-            "tokenizer's own chat template"
+            f"unknown template {name!r}; choose {', '.join(sorted(TEMPLATES))}, or {FROM_TOKENIZER} for the "
+            "tokenizer's chat template"
         )
 
 
-def template_named(name: str) -> Template:
-    """The named template; `chat_template.py` reads the tokenizer's own.
+def get_template(name: str) -> Template:
+    """The named template.
 
     Raises:
-        ModelError: with the names that exist.
+        ModelError: `name` is unknown.
     """
     check_template_name(name)
     return TEMPLATES[name]

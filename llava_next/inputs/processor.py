@@ -1,8 +1,8 @@
-"""A sample → ids, labels, tiles and the place of every image token.
+"""Encodes a sample as token ids, labels, tiles and image layouts.
 
-`Processor.layout` needs only messages and picture sizes; `Processor.encode` is that same layout plus pixels, so the
-length table and the training step can never count differently. Rejections are values with a reason: the caller
-counts them. Rows and batches are `batch.py`'s.
+`Processor.layout` needs only messages and image sizes, and `Processor.encode` adds the pixels to that layout, so that
+the length table and the training step count the same tokens. A sample that cannot be trained on raises
+`SampleRejected` with a reason, which callers count.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ import numpy as np
 
 from llava_next.config import ModelError, ProcessorConfig, check_grids
 from llava_next.inputs.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
-from llava_next.inputs.chat_template import template_for
+from llava_next.inputs.chat_template import resolve_template
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, NO_SYSTEM_TURN, MessageLike, Segment
 
 IGNORE = -100
 """Label of a position that is not supervised."""
 
-_OTHER_TEMPLATE = "choose a template made for it with stage.template=NAME"
+_OTHER_TEMPLATE = "choose another template with stage.template=NAME"
 
 
 class RejectReason(StrEnum):
-    """Why a sound record cannot be trained on with this backbone and this maximum length."""
+    """The reason why a valid record cannot be trained on with this model and maximum length."""
 
     TOO_LONG = "too_long"
     NO_SUPERVISED = "no_supervised"
@@ -36,7 +36,7 @@ class RejectReason(StrEnum):
 
 
 class SampleRejected(Exception):
-    """This sample has no place in this run; `reason` is counted, `detail` says the numbers."""
+    """The sample cannot be trained on. `reason` is counted by callers, `detail` gives the numbers."""
 
     def __init__(self, reason: RejectReason, detail: str) -> None:
         super().__init__(f"{reason.value}: {detail}")
@@ -46,10 +46,14 @@ class SampleRejected(Exception):
 
 @dataclass(frozen=True)
 class SampleLayout:
-    """The integers of an encoded sample.
+    """An encoded sample without its tiles.
 
-    `ids` and `labels` are int32 [T]; labels stand at the position of the token they supervise (IGNORE elsewhere).
-    `images` are the layouts of its pictures, in order.
+    Attributes:
+        ids: int32 [T].
+        labels: int32 [T], equal to `ids` at supervised tokens and IGNORE elsewhere.
+        images: layouts of the images, in order.
+        image_token_id: id of the image token.
+        num_rounds_cut: rounds removed because of the maximum length.
     """
 
     ids: np.ndarray
@@ -64,7 +68,7 @@ class SampleLayout:
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that enter the loss: the first token of a sample is predicted by nothing and never counts."""
+        """Tokens in the loss. The first token of a sample has no preceding position and is not counted."""
         return int((self.labels[1:] != IGNORE).sum())
 
     @property
@@ -74,33 +78,41 @@ class SampleLayout:
 
 @dataclass(frozen=True)
 class Example:
-    """An encoded sample: its layout and its pictures' views, uint8 [num_tiles, S, S, 3]."""
+    """An encoded sample.
+
+    Attributes:
+        layout: ids, labels and image layouts.
+        tiles: uint8 [num_tiles, S, S, 3], the views of all images.
+    """
 
     layout: SampleLayout
     tiles: np.ndarray
 
 
 class Processor:
-    """Encodes samples for one tokenizer, template, geometry and maximum length.
+    """Encodes samples for one tokenizer, template, image mode and maximum length.
 
     Args:
-        tokenizer: a fast Hugging Face tokenizer that knows the image token as one id.
-        config: the rest of what decides the encoding.
+        tokenizer: a fast Hugging Face tokenizer in whose vocabulary the image token is one id.
+        config: the other settings of the encoding.
 
     Raises:
-        ModelError: the tokenizer is slow, or lacks the image token or a token of the template, or its own chat template
-            was asked for and cannot be used.
+        ModelError: the tokenizer is slow, the image token or a token of the template is not in its vocabulary, its chat
+            template is selected and not supported, or `config` is inconsistent.
     """
 
     def __init__(self, tokenizer: Any, config: ProcessorConfig) -> None:
         check_grids(config.grids)
         if (config.image_mode == "pad") != (config.pad_colour is not None):
-            raise ModelError(f"image mode {config.image_mode} and pad_colour={config.pad_colour} do not go together")
+            raise ModelError(
+                f"pad_colour must be set in image mode pad only, got pad_colour={config.pad_colour} in image mode "
+                f"{config.image_mode}"
+            )
         if not getattr(tokenizer, "is_fast", False):
-            raise ModelError(f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed")
+            raise ModelError(f"{type(tokenizer).__name__} has no character offsets; use a fast tokenizer")
         self.config = config
         self.tokenizer = tokenizer
-        self.template = template_for(config.template, tokenizer)
+        self.template = resolve_template(config.template, tokenizer)
         self.image_token_id = _single_id(tokenizer, IMAGE_PLACEHOLDER, "image token")
         if self.template.end:
             _single_id(tokenizer, self.template.end, f"end token of template {config.template}")
@@ -111,11 +123,11 @@ class Processor:
     def _find_opening_ids(self) -> list[int]:
         bos = self.tokenizer.bos_token_id
         if not self.template.bos or (bos is None and self.template.caption_only):
-            return []  # plain serves every backbone: captions open with the token where the tokenizer has one
+            return []  # template plain supports tokenizers with and without a beginning-of-sequence token
         if bos is None:
             raise ModelError(
-                f"template {self.config.template} opens with the beginning-of-sequence token, which this tokenizer "
-                f"lacks; {_OTHER_TEMPLATE}"
+                f"template {self.config.template} begins with the beginning-of-sequence token, which this tokenizer "
+                f"does not have; {_OTHER_TEMPLATE}"
             )
         return [bos]
 
@@ -124,16 +136,16 @@ class Processor:
             return []
         if not self.template.released_specials:
             raise ModelError(
-                f"stage.unmask_special_tokens: no release of template {self.config.template} supervised special "
-                "tokens; leave it false"
+                f"stage.unmask_special_tokens=true: no released model with template {self.config.template} was "
+                "supervised on special tokens; set it to false"
             )
         return [_single_id(self.tokenizer, text, "special token") for text in self.template.released_specials]
 
     @property
     def fingerprint(self) -> str:
-        """Changes whenever an encoding could: the configuration, the template's text and the whole tokenizer."""
+        """A SHA-256 hash of everything that determines the encoding: configuration, template and tokenizer."""
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        tokenizer.pop("post_processor")  # adds special tokens, which are never asked for here
+        tokenizer.pop("post_processor")  # it only adds special tokens, and encoding uses add_special_tokens=False
         parts = [
             json.dumps(asdict(self.config), sort_keys=True),
             json.dumps(asdict(self.template), sort_keys=True),
@@ -143,13 +155,18 @@ class Processor:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     def layout(self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW]) -> SampleLayout:
-        """Ids, labels and image layouts from messages and (height, width) of each picture.
+        """Ids, labels and image layouts of a conversation.
 
-        A sample longer than the maximum is cut after the last answer that fits.
+        A sample longer than the maximum is truncated after the last answer that ends within it.
+
+        Args:
+            messages: the turns, ending with an answer.
+            sizes_hw: (height, width) of each image in pixels.
 
         Raises:
-            SampleRejected: no answer fits, nothing is supervised, or the template has no place for a system turn.
-            ModelError: placeholders and pictures differ in number.
+            SampleRejected: no answer ends within the maximum length, no token is supervised, or the template does not
+                support a system turn.
+            ModelError: the numbers of placeholders and images differ.
         """
         if self.template.system_format is None and messages and messages[0].role == "system":
             raise SampleRejected(RejectReason.SYSTEM_TURN, f"template {self.template.name}: {NO_SYSTEM_TURN}")
@@ -164,37 +181,51 @@ class Processor:
                     RejectReason.TOO_LONG, f"{length} tokens, no answer ends within {self.config.max_length}"
                 )
             ids, labels = ids[: round_ends[-1]], labels[: round_ends[-1]]
-            images = images[: self._num_whole_images(ids, images)]
+            images = images[: self._num_complete_images(ids, images)]
         if not (labels[1:] != IGNORE).any():
-            raise SampleRejected(RejectReason.NO_SUPERVISED, f"{len(ids)} tokens, none of them of an answer")
+            raise SampleRejected(RejectReason.NO_SUPERVISED, f"{len(ids)} tokens, none is supervised")
         return SampleLayout(ids, labels, images, self.image_token_id, num_rounds - len(round_ends))
 
-    def encode(self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW], pictures: Sequence[bytes]) -> Example:
-        """The layout and the tiles. Errors are those of `layout`, and OSError for bytes that are no picture."""
+    def encode(self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW], images: Sequence[bytes]) -> Example:
+        """The layout and the tiles of a sample.
+
+        Args:
+            messages: the turns, ending with an answer.
+            sizes_hw: (height, width) of each image in pixels.
+            images: the encoded images, for example the bytes of JPEG files.
+
+        Raises:
+            SampleRejected, ModelError: as `layout` does.
+            OSError: Pillow cannot read an image.
+        """
         layout = self.layout(messages, sizes_hw)
         tile = self.config.tile
         tiles = np.empty((layout.num_tiles, tile, tile, 3), dtype=np.uint8)
         start = 0
-        for picture, image in zip(pictures[: len(layout.images)], layout.images, strict=True):
+        for encoded, image in zip(images[: len(layout.images)], layout.images, strict=True):
             view = tiles[start : start + image.num_tiles]
             squash = self.config.image_mode == "squash"
-            cut_tiles(decode(picture), image, tile, pad_colour=self.config.pad_colour, squash=squash, out=view)
+            cut_tiles(decode(encoded), image, tile, pad_colour=self.config.pad_colour, squash=squash, out=view)
             start += image.num_tiles
         return Example(layout, tiles)
 
     def prompt(
         self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW]
     ) -> tuple[np.ndarray, tuple[ImageLayout, ...]]:
-        """Ids of a conversation that ends with a question, up to where the answer begins: int32 [T]."""
+        """Encodes a conversation that ends with a question.
+
+        Returns:
+            The ids up to the beginning of the answer, int32 [T], and the layouts of the images.
+        """
         images = tuple(self._image_layout(size) for size in sizes_hw)
         ids, _, _ = self._tokens(self._render(messages), images)
         return ids, images
 
     def special_texts(self, messages: Sequence[MessageLike]) -> set[str]:
-        """Special tokens whose text is in the messages' own text.
+        """The texts of special tokens that occur in the messages, without the image placeholder.
 
-        The tokenizer makes the token of it, as in the authors' code: an end token written in an answer ends that answer
-        for the model. The image placeholder is none of them.
+        They are tokenized as special tokens, as in the authors' code: the text of an end token inside an answer ends
+        the answer for the model.
         """
         if self.template.caption_only:
             messages = [message for message in messages if message.role == "assistant"]  # questions are not rendered
@@ -219,10 +250,10 @@ class Processor:
     def _tokens(
         self, segments: Sequence[Segment], images: Sequence[ImageLayout]
     ) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        """Ids, labels and the positions just after each round.
+        """Ids, labels and the position after each round.
 
-        The text between two pictures is tokenized once, as the authors do; which of its tokens are supervised
-        follows from their character offsets. No span is ever tokenized a second time to find its length.
+        The text between two images is tokenized once, as in the authors' code; character offsets determine which of its
+        tokens are supervised.
         """
         text = "".join(segment.text for segment in segments)
         supervised = np.zeros(len(text) + 1, dtype=bool)
@@ -236,12 +267,12 @@ class Processor:
             start = stop
         pieces = text.split(IMAGE_PLACEHOLDER)
         if len(pieces) - 1 != len(images):
-            raise ModelError(f"{len(pieces) - 1} placeholders {IMAGE_PLACEHOLDER} but {len(images)} pictures")
+            raise ModelError(f"{len(pieces) - 1} placeholders {IMAGE_PLACEHOLDER} but {len(images)} images")
 
         num_opening = len(self._opening_ids)
         ids = [np.array(self._opening_ids, dtype=np.int32)]
         answers = [np.zeros(num_opening, dtype=bool)]
-        ends = [np.zeros(num_opening, dtype=np.int64)]  # the character just behind each token
+        ends = [np.zeros(num_opening, dtype=np.int64)]  # position of the character after each token
         start = 0
         for index, piece in enumerate(pieces):
             if index:
@@ -252,7 +283,7 @@ class Processor:
             if piece:
                 tokens, first, last = self._encode(piece)
                 ids.append(tokens)
-                # A token counts as the answer's when its last character is: "▁A" begins with the header's space.
+                # A token is supervised if its last character is: "▁A" begins with the header's space.
                 answers.append((last > first) & supervised[start + last - 1])
                 ends.append(start + last)
             start += len(piece) + len(IMAGE_PLACEHOLDER)
@@ -263,20 +294,23 @@ class Processor:
         return all_ids, np.where(is_answer, all_ids, np.int32(IGNORE)), round_ends
 
     def _encode(self, text: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of a text, and the characters between which each stands: int32, int64, int64 [num_tokens].
+        """Tokenizes a text.
 
-        Asks the tokenizer's own engine: transformers' wrapper around it costs as much again, and the length table
-        asks a million times. What an earlier caller of the wrapper set is undone as the wrapper would.
+        This calls the backend tokenizer, because transformers' wrapper doubles the time, which matters for the length
+        table. Truncation and padding that an earlier call of the wrapper set are reset, as the wrapper does.
+
+        Returns:
+            ids int32, and the first and the exclusive last character of each token int64, [num_tokens] each.
         """
-        engine = self.tokenizer.backend_tokenizer
-        engine.no_truncation()
-        engine.no_padding()
-        encoded = engine.encode(text, add_special_tokens=False)
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        encoded = backend.encode(text, add_special_tokens=False)
         spans = np.fromiter(chain.from_iterable(encoded.offsets), dtype=np.int64, count=2 * len(encoded))
         return np.array(encoded.ids, dtype=np.int32), spans[::2], spans[1::2]
 
-    def _num_whole_images(self, ids: np.ndarray, images: Sequence[ImageLayout]) -> int:
-        """Pictures whose tokens are all there; a cut falls after an answer, so never inside a picture."""
+    def _num_complete_images(self, ids: np.ndarray, images: Sequence[ImageLayout]) -> int:
+        """Number of images in truncated ids. Ids are truncated after an answer, so no image is incomplete."""
         remaining = int((ids == self.image_token_id).sum())
         for index, image in enumerate(images):
             if remaining == 0:
@@ -286,20 +320,20 @@ class Processor:
 
 
 def _special_text(tokenizer: Any) -> re.Pattern[str]:
-    """Matches the text of every special token but the image placeholder."""
+    """A pattern of the texts of all special tokens except the image placeholder."""
     added = tokenizer.added_tokens_decoder.values()
     texts = {token.content for token in added if token.special and token.content} - {IMAGE_PLACEHOLDER}
-    # The longest first, as the tokenizer matches; with no text at all, what matches nothing.
+    # Longer texts come first, as in the tokenizer. Without special tokens the pattern matches nothing.
     return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
 
 
 def _single_id(tokenizer: Any, text: str, what: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    # A sentencepiece tokenizer may put its word-begin mark before the first piece.
+    # A sentencepiece tokenizer can insert its word separator before the first piece.
     if len(ids) == 2 and tokenizer.convert_ids_to_tokens(ids[0]) == "▁":
         ids = ids[1:]
     if len(ids) != 1:
         raise ModelError(
-            f"the {what}, {text!r}, is {len(ids)} tokens for this tokenizer; it must be one: {_OTHER_TEMPLATE}"
+            f"the {what} {text!r} must be one token, but this tokenizer encodes it as {len(ids)}; {_OTHER_TEMPLATE}"
         )
     return int(ids[0])

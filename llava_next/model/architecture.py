@@ -1,7 +1,6 @@
-"""The shapes of a model: its parts' Hugging Face configs, read and brought into agreement with one another.
+"""Reads the Hugging Face configs of a model's parts and joins them into the config of a LLaVA-NeXT.
 
-Owns what follows from them (tile, vocabulary, pinpoints). A model can be built from it on the meta device; tokenizer,
-processor and weights are `build.py`'s.
+The result is sufficient to build the model on the meta device; tokenizer, processor and weights are in `build.py`.
 """
 
 from dataclasses import dataclass
@@ -12,20 +11,25 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, LlavaNextConfig, PretrainedConfig
 
 from llava_next.config import ModelConfig, ModelError
-from llava_next.model.language_models import check_rope, refuse_unsupported, write_rope
-from llava_next.model.released import PROJECTOR_ACTS, is_original, language_model_values, read_json
-from llava_next.model.towers import num_prefix_tokens, tower_config
+from llava_next.model.checkpoint_config import PROJECTOR_ACTS, is_original, language_model_config_values, read_json
+from llava_next.model.language_models import check_language_model_supported, check_rope, override_rope
+from llava_next.model.towers import num_prefix_tokens, prepare_tower_config
 
 LANGUAGE_MODEL, VISION_TOWER = "model.language_model", "model.vision_tower"
-"""The parts whose configs are read, as a configuration names them."""
+"""Configuration keys of the two parts that have a config of their own."""
 
 VOCABULARY_MULTIPLE = 64
-"""The embedding table is padded to a multiple of this (matrix products like it, and so does tensor parallelism)."""
+"""The vocabulary is padded to a multiple of this, for efficient matrix products and for tensor parallelism."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shapes of a model: its configs, in agreement with one another. Enough to build it without weights."""
+    """The joined configs of a model, sufficient to build it without weights.
+
+    Attributes:
+        config: the model's configuration.
+        hf_config: the config of the stock LLaVA-NeXT.
+    """
 
     config: ModelConfig
     hf_config: LlavaNextConfig
@@ -37,19 +41,20 @@ class Architecture:
 
     @property
     def patches_per_side(self) -> int:
+        """Patches along a side of a tile."""
         return self.tile // int(self.hf_config.vision_config.patch_size)
 
     @property
     def max_positions(self) -> int:
-        """The longest sequence that the language model was made for, in tokens."""
+        """The language model's max_position_embeddings, in tokens."""
         return int(self.hf_config.text_config.max_position_embeddings)
 
     def check_length(self, max_length: int) -> None:
-        """Raises ModelError where samples may be longer than the language model's positions."""
+        """Raises ModelError if a maximum length in tokens exceeds the language model's positions."""
         if max_length > self.max_positions:
             raise ModelError(
-                f"stage.max_length={max_length} is longer than the {self.max_positions} positions of "
-                f"{self.config.language_model.name}; lower it, or raise max_position_embeddings in "
+                f"stage.max_length={max_length} exceeds the {self.max_positions} positions of "
+                f"{self.config.language_model.name}; decrease it, or increase max_position_embeddings in "
                 "model.language_model.overrides"
             )
 
@@ -63,27 +68,28 @@ def join_configs(
     image_token: int,
     pad_token: int | None,
 ) -> LlavaNextConfig:
-    """One config of both parts, with what follows from them: tile, vocabulary, pinpoints.
+    """Joins the configs of both parts and derives tile, vocabulary and pinpoints.
 
     Args:
-        text, vision: the parts' own configs; the tile and the vocabulary are written into them.
-        num_tokens: of the tokenizer, the image token among them.
-        image_token, pad_token: their numbers.
+        config: the model's configuration.
+        text, vision: the parts' configs; the vocabulary and the tile are written to them.
+        num_tokens: size of the tokenizer's vocabulary, including the image token.
+        image_token, pad_token: ids of the two tokens.
 
     Raises:
-        ModelError: a tower or a language model that is not supported, or a tile of another size than the tower's own
-            that its patch does not divide.
+        ModelError: the tower or the language model is not supported, or the tile is neither the tower's image size nor
+            a multiple of its patch.
     """
     tower = config.vision_tower
     check_rope(text)
-    refuse_unsupported(text)
-    vision = tower_config(vision)
+    check_language_model_supported(text)
+    vision = prepare_tower_config(vision)
     if tower.tile is not None:
-        # A tower may leave a strip of its own size unseen (SigLIP's 27 patches of 14 in 384 pixels), not of another.
+        # The tower's image size need not be a multiple of the patch (SigLIP: 27 patches of 14 pixels in 384).
         if tower.tile % vision.patch_size and tower.tile != vision.image_size:
             raise ModelError(
-                f"model.vision_tower.tile={tower.tile} is not a multiple of the tower's patch of {vision.patch_size} "
-                f"pixels; use one, or null for the tower's own size of {vision.image_size}"
+                f"model.vision_tower.tile={tower.tile} must be a multiple of the tower's patch of {vision.patch_size} "
+                f"pixels, or null for the tower's image size of {vision.image_size}"
             )
         vision.image_size = tower.tile
     vocabulary = max(num_tokens, int(text.vocab_size))
@@ -95,7 +101,7 @@ def join_configs(
         image_token_index=image_token,
         vision_feature_layer=tower.feature_layer,
         vision_feature_select_strategy="default" if num_prefix_tokens(vision) else "full",
-        # transformers reads pinpoints as (height, width): the authors' order of grids, in pixels.
+        # transformers reads pinpoints as (height, width) in pixels; the order of the grids is the authors'.
         image_grid_pinpoints=[[r * vision.image_size, c * vision.image_size] for r, c in config.grids],
         image_seq_length=patches * patches,
         projector_hidden_act=PROJECTOR_ACTS[config.projector],
@@ -105,57 +111,70 @@ def join_configs(
 
 
 def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedConfig:
-    """The config of a part in a Hugging Face directory, with keys replaced; `key` names the part, also in messages.
+    """Reads the config of a part from a Hugging Face directory and replaces keys.
 
-    The directory may be a part's own, or a whole model's, of which a language model's config is taken out (a tower's:
-    `join_configs`).
+    Args:
+        path: the directory of the part, or of a complete model. For a language model, its config is extracted from the
+            complete model's; `join_configs` does the same for a tower.
+        overrides: keys to replace.
+        key: LANGUAGE_MODEL or VISION_TOWER.
 
     Raises:
-        ModelError: no config lies there, or one of another program's model_type, or it has no such key.
+        ModelError: there is no readable config, transformers does not support its model_type, or it lacks a key of
+            `overrides`.
     """
     check_directory(path, key + ".path")
-    own = read_json(Path(path) / "config.json")
-    kind = own.get("model_type")
-    if kind is not None and kind not in CONFIG_MAPPING and not is_original(own):
+    values = read_json(Path(path) / "config.json")
+    kind = values.get("model_type")
+    if kind is not None and kind not in CONFIG_MAPPING and not is_original(values):
         raise ModelError(
-            f"{key}.path: {path} is of model_type {kind}, which transformers {transformers.__version__} does not have, "
-            "and code from a model's folder is never run; give a model of transformers' own"
+            f"{key}.path: {path} has model_type {kind}, which transformers {transformers.__version__} does not "
+            "support, and code from a model's directory is never executed; use a model that transformers supports"
         )
     try:
-        if is_original(own):
-            config = AutoConfig.for_model(**language_model_values(own, Path(path)))
+        if is_original(values):
+            config = AutoConfig.for_model(**language_model_config_values(values, Path(path)))
         else:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{key}.path: no config.json could be read in {path}: {error}") from error
+        raise ModelError(f"{key}.path: cannot read the config.json in {path}: {error}") from error
     if key == LANGUAGE_MODEL:
         config = getattr(config, "text_config", config)
     replace_keys(config, overrides, key)
     return config
 
 
-def refuse_whole_model(path: str) -> None:
-    """Raises ModelError where a language model's weights would be read from the folder of a model with a tower."""
-    own = read_json(Path(path) / "config.json")
-    if "text_config" in own or is_original(own):
+def check_not_whole_model(path: str) -> None:
+    """Raises ModelError if the directory of a language model is that of a complete model with a tower."""
+    values = read_json(Path(path) / "config.json")
+    if "text_config" in values or is_original(values):
         raise ModelError(
-            f"model.language_model.path: {path} is a whole model (model_type {own.get('model_type')}), from which no "
-            "language model is taken alone; give the folder of the language model, or tune a whole LLaVA with "
-            f"experiment=tune stage.init_from={path}"
+            f"model.language_model.path: {path} is a complete model (model_type {values.get('model_type')}), whose "
+            "language model cannot be loaded separately; give the directory of a language model, or tune the complete "
+            f"model with experiment=tune stage.init_from={path}"
         )
 
 
 def replace_keys(config: PretrainedConfig, overrides: dict[str, Any], key: str) -> None:
-    """Writes the overrides of a part into its config. Raises ModelError where it has no such key."""
+    """Replaces keys of a part's config.
+
+    Args:
+        config: is modified.
+        overrides: keys and their values.
+        key: the configuration key of the part, for messages.
+
+    Raises:
+        ModelError: the config has no such key.
+    """
     for name, value in overrides.items():
-        if write_rope(config, name, value):
+        if override_rope(config, name, value):
             continue
         if not hasattr(config, name):
-            raise ModelError(f"{key}.overrides: {config.model_type} has no key {name!r}")
+            raise ModelError(f"{key}.overrides: {config.model_type} has no key {name!r}; remove it")
         setattr(config, name, value)
 
 
 def check_directory(path: str, key: str) -> None:
-    """Raises ModelError where there is no such folder; `key` names it."""
+    """Raises ModelError if `path` is not a directory; `key` is its configuration key."""
     if not Path(path).is_dir():
-        raise ModelError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
+        raise ModelError(f"{key}: the directory {path} does not exist; give a Hugging Face directory on disk")

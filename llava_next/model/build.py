@@ -1,8 +1,6 @@
-"""A `ModelConfig` → Hugging Face configs, tokenizer, processor, and the model with its first weights.
+"""Builds the configs, the tokenizer, the processor and the model of a `ModelConfig`.
 
-Each of these can be had without the ones after it: the length table needs a processor and no model, the planner needs
-configs and no weights. Directories of whole LLaVA-NeXT models are `hugging_face.py`'s; the first weights one tensor at
-a time, without a model around them, `initial_weights.py`'s.
+The steps are separate: the length table needs a processor but no model, and the planner needs configs but no weights.
 """
 
 import copy
@@ -26,7 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
-from llava_next.inputs.chat_template import adds_bos, set_post_processor
+from llava_next.inputs.chat_template import is_bos_added, set_post_processor
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
 from llava_next.inputs.processor import Processor
 from llava_next.model.architecture import (
@@ -34,33 +32,40 @@ from llava_next.model.architecture import (
     VISION_TOWER,
     Architecture,
     check_directory,
+    check_not_whole_model,
     join_configs,
     read_config,
-    refuse_whole_model,
 )
 from llava_next.model.llava_next import LlavaNext
-from llava_next.model.towers import tower_config
+from llava_next.model.towers import prepare_tower_config
 
 
 @dataclass(frozen=True)
 class Backbone(Architecture):
-    """The parts of a model before any weight is read: configs and tokenizer, in agreement with one another."""
+    """The joined configs and the tokenizer of a model, before weights are read."""
 
     tokenizer: PreTrainedTokenizerFast
 
     @property
-    def _mean_colour(self) -> tuple[int, int, int]:
-        """The colour that becomes zero, as the authors round it."""
+    def _mean_color(self) -> tuple[int, int, int]:
+        """The color that is normalized to zero, rounded as in the authors' code."""
         red, green, blue = (int(mean * 255) for mean in self.config.vision_tower.image_mean)
         return red, green, blue
 
     def processor(
         self, *, template: str | None, image_mode: ImageMode, max_length: int, unmask_special_tokens: bool = False
     ) -> Processor:
-        """The processor of one stage; `template` None takes the language model's own.
+        """Builds the processor of a stage.
+
+        Args:
+            template: name of the chat template; None means the language model's.
+            image_mode: how an image becomes views.
+            max_length: maximum length of a sample in tokens.
+            unmask_special_tokens: see `ProcessorConfig`.
 
         Raises:
-            ModelError: unknown template, or a maximum length beyond the model's positions.
+            ModelError: the template is unknown or does not match the tokenizer, or the maximum length exceeds the
+                model's positions.
         """
         self.check_length(max_length)
         return Processor(
@@ -73,23 +78,23 @@ class Backbone(Architecture):
                 patches_per_side=self.patches_per_side,
                 max_length=max_length,
                 unmask_special_tokens=unmask_special_tokens,
-                pad_colour=self._mean_colour if image_mode == "pad" else None,
+                pad_colour=self._mean_color if image_mode == "pad" else None,
             ),
         )
 
 
 def read_backbone(config: ModelConfig) -> Backbone:
-    """Reads both configs and the tokenizer, adds the image token, and derives what follows from them.
+    """Reads both configs and the tokenizer, adds the image token, and joins the configs.
 
     Raises:
-        ModelError: a directory or file that is not there, a model that is not supported, or a tile of another size
-            than the tower's own that its patch does not divide.
+        ModelError: a directory or file does not exist, a part is not supported, or the tile is neither the tower's
+            image size nor a multiple of its patch.
     """
     check_grids(config.grids)
     language, tower = config.language_model, config.vision_tower
     text = read_config(language.path, language.overrides, LANGUAGE_MODEL)
     if language.weights == "pretrained":
-        refuse_whole_model(language.path)
+        check_not_whole_model(language.path)
     vision = read_config(tower.path, tower.overrides, VISION_TOWER)
     tokenizer = read_tokenizer(language.tokenizer_path)
     hf_config = join_configs(
@@ -104,24 +109,24 @@ def read_backbone(config: ModelConfig) -> Backbone:
 
 
 def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer that knows the image token and a padding token.
+    """Reads a tokenizer and adds the image token and a padding token if it lacks them.
 
     Raises:
-        ModelError: nothing that transformers reads as a tokenizer lies there.
+        ModelError: transformers cannot read a tokenizer from the directory.
     """
     check_directory(path, "model.language_model.tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.language_model.tokenizer: no tokenizer could be read in {path}: {error}") from error
+        raise ModelError(f"model.language_model.tokenizer: cannot read a tokenizer in {path}: {error}") from error
     if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    if tokenizer.is_fast:  # `Processor` refuses another, with its name
-        set_post_processor(tokenizer, adds_bos=adds_bos(tokenizer))
+    if tokenizer.is_fast:  # `Processor` raises an error for a slow one
+        set_post_processor(tokenizer, add_bos=is_bos_added(tokenizer))
     return tokenizer
 
 
@@ -134,28 +139,29 @@ def build_model(
     attention: AttentionKernel = "auto",
     parts: Collection[str] = PARTS,
 ) -> LlavaNext:
-    """The model with the first weights of its parts; random ones depend on the seed alone, not on the rank.
+    """Builds the model with the initial weights of its parts. Random weights depend only on the seed, not on the rank.
 
     Args:
-        dtype: of every weight.
-        seed: of the weights that are not read from a file.
+        backbone: configs and tokenizer.
+        dtype: of all weights.
+        seed: of weights that are not read from a file.
         num_sources: length of the per-source loss sums.
-        attention: the kernel inside packed samples.
-        parts: which have weights; the others are on the meta device, names and shapes alone. A random part's weights
-            depend on those drawn before it: ask for all of them then.
+        attention: the attention kernel of packed samples.
+        parts: parts that get weights; the others stay on the meta device. The weights of a random part depend on those
+            drawn before it, so `parts` must then contain all of them.
 
     Raises:
-        ModelError: missing weights, or weights that do not fit the config.
+        ModelError: weights are missing or do not agree with the config.
     """
     config = backbone.config
     generator_state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     try:
-        hf = skeleton(backbone)
+        hf = build_meta_model(backbone)
         if not hasattr(hf.model.language_model, "embed_tokens"):
             raise ModelError(
-                f"model.language_model: {backbone.hf_config.text_config.model_type} keeps its embedding under another "
-                "name than embed_tokens, which LLaVA-NeXT needs; choose a Llama-like model"
+                f"model.language_model: {backbone.hf_config.text_config.model_type} has no module embed_tokens, which "
+                "LLaVA-NeXT requires; choose a Llama-like model"
             )
         if "language_model" in parts:
             language = _language_model(backbone, dtype)
@@ -163,16 +169,18 @@ def build_model(
             hf.lm_head = language.get_output_embeddings()
         if "vision_tower" in parts:
             hf.model.vision_tower = _vision_tower(backbone, dtype)
-        torch.manual_seed(seed)  # again, so that the connector does not depend on what the other parts have drawn
+        torch.manual_seed(seed)  # again, so that the connector does not depend on numbers drawn for the other parts
         if "projector" in parts:
             hf.model.multi_modal_projector.to_empty(device="cpu")
             for module in hf.model.multi_modal_projector.modules():
                 if isinstance(module, nn.Linear):
-                    module.reset_parameters()  # torch's own initialisation, as the authors' projector has
+                    module.reset_parameters()  # torch's default initialization, as in the authors' projector
         if "image_newline" in parts:
             width = backbone.hf_config.text_config.hidden_size
             hf.model.image_newline = nn.Parameter(torch.randn(width) / width**0.5)
-        for parameter in hf.parameters():  # not buffers: rotary frequencies in bf16 would turn late tokens by radians
+        for (
+            parameter
+        ) in hf.parameters():  # not buffers: bf16 rotary frequencies would be wrong by radians at late positions
             parameter.data = parameter.data.to(dtype)
         if backbone.hf_config.tie_word_embeddings:
             hf.lm_head.weight = hf.get_input_embeddings().weight
@@ -187,8 +195,8 @@ def build_model(
     )
 
 
-def skeleton(backbone: Architecture) -> LlavaNextForConditionalGeneration:
-    """The stock model without weights (on the meta device), with the projector of `model.projector`."""
+def build_meta_model(backbone: Architecture) -> LlavaNextForConditionalGeneration:
+    """Builds the stock model on the meta device, with the projector of `model.projector`."""
     with torch.device("meta"):
         hf = LlavaNextForConditionalGeneration(backbone.hf_config)
         if backbone.config.projector == "linear":
@@ -198,51 +206,54 @@ def skeleton(backbone: Architecture) -> LlavaNextForConditionalGeneration:
     return hf
 
 
-def _unless_loaded(weights: str) -> AbstractContextManager[None]:
-    """Inside, parts whose weights `load.py` brings are given none: random ones would take minutes, and be replaced."""
-    found: AbstractContextManager[None] = no_init_weights() if weights == "init_from" else nullcontext()
-    return found
+def _initialization(weights: str) -> AbstractContextManager[None]:
+    """Context manager that skips the initialization of a part whose weights `load_weights.py` replaces.
+
+    Drawing random weights for a large part takes minutes.
+    """
+    context: AbstractContextManager[None] = no_init_weights() if weights == "init_from" else nullcontext()
+    return context
 
 
 def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:
     text, config = backbone.hf_config.text_config, backbone.config.language_model
     if config.weights != "pretrained":
-        with _unless_loaded(config.weights):
+        with _initialization(config.weights):
             return AutoModelForCausalLM.from_config(text, dtype=dtype)
-    own_size = AutoConfig.from_pretrained(config.path).vocab_size
-    wanted, text.vocab_size = text.vocab_size, own_size
+    pretrained_size = AutoConfig.from_pretrained(config.path).vocab_size
+    size, text.vocab_size = text.vocab_size, pretrained_size
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             config.path, config=text, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.language_model.path: the weights in {config.path} were not read: {error}") from error
+        raise ModelError(f"model.language_model.path: cannot read the weights in {config.path}: {error}") from error
     finally:
-        text.vocab_size = wanted
-    require_all_weights_loaded(found, f"model.language_model.path={config.path}")
-    if wanted != own_size:
-        _grow_vocabulary(model, wanted)
+        text.vocab_size = size
+    require_all_weights_loaded(loading_info, f"model.language_model.path={config.path}")
+    if size != pretrained_size:
+        _resize_vocabulary(model, size)
     return model
 
 
-def require_all_weights_loaded(found: dict[str, Any], where: str) -> None:
-    """Raises ModelError if loading left a tensor at random values, which transformers only mentions.
+def require_all_weights_loaded(loading_info: dict[str, Any], source: str) -> None:
+    """Raises ModelError if loading left a tensor at random values, for which transformers only logs a warning.
 
     Args:
-        found: transformers' loading info.
-        where: for the message.
+        loading_info: from `from_pretrained(..., output_loading_info=True)`.
+        source: for the message.
     """
-    missing = sorted(found["missing_keys"])
-    mismatched = sorted(str(entry) for entry in found["mismatched_keys"])
+    missing = sorted(loading_info["missing_keys"])
+    mismatched = sorted(str(entry) for entry in loading_info["mismatched_keys"])
     if missing or mismatched:
-        what = f"lacks {missing[0]}" if missing else f"has another shape for {mismatched[0]}"
+        problem = f"lacks {missing[0]}" if missing else f"has another shape for {mismatched[0]}"
         raise ModelError(
-            f"{where} {what} ({len(missing) + len(mismatched)} such tensors): they would be random; give the "
-            "directory whose config.json belongs to its weights"
+            f"{source} {problem} ({len(missing) + len(mismatched)} such tensors), which would be initialized at "
+            "random; give a directory whose weights match its config.json"
         )
 
 
-def _grow_vocabulary(model: Any, size: int) -> None:
+def _resize_vocabulary(model: Any, size: int) -> None:
     old = model.get_input_embeddings().weight.shape[0]
     model.resize_token_embeddings(size, mean_resizing=False)
     for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
@@ -250,48 +261,57 @@ def _grow_vocabulary(model: Any, size: int) -> None:
 
 
 def extend_vocab(table: torch.Tensor, size: int) -> torch.Tensor:
-    """A vocabulary's table [n, D] as [size, D]: each new row is the mean of the old ones, in their type, so that a new
-    token is neither likelier nor stranger than the rest."""
+    """Extends a vocabulary table from [n, D] to [size, D].
+
+    New rows are the mean of the others, in the table's dtype, so that a new token has an average embedding and logit.
+    """
     return torch.cat([table, table.mean(dim=0, keepdim=True).expand(size - len(table), -1)])
 
 
 def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
     vision, config = backbone.hf_config.vision_config, backbone.config.vision_tower
     if config.weights != "pretrained":
-        with _unless_loaded(config.weights):
+        with _initialization(config.weights):
             return AutoModel.from_config(vision, dtype=dtype)
-    native = copy.deepcopy(vision)  # overrides and all, at the size of the weights
-    native.image_size = tower_config(AutoConfig.from_pretrained(config.path)).image_size
+    native = copy.deepcopy(vision)  # with overrides, at the image size of the weights
+    native.image_size = prepare_tower_config(AutoConfig.from_pretrained(config.path)).image_size
     try:
-        tower, found = AutoModel.from_pretrained(config.path, config=native, dtype=dtype, output_loading_info=True)
+        tower, loading_info = AutoModel.from_pretrained(
+            config.path, config=native, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.vision_tower.path: the weights in {config.path} were not read: {error}") from error
-    require_all_weights_loaded(found, f"model.vision_tower.path={config.path}")
+        raise ModelError(f"model.vision_tower.path: cannot read the weights in {config.path}: {error}") from error
+    require_all_weights_loaded(loading_info, f"model.vision_tower.path={config.path}")
     if vision.image_size == native.image_size:
         return tower
     resized = AutoModel.from_config(vision, dtype=dtype)
-    wanted = resized.state_dict()
+    shapes = {name: value.shape for name, value in resized.state_dict().items()}
     state = {
-        name: resampled_positions(value, wanted[name].shape) if value.shape != wanted[name].shape else value
+        name: resample_positions(value, shapes[name]) if value.shape != shapes[name] else value
         for name, value in tower.state_dict().items()
     }
     resized.load_state_dict(state)
     return resized
 
 
-def resampled_positions(table: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """A position table for another number of patches: class token kept, the square grid resampled (bicubic).
+def resample_positions(table: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Resamples a position embedding to another number of patches (bicubic); a class token's row is unchanged.
 
-    Works on [n, D] (CLIP, SigLIP) and [1, n, D] (DINOv2), where n is a square or a square and one.
+    Args:
+        table: [n, D] (CLIP, SigLIP) or [1, n, D] (DINOv2), where n or n - 1 is a square number.
+        shape: of the result, of the same form.
 
     Raises:
-        ModelError: it is neither, or the shape is not.
+        ModelError: the number of positions in `table` or in `shape` has another form.
     """
-    rows, wanted = table.reshape(-1, table.shape[-1]).float(), shape[-2]
+    rows, num_rows = table.reshape(-1, table.shape[-1]).float(), shape[-2]
     prefix = len(rows) - int(len(rows) ** 0.5) ** 2
-    side, new_side = int((len(rows) - prefix) ** 0.5), int((wanted - prefix) ** 0.5)
-    if side * side + prefix != len(rows) or new_side * new_side + prefix != wanted:
-        raise ModelError(f"model.vision_tower.tile: a table of {len(rows)} positions cannot become one of {wanted}")
+    side, new_side = int((len(rows) - prefix) ** 0.5), int((num_rows - prefix) ** 0.5)
+    if side * side + prefix != len(rows) or new_side * new_side + prefix != num_rows:
+        raise ModelError(
+            f"model.vision_tower.tile: {len(rows)} position embeddings cannot be resampled to {num_rows}; use null for "
+            "the tower's image size"
+        )
     grid = rows[prefix:].T.reshape(1, -1, side, side)
     grid = F.interpolate(grid, size=(new_side, new_side), mode="bicubic", align_corners=False, antialias=True)
     resampled = torch.cat([rows[:prefix], grid.flatten(2)[0].T])

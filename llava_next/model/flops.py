@@ -1,7 +1,6 @@
-"""FLOPs of a tile and of a token, from the sizes of a model.
+"""FLOPs of a training step's tiles and tokens, computed from the sizes of a model.
 
-Asked by packing (to balance ranks), the planner and the MFU. A multiply-add counts as two. Forward only; a trained
-part's backward costs twice its forward, a frozen part's once when a gradient must pass through it.
+Packing, the planner and the MFU metric use them. A multiply-add counts as two FLOPs.
 """
 
 from collections.abc import Collection
@@ -18,10 +17,16 @@ from llava_next.model.towers import mlp_shape
 
 @dataclass(frozen=True)
 class StepCosts:
-    """FLOPs of forward and backward: `tile` of a tile, `token` of a token, `pair` of a causal pair of tokens, `target`
-    of a supervised token besides (what of the last block runs at these alone, see `last_block.py`).
+    """FLOPs of the forward and backward pass per unit of a row.
 
     A segment of n tokens costs n * token + n² / 2 * pair, plus its tiles and targets.
+
+    Attributes:
+        tile: of a tile.
+        token: of a token.
+        pair: of a causal pair of tokens.
+        target: additional FLOPs of a supervised token, from the modules of the last block that run at these positions
+            only (see `supervised_last_block.py`).
     """
 
     tile: float
@@ -29,10 +34,17 @@ class StepCosts:
     pair: float
     target: float = 0.0
 
-    def of(
+    def flops(
         self, tokens: npt.NDArray[Any], tiles: npt.NDArray[Any], targets: npt.NDArray[Any]
     ) -> npt.NDArray[np.float64]:
-        """FLOPs of samples, float64 [n], from their tokens, tiles and supervised tokens, [n] each."""
+        """FLOPs of samples.
+
+        Args:
+            tokens, tiles, targets: numbers of tokens, tiles and supervised tokens of each sample, [n].
+
+        Returns:
+            float64 [n].
+        """
         lengths = tokens.astype(np.float64)
         return tiles * self.tile + lengths * self.token + lengths**2 / 2 * self.pair + targets * self.target
 
@@ -47,16 +59,19 @@ def step_costs(
     trains_language_model: bool,
     adapted: Collection[str] = (),
 ) -> StepCosts:
-    """Costs of a micro-step's parts.
+    """FLOPs per tile and token of a training step.
+
+    The backward pass costs twice the forward pass for a trained part, and once for a frozen part through which a
+    gradient passes. The projector is counted in `tile`, as trained. The head, which runs at supervised positions only,
+    is not counted. Attention is counted in every block, although on a CPU the last block attends from supervised
+    positions only.
 
     Args:
         vision, language: the Hugging Face configs.
-        projector: what joins them.
-        num_vision_layers: layers that run (the tower is cut at its feature layer).
-        trains_tower, trains_language_model: what gets weight gradients. The projector, always trained when the
-            tower is, is in `tile`; the head, run at supervised positions only, is left out. Attention is counted in
-            every block, though on a CPU the last one's attends from supervised positions alone.
-        adapted: of these, parts whose adapters alone get weight gradients, at a cost that is left out.
+        projector: kind of the projector.
+        num_vision_layers: layers of the tower that run, up to its feature layer.
+        trains_tower, trains_language_model: whether the part gets weight gradients.
+        adapted: parts of which only adapters get weight gradients; the FLOPs of the adapters are not counted.
     """
     width, hidden = vision.hidden_size, language.hidden_size
     patches = (vision.image_size // vision.patch_size) ** 2

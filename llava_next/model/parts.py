@@ -1,4 +1,4 @@
-"""The parts of a model: which parameter belongs to which, which ones train, which ones are recomputed."""
+"""The parts of a model: assigns parameters to parts, and selects the parts that are trained or recomputed."""
 
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -9,30 +9,32 @@ from llava_next.config import PARTS, ModelError
 from llava_next.model.llava_next import LlavaNext
 
 BASE = ".base_layer."
-"""What stands in a live name between a layer with an adapter and its own tensors; published names know of no adapter
-(`merge_adapters.py` merges them)."""
+"""Infix that peft inserts into the parameter names of an adapted layer. Published names do not have it."""
 
 
-def is_adapter(live: str) -> bool:
-    """Whether a parameter of `LlavaNext` is an adapter's, by its name."""
-    return ".lora_A." in live or ".lora_B." in live
+def is_adapter(name: str) -> bool:
+    """Whether a parameter name of `LlavaNext` is that of an adapter."""
+    return ".lora_A." in name or ".lora_B." in name
 
 
-def without_adapters(live: str) -> str:
-    """The name of a parameter that is no adapter's in the model before adapters were put into it."""
-    return live.replace(BASE, ".")
+def without_adapters(name: str) -> str:
+    """The name that an adapted layer's own parameter has in the model without adapters."""
+    return name.replace(BASE, ".")
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter of `LlavaNext` belongs to, by its name.
+    """The part of a parameter of `LlavaNext`.
+
+    Args:
+        name: of the parameter in the module tree.
 
     Raises:
-        ModelError: a name that no part owns.
+        ModelError: the name belongs to no part.
     """
     for prefix, part in _PART_PREFIXES:
         if name.startswith(prefix):
             return part
-    raise ModelError(f"parameter {name} belongs to no part of {', '.join(PARTS)}")
+    raise ModelError(f"parameter {name} belongs to none of the parts {', '.join(PARTS)}")
 
 
 _PART_PREFIXES = (
@@ -45,58 +47,64 @@ _PART_PREFIXES = (
 
 
 def set_trained_parts(model: LlavaNext, parts: Collection[str]) -> None:
-    """Lets exactly these parts train; everything else, and what no forward pass reads, is frozen. Of a part with
-    adapters (`lora.py`) these alone train.
+    """Sets `requires_grad` of all parameters so that exactly these parts are trained.
+
+    In a part with adapters (`lora.py`) only these are trained. Parameters that the features do not depend on are
+    frozen.
+
+    Args:
+        model: is modified.
+        parts: names of parts.
 
     Raises:
-        ModelError: an unknown part.
+        ModelError: a part is unknown.
     """
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
-        raise ModelError(f"there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
-    unread = set(_unread_tower_parameters(model))
+        raise ModelError(f"unknown part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
+    unused = set(_unused_tower_parameters(model))
     adapted = {part_of(name) for name, _ in model.named_parameters() if is_adapter(name)}
     for name, parameter in model.named_parameters():
-        learns = is_adapter(name) if part_of(name) in adapted else name not in unread
-        parameter.requires_grad_(part_of(name) in parts and learns)
+        is_trainable = is_adapter(name) if part_of(name) in adapted else name not in unused
+        parameter.requires_grad_(part_of(name) in parts and is_trainable)
 
 
 def set_recompute(model: LlavaNext, parts: Collection[str]) -> None:
-    """Lets the blocks of these parts keep their inputs alone and run again in the backward pass.
+    """Enables activation checkpointing in the blocks of these parts.
 
-    Nothing learned depends on it: memory is traded for a second forward pass of those blocks.
+    Blocks then keep only their inputs and run again in the backward pass. Results do not change.
 
     Raises:
-        ModelError: a part that is no stack of blocks.
+        ModelError: a part does not consist of blocks.
     """
     stacks = {"vision_tower": model.hf.model.vision_tower, "language_model": model.hf.model.language_model}
     for part in parts:
         if part not in stacks:
-            raise ModelError(f"recompute: {part!r} is no stack of blocks; choose among {', '.join(stacks)}")
-        # transformers runs blocks again only in training mode, in which nothing else differs (no dropout, see above).
+            raise ModelError(f"recompute: {part!r} does not consist of blocks; choose from {', '.join(stacks)}")
+        # transformers recomputes in training mode only. Nothing else depends on the mode, since dropout is an error.
         stacks[part].train().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def _unread_tower_parameters(model: LlavaNext) -> Iterator[str]:
-    """Tower tensors that the chosen features do not depend on: final norms, pooling heads, mask tokens.
+def _unused_tower_parameters(model: LlavaNext) -> Iterator[str]:
+    """Tower parameters that the features do not depend on: final norms, pooling heads, mask tokens.
 
-    Trained, they would get no gradient and still decay. Parameters come in the order in which a tower's modules are
-    made: embeddings, layers, and then what reads the last layer.
+    As trained parameters they would get no gradient but decay. Modules of a tower are registered in this order:
+    embeddings, layers, modules after the last layer.
     """
-    seen_layers = False
+    has_reached_layers = False
     for name, _ in model.named_parameters():
         if part_of(name) != "vision_tower":
             continue
         in_layers = name.startswith(model.tower_layers_name + ".")
-        seen_layers = seen_layers or in_layers
-        if (seen_layers and not in_layers) or name.endswith("mask_token"):
+        has_reached_layers = has_reached_layers or in_layers
+        if (has_reached_layers and not in_layers) or name.endswith("mask_token"):
             yield name
 
 
 def live_parameters(model: LlavaNext) -> Iterator[tuple[str, nn.Parameter]]:
-    """Every parameter with its live name, the tower's upper layers included (they are kept aside, see `llava_next.py`).
+    """All parameters by name, including those of the tower's removed upper layers (see `llava_next.py`).
 
-    A head that shares the embedding's tensor is left out, as published checkpoints leave it out.
+    A head that is tied to the embedding is omitted, as in published checkpoints.
     """
     tied = model.hf.lm_head.weight is model.hf.get_input_embeddings().weight
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -108,7 +116,13 @@ def live_parameters(model: LlavaNext) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def num_parameters(model: LlavaNext, part: str | None = None, *, trained: bool = False) -> int:
-    """Parameters of a part, or of the model; shared ones once. Partitioned (ZeRO-3) ones count whole."""
+    """Number of elements of a part's parameters. Shared parameters are counted once, partitioned ones (ZeRO-3) in full.
+
+    Args:
+        model: the model.
+        part: name of the part; None means all parts.
+        trained: count only parameters with `requires_grad`.
+    """
     return sum(
         _full_numel(parameter)
         for name, parameter in model.named_parameters()

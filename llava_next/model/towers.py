@@ -1,8 +1,7 @@
-"""The families of vision towers that LLaVA-NeXT is built with: one row for each, by transformers' model_type.
+"""Supported families of vision towers.
 
-A row holds what differs between them: the tokens before the patches, the names that their tensors were published
-under, what is random in training mode, and which programs run an export. A tower of another family is refused by name,
-because its features would be read by guess.
+`TOWER_FAMILIES` maps transformers' model_type to every property that differs between families. A tower of another
+family is an error, because its tokens and tensor names are not known.
 """
 
 from collections.abc import Sequence
@@ -16,26 +15,27 @@ from llava_next.config import ModelError
 
 @dataclass(frozen=True)
 class TowerFamily:
-    """What is common to the towers of one model_type.
+    """Properties of the towers of one model_type.
 
     Attributes:
-        class_tokens: tokens before the patches, register tokens not counted.
+        num_class_tokens: tokens before the patches, without register tokens.
         published_prefix: of the tower's tensors in a published LLaVA-NeXT checkpoint.
-        published: pairs of a piece of a tensor's name in today's module tree and the piece that it was published with.
-        random_keys: config keys that move positions at random in training mode; written as None, which is how the
-            tower runs in evaluation.
-        gated: its MLP has three matrices instead of two; None where the config's `use_gated_mlp` says so.
-        served: vLLM and SGLang run their LLaVA-NeXT with this tower.
-        authors: the authors' code does.
+        published_names: pairs of a substring of a tensor name in the module tree and its published form.
+        random_keys: config keys that shift positions at random in training mode; set to None, as in evaluation.
+        has_layer_scale: whether each layer scales its two branches by learned vectors (DINO).
+        is_mlp_gated: whether the MLP has three matrices instead of two; None means the config's `use_gated_mlp`.
+        is_served: whether vLLM and SGLang run a LLaVA-NeXT with this tower.
+        is_in_authors_code: whether the authors' code runs a LLaVA-NeXT with this tower.
     """
 
-    class_tokens: int
+    num_class_tokens: int
     published_prefix: str = "vision_tower."
-    published: tuple[tuple[str, str], ...] = ()
+    published_names: tuple[tuple[str, str], ...] = ()
     random_keys: tuple[str, ...] = ()
-    gated: bool | None = False
-    served: bool = False
-    authors: bool = False
+    has_layer_scale: bool = False
+    is_mlp_gated: bool | None = False
+    is_served: bool = False
+    is_in_authors_code: bool = False
 
 
 _ATTENTION = (
@@ -52,30 +52,33 @@ _VIT = (
 )
 
 TOWER_FAMILIES = {
-    "clip_vision_model": TowerFamily(1, "vision_tower.vision_model.", served=True, authors=True),
-    "siglip_vision_model": TowerFamily(0, "vision_tower.vision_model.", served=True),
-    "dinov2": TowerFamily(1, published=_ATTENTION),
-    "dinov2_with_registers": TowerFamily(1, published=_ATTENTION),
+    "clip_vision_model": TowerFamily(1, "vision_tower.vision_model.", is_served=True, is_in_authors_code=True),
+    "siglip_vision_model": TowerFamily(0, "vision_tower.vision_model.", is_served=True),
+    "dinov2": TowerFamily(1, published_names=_ATTENTION, has_layer_scale=True),
+    "dinov2_with_registers": TowerFamily(1, published_names=_ATTENTION, has_layer_scale=True),
     "dinov3_vit": TowerFamily(
         1,
-        published=(("vision_tower.model.layer.", "vision_tower.layer."),),
+        published_names=(("vision_tower.model.layer.", "vision_tower.layer."),),
         random_keys=("pos_embed_shift", "pos_embed_jitter", "pos_embed_rescale"),
-        gated=None,
+        has_layer_scale=True,
+        is_mlp_gated=None,
     ),
-    "aimv2_vision_model": TowerFamily(0, gated=True),
-    "ijepa": TowerFamily(0, published=_VIT),
+    "aimv2_vision_model": TowerFamily(0, is_mlp_gated=True),
+    "ijepa": TowerFamily(0, published_names=_VIT),
 }
-"""Fixed-size SigLIP 2 checkpoints are of model_type siglip_vision_model."""
+"""Tower families by model_type. Fixed-size SigLIP 2 checkpoints have model_type siglip_vision_model."""
 
 
-def tower_config(config: PretrainedConfig) -> PretrainedConfig:
-    """A tower's own config, of the directory of a tower or of a whole model (CLIP, SigLIP), in the form that is used.
+def prepare_tower_config(config: PretrainedConfig) -> PretrainedConfig:
+    """Returns the tower's config with scalar sizes and without randomness in training mode.
 
-    The sides of its images and patches become one integer each, and what is random in training mode is switched off,
-    so that a step stays a function of its samples. The config is changed in place.
+    Randomness is disabled so that a training step is a function of its samples. The config is modified in place.
+
+    Args:
+        config: of a tower, or of a complete model (CLIP, SigLIP) that contains one.
 
     Raises:
-        ModelError: a tower of no known family, or one whose images or patches are not square.
+        ModelError: the family is not supported, or the images or patches are not square.
     """
     vision: PretrainedConfig = getattr(config, "vision_config", config)
     family = TOWER_FAMILIES.get(vision.model_type)
@@ -91,8 +94,8 @@ def tower_config(config: PretrainedConfig) -> PretrainedConfig:
     return vision
 
 
-_HINTS = {"siglip2_vision_model": " (this is the NaFlex variant, whose images have no fixed size; fixed-size SigLIP 2 "
-          "checkpoints are of model_type siglip_vision_model)"}  # fmt: skip
+_HINTS = {"siglip2_vision_model": " (this is the NaFlex variant, which has no fixed image size; fixed-size SigLIP 2 "
+          "checkpoints have model_type siglip_vision_model)"}  # fmt: skip
 
 
 def _side(vision: PretrainedConfig, key: str) -> int:
@@ -100,36 +103,36 @@ def _side(vision: PretrainedConfig, key: str) -> int:
     sides = set(value) if isinstance(value, Sequence) else {value}
     if len(sides) != 1 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ModelError(
-            f"model.vision_tower.path: its config.json has {key}={value}, and a square of whole pixels is needed; set "
-            f"{key} to one number in model.vision_tower.overrides if the tower can take it"
+            f"model.vision_tower.path: {key}={value} in config.json must be one positive integer; set it in "
+            "model.vision_tower.overrides if the tower supports a square"
         )
     return int(sides.pop())
 
 
 def num_prefix_tokens(vision: PretrainedConfig) -> int:
-    """Tokens before a tower's patches: the class token and the register tokens."""
-    return TOWER_FAMILIES[vision.model_type].class_tokens + int(getattr(vision, "num_register_tokens", None) or 0)
+    """Number of tokens before a tower's patches: class tokens and register tokens."""
+    return TOWER_FAMILIES[vision.model_type].num_class_tokens + int(getattr(vision, "num_register_tokens", None) or 0)
 
 
-def unsupported_by_stock(vision: PretrainedConfig) -> str | None:
-    """Why stock transformers cannot run a LLaVA-NeXT with this tower; None where no reason is known.
+def stock_unsupported_reason(vision: PretrainedConfig) -> str | None:
+    """The reason why stock transformers cannot run a LLaVA-NeXT with this tower; None if it can.
 
-    It removes one token before the patches (vision_feature_select_strategy `default`) or none (`full`).
+    Stock transformers removes one token before the patches (vision_feature_select_strategy `default`) or none (`full`).
     """
     prefix = num_prefix_tokens(vision) if vision.model_type in TOWER_FAMILIES else 0
     if prefix <= 1:
         return None
     return (
-        f"its LLaVA-NeXT removes at most one token before a tower's patches, and this {vision.model_type} has {prefix} "
+        f"its LLaVA-NeXT removes at most one token before a tower's patches, but this {vision.model_type} has {prefix} "
         f"(a class token and {prefix - 1} register tokens)"
     )
 
 
 def mlp_shape(vision: PretrainedConfig) -> tuple[int, int]:
-    """The inner width of a tower's MLP, and the number of its matrices (3 where it is gated)."""
+    """Inner width of a tower's MLP and its number of matrices (3 if it is gated, else 2)."""
     width, family = int(vision.hidden_size), TOWER_FAMILIES[vision.model_type]
     inner = int(getattr(vision, "intermediate_size", None) or width * getattr(vision, "mlp_ratio", 4))
-    if getattr(vision, "use_swiglu_ffn", False):  # DINOv2's giant: two thirds, in multiples of 8 (SwiGLU, xFormers)
+    if getattr(vision, "use_swiglu_ffn", False):  # DINOv2 giant: two thirds, rounded up to 8 (xFormers' SwiGLU)
         return (int(inner * 2 / 3) + 7) // 8 * 8, 3
-    gated = getattr(vision, "use_gated_mlp", False) if family.gated is None else family.gated
-    return inner, 3 if gated else 2
+    is_gated = getattr(vision, "use_gated_mlp", False) if family.is_mlp_gated is None else family.is_mlp_gated
+    return inner, 3 if is_gated else 2

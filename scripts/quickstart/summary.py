@@ -1,7 +1,7 @@
-"""The end of the quickstart: what was done, in seconds and losses, and whether the model looks at its pictures.
+"""Writes the quickstart's summary.json: seconds, losses, and whether the model's answers depend on its images.
 
-Reads what the run folders, the evaluation and steps.tsv say, writes summary.json beside them, and fails when the
-answers do not depend on the picture by the stated margins.
+Reads the run folders, the evaluation and steps.tsv, and fails if the answers depend on the image by less than the
+margins below.
 """
 
 import argparse
@@ -29,26 +29,26 @@ def read_losses(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def verdict(accuracy: dict[str, Any]) -> list[str]:
-    """What is wrong with the evaluation; empty when the model looks at its pictures."""
+def find_faults(accuracy: dict[str, Any]) -> list[str]:
+    """Sentences on what the evaluation lacks; empty if the answers depend on the images."""
     faults = []
     if accuracy["num_questions"] < LEAST_QUESTIONS:
-        faults.append(f"{accuracy['num_questions']} questions were asked, at least {LEAST_QUESTIONS} are needed")
+        faults.append(f"{accuracy['num_questions']} questions were asked; at least {LEAST_QUESTIONS} are required")
     if accuracy["difference"] < LEAST_DIFFERENCE:
         faults.append(
-            f"the right picture is worth {accuracy['difference']:+.1%} over another one, at least "
-            f"{LEAST_DIFFERENCE:+.0%} is needed"
+            f"the right image gives {accuracy['difference']:+.1%} over another one; at least "
+            f"{LEAST_DIFFERENCE:+.0%} is required"
         )
     if accuracy["right_picture"] <= accuracy["commonest_answer"]:
         faults.append(
-            f"{accuracy['right_picture']:.1%} with the right picture is no better than always saying "
+            f"{accuracy['right_picture']:.1%} with the right image is not better than always answering "
             f"{accuracy['commonest']!r} ({accuracy['commonest_answer']:.1%})"
         )
     return faults
 
 
 def read_seconds(steps: Path) -> dict[str, float]:
-    """Seconds of every step of the script, by its title."""
+    """Seconds of every step of quickstart.sh, by its title."""
     if not steps.is_file():
         return {}
     rows = [line.split("\t") for line in steps.read_text().splitlines()]
@@ -56,12 +56,12 @@ def read_seconds(steps: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    """Writes summary.json and prints what a person wants to know; exit code 1 when the check fails."""
+    """Writes summary.json and prints its main figures; exit code 1 if the check fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="the quickstart's folder")
     out: Path = parser.parse_args().out
     evaluation = json.loads((out / "evaluation.json").read_text())
-    faults = verdict(evaluation["all"])
+    faults = find_faults(evaluation["all"])
     summary = {
         "passed": not faults,
         "faults": faults,
@@ -87,24 +87,24 @@ def _print(summary: dict[str, Any], out: Path) -> None:
     accuracy = summary["accuracy"]
     low, high = accuracy["interval"]
     print(
-        f"{accuracy['num_questions']} questions on {accuracy['num_pictures']} pictures it never saw: "
-        f"{accuracy['right_picture']:.1%} right; with another picture {accuracy['other_picture']:.1%} "
+        f"{accuracy['num_questions']} questions on {accuracy['num_pictures']} held-out images: "
+        f"{accuracy['right_picture']:.1%} right; with another image {accuracy['other_picture']:.1%} "
         f"(difference {accuracy['difference']:+.1%}, 95 % interval {low:+.1%} to {high:+.1%}); always "
         f"{accuracy['commonest']!r}: {accuracy['commonest_answer']:.1%}"
     )
     for answer in summary["generated"]:
         print(f"  {answer['text']!r} -> {answer['answer']!r}   (truth: {answer['truth']!r}, {answer['source']})")
     print(f"""
-Where things lie:
-  {out}/align/connector       stage 1's connector, with the contract that stage 2 checked
+Files:
+  {out}/align/connector       stage 1's connector, with the description that stage 2 checked
   {out}/finetune/export       the model; stock transformers loads it
-  {out}/*/metrics.jsonl       one line a step
+  {out}/*/metrics.jsonl       one line per step
   {out}/summary.json          all of the above
 
-What to run next:
+Next commands:
   python -m train experiment=quickstart stage=finetune name=mine stage.epochs=2 stage.init_from={out}/align/connector
   python -m train --help
-  the README's section on your own data""")
+  (your own data: the section Data of README.md)""")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Submits both stages of one run; the second starts when the first has ended well.
+# Submits both stages of one run; the second starts when the first has ended with exit code 0.
 #
 #   ./scripts/slurm/two_stage.sh [options of sbatch] -- name=NAME [KEY=VALUE ...] [align:KEY=VALUE ...] [finetune:KEY=VALUE ...]
 #
 #   ./scripts/slurm/two_stage.sh -N 4 --time=12:00:00 -- name=llava_7b model/language_model=vicuna_7b \
 #       align:mixture=lcs_558k finetune:mixture=llava_next_779k finetune:engine=zero3
 #
-# A key without a prefix goes to both. Another pair of stages: align:stage=llava_1_5/align finetune:stage=llava_1_5/finetune
-# Prints the two job ids. Submitted again, each stage goes on where it is; a finished one ends at once.
+# A key without a prefix applies to both stages. Another pair of stages: align:stage=llava_1_5/align finetune:stage=llava_1_5/finetune
+# Prints the two job ids. Submitted again, each stage continues from its last checkpoint; a finished one ends at once.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/slurm/site.sh
@@ -19,14 +19,14 @@ while (($#)) && [[ $1 != -- ]]; do
     shift
 done
 if ((!$#)); then
-    echo "error: no --, which ends the options of sbatch and begins those of the run; see $0 --help" >&2
+    echo "error: -- is missing between the options of sbatch and those of the run; see $0 --help" >&2
     exit 2
 fi
 shift
 
-# submit STAGE [options of sbatch] -- arguments: those that are the stage's, without their prefix.
+# submit STAGE [options of sbatch] -- arguments: submits the stage with its arguments, without their prefix.
 submit() {
-    local stage=$1 argument own=() options=()
+    local stage=$1 argument arguments=() options=()
     shift
     while [[ $1 != -- ]]; do
         options+=("$1")
@@ -34,13 +34,13 @@ submit() {
     done
     for argument in "${@:2}"; do
         case $argument in
-            "$stage":*) own+=("${argument#*:}") ;;
+            "$stage":*) arguments+=("${argument#*:}") ;;
             align:* | finetune:*) ;;
-            *) own+=("$argument") ;;
+            *) arguments+=("$argument") ;;
         esac
     done
-    [[ " ${own[*]}" == *" stage="* ]] || own+=("stage=$stage")
-    sbatch --parsable --job-name="$stage" "${options[@]}" scripts/slurm/train.sbatch "${own[@]}"
+    [[ " ${arguments[*]}" == *" stage="* ]] || arguments+=("stage=$stage")
+    sbatch --parsable --job-name="$stage" "${options[@]}" scripts/slurm/train.sbatch "${arguments[@]}"
 }
 
 first=$(submit align "${options[@]}" -- "$@")

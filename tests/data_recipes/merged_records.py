@@ -1,6 +1,4 @@
-"""Hand-made records of the merged files, part by part, as recipe.md 4.2 to 4.5 describes them. Never copied from a real
-set. Owns the records; the tests own what they prove with them, `raw_folders.py` writes them to disk.
-"""
+"""Hand-made records of the merged files, for each component. They are not copied from the real datasets."""
 
 from typing import Any
 
@@ -12,21 +10,21 @@ Turns = list[tuple[str, str]]
 
 
 def record(sample_id: str | int, image: str | None, turns: Turns, **more: Any) -> dict[str, Any]:
-    """One record; the picture's placeholder opens the first question."""
-    said = []
-    for number, (asked, answered) in enumerate(turns):
+    """Build one record; the placeholder precedes the first question."""
+    conversations = []
+    for number, (question, answer) in enumerate(turns):
         opening = "<image>\n" if image and number == 0 else ""
-        said += [{"from": "human", "value": opening + asked}, {"from": "gpt", "value": answered}]
-    return {"id": sample_id, **({"image": image} if image else {}), "conversations": said, **more}
+        conversations += [{"from": "human", "value": opening + question}, {"from": "gpt", "value": answer}]
+    return {"id": sample_id, **({"image": image} if image else {}), "conversations": conversations, **more}
 
 
 def coco(number: int) -> str:
-    """A COCO picture as the merged files name it."""
+    """Return the path of a COCO image in the merged files."""
     return f"coco/train2017/{number:012d}.jpg"
 
 
-_ASKED_ABOUT_COCO = [
-    # The ending stands after the first question only; a VQAv2 picture has three questions or more.
+_COCO_QUESTION_SETS = [
+    # The format instruction follows the first question only; VQAv2 has at least three questions per image.
     ("vqav2", record("000000000001", coco(1), [(f"Is it red?\n{SHORT}", "no"), ("Why?", "rain"), ("Who?", "man")])),
     ("okvqa", record("000000000002", coco(2), [(f"Which sport is this?\n{SHORT}", "tennis")])),
     ("okvqa", record("000000000003", coco(3), [(f"Which breed?\n{SHORT}", "pug"), ("From where?", "china")])),
@@ -70,14 +68,14 @@ _ONE_SENTENCE = "Provide a one-sentence caption for the provided image."
 # {table: [(component, record)]}
 MERGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
     "mix665k": [
-        *_ASKED_ABOUT_COCO,
+        *_COCO_QUESTION_SETS,
         *_OTHER_QUESTION_SETS,
         ("llava_instruct", _DESCRIBED),
         ("sharegpt_text", _CHAT),
         ("textcaps", record("t1", "textvqa/train_images/t1.jpg", [(_ONE_SENTENCE, "A sign.")])),
     ],
     "llava_next_779k": [
-        *_ASKED_ABOUT_COCO,
+        *_COCO_QUESTION_SETS,
         *_OTHER_QUESTION_SETS,
         (
             "llava_instruct",
@@ -111,7 +109,7 @@ MERGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("ai2d", record("17.png", "ai2d/abc_images/17.png", [(f"What feeds on B?\nA. A\nB. C\n{LETTER}", "A")])),
     ],
     "open_llava_next_1m": [
-        *[("sharegpt4v_mix665k", each) for _, each in (*_ASKED_ABOUT_COCO, *_OTHER_QUESTION_SETS)],
+        *[("sharegpt4v_mix665k", each) for _, each in (*_COCO_QUESTION_SETS, *_OTHER_QUESTION_SETS)],
         ("sharegpt4v_mix665k", _CHAT),
         ("sharegpt4v_mix665k", record("t1", "textvqa/train_images/t1.jpg", [(_ONE_SENTENCE, "A sign.")])),
         (

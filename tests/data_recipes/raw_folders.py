@@ -1,6 +1,4 @@
-"""Small raw folders in the published layouts, made here and never copied from a real set; and stores from
-samples.  Owns the generators that the tests of data_recipes share; the tests themselves own what they prove.
-"""
+"""Generates small raw folders in the published layouts, and stores. Nothing is copied from the real datasets."""
 
 import io
 import json
@@ -22,23 +20,23 @@ from tests.data_recipes.merged_records import MERGED, coco, record
 PROMPT = "<image>\nWhat is it?"
 
 
-def picture(number: int, height: int = 12, width: int = 16, kind: str = "PNG") -> bytes:
-    """A picture of noise; another `number`, other bytes."""
+def make_image(number: int, height: int = 12, width: int = 16, kind: str = "PNG") -> bytes:
+    """Return an encoded image of random noise; each number gives another one."""
     pixels = np.random.default_rng(number).integers(0, 256, (height, width, 3), dtype=np.uint8)
     stream = io.BytesIO()
     Image.fromarray(pixels).save(stream, kind)
     return stream.getvalue()
 
 
-def put(path: Path, data: bytes | str) -> Path:
-    """Write a file, and the folders above it."""
+def write_file(path: Path, data: bytes | str) -> Path:
+    """Write a file and create its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data.encode() if isinstance(data, str) else data)
     return path
 
 
 def llava_record(number: int, image: Any = None, **changes: Any) -> dict[str, Any]:
-    """One record of LLaVA's conversation JSON."""
+    """Build one record of LLaVA's conversation JSON."""
     prompt = "What is it?" if image is None else PROMPT
     turns = [{"from": "human", "value": prompt}, {"from": "gpt", "value": f"Thing {number}."}]
     record: dict[str, Any] = {"id": f"{number:09d}", "conversations": turns}
@@ -48,79 +46,79 @@ def llava_record(number: int, image: Any = None, **changes: Any) -> dict[str, An
 
 
 def write_llava(root: Path, num_samples: int = 20, extra: Sequence[dict[str, Any]] = ()) -> Path:
-    """A folder of LLaVA JSON, `mix.json` and `images/`; every fourth record is text only."""
+    """Write LLaVA JSON, `mix.json` and `images/`; every fourth record is text-only."""
     records = []
     for number in range(num_samples):
         name = None if number % 4 == 3 else f"{number:05d}.png"
         if name:
-            put(root / "images" / name, picture(number))
+            write_file(root / "images" / name, make_image(number))
         records.append(llava_record(number, name))
-    put(root / "mix.json", json.dumps([*records, *extra]))
+    write_file(root / "mix.json", json.dumps([*records, *extra]))
     return root
 
 
 def write_chartqa(root: Path) -> Path:
-    """ChartQA with three charts: a human and an augmented question on the first, one on each other."""
+    """Write ChartQA with three charts: a human and an augmented question for the first, one for each of the others."""
     folder = root / "ChartQA Dataset" / "train"
     for number in range(3):
-        put(folder / "png" / f"two_col_{number}.png", picture(100 + number))
+        write_file(folder / "png" / f"two_col_{number}.png", make_image(100 + number))
     human = [{"imgname": "two_col_0.png", "query": "Which year is highest?", "label": "2016"}]
     augmented = [
         {"imgname": "two_col_1.png", "query": "How many bars?", "label": "4"},
         {"imgname": "two_col_0.png", "query": "What is the value in 2016?", "label": "37.5"},
         {"imgname": "two_col_2.png", "query": "What colour is the line?", "label": ["Blue"]},
     ]
-    put(folder / "train_human.json", json.dumps(human))
-    put(folder / "train_augmented.json", json.dumps(augmented))
+    write_file(folder / "train_human.json", json.dumps(human))
+    write_file(folder / "train_augmented.json", json.dumps(augmented))
     return root
 
 
 def write_synthdog(root: Path, num_pages: int = 3) -> Path:
-    """The SynthDoG generator's own form."""
+    """Write the layout of the SynthDoG generator."""
     lines = []
     for number in range(num_pages):
-        put(root / "train" / f"image_{number}.jpg", picture(200 + number, kind="JPEG"))
+        write_file(root / "train" / f"image_{number}.jpg", make_image(200 + number, kind="JPEG"))
         truth = json.dumps({"gt_parse": {"text_sequence": f"early  morning\nin harbour {number}"}})
         lines.append(json.dumps({"file_name": f"image_{number}.jpg", "ground_truth": truth}))
-    put(root / "train" / "metadata.jsonl", "\n".join(lines) + "\n")
+    write_file(root / "train" / "metadata.jsonl", "\n".join(lines) + "\n")
     return root
 
 
-def write_easy_vqa(root: Path, num_pictures: int = 4, split: str = "train") -> Path:
-    """easy-VQA with three questions a picture, listed in blocks as the package does."""
-    for number in range(num_pictures):
-        put(root / "data" / split / "images" / f"{number}.png", picture(300 + number))
+def write_easy_vqa(root: Path, num_images: int = 4, split: str = "train") -> Path:
+    """Write easy-VQA with three questions per image, in blocks as in the package."""
+    for number in range(num_images):
+        write_file(root / "data" / split / "images" / f"{number}.png", make_image(300 + number))
     questions = [
         [f"{text}?", answer, number]
         for text, answer in [("what shape is it", "circle"), ("is it red", "yes"), ("what colour", "red")]
-        for number in range(num_pictures)
+        for number in range(num_images)
     ]
-    put(root / "data" / split / "questions.json", json.dumps(questions))
+    write_file(root / "data" / split / "questions.json", json.dumps(questions))
     return root
 
 
 def write_records(root: Path, annotations: str, records: Sequence[dict[str, Any]], image_root: str = ".") -> Path:
-    """LLaVA JSON of these records, with the pictures that they name."""
-    put(root / annotations, json.dumps(list(records)))
+    """Write LLaVA JSON of these records, with their images."""
+    write_file(root / annotations, json.dumps(list(records)))
     for number, name in enumerate(each["image"] for each in records if "image" in each):
-        put(root / image_root / name, picture(400 + number, kind="JPEG"))
+        write_file(root / image_root / name, make_image(400 + number, kind="JPEG"))
     return root
 
 
 def write_parquet(path: Path, rows: Sequence[dict[str, Any]], rows_per_group: int = 2) -> Path:
-    """A shard of these rows; types follow from the values."""
+    """Write rows to a shard; column types are inferred."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(list(rows)), path, row_group_size=rows_per_group)
     return path
 
 
 def cell(number: int, kind: str = "JPEG") -> dict[str, Any]:
-    """A picture as `datasets` writes it into parquet."""
-    return {"bytes": picture(number, kind=kind), "path": f"{number}.jpg"}
+    """Build an image cell as `datasets` writes it to parquet."""
+    return {"bytes": make_image(number, kind=kind), "path": f"{number}.jpg"}
 
 
 def write_llava_parquet(root: Path) -> Path:
-    """The release's parquet form: pictures inside, none for a chat, a constant `data_source`."""
+    """Write the release's parquet form: embedded images, null for a text-only record, a constant `data_source`."""
     described = record("000000000010", coco(10), [("What is the man doing?", "Mending a net.")])
     rows = [
         {**described, "data_source": "llava-next-instruct", "image": cell(501)},
@@ -132,7 +130,7 @@ def write_llava_parquet(root: Path) -> Path:
 
 
 def write_synthdog_parquet(root: Path, num_shards: int = 2) -> Path:
-    """SynthDoG-EN as published."""
+    """Write the published SynthDoG-EN."""
     for shard in range(num_shards):
         truths = [json.dumps({"gt_parse": {"text_sequence": f"early  morning {shard} {row}"}}) for row in range(3)]
         rows = [{"image": cell(510 + 10 * shard + row), "ground_truth": truth} for row, truth in enumerate(truths)]
@@ -141,7 +139,7 @@ def write_synthdog_parquet(root: Path, num_shards: int = 2) -> Path:
 
 
 def docvqa_question(number: int, page: str, answers: list[str] | None) -> dict[str, Any]:
-    """One question of DocVQA, field by field."""
+    """Build one question of DocVQA."""
     question: dict[str, Any] = {
         "questionId": number,
         "question": f"What is in line {number}?",
@@ -155,9 +153,9 @@ def docvqa_question(number: int, page: str, answers: list[str] | None) -> dict[s
 
 
 def write_docvqa(root: Path, more: Sequence[dict[str, Any]] = ()) -> Path:
-    """DocVQA with two questions on one page, of which one has two accepted answers, and one on another."""
+    """Write DocVQA with two questions about one page, one with two accepted answers, and one about another page."""
     for page in ("abcd0001_3", "efgh0002_1"):
-        put(root / "documents" / f"{page}.png", picture(600 + len(page)))
+        write_file(root / "documents" / f"{page}.png", make_image(600 + len(page)))
     data = [
         docvqa_question(1, "abcd0001_3", ["May 4, 1981", "4 May 1981"]),
         docvqa_question(2, "efgh0002_1", ["$ 12"]),
@@ -165,12 +163,12 @@ def write_docvqa(root: Path, more: Sequence[dict[str, Any]] = ()) -> Path:
         *more,
     ]
     head = {"dataset_name": "SP-DocVQA", "dataset_version": "1.0", "dataset_split": "train"}
-    put(root / "train_v1.0.json", json.dumps({**head, "data": data}))
+    write_file(root / "train_v1.0.json", json.dumps({**head, "data": data}))
     return root
 
 
 def write_dvqa(root: Path) -> Path:
-    """DVQA with questions of three types on two charts."""
+    """Write DVQA with questions of three types about two charts."""
     kinds = [
         ("structure", "How many bars are there?", "four"),
         ("data", "What is the label?", "sky"),
@@ -188,14 +186,14 @@ def write_dvqa(root: Path) -> Path:
         for number, (kind, text, answer) in enumerate(kinds)
         for chart in (1, 2)
     ]
-    put(root / "train_qa.json", json.dumps(questions))
+    write_file(root / "train_qa.json", json.dumps(questions))
     for chart in (1, 2):
-        put(root / "images" / f"bar_train_{chart:08d}.png", picture(620 + chart))
+        write_file(root / "images" / f"bar_train_{chart:08d}.png", make_image(620 + chart))
     return root
 
 
 def write_ai2d(root: Path) -> Path:
-    """AI2D with diagram 17 (a question of each kind), 18 (only about letters) and 19, a test diagram."""
+    """Write AI2D with diagram 17 (one question of each kind), 18 (letters only) and 19 (test)."""
     lettered = {
         "What feeds on B?": {
             "abcLabel": True,
@@ -214,17 +212,17 @@ def write_ai2d(root: Path) -> Path:
     }
     text = {"T0": {"id": "T0", "rectangle": [[10, 8], [50, 28]], "value": "owl", "replacementText": "B"}}
     for name, questions in (("17.png", {**lettered, **plain}), ("18.png", lettered), ("19.png", plain)):
-        put(root / "questions" / f"{name}.json", json.dumps({"imageName": name, "questions": questions}))
+        write_file(root / "questions" / f"{name}.json", json.dumps({"imageName": name, "questions": questions}))
         annotations = {"text": text, "blobs": {}, "arrows": {}, "relationships": {}}
-        put(root / "annotations" / f"{name}.json", json.dumps(annotations))
-        put(root / "images" / name, picture(int(name[:2]), height=48, width=64))
-    put(root / "categories.json", json.dumps({"17.png": "foodChainsWebs"}))
-    put(root / "ai2d_test_ids.csv", "19\n20\n")
+        write_file(root / "annotations" / f"{name}.json", json.dumps(annotations))
+        write_file(root / "images" / name, make_image(int(name[:2]), height=48, width=64))
+    write_file(root / "categories.json", json.dumps({"17.png": "foodChainsWebs"}))
+    write_file(root / "ai2d_test_ids.csv", "19\n20\n")
     return root
 
 
 def write_coco_captions(root: Path) -> Path:
-    """COCO 2014 with five captions on one picture, one on another, none on a third."""
+    """Write COCO 2014 with an image with five captions, one with a single caption and one without."""
     images = [
         {"license": 1, "file_name": f"COCO_train2014_{n:012d}.jpg", "id": n, "height": 12, "width": 16}
         for n in (9, 25, 30)
@@ -232,14 +230,14 @@ def write_coco_captions(root: Path) -> Path:
     annotations = [{"image_id": 9, "id": 90 + n, "caption": f"Caption number {n}. "} for n in range(5)]
     annotations.append({"image_id": 25, "id": 250, "caption": "A giraffe."})
     whole = {"info": {"year": 2014, "x": [1]}, "images": images, "licenses": [], "annotations": annotations}
-    put(root / "annotations" / "captions_train2014.json", json.dumps(whole))
+    write_file(root / "annotations" / "captions_train2014.json", json.dumps(whole))
     for image in images:
-        put(root / "train2014" / str(image["file_name"]), picture(700, kind="JPEG"))
+        write_file(root / "train2014" / str(image["file_name"]), make_image(700, kind="JPEG"))
     return root
 
 
 def write_laion_gpt4v(root: Path) -> Path:
-    """img2dataset's output for LAION-GPT-V: two links that lived, one that died."""
+    """Write img2dataset's output for LAION-GPT-V, with two images and one failed download."""
     rows = [
         {
             "url": f"https://example.org/{key}.png",
@@ -254,14 +252,14 @@ def write_laion_gpt4v(root: Path) -> Path:
     ]
     write_parquet(root / "00000.parquet", rows)
     for key in ("000000000", "000000002"):
-        put(root / "00000" / f"{key}.jpg", picture(int(key) + 710, kind="JPEG"))
-        put(root / "00000" / f"{key}.json", "{}")
+        write_file(root / "00000" / f"{key}.jpg", make_image(int(key) + 710, kind="JPEG"))
+        write_file(root / "00000" / f"{key}.json", "{}")
     return root
 
 
 def write_messages(root: Path, container: str = "own.jsonl") -> Path:
-    """One's own data with a picture and without, as JSON lines or parquet."""
-    put(root / "photos" / "17.jpg", picture(17, kind="JPEG"))
+    """Write user data with and without an image, as JSON lines or parquet."""
+    write_file(root / "photos" / "17.jpg", make_image(17, kind="JPEG"))
     rows: list[dict[str, Any]] = [
         {
             "messages": [
@@ -275,7 +273,7 @@ def write_messages(root: Path, container: str = "own.jsonl") -> Path:
     if container.endswith(".parquet"):
         write_parquet(root / container, rows)
     else:
-        put(root / container, "\n".join(map(json.dumps, rows)))
+        write_file(root / container, "\n".join(map(json.dumps, rows)))
     return root
 
 
@@ -293,7 +291,7 @@ LAYOUTS = {
 
 
 def write_source(source: SourceInfo, raw_root: Path) -> Path:
-    """The raw folder of a shipped source, in its publisher's layout; merged files with all their parts."""
+    """Write the raw folder of a shipped source in its published layout; merged files with all components."""
     folder = raw_root / source.root
     options = source.options
     if source.reader == "llava_json":
@@ -307,13 +305,13 @@ def write_source(source: SourceInfo, raw_root: Path) -> Path:
     return LAYOUTS[source.reader](folder)
 
 
-def conversation(sample_id: str, *pictures: bytes | Path, answer: str = "A thing.") -> Sample:
-    """A sample of one question about its pictures."""
-    prompt = "<image>\n" * len(pictures) + "What is it?"
-    return Sample(sample_id, (Message("user", prompt), Message("assistant", answer)), pictures)
+def make_sample(sample_id: str, *images: bytes | Path, answer: str = "A thing.") -> Sample:
+    """Build a sample with one question about its images."""
+    prompt = "<image>\n" * len(images) + "What is it?"
+    return Sample(sample_id, (Message("user", prompt), Message("assistant", answer)), images)
 
 
 def make_store(path: Path, samples: Iterable[Sample | Reject], **source: Any) -> Store:
-    """Write and open a store named as its folder."""
+    """Write and open a store that is named like its folder."""
     write_store(path, SourceInfo(name=path.name, reader="test", root=".", **source), samples)
     return Store.open(path)

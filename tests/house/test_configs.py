@@ -1,6 +1,6 @@
-"""Owns the proofs about configs/: every file parses, every choice composes and validates.
+"""Tests that every file in configs/ can be parsed and every choice composes and validates.
 
-What the values mean is tested beside the code that reads them.
+The meaning of the values is tested with the code that reads them.
 """
 
 from collections.abc import Iterator
@@ -15,22 +15,22 @@ from train.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-# What a run chooses by `group=choice`. recipe/ follows from model and stage; hardware/ is the planner's.
+# Groups that a run selects with `group=choice`. recipe/ follows from model and stage; hardware/ is used by the planner.
 GROUPS = ("model/language_model", "model/vision_tower", "stage", "mixture", "engine")
 
 
 def choices(group: str) -> list[str]:
-    """Names of the YAML files of a config group; what lies in a folder of it are variants, see test_recipes.py."""
+    """Return the names of the YAML files of a config group. Files in its folders are variants, see test_recipes.py."""
     return sorted(p.stem for p in (CONFIGS / group).glob("*.yaml") if p.stem != "released")  # tests/train/test_tune.py
 
 
 def yaml_files() -> list[str]:
-    """Every YAML file of the repository's configs, as paths relative to configs/."""
+    """Return every YAML file of configs/, as relative paths."""
     return sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.y*ml"))
 
 
 def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string leaf of a parsed YAML value, with its full key."""
+    """Yield every string in a parsed YAML value, with its full key."""
     if isinstance(value, dict):
         for name, inner in value.items():
             yield from strings(inner, f"{key}.{name}" if key else str(name))
@@ -42,7 +42,7 @@ def strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def is_number(text: str) -> bool:
-    """Whether a string that YAML left a string reads as a number (`1e-3`)."""
+    """Return whether a string could be a number that YAML did not recognize (`1e-3`)."""
     try:
         float(text)
     except ValueError:
@@ -51,13 +51,13 @@ def is_number(text: str) -> bool:
 
 
 def compose(*overrides: str) -> RunConfig:
-    """Compose and validate as the program does, but for the folders, which other machines have."""
+    """Compose and validate a configuration, without checking that its folders exist."""
     return load(["name=test", *overrides], folders=False)
 
 
 @pytest.mark.parametrize("path", yaml_files())
 def test_yaml_parses_and_numbers_are_numbers(path: str) -> None:
-    """Plain PyYAML reads it (data_recipes does), and no number became a string: write 1.0e-3, not 1e-3."""
+    """PyYAML parses the file, and no number is a string: write 1.0e-3, not 1e-3."""
     value = yaml.safe_load((CONFIGS / path).read_text())
     assert [f"{key}: {text}" for key, text in strings(value) if is_number(text)] == []
 
@@ -65,9 +65,11 @@ def test_yaml_parses_and_numbers_are_numbers(path: str) -> None:
 @pytest.mark.parametrize("stage", choices("stage"))
 @pytest.mark.parametrize("experiment", choices("experiment"))
 def test_experiment_composes_in_every_stage(experiment: str, stage: str) -> None:
-    """One program, run twice with another `stage=`: every experiment knows both."""
-    own = ("stage.init_from=DIR", "mixture=quickstart_finetune") if experiment == "tune" else ()  # to be named there
-    config = compose(f"experiment={experiment}", f"stage={stage}", *own)
+    """Every experiment supports both stages."""
+    required = (
+        ("stage.init_from=DIR", "mixture=quickstart_finetune") if experiment == "tune" else ()
+    )  # required by this experiment
+    config = compose(f"experiment={experiment}", f"stage={stage}", *required)
     assert config.stage.name == stage
 
 
@@ -82,14 +84,14 @@ def test_choice_composes(group: str, choice: str) -> None:
 @pytest.mark.parametrize("tower", choices("model/vision_tower"))
 @pytest.mark.parametrize("language_model", choices("model/language_model"))
 def test_backbones_swap(language_model: str, tower: str, stage: str) -> None:
-    """Another language model or tower is a choice on the command line, in either stage."""
+    """Every language model and tower can be selected on the command line, in either stage."""
     parts = (f"model/language_model={language_model}", f"model/vision_tower={tower}")
     compose(*parts, f"stage={stage}", "mixture=quickstart_finetune")
 
 
 @pytest.mark.parametrize("mixture", choices("mixture"))
 def test_mixture_names_known_sources(mixture: str) -> None:
-    """Every source that a mixture counts on has a file of its own."""
+    """Every source of a mixture has a file."""
     sources = yaml.safe_load((CONFIGS / "mixture" / f"{mixture}.yaml").read_text())["sources"]
     assert sources
     assert sorted(set(sources) - set(choices("source"))) == []
@@ -97,6 +99,6 @@ def test_mixture_names_known_sources(mixture: str) -> None:
 
 @pytest.mark.parametrize("recipe", choices("recipe"))
 def test_recipe_belongs_to_a_model_and_a_stage(recipe: str) -> None:
-    """A recipe is found by the name <language_model>_<stage>; one that no run would ever find is a slip."""
+    """A recipe has a name <language_model>_<stage>, by which runs find it."""
     known = {f"{model}_{stage}" for model in choices("model/language_model") for stage in choices("stage")}
     assert recipe in known

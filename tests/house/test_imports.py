@@ -1,4 +1,4 @@
-"""Owns the proofs about imports that import-linter cannot give: what is really loaded."""
+"""Tests of the modules that are actually imported, which import-linter does not check."""
 
 import subprocess
 import sys
@@ -10,7 +10,7 @@ HEAVY = ("torch", "transformers", "deepspeed", "wandb")
 
 
 def loaded_by(modules: list[str], watched: tuple[str, ...]) -> list[str]:
-    """Import `modules` in a fresh interpreter; returns those of the `watched` packages that came along."""
+    """Import `modules` in a new interpreter and return those of the `watched` packages that are loaded."""
     code = "import importlib, sys\n" + "".join(f"importlib.import_module({m!r})\n" for m in modules)
     code += f"print(*[name for name in {watched!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -19,17 +19,17 @@ def loaded_by(modules: list[str], watched: tuple[str, ...]) -> list[str]:
 
 
 def test_config_is_checked_before_torch_is_loaded() -> None:
-    """A wrong key is told within seconds: train.config.schema brings none of the heavy packages."""
+    """train.config.schema imports no heavy package, so that a wrong key is reported within seconds."""
     assert loaded_by(["train.config.schema"], HEAVY) == []
 
 
-def test_model_words_are_plain() -> None:
-    """llava_next.config is standard library only, so that every wing may read it."""
+def test_model_config_imports_standard_library_only() -> None:
+    """llava_next.config imports the standard library only."""
     assert loaded_by(["llava_next.config"], (*HEAVY, "numpy", "PIL", "pydantic", "omegaconf")) == []
 
 
 def test_data_recipes_load_no_torch() -> None:
-    """Every module of data_recipes runs where there is no torch, no engine and no Hydra."""
+    """No module of data_recipes imports torch, an engine or Hydra."""
     files = sorted(p for p in ROOT.glob("data_recipes/**/*.py") if p.name not in ("__init__.py", "__main__.py"))
     assert files
     modules = [".".join(p.relative_to(ROOT).with_suffix("").parts) for p in files]
@@ -37,13 +37,13 @@ def test_data_recipes_load_no_torch() -> None:
 
 
 def test_package_inits_are_empty() -> None:
-    """A name has one address: no `__init__.py` passes names on."""
+    """Every `__init__.py` is empty, so that each name has a single import path."""
     inits = [p for package in PACKAGES for p in ROOT.glob(f"{package}/**/__init__.py")]
     assert inits
     assert [str(p.relative_to(ROOT)) for p in inits if p.read_text().strip()] == []
 
 
 def test_every_package_folder_is_a_package() -> None:
-    """A folder with Python files has an `__init__.py`; without one setuptools would leave it out."""
+    """Every folder with Python files has an `__init__.py`, without which setuptools would omit it."""
     folders = {p.parent for package in PACKAGES for p in ROOT.glob(f"{package}/**/*.py")}
     assert [str(f.relative_to(ROOT)) for f in sorted(folders) if not (f / "__init__.py").is_file()] == []

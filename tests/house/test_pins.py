@@ -1,4 +1,4 @@
-"""Owns the proof that constraints.txt and pyproject.toml speak of the same packages."""
+"""Tests that constraints.txt and pyproject.toml are consistent."""
 
 import re
 import tomllib
@@ -12,26 +12,26 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def pins() -> dict[str, str]:
-    """The pinned version of each package, by canonical name."""
+    """Return {canonical package name: pinned version}."""
     lines = [line.split("#")[0].strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     matches = [re.fullmatch(r"([\w.\-]+)==([\w.+]+)", line) for line in lines if line]
-    assert all(matches), "constraints.txt holds exact pins only: NAME==VERSION"
+    assert all(matches), "constraints.txt must contain exact pins only: NAME==VERSION"
     return {canonicalize_name(m[1]): m[2] for m in matches if m}
 
 
 def test_every_dependency_is_pinned_within_its_range() -> None:
-    """What pyproject.toml asks for has one tested version in constraints.txt, and the range allows it."""
-    wanted = [*PYPROJECT["dependencies"]]
+    """Every dependency in pyproject.toml has a pinned version that its range allows."""
+    requirements = [*PYPROJECT["dependencies"]]
     for extra in PYPROJECT["optional-dependencies"].values():
-        wanted += extra
+        requirements += extra
     pinned = pins()
-    for line in wanted:
+    for line in requirements:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"{name} has no pin in constraints.txt"
-        assert requirement.specifier.contains(pinned[name], prereleases=True), f"{line} refuses {pinned[name]}"
+        assert requirement.specifier.contains(pinned[name], prereleases=True), f"{line} excludes {pinned[name]}"
 
 
 def test_pins_name_no_local_build() -> None:
-    """A pin such as 2.13.0+cpu would refuse the same release on a machine with a GPU."""
+    """No pin has a local version such as 2.13.0+cpu, which would exclude the same release for GPUs."""
     assert [f"{name}=={version}" for name, version in pins().items() if "+" in version] == []

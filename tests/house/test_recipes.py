@@ -1,7 +1,7 @@
-"""Owns the proofs about the recipes: their numbers are the published ones, and a backbone is one word.
+"""Tests that the recipes have the published values, and that backbones can be combined freely.
 
-The tables here are typed a second time, from the sources and not from the YAML files, so that a slip in either shows.
-Which number is published and which is assumed stands in the comments of configs/recipe/.
+The tables were typed from the sources and not from the YAML files, so that an error in either is found. The comments in
+configs/recipe/ say which values are published and which are assumed.
 """
 
 from collections.abc import Sequence
@@ -13,22 +13,23 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
+from data_recipes.schema.config_dir import CONFIG_DIR
 from llava_next.config import AUTHORS_GRIDS, ModelConfig
 from train.config.compose import check
-from train.config.schema import CONFIG_DIR, RunConfig
+from train.config.schema import RunConfig
 
 STAGES = ("align", "finetune")
 TOWERS = ("clip_vit_l_336", "dinov2_large", "siglip_so400m_384")
-# Ours, not published: their numbers may change with the demonstrations.
+# Own models without published values.
 OWN_MODELS = {"quickstart", "smollm2_135m"}
 
 
 class Recipe(NamedTuple):
-    """What a recipe decides; `template` is the one that applies, the model's own where the stage names none."""
+    """The values of a recipe. `template` is the one in effect, that of the model if the stage has none."""
 
     batch_size: int
     rates: tuple[float | None, float, float | None]
-    """Of the vision tower, the projector, the language model; None: frozen."""
+    """Learning rates of vision tower, projector and language model; None if frozen."""
     max_length: int
     clip_norm: float | None
     template: str
@@ -69,15 +70,15 @@ LANGUAGE_MODELS = tuple(sorted({model for model, _ in PUBLISHED}))
 
 
 def composed(*overrides: str) -> RunConfig:
-    """A configuration as the command line composes it, checked but for the folders that it names."""
+    """Compose and validate a configuration, without checking that its folders exist."""
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
-        found = compose("train", overrides=["name=test", "mixture=quickstart_align", *overrides])
-    return check(found, folders=False)
+        composed_config = compose("train", overrides=["name=test", "mixture=quickstart_align", *overrides])
+    return check(composed_config, folders=False)
 
 
 def recipe_of(config: RunConfig) -> Recipe:
-    """The composed configuration as a row of the table."""
+    """Return the values of a composed configuration."""
     stage = config.stage
     return Recipe(
         stage.batch_size,
@@ -90,13 +91,13 @@ def recipe_of(config: RunConfig) -> Recipe:
 
 
 def choices(group: str) -> set[str]:
-    """Names of the YAML files of a config group."""
-    return {path.stem for path in (CONFIG_DIR / group).glob("*.yaml")} - {"released"}  # whatever lies in init_from
+    """Return the names of the YAML files of a config group."""
+    return {path.stem for path in (CONFIG_DIR / group).glob("*.yaml")} - {"released"}  # depends on init_from
 
 
 @pytest.mark.parametrize(("language_model", "stage"), PUBLISHED)
-def test_numbers_are_the_published_ones(language_model: str, stage: str) -> None:
-    """`model/language_model=NAME stage=NAME` and nothing else gives the numbers of the sources."""
+def test_values_are_the_published_ones(language_model: str, stage: str) -> None:
+    """`model/language_model=NAME stage=NAME` alone gives the published values."""
     config = composed(f"model/language_model={language_model}", f"stage={stage}")
     assert recipe_of(config) == PUBLISHED[language_model, stage]
     # Common to all runs of the authors.
@@ -106,9 +107,9 @@ def test_numbers_are_the_published_ones(language_model: str, stage: str) -> None
 
 
 @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
-def test_stage_1_shows_siglip_the_whole_image(language_model: str) -> None:
-    """With a SigLIP tower the authors' stage 1 resizes the whole image to a square, whatever the language model; all
-    else is the language model's recipe, and what is typed wins."""
+def test_stage_1_of_siglip(language_model: str) -> None:
+    """With a SigLIP tower, stage 1 resizes the complete image to a square with any language model; the command line has
+    precedence."""
     words = (f"model/language_model={language_model}", "stage=align", "model/vision_tower=siglip_so400m_384")
     config = composed(*words)
     assert recipe_of(config) == PUBLISHED[language_model, "align"]._replace(image_mode="squash")
@@ -116,25 +117,25 @@ def test_stage_1_shows_siglip_the_whole_image(language_model: str) -> None:
     assert composed(*words[:2], "model/vision_tower=dinov2_large").stage.image_mode == "square"
 
 
-def test_every_recipe_of_a_tower_is_found_by_a_run() -> None:
-    """Its name is <vision_tower>_<stage>, of a tower and a stage that there are."""
+def test_tower_recipes() -> None:
+    """A tower's recipe has a name <vision_tower>_<stage>, by which runs find it."""
     known = {f"{tower}_{stage}" for tower in choices("model/vision_tower") for stage in STAGES}
     assert choices("recipe/vision_tower") == {"siglip_so400m_384_align"}
     assert choices("recipe/vision_tower") <= known
 
 
-def test_every_published_backbone_has_both_recipes_and_a_row_here() -> None:
-    """No recipe file is outside the table, and none of the table is missing (which Hydra would not say)."""
+def test_recipe_files_and_table_agree() -> None:
+    """The recipe files and the table agree; Hydra would not report a missing file."""
     files = {f"{model}_{stage}" for model, stage in PUBLISHED}
-    own = {f"{model}_{stage}" for model in OWN_MODELS for stage in STAGES}
-    assert choices("recipe") - own == files
+    own_recipes = {f"{model}_{stage}" for model in OWN_MODELS for stage in STAGES}
+    assert choices("recipe") - own_recipes == files
     assert choices("model/language_model") - OWN_MODELS == set(LANGUAGE_MODELS)
     assert set(PUBLISHED) == {(model, stage) for model, _ in PUBLISHED for stage in STAGES}
 
 
 @pytest.mark.parametrize("language_model", LANGUAGE_MODELS)
 def test_every_language_model_composes_with_every_tower(language_model: str) -> None:
-    """The backbones are two words on the command line, and each keeps its recipe whatever the tower."""
+    """Every pair of backbones can be selected, and the recipe does not depend on the tower."""
     stages = []
     for tower in TOWERS:
         config = composed(f"model/language_model={language_model}", f"model/vision_tower={tower}")
@@ -144,7 +145,7 @@ def test_every_language_model_composes_with_every_tower(language_model: str) -> 
     assert stages == [stages[0]] * len(TOWERS)
 
 
-# Stages of the models before LLaVA-NeXT, by their scripts; the template of stage 2 is the language model's own.
+# Stages of earlier models, from their scripts; the template of stage 2 is that of the language model.
 EARLIER: dict[str, tuple[Recipe, str]] = {
     "llava_1_5/align": (LLAVA_1_5, "mlp2x_gelu"),
     "llava_1_5/finetune": (Recipe(128, (None, 2e-5, 2e-5), 2048, None, "", "pad"), "mlp2x_gelu"),
@@ -155,54 +156,53 @@ EARLIER: dict[str, tuple[Recipe, str]] = {
 
 @pytest.mark.parametrize("language_model", ["vicuna_7b", "vicuna_13b", "llama3_8b"])
 @pytest.mark.parametrize("stage", EARLIER)
-def test_earlier_models_are_a_choice_of_stage(language_model: str, stage: str) -> None:
-    """`stage=llava_1_5/NAME` and `stage=llava/NAME` alone give the numbers, the views and the projector of LLaVA-1.5
-    and LLaVA, undisturbed by LLaVA-NeXT's recipes."""
+def test_earlier_models(language_model: str, stage: str) -> None:
+    """`stage=llava_1_5/NAME` and `stage=llava/NAME` alone give values, views and projector of the earlier models."""
     config = composed(f"model/language_model={language_model}", f"stage={stage}")
     expected, projector = EARLIER[stage]
     assert recipe_of(config) == expected._replace(template=expected.template or config.model.language_model.template)
     assert config.model.projector == projector
     common = config.stage
     assert (common.epochs, common.schedule, common.warmup_ratio, common.weight_decay) == (1.0, "cosine", 0.03, 0.0)
-    # Steps of a run like any other: the same folders, and the connector that the second one starts from.
+    # They replace the usual stages: the same folders, and stage 2 starts from the connector of stage 1.
     name = stage.partition("/")[2]
     assert config.run_dir == Path("outputs/test") / name
     assert config.stage.init_from == (None if name == "align" else "outputs/test/align/connector")
     assert config.stage.result == ("connector" if name == "align" else "export")
 
 
-def test_every_earlier_stage_is_known_here() -> None:
-    """No stage file in a folder is outside the table."""
+def test_earlier_stages_and_table_agree() -> None:
+    """The stage files in folders and the table agree."""
     assert {f"{path.parent.name}/{path.stem}" for path in (CONFIG_DIR / "stage").glob("*/*.yaml")} == set(EARLIER)
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_linear_projector_is_one_word(stage: str) -> None:
-    """`model.projector=linear` keeps the recipe and changes the connector alone."""
+def test_linear_projector(stage: str) -> None:
+    """`model.projector=linear` changes only the connector."""
     config = composed("model/language_model=vicuna_7b", f"stage={stage}", "model.projector=linear")
     assert config.model.projector == "linear"
     assert recipe_of(config) == PUBLISHED["vicuna_7b", stage]
 
 
-def test_the_command_line_has_the_last_word_over_a_recipe() -> None:
-    """Recipes are defaults: what is typed wins, also for a part that a recipe leaves out."""
+def test_command_line_overrides_recipe() -> None:
+    """The command line has precedence over a recipe, also for parts that the recipe does not train."""
     config = composed("model/language_model=hermes_yi_34b", "stage.learning_rates.language_model=2.0e-5")
     assert config.stage.rates["language_model"] == 2e-5
     config = composed("model/language_model=qwen1_5_0_5b", "+stage.learning_rates.vision_tower=2.0e-6")
     assert config.stage.rates["vision_tower"] == 2e-6
 
 
-def test_the_seven_grids_of_the_blog_are_a_preset() -> None:
-    """`+model/grids=blog7` adds the two long grids after the authors' five, whose ties it leaves as they are."""
+def test_seven_grids_preset() -> None:
+    """`+model/grids=blog7` appends the two additional grids to the authors' five."""
     assert composed("+model/grids=blog7").model.grids == (*AUTHORS_GRIDS, (1, 4), (4, 1))
     assert composed("model.grids=[[2,2],[1,2]]").model.grids == ((2, 2), (1, 2))
 
 
-# ------------------------------------------------------------------------- the architectures behind the names
+# ---------------------------------------------------------------------------------------------- architectures
 
 
-def write_stand_in(folder: Path, architecture: str, num_heads: int = 4) -> Path:
-    """A two-layer language model of an architecture, with config.json and tokenizer as its publisher lays them out."""
+def write_small_language_model(folder: Path, architecture: str, num_heads: int = 4) -> Path:
+    """Write a two-layer language model of an architecture, with config.json and tokenizer as published."""
     import transformers
 
     from tests.tiny import tiny_tokenizer
@@ -219,15 +219,19 @@ def write_stand_in(folder: Path, architecture: str, num_heads: int = 4) -> Path:
         "max_position_embeddings": 32768,
     }
     if architecture == "MistralConfig":
-        sizes["sliding_window"] = None  # as v0.2's config.json has it
+        sizes["sliding_window"] = None  # as in the config.json of v0.2
     if qwen:
-        sizes |= {"sliding_window": 32768, "use_sliding_window": False, "max_window_layers": 1}  # as the released ones
+        sizes |= {
+            "sliding_window": 32768,
+            "use_sliding_window": False,
+            "max_window_layers": 1,
+        }  # as in the released configs
     getattr(transformers, architecture)(**sizes).save_pretrained(folder)
     return folder
 
 
 def write_tower(folder: Path, tower: str, *, with_weights: bool = False) -> Path:
-    """A narrow three-layer tower with the published picture and patch sizes of a choice."""
+    """Write a small three-layer tower with the published image and patch sizes."""
     from transformers import AutoModel, CLIPVisionConfig, Dinov2Config, SiglipVisionConfig
 
     sizes: dict[str, Any] = {"hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 3, "patch_size": 14}
@@ -241,9 +245,11 @@ def write_tower(folder: Path, tower: str, *, with_weights: bool = False) -> Path
     return folder
 
 
-def stand_in(folder: Path, architecture: str, language_model: str, tower: str, more: Sequence[str] = ()) -> RunConfig:
-    """The composed configuration of a recipe whose two folders hold stand-ins with random weights."""
-    model = write_stand_in(folder / "language_model", architecture)
+def compose_with_small_backbones(
+    folder: Path, architecture: str, language_model: str, tower: str, more: Sequence[str] = ()
+) -> RunConfig:
+    """Compose the configuration of a recipe with small random backbones."""
+    model = write_small_language_model(folder / "language_model", architecture)
     return composed(
         f"model/language_model={language_model}",
         f"model/vision_tower={tower}",
@@ -263,15 +269,15 @@ def stand_in(folder: Path, architecture: str, language_model: str, tower: str, m
         ("qwen2_7b", "Qwen2Config", "siglip_so400m_384", 384, 27),
     ],
 )
-def test_another_architecture_builds_without_python(
+def test_architectures_are_built_from_yaml(
     tmp_path: Path, language_model: str, architecture: str, tower: str, tile: int, patches: int
 ) -> None:
-    """Llama, Mistral and Qwen2 behind each tower become a model and a processor from the YAML files alone."""
+    """Llama, Mistral and Qwen2 with each tower are built from the YAML files alone."""
     import torch
 
     from llava_next.model.build import build_model, read_backbone
 
-    config = stand_in(tmp_path, architecture, language_model, tower)
+    config = compose_with_small_backbones(tmp_path, architecture, language_model, tower)
     backbone = read_backbone(config.model)
     assert (backbone.tile, backbone.patches_per_side) == (tile, patches)
     assert backbone.hf_config.text_config.model_type == architecture.removesuffix("Config").lower()
@@ -279,32 +285,31 @@ def test_another_architecture_builds_without_python(
     assert model.hf.model.language_model.embed_tokens.weight.shape[0] == backbone.hf_config.text_config.vocab_size
     stage = config.stage
     processor = backbone.processor(template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length)
-    layout = processor.layout(picture_question(), [(2 * tile, 2 * tile)])
+    layout = processor.layout(image_question(), [(2 * tile, 2 * tile)])
     assert count_image_tokens(layout) == patches**2 + (2 * patches) * (2 * patches + 1)
 
 
-def picture_question() -> list[Any]:
-    """One question on one picture, with its answer."""
+def image_question() -> list[Any]:
+    """Return a conversation with one question about one image."""
     from data_recipes.schema.sample import Message
 
-    return [Message("user", "<image>\nWhat is in the picture?"), Message("assistant", "A red circle.")]
+    return [Message("user", "<image>\nWhat is in the image?"), Message("assistant", "A red circle.")]
 
 
 def count_image_tokens(layout: Any) -> int:
-    """Image tokens of an encoded sample's layout."""
+    """Return the number of image tokens in the layout of a sample."""
     return int(sum(image.num_tokens for image in layout.images))
 
 
 @pytest.mark.parametrize("tile", [None, 378])
-def test_a_published_siglip_loads_whole_at_its_tile(tmp_path: Path, tile: int | None) -> None:
-    """Its own 384 pixels, six of them unseen, and a tile of 378, which sees all, keep its 27 x 27 positions as they
-    are: nothing is resampled."""
+def test_siglip_positions_are_not_resampled(tmp_path: Path, tile: int | None) -> None:
+    """A published SigLIP keeps its 27 x 27 position embeddings with tiles of 384 and 378 pixels."""
     import torch
     from transformers import AutoModel
 
     from llava_next.model.build import build_model, read_backbone
 
-    config = stand_in(tmp_path, "Qwen2Config", "qwen2_7b", "siglip_so400m_384")
+    config = compose_with_small_backbones(tmp_path, "Qwen2Config", "qwen2_7b", "siglip_so400m_384")
     folder = write_tower(tmp_path / "published", "siglip_so400m_384", with_weights=True)
     tower = replace(config.model.vision_tower, path=str(folder), weights="pretrained", tile=tile)
     backbone = read_backbone(ModelConfig(config.model.language_model, tower, config.model.grids))

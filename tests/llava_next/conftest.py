@@ -1,4 +1,4 @@
-"""Fixtures of the tests of `llava_next`: one thread, tiny backbones, and the real assets where there are any."""
+"""Fixtures of the tests of `llava_next`: one thread, tiny backbones, and real assets if they are present."""
 
 import os
 from collections.abc import Callable
@@ -18,13 +18,13 @@ MakeBackbone = Callable[..., Backbone]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    """Tiny products are slower on several threads, and sums stay the same from run to run on one."""
+    """Small matrix products are slower on several threads, and sums on one thread are reproducible."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
-    """A tiny backbone, read anew at each call (building and writing a model touch its config).
+    """Builds a tiny backbone, with new configs in each call, because building and writing a model modifies them.
 
     `changes` replace keys of the language model's config.
     """
@@ -58,17 +58,17 @@ def _asset(name: str) -> Path:
 
 @pytest.fixture
 def smollm2_tokenizer() -> Path:
-    """The real tokenizer of SmolLM2-135M-Instruct."""
+    """The tokenizer of SmolLM2-135M-Instruct."""
     return _asset("smollm2_six_layers")
 
 
 @pytest.fixture
 def smollm2() -> Path:
-    """The real SmolLM2-135M-Instruct, with weights."""
+    """SmolLM2-135M-Instruct with weights."""
     return _asset("smollm2_135m")
 
 
 @pytest.fixture
 def dinov2() -> Path:
-    """The real DINOv2-small, with weights."""
+    """DINOv2-small with weights."""
     return _asset("dinov2_small")

@@ -1,5 +1,5 @@
-"""What the model's tests share: encoded samples, a stock twin with the same weights, gradients side by side, parts on
-disk with weights."""
+"""Shared parts of the model's tests: encoded samples, stock models with the same weights, comparisons of gradients, and
+pretrained parts on disk."""
 
 import io
 from collections.abc import Iterable, Sequence
@@ -28,15 +28,15 @@ from llava_next.inputs.processor import Example
 from llava_next.model.build import Backbone, read_backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters, part_of
-from tests.tiny import TowerName, encoded_picture, tiny_model
+from tests.tiny import TowerName, encode_noise_image, tiny_model
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """An example, and the bytes of the pictures that it was made from."""
+    """An example and the encoded images that it was made from."""
 
     example: Example
-    pictures: tuple[bytes, ...]
+    images: tuple[bytes, ...]
 
 
 def encoded(
@@ -47,25 +47,25 @@ def encoded(
     rounds: int = 1,
     image_mode: ImageMode = "anyres",
 ) -> Encoded:
-    """A conversation of this many rounds whose first question shows pictures of these sizes."""
+    """A conversation of `rounds` rounds whose first question has images of these sizes."""
     messages = []
     for turn in range(rounds):
         shown = "<image>\n" * len(sizes_hw) if turn == 0 else ""
         messages.append(Message("user", f"{shown}What is number {seed} in line {turn}?"))
         messages.append(Message("assistant", "It is " + " ".join("0123456789"[: 2 + (seed + turn) % 5]) + "."))
-    pictures = tuple(encoded_picture(100 * seed + i, size) for i, size in enumerate(sizes_hw))
+    images = tuple(encode_noise_image(100 * seed + i, size) for i, size in enumerate(sizes_hw))
     processor = backbone.processor(template=None, image_mode=image_mode, max_length=4096)
-    return Encoded(processor.encode(messages, sizes_hw, pictures), pictures)
+    return Encoded(processor.encode(messages, sizes_hw, images), images)
 
 
 def mixed(backbone: Backbone) -> list[Encoded]:
-    """Several samples: pictures of several grids, two pictures, text only, several rounds."""
+    """Several samples: images with several grids, two images, text only, several rounds."""
     sizes: list[list[tuple[int, int]]] = [[(45, 61)], [], [(28, 90), (90, 31)], [(20, 20)], [], [(33, 140)]]
     return [encoded(backbone, each, seed=seed, rounds=1 + seed % 3) for seed, each in enumerate(sizes)]
 
 
 def row(backbone: Backbone, examples: Sequence[Example], *, per_sample: bool = False) -> Batch:
-    """The examples in one row, each its own source, so that the per-source sums are per-sample sums."""
+    """Packs the examples into one row. Each is its own source, so that per-source sums are per-sample sums."""
     return collate(
         examples,
         tile=backbone.tile,
@@ -76,7 +76,7 @@ def row(backbone: Backbone, examples: Sequence[Example], *, per_sample: bool = F
 
 
 def stock_twin(model: LlavaNext, backbone: Backbone) -> LlavaNextForConditionalGeneration:
-    """A stock model, whole tower and all, with the same weights."""
+    """A stock model, with the complete tower, and the same weights."""
     config = deepcopy(backbone.hf_config)
     config.text_config._attn_implementation = "sdpa"
     stock = LlavaNextForConditionalGeneration(config).to(model.hf.model.image_newline.dtype)
@@ -90,13 +90,13 @@ def stock_twin(model: LlavaNext, backbone: Backbone) -> LlavaNextForConditionalG
 
 
 def stock_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]:
-    """What stock transformers is given for a sample: its own pixels of the same pictures, our ids and labels."""
+    """The inputs of stock transformers for a sample: pixels of its processor, ids and labels of ours."""
     layout = sample.example.layout
     inputs = {
         "input_ids": torch.from_numpy(layout.ids.astype(np.int64))[None],
         "labels": torch.from_numpy(layout.labels.astype(np.int64))[None],
     }
-    if sample.pictures:
+    if sample.images:
         tower = backbone.config.vision_tower
         stock = LlavaNextImageProcessorPil(
             size={"shortest_edge": backbone.tile},
@@ -105,23 +105,23 @@ def stock_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]
             image_mean=list(tower.image_mean),
             image_std=list(tower.image_std),
         )
-        pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in sample.pictures]
-        pixels = stock(pictures, return_tensors="pt")
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
+        pixels = stock(images, return_tensors="pt")
         inputs |= {"pixel_values": pixels["pixel_values"], "image_sizes": pixels["image_sizes"]}
     return inputs
 
 
 def stock_square_twin(model: LlavaNext, backbone: Backbone) -> LlavaForConditionalGeneration:
-    """A stock LLaVA-1.5, which knows square pictures only, with the same weights: it has no newline."""
-    ours = deepcopy(backbone.hf_config)
+    """A stock LLaVA-1.5 with the same weights. It supports square images only and has no newline."""
+    config = deepcopy(backbone.hf_config)
     stock = LlavaForConditionalGeneration(
         LlavaConfig(
-            vision_config=ours.vision_config,
-            text_config=ours.text_config,
-            image_token_index=ours.image_token_index,
-            vision_feature_layer=ours.vision_feature_layer,
-            vision_feature_select_strategy=ours.vision_feature_select_strategy,
-            image_seq_length=ours.image_seq_length,
+            vision_config=config.vision_config,
+            text_config=config.text_config,
+            image_token_index=config.image_token_index,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            image_seq_length=config.image_seq_length,
         )
     ).to(model.hf.model.image_newline.dtype)
     state = {name.removeprefix("hf."): p.detach().clone() for name, p in live_parameters(model)}
@@ -131,8 +131,9 @@ def stock_square_twin(model: LlavaNext, backbone: Backbone) -> LlavaForCondition
 
 
 def stock_square_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]:
-    """What stock LLaVA-1.5 is given for a sample in square mode: stock CLIP pixels, our ids and labels."""
-    inputs = stock_inputs(backbone, replace(sample, pictures=()))
+    """The inputs of stock LLaVA-1.5 for a sample in square mode: pixels of the stock CLIP processor, ids and labels of
+    ours."""
+    inputs = stock_inputs(backbone, replace(sample, images=()))
     tower, side = backbone.config.vision_tower, {"height": backbone.tile, "width": backbone.tile}
     processor = CLIPImageProcessorPil(
         size={"shortest_edge": backbone.tile},
@@ -140,43 +141,43 @@ def stock_square_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.
         image_mean=list(tower.image_mean),
         image_std=list(tower.image_std),
     )
-    pictures = [Image.open(io.BytesIO(picture)).convert("RGB") for picture in sample.pictures]
-    return inputs | {"pixel_values": processor(pictures, return_tensors="pt")["pixel_values"]}
+    images = [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
+    return inputs | {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
 
 
 def gradients(model: LlavaNext) -> dict[str, torch.Tensor | None]:
-    """Each parameter's gradient by name (a copy)."""
+    """Copies of the gradients by parameter name."""
     return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
 
 
 def learned(model: LlavaNext, rows: Iterable[Batch]) -> list[tuple[float, dict[str, torch.Tensor | None]]]:
-    """The loss sum of each row, and every gradient of it."""
-    found = []
+    """The loss sum and the gradients of each row."""
+    results = []
     for batch in rows:
         model.zero_grad()
         total, _, _ = model(batch)
         total.backward()
-        found.append((float(total.detach()), gradients(model)))
-    return found
+        results.append((float(total.detach()), gradients(model)))
+    return results
 
 
 def is_key_bias(name: str) -> bool:
-    """The true gradient of a tower's key bias is zero (softmax does not see it): what is there is rounding.
+    """Whether a parameter is a key bias of the tower, whose true gradient is zero because softmax is invariant to it.
 
-    Not so in a language model, whose keys are turned by their positions.
+    The key bias of a language model has a gradient, because keys are rotated by their positions.
     """
     return part_of(name) == "vision_tower" and name.endswith(("k_proj.bias", "key.bias"))
 
 
 def worst_difference(
-    ours: dict[str, torch.Tensor | None], theirs: dict[str, torch.Tensor | None], names: Iterable[str]
+    actual: dict[str, torch.Tensor | None], expected: dict[str, torch.Tensor | None], names: Iterable[str]
 ) -> float:
-    """The largest relative difference (2-norm) over these tensors, key biases apart; absent counts as zero."""
+    """The largest relative difference (2-norm) over these tensors without key biases; None counts as zero."""
     worst = 0.0
     for name in names:
         if is_key_bias(name):
             continue
-        a, b = ours[name], theirs[name]
+        a, b = actual[name], expected[name]
         if a is None or b is None:
             assert all(gradient is None or not gradient.any() for gradient in (a, b)), name
             continue
@@ -186,11 +187,14 @@ def worst_difference(
     return worst
 
 
-def key_bias_share(found: dict[str, torch.Tensor | None]) -> float:
-    """The largest ‖gradient‖ of a tower's key bias as a share of its layer's query bias' (0 where both are zero)."""
+def key_bias_share(gradients_by_name: dict[str, torch.Tensor | None]) -> float:
+    """The largest gradient norm of a tower's key bias relative to its layer's query bias (0 if both are zero)."""
     worst = 0.0
-    for name in filter(is_key_bias, found):
-        key, query = found[name], found[name.replace("k_proj", "q_proj").replace("key.", "query.")]
+    for name in filter(is_key_bias, gradients_by_name):
+        key, query = (
+            gradients_by_name[name],
+            gradients_by_name[name.replace("k_proj", "q_proj").replace("key.", "query.")],
+        )
         if key is not None and key.any():
             assert query is not None, name
             worst = max(worst, float(key.norm()) / float(query.norm()))
@@ -198,7 +202,7 @@ def key_bias_share(found: dict[str, torch.Tensor | None]) -> float:
 
 
 def pretrained(folder: Path, tower: TowerName = "clip", **options: Any) -> ModelConfig:
-    """A tiny model whose parts lie on disk with weights; `options` are those of `tiny_model`."""
+    """A tiny model whose parts are on disk with weights; `options` are those of `tiny_model`."""
     config = tiny_model(folder, tower, **options)
     backbone = read_backbone(config)
     torch.manual_seed(11)

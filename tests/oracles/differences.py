@@ -1,7 +1,7 @@
-"""Where the authors' ids or labels differ from ours, as rules that make theirs out of ours.
+"""The differences between the authors' ids or labels and ours, as rules that convert ours into theirs.
 
-A difference is no tolerance: each rule changes one thing that our code does into what theirs does, and the result
-must be theirs to the last id. Why ours is right stands in differences.md, whose table the tests hold.
+There is no tolerance: each rule changes one property of our code to that of theirs, and the result must be equal to the
+last id. differences.md gives the reasons, and the tests check its table.
 """
 
 import re
@@ -12,10 +12,10 @@ from typing import Any
 
 from data_recipes.schema.sample import Message
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
-from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, Segment, Template, place_image, template_named
+from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, Segment, Template, get_template, move_image_to_front
 from llava_next.inputs.processor import Processor, SampleRejected
-from scripts.oracles.digests import IGNORE, IMAGE
-from scripts.oracles.inputs import Conversation, Turn
+from tests.oracles.digests import IGNORE, IMAGE
+from tests.oracles.inputs import Conversation, Turn
 
 RULES = {
     "one_picture_a_turn": "several placeholders of a turn become one",
@@ -61,7 +61,7 @@ class _AuthorsTemplate(Template):
 
 @dataclass(frozen=True)
 class _Encoding:
-    """The part of an engine's answer that the processor reads."""
+    """The part of an encoding that the processor reads."""
 
     ids: list[int]
     offsets: list[tuple[int, int]]
@@ -90,10 +90,10 @@ class _WordMarks:
         return self._tokenizer(text, **options)
 
     def no_truncation(self) -> None:
-        """The engine's own word; nothing is ever cut here."""
+        """Part of the interface; nothing is truncated here."""
 
     def no_padding(self) -> None:
-        """The engine's own word; nothing is ever padded here."""
+        """Part of the interface; nothing is padded here."""
 
     def encode(self, text: str, add_special_tokens: bool) -> _Encoding:
         """The text with a mark more at each such place; offsets are those of the text as it came."""
@@ -122,12 +122,12 @@ class Comparison:
             yield from map(frozenset, combinations(self.rules, size))
 
     def encode(self, record: Conversation, rules: frozenset[str]) -> tuple[list[int], list[int]]:
-        """Ids, IMAGE at a picture's place, and labels of a record; none of a record that is rejected."""
+        """Ids, with IMAGE for each image, and labels of a record; empty for a rejected record."""
         on_labels = rules & {"special_tokens_everywhere", "one_token_early", "sample_ignored"}
         of_length = rules & {"cut_in_an_answer", "kept_unfinished"}
         ids, labels = self._cut(record, rules - on_labels - of_length, of_length)
         if "special_tokens_everywhere" in rules:
-            special = {self._id(text) for text in template_named(self._template).released_specials}
+            special = {self._id(text) for text in get_template(self._template).released_specials}
             labels = [token if token in special else label for token, label in zip(ids, labels, strict=True)]
         if "one_token_early" in rules:
             shifted = [label != IGNORE for label in labels[1:]] + [False]
@@ -156,7 +156,7 @@ class Comparison:
         return int(token)
 
     def _tokens(self, record: Conversation, rules: frozenset[str], max_length: int) -> tuple[list[int], list[int]]:
-        processor = self._processor(rules, max_length)
+        processor = self.processor(rules, max_length)
         messages = [
             Message("user" if turn.speaker == "human" else "assistant", _written(turn, record, rules))
             for turn in record.turns
@@ -169,7 +169,7 @@ class Comparison:
         ids = [IMAGE if token == layout.image_token_id else int(token) for token in layout.ids]
         return ids, [int(label) for label in layout.labels]
 
-    def _processor(self, rules: frozenset[str], max_length: int = _NO_LIMIT) -> Processor:
+    def processor(self, rules: frozenset[str], max_length: int = _NO_LIMIT) -> Processor:
         """Ours for no rule. One patch a picture: a picture is one token, as before the authors' model widens it."""
         key = rules, max_length
         if key not in self._processors:
@@ -184,7 +184,7 @@ class Comparison:
             marked = "word_mark_before_space" in rules
             processor = Processor(_WordMarks(self._tokenizer) if marked else self._tokenizer, config)
             if rules:
-                ours: dict[str, Any] = asdict(template_named(self._template))
+                ours: dict[str, Any] = asdict(get_template(self._template))
                 whole = "whole_assistant_message" in rules
                 processor.template = _AuthorsTemplate(**ours, whole_assistant_message=whole)
             self._processors[key] = processor
@@ -199,5 +199,5 @@ def _written(turn: Turn, record: Conversation, rules: frozenset[str]) -> str:
     elif "one_picture_a_turn" in rules and IMAGE_PLACEHOLDER in text:
         text = f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
     elif "picture_line_as_written" not in rules or not text.startswith(IMAGE_PLACEHOLDER):
-        text = place_image(text)
+        text = move_image_to_front(text)
     return text.strip() if "trimmed" in rules else text

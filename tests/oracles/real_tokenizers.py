@@ -1,6 +1,4 @@
-"""The released backbones' tokenizers and SmolLM2's from the cache, as `read_tokenizer` gives them, under the fixtures'
-names.
-"""
+"""Tokenizers of the released backbones and of SmolLM2 from the cache, under the names used in the fixtures."""
 
 import functools
 import json
@@ -21,7 +19,7 @@ QUICKSTART = "python scripts/quickstart/assets.py --set quickstart"
 
 
 def tokenizer(name: str) -> Any:
-    """One of NAMES; skips the test where the cache lacks it.
+    """One of NAMES; skips the test if it is not in the cache.
 
     `vicuna_legacy` is vicuna with the word mark behind end tokens, as before transformers 4.33; `vicuna_chatml`
     stands for Nous-Hermes-2-Yi-34B's, which no package has: its settings and end tokens over Vicuna's pieces.
@@ -31,7 +29,7 @@ def tokenizer(name: str) -> Any:
 
 
 def asset(name: str) -> Path:
-    """A folder of the cache; skips the test where it is absent."""
+    """A folder of the cache; skips the test if it is absent."""
     root = Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
     if not (root / name / "asset.json").is_file():
         pytest.skip(f"{root / name} is absent; fetch it: {COMMAND if name.startswith('tokenizer_') else QUICKSTART}")

@@ -1,6 +1,6 @@
 """Grids, kept maps, token counts, token order and tile pixels against the authors' own, over 20,500 sizes.
 
-The fixtures are made by ./scripts/oracles.sh, which runs the authors' code in an environment of its own.
+The fixtures are made by ./scripts/oracles.sh, which runs the authors' code in a separate environment.
 """
 
 import json
@@ -16,11 +16,12 @@ from PIL import Image
 
 from llava_next.config import AUTHORS_GRIDS, ImageMode
 from llava_next.inputs.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
-from scripts.oracles.digests import BLOCK, block_digests, bytes_digest, numbers_digest, size_line
-from scripts.oracles.image_files import image_files
-from scripts.oracles.inputs import GENERATOR, PICTURES_HW, SQUASHED_HW, inputs_sha256, picture_bytes, sizes_hw
+from tests.oracles.digests import BLOCK, block_digests, bytes_digest, numbers_digest, size_line
+from tests.oracles.image_files import image_files
+from tests.oracles.inputs import GENERATOR, IMAGES_HW, SQUASHED_HW, image_bytes, inputs_sha256, sizes_hw
 
 FOLDER = Path(__file__).parent
+FIXTURES = FOLDER / "fixtures"
 HINT = "make the fixtures again: ./scripts/oracles.sh"
 TILE, SIDE = 336, 24
 MEAN_COLOUR = (122, 116, 104)
@@ -32,7 +33,7 @@ Layout = Callable[[SizeHW], ImageLayout]
 
 
 def _fixture(name: str, inputs: Any) -> dict[str, Any]:
-    fixture: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    fixture: dict[str, Any] = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
     assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(inputs)}, HINT
     return fixture
 
@@ -78,8 +79,8 @@ def test_with_their_rounding_every_size_is_the_authors() -> None:
     sizes = sizes_hw()
     fixture = _fixture("anyres_sizes", sizes)
     lines = [_line(_with_authors_rounding(size)) for size in sizes]
-    for ours, theirs in zip(lines, fixture["whole"], strict=False):  # the first ones stand there whole
-        assert ours == theirs
+    for ours, authors in zip(lines, fixture["whole"], strict=False):  # the first ones stand there whole
+        assert ours == authors
     differing = [n for n, (a, b) in enumerate(zip(block_digests(lines), fixture["blocks"], strict=True)) if a != b]
     assert not differing, f"sizes {[(n * BLOCK, (n + 1) * BLOCK) for n in differing]} of inputs.sizes_hw() differ"
 
@@ -88,11 +89,11 @@ def test_without_it_only_the_listed_sizes_differ() -> None:
     """Exact integers keep one line more than the authors' floats at the listed sizes, in the same grid."""
     differing = set()
     for size in sizes_hw():
-        ours, theirs = _ours(size), _with_authors_rounding(size)
-        if ours != theirs:
+        ours, authors = _ours(size), _with_authors_rounding(size)
+        if ours != authors:
             differing.add(size)
-            assert ours.grid == theirs.grid
-            assert ours.num_tokens > theirs.num_tokens
+            assert ours.grid == authors.grid
+            assert ours.num_tokens > authors.num_tokens
     assert differing == _listed_sizes()
 
 
@@ -105,27 +106,27 @@ def test_tokens_stand_in_the_authors_order() -> None:
         assert numbers_digest(_with_authors_rounding(size).token_sources().tolist()) == order, size
 
 
-@pytest.mark.parametrize("index", range(len(PICTURES_HW)))
+@pytest.mark.parametrize("index", range(len(IMAGES_HW)))
 def test_tile_pixels_are_the_authors(index: int) -> None:
     """Bit for bit, before normalisation: every tile of process_anyres_image, stage 1's single view, and the padded view
     of LLaVA-1.5's stage 2."""
-    theirs = _fixture("anyres_pixels", PICTURES_HW)["pictures"][index]
-    height, width = PICTURES_HW[index]
-    picture = Image.frombytes("RGB", (width, height), picture_bytes(index))
-    tiles = cut_tiles(picture, _ours((height, width)), TILE)
-    assert [bytes_digest(tile.tobytes()) for tile in tiles] == theirs["anyres"]
-    padded = cut_tiles(picture, _ours((height, width), "pad"), TILE, pad_colour=MEAN_COLOUR)[0]
+    authors = _fixture("anyres_pixels", IMAGES_HW)["pictures"][index]
+    height, width = IMAGES_HW[index]
+    image = Image.frombytes("RGB", (width, height), image_bytes(index))
+    tiles = cut_tiles(image, _ours((height, width)), TILE)
+    assert [bytes_digest(tile.tobytes()) for tile in tiles] == authors["anyres"]
+    padded = cut_tiles(image, _ours((height, width), "pad"), TILE, pad_colour=MEAN_COLOUR)[0]
     if max(height, width) > 1:
-        assert bytes_digest(padded.tobytes()) == theirs["pad"]
+        assert bytes_digest(padded.tobytes()) == authors["pad"]
     else:  # a single pixel is a square already, and misread as below
-        assert theirs["pad"] == theirs["square"]
-    single = cut_tiles(picture, _ours((height, width), "square"), TILE)[0]
+        assert authors["pad"] == authors["square"]
+    single = cut_tiles(image, _ours((height, width), "square"), TILE)[0]
     misread = height == 1
-    assert (bytes_digest(single.tobytes()) == theirs["square"]) == (not misread)
+    assert (bytes_digest(single.tobytes()) == authors["square"]) == (not misread)
     if misread:  # rule `height_taken_for_channels`: one channel, as high as it is wide, three pixels wide
-        grey = Image.frombytes("L", (3, width), picture_bytes(index)).convert("RGB")
+        grey = Image.frombytes("L", (3, width), image_bytes(index)).convert("RGB")
         single = cut_tiles(grey, _ours((width, 3), "square"), TILE)[0, :, :, 0]
-        assert bytes_digest(single.tobytes()) == theirs["square"]
+        assert bytes_digest(single.tobytes()) == authors["square"]
 
 
 @pytest.mark.parametrize("index", range(len(SQUASHED_HW)))
@@ -136,19 +137,19 @@ def test_squashed_pixels_are_the_authors(index: int) -> None:
     tower = yaml.safe_load(SIGLIP_YAML.read_text(encoding="utf-8"))
     assert (fixture["mean"], fixture["std"]) == (tower["image_mean"], tower["image_std"])
     assert fixture["size"] == [SIGLIP_TILE, SIGLIP_TILE]
-    theirs = fixture["pictures"][index]
+    authors = fixture["pictures"][index]
     size = height, width = SQUASHED_HW[index]
-    pixels = picture_bytes(index, size)
+    pixels = image_bytes(index, size)
     view = _squashed(Image.frombytes("RGB", (width, height), pixels))
     if height == 1:  # rule `height_taken_for_channels`: one channel, which their three means do not fit
-        assert re.search("1 elements.* got 3", theirs["error"])
+        assert re.search("1 elements.* got 3", authors["error"])
     elif height == 3:  # the same rule: rows are the channels of an image as high as this one is wide
-        assert bytes_digest(view.tobytes()) != theirs["squash"]
+        assert bytes_digest(view.tobytes()) != authors["squash"]
         rows = np.frombuffer(pixels, dtype=np.uint8).reshape(3, width, 3)
         misread = _squashed(Image.fromarray(np.ascontiguousarray(rows.transpose(1, 2, 0))))
-        assert bytes_digest(misread.tobytes()) == theirs["squash"]
+        assert bytes_digest(misread.tobytes()) == authors["squash"]
     else:
-        assert bytes_digest(view.tobytes()) == theirs["squash"]
+        assert bytes_digest(view.tobytes()) == authors["squash"]
 
 
 @pytest.mark.parametrize("index", range(len(image_files())), ids=lambda index: image_files()[index].kind)
@@ -156,9 +157,9 @@ def test_image_files_are_read_as_the_authors_but_for_the_listed_rules(index: int
     """EXIF orientation, transparency and 16-bit values change what our tower sees; without the one that a file has, its
     view is the authors' bit for bit."""
     files = image_files()
-    theirs = _fixture("image_files", [file.about for file in files])["square"][index]
-    assert _digest_of_view(decode(files[index].data)) != theirs
-    assert _digest_of_view(decode(files[index].plain)) == theirs
+    authors = _fixture("image_files", [file.about for file in files])["square"][index]
+    assert _digest_of_view(decode(files[index].data)) != authors
+    assert _digest_of_view(decode(files[index].plain)) == authors
     num_listed, num_files = _listed("image_files", files[index].rule)
     assert num_listed == sum(file.rule == files[index].rule for file in files)
     assert num_files == len(files)
@@ -176,9 +177,9 @@ def _squashed(image: Image.Image) -> np.ndarray:
     return cut_tiles(image, layout, SIGLIP_TILE, squash=True)[0]
 
 
-def test_the_pictures_choose_every_grid() -> None:
+def test_the_images_choose_every_grid() -> None:
     """No grid of the authors' list is left out, and as many pictures are one pixel high as are listed."""
-    assert {_ours(size).grid for size in PICTURES_HW} == set(AUTHORS_GRIDS)
-    misread = {"anyres_pixels": (PICTURES_HW, (1,)), "squash_pixels": (SQUASHED_HW, (1, 3))}
+    assert {_ours(size).grid for size in IMAGES_HW} == set(AUTHORS_GRIDS)
+    misread = {"anyres_pixels": (IMAGES_HW, (1,)), "squash_pixels": (SQUASHED_HW, (1, 3))}
     for fixture, (sizes, heights) in misread.items():
         assert _listed(fixture, "height_taken_for_channels") == (sum(h in heights for h, _ in sizes), len(sizes))

@@ -1,7 +1,7 @@
 """Loss and every gradient of the tiny model against the authors' own classes: one and several pictures, text only,
 square and AnyRes, and a padded micro-batch of theirs against a packed row of ours.
 
-The fixture is made by ./scripts/oracles.sh, which runs the authors' code in an environment of its own. Their tower runs
+The fixture is made by ./scripts/oracles.sh, which runs the authors' code in a separate environment. Their tower runs
 without gradients: the tower's are compared with stock transformers' in tests/llava_next/model/test_llava_next.py.
 """
 
@@ -21,12 +21,12 @@ from llava_next.inputs.processor import Example
 from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import part_of
-from scripts.oracles import our_model, tiny_model, tiny_runs
-from scripts.oracles.digests import IGNORE, IMAGE, numbers_digest
-from scripts.oracles.inputs import GENERATOR, inputs_sha256
-from scripts.oracles.tiny_runs import CASES, Case, Record
+from tests.oracles import our_model, tiny_model, tiny_runs
+from tests.oracles.digests import IGNORE, IMAGE, numbers_digest
+from tests.oracles.inputs import GENERATOR, inputs_sha256
+from tests.oracles.tiny_runs import CASES, Case, Record
 
-FOLDER = Path(__file__).parent
+FIXTURES = Path(__file__).parent / "fixtures"
 HINT = "make the fixtures again: ./scripts/oracles.sh"
 TOLERANCE = 1e-5
 
@@ -39,11 +39,11 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, LlavaNext]
 
 
 @pytest.fixture(scope="module")
-def theirs() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def authors() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The fixture: what is known of each case, and gradients by "case/published name"."""
-    fixture = json.loads((FOLDER / "gradients.json").read_text(encoding="utf-8"))
+    fixture = json.loads((FIXTURES / "gradients.json").read_text(encoding="utf-8"))
     assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(tiny_runs.inputs(CASES))}, HINT
-    return fixture, load_file(FOLDER / "gradients.safetensors")
+    return fixture, load_file(FIXTURES / "gradients.safetensors")
 
 
 def _encoded(backbone: Backbone, case: Case, record: Record) -> Example:
@@ -51,13 +51,13 @@ def _encoded(backbone: Backbone, case: Case, record: Record) -> Example:
     messages = [
         Message("user" if turn["from"] == "human" else "assistant", turn["value"]) for turn in record["conversations"]
     ]
-    names = tiny_runs.pictures(record)
+    names = tiny_runs.image_names(record)
     files = []
     for name in names:
         stream = io.BytesIO()
-        tiny_runs.picture(name).save(stream, "PNG")
+        tiny_runs.draw_image(name).save(stream, "PNG")
         files.append(stream.getvalue())
-    return processor.encode(messages, [tiny_runs.picture_size_hw(name) for name in names], files)
+    return processor.encode(messages, [tiny_runs.image_size_hw(name) for name in names], files)
 
 
 def _narrowed(example: Example) -> tuple[list[int], list[int]]:
@@ -76,12 +76,12 @@ def _narrowed(example: Example) -> tuple[list[int], list[int]]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_loss_and_gradients_are_the_authors(
-    ours: tuple[Backbone, LlavaNext], theirs: tuple[dict[str, Any], dict[str, torch.Tensor]], case: Case
+    ours: tuple[Backbone, LlavaNext], authors: tuple[dict[str, Any], dict[str, torch.Tensor]], case: Case
 ) -> None:
     """The same ids and labels, the loss to 1e-5, and every gradient to 1e-5 of its tensor (‖a - b‖ / ‖b‖); what has
     none there has none here."""
     backbone, model = ours
-    known, tensors = theirs
+    known, tensors = authors
     examples = [_encoded(backbone, case, record) for record in case.records]
     encoded = [_narrowed(example) for example in examples]
     assert [numbers_digest(ids) for ids, _ in encoded] == known[case.name]["ids"]
@@ -107,9 +107,9 @@ def test_loss_and_gradients_are_the_authors(
     assert compared == {name for name in tensors if name.startswith(f"{case.name}/")}
 
 
-def test_cases_reach_every_part(theirs: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> None:
+def test_cases_reach_every_part(authors: tuple[dict[str, Any], dict[str, torch.Tensor]]) -> None:
     """The fixture holds what its names say: the newline in AnyRes alone, the projector wherever there is a picture."""
-    _, tensors = theirs
+    _, tensors = authors
     for case in CASES:
         names = {name.removeprefix(f"{case.name}/") for name in tensors if name.startswith(f"{case.name}/")}
         has_pictures = case.name != "text_only"

@@ -1,6 +1,6 @@
 """Our ids and labels against the authors' own, conversation by conversation; every difference is a listed one.
 
-The fixtures are made by ./scripts/oracles.sh, which runs the authors' code in an environment of its own.
+The fixtures are made by ./scripts/oracles.sh, which runs the authors' code in a separate environment.
 """
 
 import json
@@ -15,14 +15,15 @@ import pytest
 
 from llava_next.config import ModelError
 from llava_next.inputs.conversation import TEMPLATES
-from scripts.oracles.digests import IGNORE, numbers_digest, supervised_runs
-from scripts.oracles.image_files import image_files
-from scripts.oracles.inputs import GENERATOR, captions, conversations, inputs_sha256
 from tests.jinja_shapes import MISTRAL, QWEN, VICUNA
 from tests.oracles.differences import RECORD_RULES, RULES, Comparison
+from tests.oracles.digests import IGNORE, numbers_digest, supervised_runs
+from tests.oracles.image_files import image_files
+from tests.oracles.inputs import GENERATOR, captions, conversations, inputs_sha256
 from tests.oracles.real_tokenizers import NAMES, tokenizer
 
 FOLDER = Path(__file__).parent
+FIXTURES = FOLDER / "fixtures"
 HINT = "make the fixtures again: ./scripts/oracles.sh"
 
 PACKAGE = ("one_picture_a_turn", "word_mark_before_space", "sample_ignored")
@@ -42,7 +43,7 @@ CASES: dict[str, tuple[str, ...]] = {
 
 
 def _fixture(name: str) -> dict[str, Any]:
-    return json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _listed() -> dict[str, dict[str, int]]:
@@ -59,7 +60,7 @@ def _listed() -> dict[str, dict[str, int]]:
 
 def test_every_prompt_fixture_is_compared() -> None:
     """No fixture lies unused, and the table of differences names known fixtures and rules only."""
-    there = {path.stem for path in FOLDER.glob("*__*.json")}
+    there = {path.stem for path in FIXTURES.glob("*__*.json")}
     assert there == set(CASES)
     text = (FOLDER / "differences.md").read_text()
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` \|", text, re.MULTILINE)
@@ -84,10 +85,10 @@ def test_ids_and_labels_are_the_authors(name: str) -> None:
     comparison = Comparison(fixture["template"], tokenizer(fixture["tokenizer"]), CASES[name], **limit)
     used: Counter[str] = Counter()
     num_unsupervised = 0
-    for index, (record, theirs) in enumerate(zip(records, fixture["digests"], strict=True)):
+    for index, (record, authors) in enumerate(zip(records, fixture["digests"], strict=True)):
         for rules in comparison.subsets():
             ids, labels = comparison.encode(record, rules)
-            if f"{numbers_digest(ids)} {numbers_digest(labels)}" == theirs:
+            if f"{numbers_digest(ids)} {numbers_digest(labels)}" == authors:
                 used.update(rules)
                 num_unsupervised += "kept_unfinished" in rules and not supervised_runs(labels)
                 break
@@ -157,25 +158,25 @@ def test_supervised_text_is_the_answers_with_their_ends(template: str, name: str
     """With real tokenizers, every supervised run decodes to one answer and its end token, and nothing else."""
     real = _speaking(name, template)
     comparison = Comparison(template, real, ())
-    rendered = comparison._processor(frozenset()).template
+    rendered = comparison.processor(frozenset()).template
     for record in captions() if template == "plain" else conversations():
         ids, labels = comparison.encode(record, frozenset())
         answers = [turn.value for turn in record.turns if turn.speaker == "gpt"]
         answers = [answer.strip() if rendered.trims else answer for answer in answers]
-        wanted = [rendered.answer_format.replace("{text}", answer) + rendered.end for answer in answers]
-        found = []
-        for (start, stop), answer in zip(supervised_runs(labels), wanted, strict=True):
+        expected = [rendered.answer_format.replace("{text}", answer) + rendered.end for answer in answers]
+        runs = []
+        for (start, stop), answer in zip(supervised_runs(labels), expected, strict=True):
             run = real.decode(ids[start:stop])
             shared = run.removesuffix(answer)
             # A token that holds the header's last line break and the answer's first white space is the answer's.
             if rendered.header.endswith(shared) and len(real.decode(ids[start])) > len(shared) > 0:
                 run = answer
-            found.append(run)
-        found, wanted = [_comparable(text) for text in found], [_comparable(text) for text in wanted]
+            runs.append(run)
+        runs, expected = [_comparable(text) for text in runs], [_comparable(text) for text in expected]
         if record.kind == "special" and name in SENTENCEPIECE:
             # Behind an end token inside an answer stands a word mark, which decodes to a space.
-            found, wanted = ([text.replace(" ", "") for text in texts] for texts in (found, wanted))
-        assert found == wanted, record
+            runs, expected = ([text.replace(" ", "") for text in texts] for texts in (runs, expected))
+        assert runs == expected, record
 
 
 @pytest.mark.parametrize(
@@ -184,5 +185,5 @@ def test_supervised_text_is_the_answers_with_their_ends(template: str, name: str
 )
 def test_other_pairs_are_refused(template: str, name: str) -> None:
     """A tokenizer without the template's tokens is refused with the way out, never used without a stop token."""
-    with pytest.raises(ModelError, match=r"choose a template made for it with stage\.template=NAME"):
-        Comparison(template, _speaking(name, template), ())._processor(frozenset())
+    with pytest.raises(ModelError, match=r"choose another template with stage\.template=NAME"):
+        Comparison(template, _speaking(name, template), ()).processor(frozenset())

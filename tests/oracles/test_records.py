@@ -1,6 +1,6 @@
 """Records that preparation repairs or rejects, and what the authors' own functions make of them.
 
-The fixture is made by ./scripts/oracles.sh, which runs the authors' code in an environment of its own.
+The fixture is made by ./scripts/oracles.sh, which runs the authors' code in a separate environment.
 """
 
 import json
@@ -12,16 +12,17 @@ from typing import Any
 
 import pytest
 
-from data_recipes.raw.image_files import PictureError, load
-from data_recipes.schema.sample import Reason, Reject, Sample, assemble, check
+from data_recipes.raw.image_files import ImageError, load_image
+from data_recipes.schema.sample import Reason, Reject, Sample, assemble, check_sample
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
 from llava_next.inputs.processor import Processor
-from scripts.oracles.digests import supervised_runs
-from scripts.oracles.inputs import GENERATOR, UNREADABLE_RECORDS, Conversation, inputs_sha256, odd_records
 from tests.oracles.differences import RECORD_RULES
+from tests.oracles.digests import supervised_runs
+from tests.oracles.inputs import GENERATOR, UNREADABLE_RECORDS, Conversation, inputs_sha256, odd_records
 from tests.oracles.real_tokenizers import tokenizer
 
 FOLDER = Path(__file__).parent
+FIXTURES = FOLDER / "fixtures"
 ANSWER = "A red bicycle.</s>"
 # What ours does, and the rule that says what the authors do; None: the same.
 CASES: dict[str, tuple[Reason | str, str | None]] = {
@@ -36,16 +37,16 @@ CASES: dict[str, tuple[Reason | str, str | None]] = {
 }
 
 
-def _theirs(name: str = "records", inputs: Iterable[object] = tuple(odd_records())) -> dict[str, dict[str, Any]]:
-    fixture = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+def _authors(name: str = "records", inputs: Iterable[object] = tuple(odd_records())) -> dict[str, dict[str, Any]]:
+    fixture = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
     assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(inputs)}
-    found: dict[str, dict[str, Any]] = fixture["records"]
-    return found
+    records: dict[str, dict[str, Any]] = fixture["records"]
+    return records
 
 
 def _ours(record: Conversation) -> Sample | Reject:
     made = assemble(record.kind, [(turn.speaker, turn.value) for turn in record.turns], (), "here")
-    return made if isinstance(made, Reject) else check(made) or made
+    return made if isinstance(made, Reject) else check_sample(made) or made
 
 
 @pytest.mark.parametrize("record", odd_records(), ids=lambda record: record.kind)
@@ -53,12 +54,12 @@ def test_each_record_is_handled_as_listed(record: Conversation) -> None:
     """Ours supervises the answer of a record that it repairs and rejects one that it cannot repair; the authors keep
     each, without labels or with a blank answer, or raise an exception."""
     expected, rule = CASES[record.kind]
-    ours, theirs, real = _ours(record), _theirs()[record.kind], tokenizer("vicuna")
+    ours, authors, real = _ours(record), _authors()[record.kind], tokenizer("vicuna")
     if rule == "error_raised":
-        assert theirs in ({"error": "AssertionError"}, {"error": "KeyError"})
+        assert authors in ({"error": "AssertionError"}, {"error": "KeyError"})
     else:
         answers = {None: [ANSWER], "no_labels": [], "blank_answer": [ANSWER, "  </s>"]}[rule]
-        assert [real.decode(theirs["ids"][a:b]).strip(" ") for a, b in theirs["supervised"]] == [
+        assert [real.decode(authors["ids"][a:b]).strip(" ") for a, b in authors["supervised"]] == [
             answer.strip(" ") for answer in answers
         ]
     if isinstance(expected, Reason):
@@ -71,23 +72,23 @@ def test_each_record_is_handled_as_listed(record: Conversation) -> None:
     layout = Processor(real, config).layout(ours.messages, [])
     (run,) = supervised_runs(layout.labels.tolist())
     assert real.decode(layout.ids[slice(*run)]) == ANSWER
-    assert (layout.ids.tolist() == theirs["ids"] and [run] == theirs["supervised"]) == (rule is None)
+    assert (layout.ids.tolist() == authors["ids"] and [run] == authors["supervised"]) == (rule is None)
 
 
 def test_an_image_that_cannot_be_read_is_replaced_by_nothing(tmp_path: Path) -> None:
     """The authors' repository takes the next record, or raises an exception where there is none; preparation rejects
     the record by its reason."""
-    theirs = _theirs("unreadable", UNREADABLE_RECORDS)
-    assert set(theirs) == {name for name, _ in UNREADABLE_RECORDS}
+    authors = _authors("unreadable", UNREADABLE_RECORDS)
+    assert set(authors) == {name for name, _ in UNREADABLE_RECORDS}
     for name, image in UNREADABLE_RECORDS:
         if image is None:
-            assert theirs[name] == {"taken": name}
+            assert authors[name] == {"taken": name}
             continue
-        with pytest.raises(PictureError) as raised:
-            load(tmp_path / image)
-        assert raised.value.reason == Reason.PICTURE_MISSING
-    assert theirs["missing image"] == {"taken": "more text"}
-    assert theirs["last image missing"] == {"error": "FileNotFoundError"}
+        with pytest.raises(ImageError) as raised:
+            load_image(tmp_path / image)
+        assert raised.value.reason == Reason.IMAGE_MISSING
+    assert authors["missing image"] == {"taken": "more text"}
+    assert authors["last image missing"] == {"error": "FileNotFoundError"}
 
 
 def test_the_tables_count_the_records() -> None:
@@ -103,4 +104,4 @@ def test_the_tables_count_the_records() -> None:
         inputs = odd_records() if name == "records" else UNREADABLE_RECORDS
         assert {int(total) for _, _, total in rows} == {len(inputs)}
     assert set().union(*counts.values()) == set(RECORD_RULES)
-    assert set(_theirs()) == set(CASES)
+    assert set(_authors()) == set(CASES)

@@ -1,8 +1,8 @@
 """Twenty optimizer steps of the tiny model, ours against the authors' program: losses, norms, rates, final weights.
 
-Three runs: stage 1 with square pictures, stage 1 with AnyRes and image_newline frozen, stage 2 with image_newline at
-the language model's rate and the tower frozen. The fixture is made by ./scripts/oracles.sh, which runs the authors'
-program in an environment of its own; ours runs here, from prepared stores to DeepSpeed's engine.
+Three runs: stage 1 with square images, stage 1 with AnyRes and image_newline frozen, stage 2 with image_newline at the
+language model's rate and the tower frozen. The fixture is made by ./scripts/oracles.sh, which runs the authors' program
+in a separate environment; ours runs here, from prepared stores to DeepSpeed's engine.
 """
 
 import hashlib
@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from llava_next.formats.tensor_names import published_name
 from llava_next.model.parts import set_trained_parts
-from scripts.oracles import our_model, our_steps, tiny_model, tiny_runs
-from scripts.oracles.inputs import GENERATOR, inputs_sha256
-from scripts.oracles.our_steps import OurSide
-from scripts.oracles.tiny_runs import NUM_STEPS, RUNS, Run
+from tests.oracles import our_model, our_steps, tiny_model, tiny_runs
+from tests.oracles.inputs import GENERATOR, inputs_sha256
+from tests.oracles.our_steps import OurSide
+from tests.oracles.save_fixture import PLOT
+from tests.oracles.tiny_runs import NUM_STEPS, RUNS, Run
 from tests.ranks import Ranks
 from tests.train import cases
 from train.config.compose import load
@@ -29,6 +30,7 @@ from train.config.schema import StageConfig
 from train.engine.optimizer import parameter_groups
 
 FOLDER = Path(__file__).parent
+FIXTURES = FOLDER / "fixtures"
 README = FOLDER.parents[1] / "README.md"
 HINT = "make the fixtures again: ./scripts/oracles.sh"
 TOLERANCE = 1e-4
@@ -38,14 +40,14 @@ runs = pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
 
 
 def _fixture(name: str) -> dict[str, Any]:
-    fixture: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    fixture: dict[str, Any] = json.loads((FIXTURES / f"{name}.json").read_text(encoding="utf-8"))
     assert fixture["inputs"] == {"generator": GENERATOR, "sha256": inputs_sha256(tiny_runs.inputs(RUNS))}, HINT
     return fixture
 
 
 @pytest.fixture(scope="module")
-def theirs() -> dict[str, Any]:
-    """What the authors' program did."""
+def authors() -> dict[str, Any]:
+    """The record of the authors' program."""
     return _fixture("steps")
 
 
@@ -57,27 +59,27 @@ def side(tmp_path_factory: pytest.TempPathFactory) -> OurSide:
 
 @pytest.fixture(scope="module")
 def rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    """One rank, kept for all runs."""
+    """One rank for all runs."""
     ranks = Ranks(1, tmp_path_factory.mktemp("ranks"))
     yield ranks
     ranks.close()
 
 
 @runs
-def test_twenty_steps_are_the_authors(rank: Ranks, side: OurSide, theirs: dict[str, Any], run: Run) -> None:
+def test_twenty_steps_are_the_authors(rank: Ranks, side: OurSide, authors: dict[str, Any], run: Run) -> None:
     """Every step's loss to 1e-4, its gradient norm to a relative 1e-4, the rates of the parts, and the trained tensors
     at the end to 1e-4 of what training changed; everything else is as it was."""
     side.prepare(run)
     config = load(side.overrides(run), config_dir=str(side.configs))
     record = rank.run(cases.train, config, timeout_s=300)[0]
-    known = theirs[run.name]
+    known = authors[run.name]
     assert len(record.losses) == len(known["losses"]) == NUM_STEPS
     np.testing.assert_allclose(record.losses, known["losses"], rtol=0, atol=TOLERANCE)
     np.testing.assert_allclose(record.grad_norms, known["grad_norms"], rtol=1e-4)
     for part, rates in known["rates"].items():
         np.testing.assert_allclose([step[f"lr/{part}"] for step in side.metrics(run)], rates, rtol=1e-7)
 
-    final = load_file(FOLDER / "steps.safetensors")
+    final = load_file(FIXTURES / "steps.safetensors")
     compared = set()
     for live, after in record.after.items():
         name = published_name(live, "clip_vision_model")
@@ -95,10 +97,10 @@ def test_twenty_steps_are_the_authors(rank: Ranks, side: OurSide, theirs: dict[s
 
 
 @runs
-def test_the_runs_would_show_a_difference(theirs: dict[str, Any], run: Run) -> None:
+def test_the_runs_would_show_a_difference(authors: dict[str, Any], run: Run) -> None:
     """The loss moves by far more than the tolerance, clipping acts, the rate warms up and falls, and parts that differ
     in their rate are there: equal curves say something."""
-    known = theirs[run.name]
+    known = authors[run.name]
     assert max(known["losses"]) - min(known["losses"]) > 1000 * TOLERANCE
     assert max(known["grad_norms"]) > tiny_runs.CLIP_NORM
     assert set(known["rates"]) == set(run.rates)
@@ -107,7 +109,7 @@ def test_the_runs_would_show_a_difference(theirs: dict[str, Any], run: Run) -> N
         assert rates[0] == 0 < rates[1] < rates[2] > rates[-1] > 0
 
 
-def test_only_the_newlines_decay_would_differ(side: OurSide, theirs: dict[str, Any]) -> None:
+def test_only_the_newlines_decay_would_differ(side: OurSide, authors: dict[str, Any]) -> None:
     """The recipe has no weight decay. Had it one, the same tensors would decay as with the authors, but for
     image_newline: a vector, which does not decay here."""
     run = RUNS[-1]
@@ -121,27 +123,27 @@ def test_only_the_newlines_decay_would_differ(side: OurSide, theirs: dict[str, A
         if group["weight_decay"] == 0
         for parameter in group["params"]
     }
-    assert ours == {*theirs[run.name]["undecayed"], "image_newline"}
+    assert ours == {*authors[run.name]["undecayed"], "image_newline"}
 
 
 @pytest.mark.full
 @runs
 def test_kept_losses_are_the_programs(side: OurSide, run: Run) -> None:
-    """What the picture is drawn from is what `python -m train` does, in a process of its own."""
+    """The plotted losses are those of `python -m train` in a process of its own."""
     losses = our_steps.train(side, run)
     np.testing.assert_allclose(losses, _fixture("steps_ours")[run.name]["losses"], rtol=0, atol=TOLERANCE)
 
 
-def test_picture_and_readme_show_these_numbers(theirs: dict[str, Any]) -> None:
-    """The picture is drawn from the two files, and README.md tells the largest difference between them."""
+def test_plot_and_readme_show_these_numbers(authors: dict[str, Any]) -> None:
+    """The plot is of the two files, and README.md names the largest difference between them."""
     ours = _fixture("steps_ours")
     largest = max(
-        abs(a - b) for run in RUNS for a, b in zip(ours[run.name]["losses"], theirs[run.name]["losses"], strict=True)
+        abs(a - b) for run in RUNS for a, b in zip(ours[run.name]["losses"], authors[run.name]["losses"], strict=True)
     )
     assert largest < TOLERANCE
-    told = re.search(r"largest difference (?:is|was) (\d\.\de-\d+)", README.read_text(encoding="utf-8"))
-    assert told is not None
-    assert told[1] == f"{largest:.1e}"
-    drawn = (FOLDER / "steps.svg").read_text(encoding="utf-8")
+    facts = re.search(r"largest difference (?:is|was) (\d\.\de-\d+)", README.read_text(encoding="utf-8"))
+    assert facts is not None
+    assert facts[1] == f"{largest:.1e}"
+    drawn = PLOT.read_text(encoding="utf-8")
     for name in ("steps", "steps_ours"):
-        assert hashlib.sha256((FOLDER / f"{name}.json").read_bytes()).hexdigest() in drawn, HINT
+        assert hashlib.sha256((FIXTURES / f"{name}.json").read_bytes()).hexdigest() in drawn, HINT

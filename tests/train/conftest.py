@@ -1,4 +1,4 @@
-"""Owns the fixtures that the tests of train/ share: the ranks, a tiny model and a tiny mixture, a run of them."""
+"""Fixtures of the tests of train/: the ranks, a tiny model with a tiny mixture, and a run of them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ StartRanks = Callable[[int], Ranks]
 
 @pytest.fixture(scope="session")
 def start_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], Ranks]]:
-    """The ranks of a world size: started at its first case, kept for all others."""
+    """The ranks of a world size: started with the first case and reused by all others."""
     folder = tmp_path_factory.mktemp("ranks")
     worlds: dict[int, Ranks] = {}
 
@@ -32,7 +32,7 @@ def start_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[
 
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """A finetune run of a tiny model with every part trained; its stores and directories are there."""
+    """A finetune run of a tiny model with every part trained; its stores and directories exist."""
     folder = tmp_path_factory.mktemp("tiny")
     model = tiny_model(folder / "models", tower="clip")
     mixture, store_root = tiny_mixture(folder / "data", NUM_SAMPLES)
@@ -41,7 +41,7 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 
 @pytest.fixture
 def run_config(tiny_parts: RunConfig, tmp_path: Path) -> RunConfig:
-    """The same run with an output folder of its own."""
+    """The same run with its own output folder."""
     from dataclasses import replace
 
     return replace(tiny_parts, root=str(tmp_path / "outputs"))

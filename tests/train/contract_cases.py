@@ -1,6 +1,7 @@
-"""What ranks do in the test of the collective contract: the phases of a run over unlike rows, each phase recorded.
+"""Functions that ranks run in the test of the collective contract: the phases of a run on different rows, each
+recorded.
 
-Owns the rows, the phases and their recording; which settings are tried and what is compared is in `test_contract.py`.
+The settings and the assertions are in `test_contract.py`.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ LAST_BEFORE_SAVE = 4
 
 @dataclass
 class Phase:
-    """A phase of a run on one rank: the kinds of its rows, its collectives in order, and what it computed."""
+    """A phase of a run on one rank: the kinds of its rows, its collectives in order, and its values."""
 
     name: str
     kinds: list[str] = field(default_factory=list)
@@ -64,7 +65,7 @@ def run_phases(config: RunConfig, resumed: RunConfig | None, timeout_s: int) -> 
 
 
 def reference(config: RunConfig) -> Report:
-    """The same steps on one rank by one engine."""
+    """Runs the same steps on one rank with one engine."""
     return run_phases(config, None, 60)
 
 
@@ -96,16 +97,16 @@ def _train(config: RunConfig, resumed: RunConfig | None, report: Report) -> None
 
 
 class _Stepper:
-    """Trains steps of unlike rows by one trainer."""
+    """Trains steps of different rows with one trainer."""
 
     def __init__(self, parts: Parts, report: Report) -> None:
-        from train.data.loader import Rows
+        from train.data.loader import RowDataset
         from train.engine.optimizer import set_rates
         from train.observability.run_log import RunLog
         from train.trainer import Trainer
 
         self._parts, self._report = parts, report
-        self._encode = Rows(parts.mixture, parts.table, parts.processor, False, read_retries=0)
+        self._encode = RowDataset(parts.mixture, parts.table, parts.processor, False, read_retries=0)
         log = RunLog(parts.config, is_main=False, first_step=0, num_steps=1)
         self._trainer = Trainer(parts.config, parts.world, parts.engine, parts.planner, iter(()), log, parts.mixture)
         set_rates(parts.engine.optimizer.param_groups, 1.0)
@@ -133,7 +134,7 @@ class _Stepper:
             phase.values = [sum(sums[:num_sources]) / plan.divisor, outcome.update.grad_norm]
 
     def evaluate(self, name: str) -> None:
-        """The trainer's evaluation, with answers of the live model."""
+        """Runs the trainer's evaluation, with answers of the live model."""
         from train.run import build_validation
 
         parts, trainer = self._parts, self._trainer
@@ -142,15 +143,15 @@ class _Stepper:
             config, parts.mixture, parts.backbone, parts.processor, parts.planner
         )
         answers: list[Any] = []
-        trainer.log.answers = lambda _, said: answers.extend(said)  # type: ignore[method-assign, assignment]
+        trainer.log.log_answers = lambda _, output: answers.extend(output)  # type: ignore[method-assign, assignment]
         with _recorded(self._report, name) as phase:
-            found = trainer._evaluate(config.evaluate.every, 0)
-            phase.values = [found[key] for key in sorted(found) if key.startswith("eval/")]
+            result = trainer._evaluate(config.evaluate.every, 0)
+            phase.values = [result[key] for key in sorted(result) if key.startswith("eval/")]
             phase.values += [float(token) for answer in answers for token in answer.ids]
 
 
 def _rows(parts: Parts, number: int) -> dict[str, Array]:
-    """The rows of a step by kind, as positions in the length table; other samples in each step."""
+    """Returns the rows of a step by kind, as positions in the length table; each step has other samples."""
     table = parts.table.rows
     num_images = np.array([len(parts.mixture.text(int(sample)).sizes_hw) for sample in table["sample"]])
     text, image, images = (np.roll(np.flatnonzero(num_images == n), -3 * number) for n in (0, 1, 2))
@@ -166,7 +167,7 @@ def _rows(parts: Parts, number: int) -> dict[str, Array]:
 
 
 def _deal(kinds: list[str], num_ranks: int, shift: int) -> list[list[str | None]]:
-    """The kinds of each rank's rows, None for a blank one; in each step every rank begins with another kind."""
+    """Returns the kinds of each rank's rows, None for a blank one; in each step every rank begins with another kind."""
     num_micro_steps = -(-len(kinds) // num_ranks) if num_ranks == 1 else -(-(len(kinds) + 1) // num_ranks)
     cells: list[str | None] = [*kinds, *[None] * (num_micro_steps * num_ranks - len(kinds))]
     turned = cells[shift % len(cells) :] + cells[: shift % len(cells)]
@@ -174,19 +175,19 @@ def _deal(kinds: list[str], num_ranks: int, shift: int) -> list[list[str | None]
 
 
 def _save(parts: Parts, step: int) -> None:
-    from train.checkpoint.resume import run_state
+    from train.checkpoint.resume import make_run_state
     from train.checkpoint.saver import Saver
     from train.config.compose import to_yaml
 
     saver = Saver(parts.config.run_dir / "checkpoints", parts.world, parts.config.save)
-    state = run_state(step, parts.table.fingerprint, parts.config, parts.world, parts.engine, parts.frozen)
+    state = make_run_state(step, parts.table.fingerprint, parts.config, parts.world, parts.engine, parts.frozen)
     saver.write(parts.engine, state, to_yaml(parts.config))
     saver.wait()
 
 
 @contextmanager
 def _recorded(report: Report, name: str) -> Iterator[Phase]:
-    """A phase, whose collectives are kept also where it ends by an error. One inside another ends it."""
+    """Records a phase, with its collectives even if it ends with an error. A phase inside another ends that."""
     phase = Phase(name)
     report.phases.append(phase)
     with recorded_collectives() as seen:
@@ -202,9 +203,9 @@ def _timeout(seconds: int) -> Iterator[None]:
     timeout."""
     from torch.distributed import distributed_c10d
 
-    kept: Callable[[timedelta], Any] = distributed_c10d._set_pg_timeout
-    kept(timedelta(seconds=seconds))
+    remaining: Callable[[timedelta], Any] = distributed_c10d._set_pg_timeout
+    remaining(timedelta(seconds=seconds))
     try:
         yield
     finally:
-        kept(timedelta(seconds=600))
+        remaining(timedelta(seconds=600))

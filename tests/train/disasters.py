@@ -1,7 +1,7 @@
-"""The whole program in forked ranks, with something that goes wrong on its way; what is proved stands in the tests.
+"""The whole program in forked ranks, with faults.
 
-Owns: what ranks run (the same command, again and again), what strikes them, and what a run's folder must hold at its
-end. When it strikes is `moments.py`'s; the faults of single steps are `faults.py`'s.
+These functions run the same command repeatedly, inject faults, and check the run folder; `moments.py` selects the
+moments, and `faults.py` has the faults of single steps. The assertions are in the tests.
 """
 
 import ctypes
@@ -45,16 +45,17 @@ class Blow:
 
 
 def blows(seed: int, step_s: float, start_s: float) -> list[Blow]:
-    """Twenty moments: two starts, six steps, and every act of a save, some twice; half strike one rank, half all."""
+    """Returns twenty moments: two starts, six steps, and every file operation of a save, some twice; half affect one
+    rank, half all."""
     draw = random.Random(seed)
     acts = [*ACTS, *draw.sample(ACTS, 2), *["step"] * 6, *["start"] * 2]
     draw.shuffle(acts)
-    found = []
+    actual = []
     for act in acts:
         ranks = (None, None, 0, 1) if act in (*OF_EVERY_RANK, "step") else (None, None if act == "start" else 0)
         seconds = draw.uniform(0.0, start_s if act == "start" else step_s)
-        found.append(Blow(draw.choice(ranks), act, draw.randint(1, 4 if act in ("rename", "sync") else 2), seconds))
-    return found
+        actual.append(Blow(draw.choice(ranks), act, draw.randint(1, 4 if act in ("rename", "sync") else 2), seconds))
+    return actual
 
 
 def run_struck(config: RunConfig, blow: Blow | None, folder: str) -> int:
@@ -98,14 +99,14 @@ def run_struck(config: RunConfig, blow: Blow | None, folder: str) -> int:
 
 
 def run_as_it_is(config: RunConfig) -> int:
-    """The program from its checked configuration on; returns the exit code."""
+    """Runs the program on a validated configuration; returns the exit code."""
     from train.__main__ import execute
 
     return execute(config)
 
 
 def run_and_fill_the_disk(config: RunConfig, phase: str, number: int, leave: float) -> int:
-    """The run's disk fills up when it enters a phase; room for `leave` of a checkpoint is left."""
+    """Fills the run's disk when the run enters a phase, up to the space for `leave` of a checkpoint."""
 
     def fill() -> None:
         newest = max((config.run_dir / "checkpoints").glob("step_??????"))
@@ -121,7 +122,7 @@ def run_and_fill_the_disk(config: RunConfig, phase: str, number: int, leave: flo
 
 
 def run_without_store(config: RunConfig, store: str, back_after_s: float | None) -> int:
-    """A store goes away while its pictures are read, as a network file system does; it comes back, or does not."""
+    """Removes a store while its images are read, as a network file system may; it returns, or does not."""
     place, away, read = Path(config.data.store_root) / store, Path(config.data.store_root) / "away", os.pread
 
     def vanish() -> None:
@@ -140,13 +141,13 @@ def run_without_store(config: RunConfig, store: str, back_after_s: float | None)
 
 
 def run_and_kill_a_worker(config: RunConfig) -> int:
-    """The process that reads for a rank is killed, as the kernel does when memory runs out."""
+    """Kills a rank's loader worker, as the kernel does when it is out of memory."""
     at_sample(20, lambda: os.kill(os.getpid(), signal.SIGKILL))
     return run_as_it_is(config)
 
 
 def run_with_jumping_clock(config: RunConfig) -> int:
-    """The clock of the host jumps by days, forward and back, in every step."""
+    """Makes the clock of the host jump by days, forward and back, in every step."""
     clock, days, offsets = time.time, 86_400.0, itertools.cycle((3.0, -5.0, 0.5, 1000.0))
     offset = [0.0]
     time.time = lambda: clock() + offset[0]
@@ -160,7 +161,7 @@ def run_with_jumping_clock(config: RunConfig) -> int:
 
 
 def run_and_ask_twice(config: RunConfig) -> int:
-    """Ctrl-C in the second step, and again while it takes its time."""
+    """Sends Ctrl-C in the second step, and again while the step is running."""
     from train.supervision.stop_signal import StopSignal
 
     StopSignal.SAME_REQUEST_S = 0.1
@@ -176,7 +177,7 @@ def run_and_ask_twice(config: RunConfig) -> int:
 
 
 def run_and_ask_at_start(config: RunConfig, where: str, number: int, ranks: list[int]) -> int:
-    """A signal while the run is being put together: `where` is a function that a start is about to call."""
+    """Sends a signal during the start, before the function `where` is called."""
     from train import assemble, run
 
     module = assemble if hasattr(assemble, where) else run
@@ -218,27 +219,27 @@ def run_on_hosts(config: RunConfig, spaces: list[str], links: list[str], address
 
 
 def result_hash(config: RunConfig) -> str:
-    """sha256 over names and bytes of every tensor of the run's result."""
+    """Returns the sha256 over names and bytes of all tensors of the run's result."""
     from safetensors import safe_open
 
     total = hashlib.sha256()
     files = sorted((config.run_dir / config.stage.result).glob("*.safetensors"))
     assert files
     for path in files:
-        with safe_open(path, framework="numpy") as found:
-            for name in sorted(found.keys()):
-                total.update(name.encode() + found.get_tensor(name).tobytes())
+        with safe_open(path, framework="numpy") as actual:
+            for name in sorted(actual.keys()):
+                total.update(name.encode() + actual.get_tensor(name).tobytes())
     return total.hexdigest()
 
 
 def metrics(config: RunConfig) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; a step that stands twice, or is missing, is an error."""
+    """Returns the lines of metrics.jsonl; asserts that every step is there once."""
     lines = [json.loads(line) for line in (config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(len(lines)))
     return lines
 
 
 def told(config: RunConfig) -> dict[str, Any]:
-    """exit.json."""
+    """Returns the content of exit.json."""
     values: dict[str, Any] = json.loads((config.run_dir / "exit.json").read_text())
     return values

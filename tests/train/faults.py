@@ -1,4 +1,4 @@
-"""Steps and saves that go wrong, for ranks to run: the fault, and what was seen. The proofs stand in the tests."""
+"""Steps and saves with faults, for ranks to run. The assertions are in the tests."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ FAULTY_STEP = 1
 
 @dataclass
 class Seen:
-    """Of each step: whether it was applied, and whether a weight changed in it; and what ended the run, if anything."""
+    """Whether each step was applied and changed a weight; and the message that ended the run, if any."""
 
     applied: list[bool] = field(default_factory=list)
     changed: list[bool] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Seen:
 
 def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) -> Seen:
     """Trains all steps; in step `FAULTY_STEP` rank 1 (or the only one) has the fault."""
-    from train.data.loader import StepPlan, batches
+    from train.data.loader import StepPlan, make_batches
     from train.observability.run_log import RunLog
     from train.observability.step_metrics import StepOutcome
     from train.supervision.step_errors import OutOfMemory, StepError
@@ -53,7 +53,7 @@ def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) 
 
         num_steps = parts.planner.num_steps
         steps = range(num_steps)
-        stream = batches(parts.planner, parts.mixture, parts.processor, steps, config.data, pin_memory=False)
+        stream = make_batches(parts.planner, parts.mixture, parts.processor, steps, config.data, pin_memory=False)
         config.run_dir.mkdir(parents=True, exist_ok=True)
         log = RunLog(config, is_main=parts.world.is_main, first_step=0, num_steps=num_steps)
         args = (config, parts.world, parts.engine, parts.planner, stream, log, parts.mixture)
@@ -64,6 +64,12 @@ def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) 
         finally:
             log.close()
     return seen
+
+
+def start_again(config: RunConfig) -> tuple[int, int]:
+    """The first step of a start from the run's checkpoint, and the steps before it that were left out."""
+    with built(config, goes_on=True) as parts:
+        return parts.first_step, parts.num_skipped
 
 
 @contextmanager

@@ -1,6 +1,6 @@
-"""Runs the program as a stranger does, in its own processes, on a tiny mixture.
+"""Runs the program as a user does, in its own processes, on a tiny mixture.
 
-Owns the command lines and the folder of YAML files that goes with them; what is proved stands in the tests.
+It provides the command lines and a folder with their YAML files; the assertions are in the tests.
 """
 
 import json
@@ -52,7 +52,8 @@ class Program:
             path.write_text(yaml.safe_dump(_plain(values)))
 
     def command(self, launcher: str, *overrides: str) -> list[str]:
-        """The command line of a finetune run, unless the overrides say otherwise; later ones win."""
+        """Returns the command line of a finetune run, unless the overrides say otherwise; later ones take
+        precedence."""
         return [
             *LAUNCHERS[launcher],
             "--config-dir",
@@ -74,16 +75,16 @@ class Program:
         ]
 
     def start(self, launcher: str, *overrides: str, agent: Sequence[str] = ()) -> "subprocess.Popen[str]":
-        """Starts it in a process group of its own; `agent` stands in place of the launcher's usual command."""
+        """Starts the program in its own process group; `agent` replaces the launcher's usual command."""
         hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID", "DS_ACCELERATOR")
-        kept = {key: value for key, value in os.environ.items() if key not in hidden}
+        remaining = {key: value for key, value in os.environ.items() if key not in hidden}
         if launcher == "deepspeed":
-            kept["DS_ACCELERATOR"] = "cpu"
+            remaining["DS_ACCELERATOR"] = "cpu"
         command = self.command(launcher, *overrides)
         return subprocess.Popen(
             [*agent, *command[len(LAUNCHERS[launcher]) :]] if agent else command,
             cwd=ROOT,
-            env={**kept, "OMP_NUM_THREADS": "1", "PATH": f"{_BIN}{os.pathsep}{kept.get('PATH', '')}"},
+            env={**remaining, "OMP_NUM_THREADS": "1", "PATH": f"{_BIN}{os.pathsep}{remaining.get('PATH', '')}"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -91,11 +92,11 @@ class Program:
         )
 
     def run(self, launcher: str, *overrides: str) -> tuple[int, str]:
-        """Runs it to its end; returns exit code and all that it said."""
+        """Runs the program; returns exit code and output."""
         return finish(self.start(launcher, *overrides))
 
     def metrics(self, name: str, stage: str = "finetune") -> list[dict[str, Any]]:
-        """The lines of a run's metrics.jsonl."""
+        """Returns the lines of a run's metrics.jsonl."""
         path = self.root / name / stage / "metrics.jsonl"
         if not path.exists():
             return []
@@ -112,7 +113,7 @@ class Program:
 
 
 def finish(process: "subprocess.Popen[str]", timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
-    """Exit code and output of a program, which is killed with all of its processes when it takes too long."""
+    """Returns exit code and output of a program, which is killed with all of its processes after a timeout."""
     try:
         output, _ = process.communicate(timeout=timeout_s)
     except subprocess.TimeoutExpired:
@@ -123,7 +124,7 @@ def finish(process: "subprocess.Popen[str]", timeout_s: float = TIMEOUT_S) -> tu
 
 
 def kill_all(process: "subprocess.Popen[str]") -> None:
-    """Ends a program and every process that it started, launchers' sessions of their own included."""
+    """Kills a program and every process that it started, including launchers' own sessions."""
     for pid in [process.pid, *_descendants(process.pid)]:
         try:
             os.kill(pid, signal.SIGKILL)
@@ -132,8 +133,8 @@ def kill_all(process: "subprocess.Popen[str]") -> None:
 
 
 def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
-    """Process ids of the ranks of a launched program, by rank."""
-    found: dict[int, list[int]] = {}
+    """Returns the process ids of a launched program's ranks, by rank."""
+    result: dict[int, list[int]] = {}
     for pid in _descendants(process.pid):
         try:
             words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
@@ -142,12 +143,12 @@ def ranks_of(process: "subprocess.Popen[str]") -> list[int]:
             continue
         rank = dict(entry.split("=", 1) for entry in entries if "=" in entry).get("RANK")
         if rank is not None and "train" in words and "deepspeed.launcher.launch" not in words:
-            found.setdefault(int(rank), []).append(pid)
-    return [min(found[rank]) for rank in sorted(found)]  # the workers of its loader are younger
+            result.setdefault(int(rank), []).append(pid)
+    return [min(result[rank]) for rank in sorted(result)]  # the workers of its loader are younger
 
 
 def _descendants(pid: int) -> list[int]:
-    """Process ids of all children, and theirs."""
+    """Returns the process ids of all descendants."""
     children: dict[int, list[int]] = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -155,14 +156,14 @@ def _descendants(pid: int) -> list[int]:
         except OSError:
             continue
         children.setdefault(parent, []).append(int(path.name))
-    found = list(children.get(pid, []))
-    for child in found:
-        found += children.get(child, [])
-    return found
+    result = list(children.get(pid, []))
+    for child in result:
+        result += children.get(child, [])
+    return result
 
 
 def _plain(values: Any) -> Any:
-    """Tuples as lists, as YAML has them."""
+    """Converts tuples to lists, as in YAML."""
     if isinstance(values, dict):
         return {key: _plain(value) for key, value in values.items()}
     if isinstance(values, tuple | list):

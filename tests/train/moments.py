@@ -1,7 +1,6 @@
-"""Moments at which a test strikes a running process: a phase of a step, a sample, an act on its checkpoints, a time.
+"""Moments at which a test interrupts a process: a phase of a step, a sample, a file operation of a save, a time.
 
-Each function patches the process that it is called in, which runs the program afterwards. Who strikes, and why, is
-`disasters.py`'s.
+Each function patches the process that calls it, which runs the program afterwards; `disasters.py` uses them.
 """
 
 import itertools
@@ -45,7 +44,7 @@ def at_phase(phase: str, number: int, strike: Callable[[], None]) -> None:
 
 
 def at_sample(number: int, strike: Callable[[], None]) -> None:
-    """Calls `strike` in the process that reads, before it reads its sample of this number."""
+    """Calls `strike` in the loader's process, before it reads its sample of this number."""
     from data_recipes.mixture.mixture import Mixture
 
     sample, calls = Mixture.sample, itertools.count()
@@ -59,7 +58,7 @@ def at_sample(number: int, strike: Callable[[], None]) -> None:
 
 
 def at_act(folder: Path, act: str, number: int, strike: Callable[[], None]) -> None:
-    """Calls `strike` before the act of this name and number, see `watch_acts`."""
+    """Calls `strike` before the file operation of this name and number, see `watch_acts`."""
     counts: Counter[str] = Counter()
 
     def see(seen: str) -> None:
@@ -112,7 +111,7 @@ def watch_acts(folder: Path, see: Callable[[str], None]) -> None:
 
 
 def later(seconds: float, strike: Callable[[], object]) -> None:
-    """Calls `strike` from a thread when these seconds have passed."""
+    """Calls `strike` in a thread after these seconds."""
     timer = threading.Timer(seconds, strike)
     timer.daemon = True
     timer.start()

@@ -1,6 +1,6 @@
-"""What ranks do in the tests of the pre-flight: rank 1 is made to differ, and each says what it heard.
+"""Functions that ranks run in the tests of the pre-flight checks: rank 1 is made to differ.
 
-Cases for `tests.ranks`; what is proved stands in `test_preflight.py`.
+`tests.ranks` runs them; the assertions are in `test_preflight.py`.
 """
 
 import os
@@ -31,7 +31,7 @@ def verdict(config: RunConfig, fault: str, elsewhere: Path) -> str:
     world, home = start(config, read_launch()), Path.cwd()
     try:
         with ExitStack() as changed:
-            changed.enter_context(patch.object(preflight, "_TOKEN_PATIENCE_S", 0.5))
+            changed.enter_context(patch.object(preflight, "_TOKEN_TIMEOUT_S", 0.5))
             if world.rank == 1:
                 if fault == "versions":
                     other = versions() | {"torch": "0.5"}
@@ -43,7 +43,7 @@ def verdict(config: RunConfig, fault: str, elsewhere: Path) -> str:
                 if fault == "network":
                     changed.enter_context(patch("torch.distributed.all_reduce", _wrong_sum))
             (config.run_dir / "log").mkdir(parents=True, exist_ok=True)
-            preflight.check(config, world)
+            preflight.run_checks(config, world)
     except preflight.PreflightError as error:
         return str(error)
     finally:
@@ -59,16 +59,16 @@ def _wrong_sum(numbers: Any, *args: Any, **options: Any) -> None:
 
 
 def rehearsed(config: RunConfig) -> tuple[list[int], str]:
-    """Positions of the row that the one step of `preflight=only` took, and the line of the table about it."""
+    """Returns the positions of the row of `preflight=only`, and its line of the table."""
     import contextlib
     import io
 
     from tests.train.cases import built
-    from train.supervision.preflight import fullest_row, rehearse
+    from train.supervision.preflight import run_trial_step, select_fullest_row
 
-    with built(config) as parts, contextlib.redirect_stderr(io.StringIO()) as said:
-        rehearse(config, parts.world, parts.engine, parts.mixture, parts.table, parts.processor)
-        return fullest_row(parts.table, config.packing).tolist(), said.getvalue()
+    with built(config) as parts, contextlib.redirect_stderr(io.StringIO()) as output:
+        run_trial_step(config, parts.world, parts.engine, parts.mixture, parts.table, parts.processor)
+        return select_fullest_row(parts.table, config.packing).tolist(), output.getvalue()
 
 
 def _hang(config: RunConfig) -> dict[str, str]:
@@ -77,11 +77,11 @@ def _hang(config: RunConfig) -> dict[str, str]:
 
 
 def at_the_start(config: RunConfig, fault: str) -> int:
-    """A whole run, in which rank 1 does not come to the first meeting, or does not come back from its files."""
+    """Runs a whole run, in which rank 1 does not join the process group, or hangs while it reads its files."""
     from train.__main__ import execute
     from train.supervision import preflight
 
-    preflight.PATIENCE_S = 2.0
+    preflight.TIMEOUT_S = 2.0
     if os.environ["RANK"] == "1":
         if fault == "absent":
             return 0

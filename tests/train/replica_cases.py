@@ -1,4 +1,5 @@
-"""What ranks do in the tests of replicas: a tensor is changed on one of them, or a folder is seen late."""
+"""Functions that ranks run in the tests of replicas: a tensor is changed on one of them, or a folder is visible
+late."""
 
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ def _refused(action: Callable[[], Any], error: type[Exception]) -> str:
 
 
 def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
-    """A start in which one rank receives another value of a parameter or buffer; the words of the error."""
+    """Runs a start in which one rank receives another value of a parameter or buffer; returns the error's message."""
     import deepspeed
     import torch
 
@@ -62,8 +63,8 @@ def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
 
 
 def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s: float, patience_s: float) -> Any:
-    """Goes on from the run's checkpoints, of which one rank does not see the newest for a while: the record of the
-    rest of the run, or the words of the error."""
+    """Resumes where one rank does not see the newest checkpoint for a while; returns the record of the rest of the run,
+    or the error's message."""
     from train.checkpoint import atomic_folder
     from train.config.schema import ConfigError
     from train.distributed.world import read_launch
@@ -74,7 +75,7 @@ def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s:
         return is_whole(place) and (place.name != hidden or time.monotonic() - began_s > lag_s)
 
     with ExitStack() as patches:
-        patches.enter_context(patch("train.checkpoint.saver.LAG_PATIENCE_S", patience_s))
+        patches.enter_context(patch("train.checkpoint.saver.VISIBILITY_TIMEOUT_S", patience_s))
         if read_launch().rank == rank:
             patches.enter_context(patch("train.checkpoint.atomic_folder.is_complete", lagging))
         try:
@@ -84,7 +85,7 @@ def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s:
 
 
 def compare_unlike_starts(value: dict[int, int]) -> str:
-    """Ranks that are about to begin at unlike steps; the words of the error."""
+    """Compares ranks that would begin at different steps; returns the error's message."""
     import torch.distributed as dist
 
     from train.engine.replica_checksums import ReplicaError, compare_starts
@@ -94,7 +95,7 @@ def compare_unlike_starts(value: dict[int, int]) -> str:
 
 
 def unlike_errors() -> tuple[int, str]:
-    """What `broadcast_from_main` gives every rank: rank 0's value, and rank 0's error."""
+    """Returns what `broadcast_from_main` gives every rank: rank 0's value, and rank 0's error."""
     from train.config.schema import ConfigError
     from train.distributed.world import broadcast_from_main
 

@@ -1,6 +1,6 @@
-"""Tiny directories in place of the hub's: the real tokenizers, config files with the published keys, random weights.
+"""Tiny directories in place of those of the hub: the real tokenizers, configs with the published keys, random weights.
 
-Everything around them is real: the configurations that are shipped in configs/model/ read them by their own paths.
+The configurations in configs/model/ read them by their own paths.
 """
 
 import json

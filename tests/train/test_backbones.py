@@ -1,5 +1,6 @@
-"""Backbones through the real programs: what a start reports, what it refuses with exit code 2, and what the other
-programs do with a model that stock transformers cannot run."""
+"""Tests of backbones in the real programs: what a start reports, what it rejects with exit code 2, and how the other
+programs treat a model that stock transformers cannot run.
+"""
 
 import json
 from dataclasses import replace
@@ -26,8 +27,8 @@ from train.export.__main__ import main as export
 
 @pytest.fixture(scope="module")
 def with_registers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The folder and the output of a finished run with a tower of five prefix tokens, on a source with an end token
-    written twice in each answer."""
+    """The folder and the output of a finished run with a tower of five prefix tokens, on a source whose answers contain
+    an end token twice."""
     folder = tmp_path_factory.mktemp("registers")
     samples = [
         replace(sample, messages=(sample.messages[0], Message("assistant", f"The tag {sample.id} is </s>, or </s>.")))
@@ -47,7 +48,7 @@ def with_registers(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
 
 
 def test_a_start_reports_what_the_export_cannot(with_registers: tuple[Path, str]) -> None:
-    """On the terminal and in the log: that stock transformers will not run the export, with both numbers of tokens."""
+    """In the terminal and the log: stock transformers cannot run the export, with both numbers of tokens."""
     run_dir, output = with_registers
     for text in (output, (run_dir / "log" / "rank_000.log").read_text()):
         assert "cannot run" in text
@@ -55,28 +56,28 @@ def test_a_start_reports_what_the_export_cannot(with_registers: tuple[Path, str]
 
 
 def test_a_start_reports_special_tokens_in_the_data(with_registers: tuple[Path, str]) -> None:
-    """By source and token, on the terminal, in the log and in data.json."""
+    """By source and token, in the terminal, the log and data.json."""
     run_dir, output = with_registers
     for text in (output, (run_dir / "log" / "rank_000.log").read_text()):
-        assert "source tags: samples whose text has a special token" in text
+        assert "source tags: number of samples whose text contains a special token's text" in text
         assert "26 </s>" in text
     assert json.loads((run_dir / "data.json").read_text())["special_texts"] == {"tags": {"</s>": 26}}
 
 
-def test_an_export_that_stock_cannot_run_says_so(
+def test_export_that_stock_cannot_run_is_reported(
     with_registers: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the result and from a checkpoint: written, loaded whole, not compared, and why; in the card too. The
-    other programs refuse it with what is left, and that works."""
+    """From the result and from a checkpoint: written, loaded, not compared, and the reason, also on the card. The other
+    programs reject it with the alternative, which works."""
     run_dir, _ = with_registers
     (checkpoint,) = (run_dir / "checkpoints").iterdir()
     for number, source in enumerate((run_dir / "export", checkpoint)):
         out = tmp_path / str(number)
         assert export([str(source), "--out", str(out)]) == 0, capsys.readouterr().err
-        said, card = capsys.readouterr().out, (out / "README.md").read_text()
-        for text in (said, card):
-            assert "stock transformers loads it whole; logits NOT compared" in text
-            assert "transformers: it loads the weights and cannot run" in text
+        printed, card = capsys.readouterr().out, (out / "README.md").read_text()
+        for text in (printed, card):
+            assert "stock transformers loads all tensors; logits NOT compared" in text
+            assert "transformers: loads the weights but cannot run" in text
             assert "transformers: yes" not in text
     picture = tmp_path / "picture.png"
     picture.write_bytes(encoded_picture(0, (40, 40)))
@@ -89,16 +90,16 @@ def test_an_export_that_stock_cannot_run_says_so(
 
 
 def test_vllm_is_promised_for_tried_language_models_only(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of another one the card says that it was not tried."""
+    """For another language model the card says that it was not tested."""
     config = tiny_model(tmp_path)
     AutoConfig.for_model("olmo2", **SIZES).save_pretrained(config.language_model.path)
     backbone = read_backbone(config)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
     assert export([str(tmp_path / "export"), "--out", str(tmp_path / "out")]) == 0
-    said = capsys.readouterr().out
-    assert "vLLM: yes" not in said
-    assert "vLLM: not tried with a language model of type olmo2" in said
+    printed = capsys.readouterr().out
+    assert "vLLM: yes" not in printed
+    assert "vLLM: not tested with a language model of type olmo2" in printed
 
 
 def _phi3(model: ModelConfig) -> None:
@@ -140,8 +141,8 @@ def test_a_start_refuses_with_one_sentence(tmp_path: Path, change: Any, word: st
 
 @pytest.mark.full
 def test_the_printed_length_is_accepted(tmp_path: Path) -> None:
-    """The advice about LongRoPE, followed to its end: the run trains. On two ranks, with a tower with registers: the
-    second rank has both rotary tables from the first."""
+    """With the advised LongRoPE length, the run trains. On two ranks and with a tower with registers, the second rank
+    receives both rotary tables from the first."""
     model = tiny_model(tmp_path / "models", "dinov3")
     _phi3(model)
     mixture, store_root = tiny_mixture(tmp_path / "data", 16)

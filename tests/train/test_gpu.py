@@ -1,4 +1,4 @@
-"""On a GPU: a run with deterministic=true that is stopped and resumed ends bit for bit where it would have."""
+"""Test on a GPU: a run with deterministic=true that is stopped and resumed ends with bit-identical weights."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def _run(config: RunConfig, max_steps: int | None = None) -> None:
 def test_a_deterministic_run_is_resumed_bit_for_bit(
     run_config: RunConfig, device: Literal["cpu", "cuda"], compiled: bool
 ) -> None:
-    """Two starts, each with its own compiler: the weights of one that was never stopped."""
+    """Two starts, each with its own compilation, give the weights of an uninterrupted run."""
     config = replace(run_config, device=device, deterministic=True, save=SaveConfig(every=2), preflight="off")
     if compiled:
         config = replace(config, compile=("vision_tower", "language_model"))

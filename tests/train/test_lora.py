@@ -1,5 +1,5 @@
-"""Owns the proofs about runs with adapters: nothing else of their part moves, ranks and ZeRO change nothing, a resumed
-run is the uninterrupted one, and what is exported is the live model.
+"""Tests of runs with adapters: only the adapters of a part change, ranks and ZeRO change nothing, a resumed run equals
+an uninterrupted one, and the export equals the live model.
 """
 
 import re
@@ -22,11 +22,11 @@ from tests.train import cases
 from tests.train.cases import with_stage, zero
 from tests.train.conftest import StartRanks
 from train.checkpoint import saver as checkpoint
-from train.config.compose import check, composed_from, to_yaml
+from train.config.compose import check, compose_overrides, to_yaml
 from train.config.schema import ConfigError, RunConfig, SaveConfig
-from train.data.loader import stage_processor
+from train.data.loader import build_processor
 from train.export.__main__ import main
-from train.plan.model_facts import model_facts
+from train.plan.model_facts import count_model
 
 pytest.importorskip("peft")
 
@@ -39,13 +39,13 @@ full = pytest.mark.full
 
 @pytest.fixture
 def lora_config(run_config: RunConfig) -> RunConfig:
-    """The tiny run with adapters in the tower and in the language model, and the whole projector."""
+    """The tiny run with adapters in the tower and the language model, and the full projector."""
     return replace(run_config, lora=LORA)
 
 
 def test_adapters_alone_move(start_ranks: StartRanks, run_config: RunConfig, lora_config: RunConfig) -> None:
-    """The first loss is the base's, to the bit. After the run every adapter and the projector have moved, and of all
-    else no bit; the table and the planner count the same."""
+    """The first loss is that of the base, bit for bit. After the run every adapter and the projector have changed and
+    nothing else; the table and the planner have the same counts."""
     ranks = start_ranks(1)
     first = ranks.run(cases.train, replace(run_config, name="base"), 1)[0].losses[0]
     record = ranks.run(cases.train, lora_config)[0]
@@ -56,7 +56,7 @@ def test_adapters_alone_move(start_ranks: StartRanks, run_config: RunConfig, lor
     trained = {row.part: row.num_trained for row in record.table}
     layers, width, mlp = 2, 32, 48
     assert trained["language_model"] == layers * 4 * ((width + width) + (width + width // 2) + (mlp + width))
-    facts = model_facts(read_backbone(lora_config.model), lora_config)
+    facts = count_model(read_backbone(lora_config.model), lora_config)
     assert facts.trained == trained
     assert facts.parameters == {row.part: row.num_parameters for row in record.table}
     assert not facts.trains_head
@@ -67,7 +67,7 @@ def test_adapters_alone_move(start_ranks: StartRanks, run_config: RunConfig, lor
     [(2, 3), *(pytest.param(size, stage, marks=full) for size, stage in ((1, 0), (1, 3), (2, 0), (2, 1), (2, 2)))],
 )
 def test_ranks_and_zero_change_nothing(start_ranks: StartRanks, lora_config: RunConfig, size: int, stage: int) -> None:
-    """The losses of one rank at ZeRO 2, and its weights, adapters included."""
+    """The losses and weights, adapters included, are those of one rank at ZeRO 2."""
     alone = start_ranks(1).run(cases.train, replace(lora_config, name="alone", engine=zero(2)))[0]
     ours = start_ranks(size).run(cases.train, replace(lora_config, engine=zero(stage)))[0]
     assert ours.losses == pytest.approx(alone.losses, rel=1e-5)
@@ -81,8 +81,8 @@ def test_ranks_and_zero_change_nothing(start_ranks: StartRanks, lora_config: Run
     [(2, 2), *(pytest.param(size, stage, marks=full) for size, stage in ((1, 0), (1, 1), (1, 2), (1, 3), (2, 3)))],
 )
 def test_resumed_is_uninterrupted(start_ranks: StartRanks, lora_config: RunConfig, size: int, stage: int) -> None:
-    """Stopped after two steps and started again, the run has the same losses and ends with bit-identical weights; its
-    checkpoint holds no base."""
+    """Stopped after two steps and resumed, the run has the same losses and ends with bit-identical weights; its
+    checkpoint does not contain the base."""
     config = replace(lora_config, engine=zero(stage))
     ranks = start_ranks(size)
     whole = ranks.run(cases.train, replace(config, name="whole"))[0]
@@ -92,7 +92,7 @@ def test_resumed_is_uninterrupted(start_ranks: StartRanks, lora_config: RunConfi
     assert resumed.losses == whole.losses[2:]
     for name, weight in whole.after.items():
         np.testing.assert_array_equal(resumed.after[name], weight, err_msg=name)
-    place = checkpoint.newest(config.run_dir / "checkpoints")
+    place = checkpoint.find_newest(config.run_dir / "checkpoints")
     assert place is not None
     assert set(checkpoint.read_state(place).frozen) == {"vision_tower", "language_model"}
     assert sum(path.stat().st_size for path in (place / "engine").iterdir()) < 400_000
@@ -100,10 +100,10 @@ def test_resumed_is_uninterrupted(start_ranks: StartRanks, lora_config: RunConfi
 
 @full
 @pytest.mark.parametrize(("before", "after"), [((2, 3), (1, 2)), ((1, 0), (2, 3)), ((2, 2), (3, 3))])
-def test_other_ranks_and_stages_go_on(
+def test_resume_on_other_ranks_and_stages(
     start_ranks: StartRanks, lora_config: RunConfig, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    """(ranks, ZeRO stage) before and after: the same losses, and the same weights up to rounding."""
+    """From one (ranks, ZeRO stage) to another: the same losses, and the same weights up to rounding."""
     whole = start_ranks(1).run(cases.train, replace(lora_config, name="whole"))[0]
     start_ranks(before[0]).run(cases.train_up_to, replace(lora_config, engine=zero(before[1])), 2)
     resumed = start_ranks(after[0]).run(cases.train, replace(lora_config, engine=zero(after[1])))[0]
@@ -121,9 +121,9 @@ def test_an_export_is_merged(
     size: int,
     stage: int,
 ) -> None:
-    """The run's own result and the export of its last checkpoint, which starts from an export, are the same bytes: the
-    base's names, with the targets and the projector changed. Its losses are the live model's, and in stock transformers
-    its logits are the packed model's (1e-5)."""
+    """The run's own result equals the export of its last checkpoint byte for byte: the base's names, with only the
+    targets and the projector changed. Its losses are the live model's, and its logits in stock transformers are those
+    of the packed model (1e-5)."""
     ranks = start_ranks(size)
     base = replace(run_config, name="base")
     ranks.run(cases.write_untrained, base)
@@ -144,7 +144,7 @@ def test_an_export_is_merged(
     backbone, written = read_hf(result, config.model)
     with torch.no_grad():
         losses = [
-            float(written(batch)[0]) for batch in cases.alone(mixture, stage_processor(backbone, config.stage), 8)
+            float(written(batch)[0]) for batch in cases.alone(mixture, build_processor(backbone, config.stage), 8)
         ]
     assert losses == pytest.approx(live, rel=1e-5)
     before, after = (load_file(folder / "model.safetensors") for folder in (base.run_dir / "export", result))
@@ -161,18 +161,22 @@ def test_an_export_is_merged(
     ("key", "value", "told"),
     [
         ("lora.language_model.rank", 0, r"lora.language_model.rank must be at least 1, got 0"),
-        ("lora.projector", {"rank": 1, "alpha": 1, "targets": ["linear_1"]}, r"lora.projector: this part is small"),
-        ("lora.language_model.dropout", 0.1, r"dropout: there is no such key; the adapters of a part have rank, alpha"),
+        ("lora.projector", {"rank": 1, "alpha": 1, "targets": ["linear_1"]}, r"lora.projector: adapters are supported"),
+        (
+            "lora.language_model.dropout",
+            0.1,
+            r"dropout: there is no such key; the keys of a part's adapters are rank, alpha",
+        ),
         (
             "stage.learning_rates",
             {"projector": 1.0e-3},
             r"lora.vision_tower: its adapters train at stage.learning_rates.vision_tower, which has no value",
         ),
-        ("stage.result", "connector", r"the adapters would be lost; choose stage.result=export, or lora=null"),
+        ("stage.result", "connector", r"the adapters would be lost; set stage.result=export, or lora=null"),
     ],
 )
-def test_mistakes_are_told(lora_config: RunConfig, key: str, value: object, told: str) -> None:
-    """The key, the rule and the way out."""
+def test_invalid_arguments_are_errors(lora_config: RunConfig, key: str, value: object, told: str) -> None:
+    """The error has the key, the rule and the fix."""
     composed = OmegaConf.create(to_yaml(lora_config))
     assert isinstance(composed, DictConfig)
     OmegaConf.update(composed, key, value, merge=False)
@@ -180,24 +184,24 @@ def test_mistakes_are_told(lora_config: RunConfig, key: str, value: object, told
         check(composed, folders=False)
 
 
-def test_a_missing_package_is_told_at_once(lora_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A start is refused with the configuration; a run's folder is still read where peft is not installed."""
+def test_missing_package_is_reported_at_the_start(lora_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start is rejected with the configuration; a run folder can be read without peft."""
     composed = OmegaConf.create(to_yaml(lora_config))
     assert isinstance(composed, DictConfig)
     monkeypatch.setattr("llava_next.config.importlib.util.find_spec", lambda name: None)
     assert check(composed, folders=False) == lora_config
-    with pytest.raises(ConfigError, match=r"peft is not installed here; `./scripts/setup.sh --extras lora`"):
+    with pytest.raises(ConfigError, match=r"peft is not installed; run `\./scripts/setup\.sh --extras lora`"):
         check(composed)
 
 
-def test_half_a_part_is_told() -> None:
-    """On the command line, where adapters are null by default: what belongs to them all."""
-    with pytest.raises(ConfigError, match=r"no adapters yet; give it all of rank, alpha, targets, each as \+lora.PART"):
-        composed_from(["name=x", "lora.language_model.rank=8"])
+def test_incomplete_adapter_settings_are_an_error() -> None:
+    """On the command line, where adapters are null by default, the error has all required keys."""
+    with pytest.raises(ConfigError, match=r"no adapters; set all of rank, alpha, targets, each as \+lora.PART"):
+        compose_overrides(["name=x", "lora.language_model.rank=8"])
 
 
 def test_a_run_with_other_adapters_is_refused(start_ranks: StartRanks, lora_config: RunConfig) -> None:
-    """What adapters are is part of what is learned: a checkpoint of another rank is another run's."""
+    """A checkpoint with adapters of another rank is one of another run."""
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, lora_config, 1)
     other = {**LORA, "language_model": replace(LORA["language_model"], rank=8)}

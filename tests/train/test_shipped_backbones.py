@@ -1,5 +1,5 @@
-"""Every class of language model and tower in configs/model/ goes through both stages, out and in again, by the command
-line, with its real tokenizer.
+"""Tests that every class of language model and tower in configs/model/ runs both stages, export and reload, from the
+command line with its real tokenizer.
 """
 
 import json
@@ -53,8 +53,8 @@ def _files(kind: str) -> set[str]:
 def test_both_stages_export_and_answers(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], language_model: str, tower: str, engine: str, recompute: str
 ) -> None:
-    """Two steps of each stage; the export of the checkpoint, verified by the program; the Auto classes load it, both
-    ways of prompting agree, and a batch of two answers as one by one."""
+    """Two steps of each stage; the verified export of the checkpoint; the Auto classes load it, both ways of prompting
+    agree, and a batch of two gives the answers of each alone."""
     shipped.write_language_model(language_model, tmp_path)
     shipped.write_vision_tower(tower, tmp_path)
     mixture, stores = tiny_mixture(tmp_path, 8)
@@ -71,10 +71,10 @@ def test_both_stages_export_and_answers(
     assert (tmp_path / "runs" / "pair" / "align" / "connector" / "contract.json").is_file()
     _run(tmp_path, *command, "stage=finetune", f"recompute=[{recompute}]")
     export = tmp_path / "export"
-    told = _run(
+    message = _run(
         tmp_path, "train.export", f"{tmp_path}/runs/pair/finetune/checkpoints/step_000002", "--out", str(export)
     )
-    assert "logits are ours" in told
+    assert "gives the same logits" in message
     _check_answers(export)
     picture = tmp_path / "image.png"
     picture.write_bytes(encoded_picture(0, SIZES_HW[0]))
@@ -113,8 +113,8 @@ def _check_answers(export: Path) -> None:
             ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
         ]
         assert rows == [list(prompts[texts_all.index(text)]) for text in texts]
-        found = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
-        return found[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
+        result = model.generate(**inputs, max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        return result[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
 
     texts_all = list(texts)
     alone = [answers([image], [text])[0] for image, text in zip(images, texts, strict=True)]

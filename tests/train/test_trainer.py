@@ -1,5 +1,5 @@
-"""Owns the proofs about training itself: ranks, ZeRO and row budgets change nothing that is learned, and the table of
-learning rates says the whole truth about what is trained, and how fast.
+"""Tests of training: ranks, ZeRO and row budgets change nothing that is learned, and the table of learning rates
+describes what is trained and how fast.
 """
 
 import json
@@ -10,9 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
-from llava_next.kernels.cpu import elementwise as cpu_fused
 from tests.ranks import Ranks
 from tests.tiny import tiny_mixture, tiny_model
 from tests.train import cases
@@ -39,7 +37,7 @@ _FINISHED: dict[tuple[int, int, str], Record] = {}
 
 
 def finished(start_ranks: StartRanks, config: RunConfig, size: int, stage: int, budget: str = "narrow") -> Record:
-    """Rank 0's record of the run on `size` ranks; each run is trained once and serves every test."""
+    """Returns rank 0's record of the run on `size` ranks; each run is trained once and used by every test."""
     key = (size, stage, budget)
     if key not in _FINISHED:
         chosen = replace(config, engine=zero(stage), packing=BUDGETS[budget])
@@ -53,18 +51,18 @@ def finished(start_ranks: StartRanks, config: RunConfig, size: int, stage: int, 
     return _FINISHED[key]
 
 
-def assert_same_training(ours: Record, theirs: Record) -> None:
-    """The samples of each step (exact), the loss of each (relative 1e-5), the final weights (1e-4, one norm)."""
-    assert ours.samples == theirs.samples
-    np.testing.assert_allclose(ours.losses, theirs.losses, rtol=1e-5)
-    np.testing.assert_allclose(ours.by_source, theirs.by_source, rtol=1e-5)
-    np.testing.assert_array_equal(ours.tokens, theirs.tokens)
-    assert relative_difference(ours.after, theirs.after) < 1e-4
+def assert_same_training(actual: Record, expected: Record) -> None:
+    """The samples of each step (exact), the loss of each (relative 1e-5), and the final weights (1e-4, one norm)."""
+    assert actual.samples == expected.samples
+    np.testing.assert_allclose(actual.losses, expected.losses, rtol=1e-5)
+    np.testing.assert_allclose(actual.by_source, expected.by_source, rtol=1e-5)
+    np.testing.assert_array_equal(actual.tokens, expected.tokens)
+    assert relative_difference(actual.after, expected.after) < 1e-4
     # The same bound on what training changed, which is far less than the weights themselves. Key biases have no true
     # gradient: Adam moves them by the sign of rounding.
     moved = [
         {name: run.after[name] - run.before[name] for name in run.after if not name.endswith("k_proj.bias")}
-        for run in (ours, theirs)
+        for run in (actual, expected)
     ]
     assert relative_difference(*moved) < 1e-2
 
@@ -76,43 +74,15 @@ def assert_same_training(ours: Record, theirs: Record) -> None:
 def test_ranks_zero_and_budgets_change_nothing(
     start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int, budget: str
 ) -> None:
-    """Any number of ranks, any ZeRO stage and any row budget see the same samples and losses and end at the same
-    weights, with every part trained, text-only samples among the others, and a last step in which all ranks but one
-    have no row."""
+    """Any number of ranks, ZeRO stage and row budget gives the same samples, losses and final weights, with every part
+    trained, text-only samples among the others, and a last step in which only one rank has a row."""
     alone = finished(start_ranks, run_config, *ALONE)
     assert [len(samples) for samples in alone.samples] == [13, 13, 13, 1]
     assert_same_training(finished(start_ranks, run_config, size, stage, budget), alone)
 
 
-@pytest.mark.parametrize(
-    ("key", "kernels", "why_not"),
-    [
-        ("linear", ("torch", "onednn"), None if torch.backends.mkldnn.is_available() else "torch has no oneDNN"),
-        ("elementwise", ("torch", "fused"), cpu_fused.unavailable_reason()),
-    ],
-)
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 2))])
-def test_kernels_change_nothing(
-    start_ranks: StartRanks,
-    run_config: RunConfig,
-    key: str,
-    kernels: tuple[str, str],
-    why_not: str | None,
-    stage: int,
-) -> None:
-    """torch's own and others train the same, also where ZeRO-3 divides the weights; and others ran where they were
-    asked for."""
-    if why_not is not None:
-        pytest.skip(why_not)
-    config = replace(run_config, engine=zero(stage))
-    configs = [replace(config, **{key: kernel}, name=kernel) for kernel in kernels]  # type: ignore[arg-type]
-    torchs, others = (start_ranks(2).run(cases.train, each)[0] for each in configs)
-    assert_same_training(others, torchs)
-    assert others.num_changed > torchs.num_changed
-
-
 def test_budgets_and_ranks_change_the_rows(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """What the proof above says is no matter of course: the runs' rows are unlike."""
+    """The runs that are compared above have different rows."""
     runs = [ALONE, (1, 2, "wide"), (2, 3, "narrow"), (2, 3, "wide"), (3, 3, "few_tiles")]
     rows = [finished(start_ranks, run_config, *run).rows for run in runs]
     micro_steps = dict(zip(runs, (len(of_run[0]) for of_run in rows), strict=True))
@@ -121,8 +91,8 @@ def test_budgets_and_ranks_change_the_rows(start_ranks: StartRanks, run_config: 
     assert len({str(of_run) for of_run in rows}) == len(runs)
 
 
-def test_gradient_norm_is_the_steps_own(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """The norm that is logged is that of the whole step's gradient, whatever the number of ranks."""
+def test_gradient_norm_is_that_of_the_whole_step(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """The logged norm is that of the whole step's gradient, for any number of ranks."""
     alone = finished(start_ranks, run_config, *ALONE)
     for size, stage in ((2, 1), (2, 2), (2, 3)):
         np.testing.assert_allclose(
@@ -137,8 +107,8 @@ def test_gradient_norm_is_the_steps_own(start_ranks: StartRanks, run_config: Run
 def test_norms_of_parts_make_the_gradients_norm(
     start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int
 ) -> None:
-    """Of every step, before clipping: the root of the squares' sum is the gradient's norm, and a part's norm is the
-    same on any ranks and at any ZeRO stage."""
+    """In every step, before clipping: the root of the sum of squares over the parts is the gradient's norm, and a
+    part's norm is the same on any ranks and at any ZeRO stage."""
     alone, run = finished(start_ranks, run_config, *ALONE), finished(start_ranks, run_config, size, stage)
     assert max(run.grad_norms) > run_config.stage.clip_norm  # type: ignore[operator]
     for norm, parts, expected in zip(run.grad_norms, run.norms_by_part, alone.norms_by_part, strict=True):
@@ -148,9 +118,9 @@ def test_norms_of_parts_make_the_gradients_norm(
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_norms_of_parts_are_the_gradients_own(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
-    """Adam's first moment after one step without clipping is a tenth of the gradient: so it is with clipping, and with
-    gradients that go to the host."""
+def test_norms_of_parts_are_those_of_the_gradient(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
+    """Adam's first moment after one step without clipping is a tenth of the gradient; so are the logged norms with
+    clipping and with offloading."""
     free = with_stage(replace(run_config, engine=zero(0)), clip_norm=None)
     moments = start_ranks(1).run(cases.train, free, 1)[0].moments_by_part
     expected = {part: 10 * moment for part, moment in moments.items()}
@@ -163,8 +133,8 @@ def test_norms_of_parts_are_the_gradients_own(start_ranks: StartRanks, run_confi
 
 
 def test_metrics_add_up(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Every step stands once in metrics.jsonl, as strict JSON; losses of the sources, weighed by their tokens, make
-    the step's loss; the rate of each part is its own, scaled by the schedule."""
+    """Every step is once in metrics.jsonl, as strict JSON; the sources' losses, weighted by their tokens, give the
+    step's loss; the rate of each part is scaled by the schedule."""
     record = start_ranks(1).run(cases.train, run_config)[0]
     lines = [json.loads(line) for line in (run_config.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
@@ -193,7 +163,7 @@ def test_metrics_add_up(start_ranks: StartRanks, run_config: RunConfig) -> None:
 def test_align_trains_the_connector_alone(
     start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int
 ) -> None:
-    """Stage 1 moves every tensor of projector and newline; the frozen parts are bit-equal."""
+    """Stage 1 changes every tensor of projector and newline; the frozen parts are bit-equal."""
     config = replace(aligning(run_config, image_mode="anyres"), engine=zero(stage))
     record = start_ranks(size).run(cases.train, config)[0]
     for name, part in record.parts.items():
@@ -214,9 +184,9 @@ def test_align_trains_the_connector_alone(
 def test_each_part_moves_at_its_rate(
     start_ranks: StartRanks, run_config: RunConfig, stage: int, frozen: str | None
 ) -> None:
-    """Adam's first update is the rate itself wherever there is a gradient: after one step the largest change in each
-    part is that part's rate, in every decay group of it, at every ZeRO stage; a frozen part is bit-equal, and so is
-    what no forward pass reads."""
+    """Adam's first update equals the rate wherever there is a gradient: after one step the largest change in each part
+    is that part's rate, in every decay group and at every ZeRO stage. A frozen part is bit-equal, and so is what no
+    forward pass reads."""
     rates = {**cases.RATES, "image_newline": 3.0e-3}
     config = with_stage(
         run_config,
@@ -242,8 +212,8 @@ def test_each_part_moves_at_its_rate(
 
 @pytest.mark.parametrize("stage", [0, 2, pytest.param(1, marks=pytest.mark.full), 3])
 def test_gradients_are_clipped(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
-    """Adam's first moment after one step is a tenth of the gradient that was applied: its norm is `clip_norm` where
-    the gradient was larger, and the gradient's own without clipping."""
+    """Adam's first moment after one step is a tenth of the applied gradient: its norm is `clip_norm` if the gradient
+    was larger, and the gradient's norm without clipping."""
     config = replace(run_config, engine=zero(stage))
     clipped = start_ranks(1).run(cases.train, with_stage(config, clip_norm=0.5), 1)[0]
     free = start_ranks(1).run(cases.train, with_stage(config, clip_norm=None), 1)[0]
@@ -255,7 +225,7 @@ def test_gradients_are_clipped(start_ranks: StartRanks, run_config: RunConfig, s
 
 @pytest.mark.parametrize("weighting", ["token", "sample"])
 def test_loss_weighting(start_ranks: StartRanks, run_config: RunConfig, weighting: str) -> None:
-    """`token`: the mean over the step's supervised tokens. `sample`: the mean over samples of each one's mean."""
+    """`token`: the mean over the step's supervised tokens. `sample`: the mean over samples of each sample's mean."""
     config = with_stage(run_config, loss_weighting=weighting)
     for size in (1, 2):
         seen, expected = start_ranks(size).run(cases.first_loss, config)[0]
@@ -281,8 +251,8 @@ def test_connector_goes_from_align_to_finetune(start_ranks: StartRanks, run_conf
 def test_a_linear_connector_and_padded_views_go_through_both_stages(
     start_ranks: StartRanks, run_config: RunConfig
 ) -> None:
-    """LLaVA's connector and LLaVA-1.5's views at ZeRO-3: the second stage starts from the one layer that the first one
-    trained, and what it writes is a stock LLaVA with that layer as it ended."""
+    """LLaVA's connector and LLaVA-1.5's views at ZeRO-3: the second stage starts from the single layer of the first,
+    and writes a stock LLaVA with the final layer."""
     from transformers import AutoModelForImageTextToText
 
     config = replace(run_config, engine=zero(3), model=replace(run_config.model, projector="linear"))
@@ -292,8 +262,8 @@ def test_a_linear_connector_and_padded_views_go_through_both_stages(
     record = start_ranks(2).run(cases.train_and_write, tuned)[0]
     connector = [name for name, part in record.parts.items() if part == "projector"]
     assert [name.rpartition(".")[2] for name in connector] == ["weight", "bias"]
-    stock, found = AutoModelForImageTextToText.from_pretrained(tuned.run_dir / "export", output_loading_info=True)
-    assert [problem for problem in found.values() if problem] == []
+    stock, result = AutoModelForImageTextToText.from_pretrained(tuned.run_dir / "export", output_loading_info=True)
+    assert [problem for problem in result.values() if problem] == []
     for name in connector:
         np.testing.assert_array_equal(record.before[name], written.after[name])
         assert not np.array_equal(record.after[name], record.before[name])
@@ -303,7 +273,7 @@ def test_a_linear_connector_and_padded_views_go_through_both_stages(
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.full), 3])
 def test_a_shared_head_stays_shared(start_ranks: StartRanks, run_config: RunConfig, tmp_path: Path, stage: int) -> None:
-    """A head that is the embedding is one tensor on the ranks that are given it, too: two ranks learn what one does."""
+    """A head that is tied to the embedding is one tensor on the receiving ranks too: two ranks learn what one does."""
     config = replace(run_config, model=tiny_model(tmp_path, tied=True), engine=zero(stage))
     one = start_ranks(1).run(cases.train, replace(config, name="one"))[0]
     two = start_ranks(2).run(cases.train, replace(config, name="two"))[0]
@@ -314,7 +284,7 @@ def test_a_shared_head_stays_shared(start_ranks: StartRanks, run_config: RunConf
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_one_rank_builds_the_model_for_all(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
-    """Before the engine the other has no weight in its memory; with it each has all, at ZeRO-3 its share alone."""
+    """Before the engine only rank 0 has the weights; with it each rank has all, at ZeRO-3 its share only."""
     (first, whole), (second, other) = start_ranks(2).run(
         cases.held_at_the_start, replace(run_config, engine=zero(stage))
     )
@@ -329,8 +299,8 @@ def test_one_rank_builds_the_model_for_all(start_ranks: StartRanks, run_config: 
     [(2, 1), (2, 2), (2, 3), *(pytest.param(*world, marks=pytest.mark.full) for world in ((2, 0), (3, 3), (4, 3)))],
 )
 def test_unequal_ranks_stay_in_step(start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int) -> None:
-    """Ranks with only text, only pictures, or nothing at all finish a micro-step together: all of them issue the same
-    collectives in the same order, kind, shapes and types alike."""
+    """Ranks with only text, only images, or no sample finish a micro-step together: all issue the same collectives in
+    the same order, with the same kinds, shapes and dtypes."""
     first, *others = start_ranks(size).run(cases.unequal_step, replace(run_config, engine=zero(stage)))
     assert first.kinds == ["text", "pictures", "nothing"]
     if stage == 0:  # the agreement, and all gradients in one message: each rank knows their norm then
@@ -347,34 +317,34 @@ def test_unequal_ranks_stay_in_step(start_ranks: StartRanks, run_config: RunConf
 def test_recompute_stays_in_step_with_blank_rows(
     start_ranks: StartRanks, tiny_parts: RunConfig, tmp_path: Path, size: int
 ) -> None:
-    """Nine samples in steps of eight: in the last step all ranks but one have a blank row. ZeRO-3 with recompute
-    finishes it, and learns what ZeRO-2 does without."""
+    """Nine samples in steps of eight: in the last step only one rank has a row. ZeRO-3 with recompute finishes it, and
+    learns what ZeRO-2 does without recompute."""
     mixture, store_root = tiny_mixture(tmp_path / "data", 9)
     data = replace(tiny_parts.data, store_root=str(store_root))
     config = with_stage(replace(tiny_parts, root=str(tmp_path / "outputs"), mixture=mixture, data=data), batch_size=8)
     expected = start_ranks(1).run(cases.train, replace(config, name="plain"))[0]
     recomputed = replace(config, engine=zero(3), recompute=("language_model", "vision_tower"))
-    ours = start_ranks(size).run(cases.train, recomputed, timeout_s=30)  # where it hangs, it hangs for ever
-    assert sorted(rank.rows[1] for rank in ours) == [[0]] * (size - 1) + [[1]]
-    assert_same_training(ours[0], expected)
+    records = start_ranks(size).run(cases.train, recomputed, timeout_s=30)  # where it hangs, it hangs for ever
+    assert sorted(rank.rows[1] for rank in records) == [[0]] * (size - 1) + [[1]]
+    assert_same_training(records[0], expected)
 
 
 @pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2))])
 def test_collectives_do_not_depend_on_the_row(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
-    """A row of pictures, of text, and an empty one issue the same collectives; had the model no blank tile for the
-    latter two and left out tower and projector there, this would show."""
+    """A row with images, a text-only row and an empty one issue the same collectives; without the blank tile of the
+    latter two, this test fails."""
     config = replace(run_config, engine=zero(stage))
-    ours = start_ranks(2).run(cases.collectives_by_kind, config, False)
-    for rank in ours:
-        assert rank["text"] == rank["pictures"] == rank["nothing"] == ours[0]["text"]
+    records = start_ranks(2).run(cases.collectives_by_kind, config, False)
+    for rank in records:
+        assert rank["text"] == rank["pictures"] == rank["nothing"] == records[0]["text"]
     stock = start_ranks(2).run(cases.collectives_by_kind, config, True)
     for rank in stock:
-        assert rank["pictures"] == ours[0]["pictures"]
+        assert rank["pictures"] == records[0]["pictures"]
         assert rank["text"] != rank["pictures"]
 
 
 def test_another_order_of_collectives_is_seen(start_ranks: StartRanks) -> None:
-    """Two ranks that issue the same collectives in different orders do not pass for equal."""
+    """Two ranks that issue the same collectives in different orders are not reported as equal."""
     first, second = start_ranks(2).run(cases.all_reduces, [[0, 1], [0, 1]])
     assert first == second
     assert [(entry.kind, entry.sizes, entry.dtypes) for entry in first] == [
@@ -385,37 +355,36 @@ def test_another_order_of_collectives_is_seen(start_ranks: StartRanks) -> None:
 
 
 def test_wrong_count_stops_the_step(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Workers that encode another number of supervised tokens than the table counts stop the run, on every rank, before
-    the step is applied."""
-    for told, changed in start_ranks(2).run(cases.wrong_count, run_config):
-        assert "step 0" in told
-        assert "the length table counts" in told
+    """If the number of supervised tokens differs from the table's, every rank stops before the step is applied."""
+    for message, changed in start_ranks(2).run(cases.wrong_count, run_config):
+        assert "step 0" in message
+        assert "the length table counts" in message
         assert not changed
 
 
 def test_non_finite_loss_stops_the_step(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """A loss that is not finite on one rank stops all of them, naming source and samples; nothing is applied."""
-    for told, changed in start_ranks(2).run(cases.poisoned_step, run_config):
-        assert "not finite" in told
-        assert re.search(r"Its samples: tiny_\w+ '\d{6}'", told)
+    """A non-finite loss on one rank stops all of them, with source and samples; nothing is applied."""
+    for message, changed in start_ranks(2).run(cases.poisoned_step, run_config):
+        assert "not finite" in message
+        assert re.search(r"Its samples: tiny_\w+ '\d{6}'", message)
         assert not changed
 
 
 @pytest.mark.parametrize("all_of_them", [False, True])
 def test_silent_source_stops_the_step(start_ranks: StartRanks, run_config: RunConfig, all_of_them: bool) -> None:
-    """A source with samples in the step of which no token is supervised, or a step with none at all, stops every rank
-    with the ids of those samples; nothing is applied."""
-    for told, changed, ids in start_ranks(2).run(cases.silent_source, run_config, all_of_them):
-        assert "step 0" in told
-        assert "none of its tokens is supervised" in told or "no token of source tiny_" in told
+    """A source without a supervised token in the step, or a step without one, stops every rank with the ids of those
+    samples; nothing is applied."""
+    for message, changed, ids in start_ranks(2).run(cases.silent_source, run_config, all_of_them):
+        assert "step 0" in message
+        assert "step 0 has no supervised token" in message or "had no supervised token" in message
         assert len(ids) > 1
-        assert [name for name in ids if repr(name) not in told] == []
+        assert [name for name in ids if repr(name) not in message] == []
         assert not changed
 
 
 @pytest.mark.full
 def test_stuck_rank_is_named(run_config: RunConfig, tmp_path: Path) -> None:
-    """A rank that never reaches its collective is named by the harness, with the place where it stands."""
+    """The test harness names a rank that never reaches its collective, with its stack."""
     ranks = Ranks(2, tmp_path)
     try:
         with pytest.raises(AssertionError, match=r"(?s)rank 1 is stuck.*sleep_for_ever"):

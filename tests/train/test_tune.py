@@ -1,4 +1,4 @@
-"""A whole model is tuned further from its directory alone: grids, template and processor are its own."""
+"""Tests of fine-tuning a complete model from its directory: its grids, template and processor are used."""
 
 import json
 import re
@@ -13,10 +13,10 @@ from transformers import LlavaNextForConditionalGeneration
 
 from llava_next.config import LanguageModelConfig, LoraConfig, ModelConfig, ModelError, VisionTowerConfig
 from llava_next.formats.hugging_face import published_tensors, write_hf
-from llava_next.formats.original import of_backbone, write_original_folder
+from llava_next.formats.original import original_model, write_original_folder
 from llava_next.model.build import build_model, read_backbone
+from llava_next.model.checkpoint_config import check_image_statistics
 from llava_next.model.llava_next import LlavaNext
-from llava_next.model.released import check_image_statistics
 from tests.tiny import tiny_model
 from tests.train import cases
 from tests.train.conftest import StartRanks
@@ -28,7 +28,7 @@ GRIDS = ((1, 2), (3, 1))
 
 
 def finished(folder: Path) -> tuple[ModelConfig, LlavaNext]:
-    """A model as somebody has published it: hf/ and original/."""
+    """A model as published: hf/ and original/."""
     config = replace(tiny_model(folder / "parts", tower="clip"), grids=GRIDS)
     backbone = read_backbone(config)
     model = build_model(backbone, dtype=torch.float32, seed=77)
@@ -36,13 +36,15 @@ def finished(folder: Path) -> tuple[ModelConfig, LlavaNext]:
     write_hf(model, backbone, processor, folder / "hf")
     (folder / "original").mkdir()
     write_original_folder(
-        published_tensors(model, backbone, "anyres"), of_backbone(backbone, processor), folder / "original"
+        published_tensors(model, backbone, "anyres"),
+        original_model(backbone, processor),
+        folder / "original",
     )
     return config, model
 
 
 def released(config: RunConfig, directory: Path, tower: VisionTowerConfig | None = None, **changes: Any) -> RunConfig:
-    """The run as `experiment=tune stage.init_from=DIR` composes and checks it."""
+    """Composes and checks the run of `experiment=tune stage.init_from=DIR`."""
     model = ModelConfig(
         LanguageModelConfig("released", str(directory), "tokenizer", weights="init_from"),
         tower or VisionTowerConfig("released", str(directory), weights="init_from"),
@@ -65,8 +67,8 @@ def released(config: RunConfig, directory: Path, tower: VisionTowerConfig | None
 def test_a_finished_model_is_tuned_further(
     start_ranks: StartRanks, run_config: RunConfig, tmp_path: Path, layout: str, lora: bool
 ) -> None:
-    """It starts with exactly those weights and cuts pictures by those grids; what comes of it is a model of the same
-    kind, moved; whole or by adapters."""
+    """It starts with exactly those weights and uses those grids; the result is a model of the same kind with changed
+    weights; fully or with adapters."""
     if lora:
         pytest.importorskip("peft")
     published, model = finished(tmp_path)
@@ -84,8 +86,8 @@ def test_a_finished_model_is_tuned_further(
     assert config.model.projector == "mlp2x_gelu"
     record = start_ranks(1).run(cases.train_and_write, config)[0]
     for name, parameter in model.named_parameters():
-        ours = record.before.get(name, record.before.get(name.replace(".weight", ".base_layer.weight")))
-        torch.testing.assert_close(torch.from_numpy(ours), parameter.detach(), rtol=0, atol=0)
+        first = record.before.get(name, record.before.get(name.replace(".weight", ".base_layer.weight")))
+        torch.testing.assert_close(torch.from_numpy(first), parameter.detach(), rtol=0, atol=0)
     assert all(loss > 0 for loss in record.losses)
     tuned = LlavaNextForConditionalGeneration.from_pretrained(config.run_dir / "export")
     assert tuned.config.image_grid_pinpoints == [[28, 56], [84, 28]]
@@ -97,9 +99,9 @@ def test_a_finished_model_is_tuned_further(
 
 
 @pytest.mark.parametrize("files", [("processor_config.json",), ("preprocessor_config.json",)])
-def test_images_are_normalized_as_the_directory_says(tmp_path: Path, files: tuple[str, ...]) -> None:
-    """In the file of transformers 5, which our exports have, and in the older one; without either, and where both
-    disagree, the start is refused."""
+def test_image_statistics_are_read_from_the_directory(tmp_path: Path, files: tuple[str, ...]) -> None:
+    """The statistics are read from the file of transformers 5, which our exports have, and from the older one; without
+    either, or if they disagree, the start is rejected."""
     parts = tiny_model(tmp_path / "parts", tower="dinov2")
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config = replace(parts, vision_tower=replace(parts.vision_tower, image_mean=mean, image_std=std))
@@ -117,7 +119,7 @@ def test_images_are_normalized_as_the_directory_says(tmp_path: Path, files: tupl
     assert (tower.image_mean, tower.image_std) == (mean, std)
     old.write_text(json.dumps(images | {"image_mean": [0.5, 0.5, 0.5]}))
     if new.name in files:
-        with pytest.raises(ConfigError, match="not the same in both files"):
+        with pytest.raises(ConfigError, match="differ between files"):
             load(overrides, folders=False)
     for path in (new, old):
         path.unlink(missing_ok=True)
@@ -126,7 +128,8 @@ def test_images_are_normalized_as_the_directory_says(tmp_path: Path, files: tupl
 
 
 def test_a_tower_with_other_statistics_than_its_own_is_refused(tmp_path: Path) -> None:
-    """A DINOv2 behind a configuration that has CLIP's values, its default; the overrides in the message are right."""
+    """A DINOv2 in a configuration with CLIP's default values is rejected, and the overrides in the message are
+    right."""
     tower = tiny_model(tmp_path / "parts", tower="dinov2").vision_tower
     check_image_statistics(tower)  # its directory has none
     own = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -143,7 +146,8 @@ def test_a_tower_with_other_statistics_than_its_own_is_refused(tmp_path: Path) -
 
 
 def test_the_command_line_takes_them_from_the_directory(tmp_path: Path) -> None:
-    """`experiment=tune stage.init_from=DIR` is all; the configuration that a run writes holds what was found."""
+    """`experiment=tune stage.init_from=DIR` is sufficient; the configuration that a run writes has the values of the
+    directory."""
     finished(tmp_path)
     overrides = ["experiment=tune", "name=mine", "mixture=llava_next_779k", "precision=fp32"]
     config = load([*overrides, f"stage.init_from={tmp_path / 'hf'}"], folders=False)
@@ -151,10 +155,10 @@ def test_the_command_line_takes_them_from_the_directory(tmp_path: Path) -> None:
     assert config.model.language_model.path == str(tmp_path / "hf")
     assert read_backbone(config.model).tile == 28
     with pytest.raises(
-        ConfigError, match=r"authors' layout, .* choose it, for example model/vision_tower=clip_vit_l_336"
+        ConfigError, match=r"authors' layout, .* choose the tower, for example model/vision_tower=clip_vit_l_336"
     ):
         load([*overrides, f"stage.init_from={tmp_path / 'original'}"], folders=False)
-    with pytest.raises(ConfigError, match=r"holds no config\.json, and the model is to be the one that lies there"):
+    with pytest.raises(ConfigError, match=r"has no config\.json; give the directory of a complete model"):
         load([*overrides, f"stage.init_from={tmp_path}"], folders=False)
     with pytest.raises(ConfigError, match=r"stage\.init_from has no value"):
         load(overrides, folders=False)

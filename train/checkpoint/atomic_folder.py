@@ -10,18 +10,12 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
+from llava_next.formats.atomic import PARTIAL, replace_directory, sync_directory
+
 _SUMS = "sums.json"
-PARTIAL = ".partial"
-REMOVED = ".removed"
-
-
-def partial_of(place: Path) -> Path:
-    """Where a folder is written before it is whole."""
-    return place.with_name(place.name + PARTIAL)
 
 
 def place_of(partial: Path) -> Path:
@@ -66,20 +60,10 @@ def commit(partial: Path, num_ranks: int) -> Path:
     for rank in range(num_ranks):
         _rank_sums(partial, rank).unlink(missing_ok=True)
     for folder in sorted({path.parent for path in partial.rglob("*")}, reverse=True):  # the innermost first
-        _sync_folder(folder)
+        sync_directory(folder)
     place = place_of(partial)
-    if place.exists():  # from before the run went back to an earlier one
-        shutil.rmtree(retire(place))
-    partial.rename(place)
-    _sync_folder(place.parent)
+    replace_directory(place)  # one may exist from before the run went back to an earlier checkpoint
     return place
-
-
-def retire(place: Path) -> Path:
-    """The first act of a removal: a kill in its middle then leaves nothing that looks whole."""
-    unnamed = place.with_name(place.name + REMOVED)
-    place.rename(unnamed)
-    return unnamed
 
 
 def corrupt_files(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
@@ -130,11 +114,3 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

@@ -1,8 +1,8 @@
-"""Going on from a checkpoint: whether it is this run's, how it is loaded, and that it has been.
+"""Resumes a run: compares a checkpoint with the configuration, loads it, and verifies the loaded state.
 
-The same ranks and ZeRO stage load DeepSpeed's own files and go on bit for bit. Others go by way of the parameters'
-states (`universal.py`): the same samples in each step, and the same losses up to rounding. Frozen parts are not in a
-checkpoint: they come from `init_from`, as at the first start, and are compared with what was saved.
+With the same ranks and ZeRO stage, DeepSpeed's files are loaded and the run continues bit for bit. Otherwise each
+parameter's state is converted (`universal.py`): the samples of each step are the same, and the losses up to rounding.
+Frozen parameters are not in a checkpoint; they come from `init_from` again and are compared by their sha256.
 """
 
 import hashlib
@@ -25,8 +25,8 @@ from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import part_of
 from train.checkpoint import saver as checkpoint
 from train.checkpoint.saver import RunState
-from train.checkpoint.universal import ParameterStates, copy_weights, parameter_states, set_states
-from train.config.compose import to_yaml
+from train.checkpoint.universal import ParameterStates, copy_weights, open_states, set_states
+from train.config.compose import read_written, to_yaml
 from train.config.schema import ConfigError, RunConfig
 from train.distributed.versions import versions
 from train.distributed.world import World, all_gather_objects, barrier, broadcast_from_main
@@ -35,27 +35,30 @@ from train.engine.optimizer import parameter_groups, set_rates
 from train.engine.replica_checksums import check_replicas
 
 NON_SEMANTIC_KEYS = (
-    # How it is computed, and how much of it.
-    *("engine", "packing", "device", "precision", "attention", "linear", "elementwise", "recompute", "compile"),
+    # How the model is computed, and for how many steps.
+    *("engine", "packing", "device", "precision", "attention", "recompute", "compile"),
     *("liger", "deterministic", "max_steps"),
-    # What happens around it.
+    # Logging, saving, supervision and the like.
     *("recipe", "log", "evaluate", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight"),
     *("profile", "resume_allow"),
-    # Where things lie; what they are is in the fingerprint and in the frozen parts' sums.
+    # Paths; the content is covered by the data fingerprint and by the sha256 of the frozen parameters.
     *("root", "name", "mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),
     "model.vision_tower.path",
 )
-"""Keys that may differ from the checkpoint's, those below them included: nothing that is learned depends on them."""
+"""Keys, with all keys below them, that may differ from the checkpoint's: nothing that is learned depends on them."""
+
+_OPTIMIZER_KEYS = ("stage.learning_rates", "stage.weight_decay", "stage.betas", "stage.eps")
+"""Keys of the optimizer's groups. DeepSpeed loads the saved values; `resume_allow` lets the run's own replace them."""
 
 _LAYOUT_KEYS = ("sub_group_size", "round_robin_gradients", "offload_optimizer", "offload_param")
-"""Of DeepSpeed's `zero_optimization`: what its files depend on besides the stage."""
+"""Keys of DeepSpeed's `zero_optimization`, besides the stage, that determine the layout of its files."""
 
 
 class ResumeError(RuntimeError):
-    """What was loaded is not what was saved."""
+    """The loaded state differs from what was saved."""
 
 
-def run_state(
+def make_run_state(
     step: int,
     data_fingerprint: str,
     config: RunConfig,
@@ -63,80 +66,81 @@ def run_state(
     engine: deepspeed.DeepSpeedEngine,
     frozen: dict[str, str],
 ) -> RunState:
-    """The state to save after `step` steps, the optimizer's part of it read from the live engine."""
+    """Returns the state to save after `step` steps; optimizer groups and update counts are read from the engine."""
     groups = engine.optimizer.param_groups
     counts = _update_counts(engine)
     return RunState(
         step=step,
         data_fingerprint=data_fingerprint,
-        layout=layout(config, world),
+        layout=get_layout(config, world),
         dtype=_dtype_name(world.dtype),
-        groups=[_about_group(group) for group in groups],
+        groups=[_describe_group(group) for group in groups],
         updates=max(counts, default=0),
         frozen=frozen,
         versions=versions(),
     )
 
 
-def layout(config: RunConfig, world: World) -> dict[str, Any]:
-    """What DeepSpeed's files depend on: they load as they are where this is the same."""
+def get_layout(config: RunConfig, world: World) -> dict[str, Any]:
+    """Returns what the layout of DeepSpeed's files depends on; with an equal layout they load without conversion."""
     zero = config.engine.get("zero_optimization", {})
     options = {key: zero[key] for key in _LAYOUT_KEYS if key in zero}
     return {"num_ranks": world.size, "zero_stage": zero_stage(config), **options}
 
 
-def frozen_sums(model: LlavaNext, world: World) -> dict[str, str]:
-    """sha256 of the frozen parameters of each part that has some. Every rank must call it, before there is an engine.
+def hash_frozen_parts(model: LlavaNext, world: World) -> dict[str, str]:
+    """Returns the sha256 of the frozen parameters, by part. Every rank must call it before the engine is built.
 
-    Rank 0 has the weights, and sums up several parameters at a time.
+    Rank 0 has the weights and hashes several parameters in parallel.
     """
     frozen = [
         from_tensor(name, weight.detach()) for name, weight in model.named_parameters() if not weight.requires_grad
     ]
-    return all_gather_objects(world, sums_of(frozen, at_a_time=min(8, os.cpu_count() or 1)) if world.is_main else {})[0]
+    hashes = hash_tensors(frozen, num_threads=min(8, os.cpu_count() or 1)) if world.is_main else {}
+    return all_gather_objects(world, hashes)[0]
 
 
-def sums_of(frozen: Sequence[LazyTensor], *, at_a_time: int = 1) -> dict[str, str]:
-    """`frozen_sums` of parameters that may lie anywhere.
+def hash_tensors(frozen: Sequence[LazyTensor], *, num_threads: int = 1) -> dict[str, str]:
+    """Returns the sha256 of lazily read parameters, by part; see `hash_frozen_parts`.
 
     Args:
-        frozen: by live names, in the order of the model's `named_parameters`, in its type.
-        at_a_time: so many are read and summed up at once.
+        frozen: parameters by live names, in the order of the model's `named_parameters` and in its dtype.
+        num_threads: tensors that are read and hashed in parallel.
     """
     parts: dict[str, Any] = {}
-    with ThreadPoolExecutor(max_workers=at_a_time) as pool:  # hashlib lets other threads run
-        for tensor, found in zip(frozen, pool.map(_tensor_sum, frozen), strict=True):
-            parts.setdefault(part_of(tensor.name), hashlib.sha256()).update(found.encode())
+    with ThreadPoolExecutor(max_workers=num_threads) as pool:  # hashlib releases the GIL
+        for tensor, digest in zip(frozen, pool.map(_hash_tensor, frozen), strict=True):
+            parts.setdefault(part_of(tensor.name), hashlib.sha256()).update(digest.encode())
     return {part: total.hexdigest() for part, total in parts.items()}
 
 
-def check_frozen(place: Path, state: RunState, frozen: dict[str, str]) -> None:
-    """Raises ConfigError, with their names, if frozen parts (`frozen_sums` of a model) are others than were saved."""
+def check_frozen_parts(path: Path, state: RunState, frozen: dict[str, str]) -> None:
+    """Raises ConfigError if the hashes of frozen parts (`hash_frozen_parts`) differ from those of a checkpoint."""
     parts = sorted(part for part in {*frozen, *state.frozen} if frozen.get(part) != state.frozen.get(part))
     if parts:
         raise ConfigError(
-            f"{place}: the frozen parameters of {', '.join(parts)} are not those that it was trained with (sha256); "
-            "restore stage.init_from and the model's folders, or start afresh with another name=..."
+            f"{path}: the frozen parameters of {', '.join(parts)} differ from those of the run that saved it (sha256); "
+            "restore stage.init_from and the model's folders, or start a new run with another name=..."
         )
 
 
 @dataclass(frozen=True)
 class Resumption:
-    """A checkpoint that this run goes on from. `states` is None where DeepSpeed's own files fit as they are."""
+    """A checkpoint that the run resumes from. `states` is None if DeepSpeed's files load without conversion."""
 
-    place: Path
+    path: Path
     state: RunState
     states: ParameterStates | None
 
     @property
     def description(self) -> str:
-        """Where the run goes on, for the start of its log."""
-        text = f"resumed from {self.place} at step {self.state.step}"
+        """Checkpoint, step, conversion and changed versions, for the start of the log."""
+        text = f"resumed from {self.path} at step {self.state.step}"
         if self.states is not None:
             ranks, stage = self.state.layout["num_ranks"], self.state.layout["zero_stage"]
             text += f" (converted: saved by {ranks} rank(s) at ZeRO {stage})"
-        code, now = self.state.versions, versions()
-        changed = [f"{key} {code.get(key)} -> {now[key]}" for key in now if code.get(key) != now[key]]
+        saved, current = self.state.versions, versions()
+        changed = [f"{key} {saved.get(key)} -> {current[key]}" for key in current if saved.get(key) != current[key]]
         return text + (f"; versions have changed: {', '.join(changed)}" if changed else "")
 
     def load(
@@ -147,27 +151,31 @@ class Resumption:
         world: World,
         config: RunConfig,
     ) -> int:
-        """Puts the engine where the checkpoint was, and makes sure of it; returns the steps that are done.
+        """Loads the checkpoint into the engine and verifies the result.
 
         Args:
-            engine: over the model that `opened` has seen.
-            blank: a row without a sample, on the device.
-            frozen: `frozen_sums` of the model.
+            engine: of the model that was passed to `open_checkpoint`.
+            blank: a row without samples, on the device.
+            frozen: `hash_frozen_parts` of the model.
+
+        Returns:
+            The number of finished steps.
 
         Raises:
-            ConfigError: frozen parts are others than they were.
-            ResumeError: the engine is not where the checkpoint was.
+            ConfigError: frozen parameters differ from the saved run's.
+            ResumeError: the engine's state differs from the checkpoint's.
         """
-        check_frozen(self.place, self.state, frozen)
-        fresh = [_about_group(group) for group in engine.optimizer.param_groups]
+        check_frozen_parts(self.path, self.state, frozen)
+        fresh = [_describe_group(group) for group in engine.optimizer.param_groups]
         if self.states is None:
-            folder, _ = engine.load_checkpoint(str(self.place), tag=checkpoint.ENGINE, load_module_strict=False)
+            folder, _ = engine.load_checkpoint(str(self.path), tag=checkpoint.ENGINE, load_module_strict=False)
             if folder is None:
-                raise ResumeError(f"DeepSpeed found nothing to load in {self.place}")
+                raise ResumeError(f"DeepSpeed found no checkpoint in {self.path}")
         else:
-            _make_states(engine, blank)
+            _init_optimizer_states(engine, blank)
             set_states(engine, self.states, world)
-            for state in engine.basic_optimizer.state.values():  # one counter each: a shared one would run ahead
+            # One step tensor per parameter: AdamW would increment a shared one once per group.
+            for state in engine.basic_optimizer.state.values():
                 state["step"] = torch.full_like(state["step"], float(self.state.updates))
         release_gathered(engine)
         check_replicas(engine.module, world)
@@ -177,85 +185,92 @@ class Resumption:
     def _check_groups(self, engine: deepspeed.DeepSpeedEngine, fresh: list[dict[str, Any]], config: RunConfig) -> None:
         live = engine.optimizer.param_groups
         if len(live) != len(fresh):
-            raise ResumeError(f"{self.place}: {len(live)} optimizer groups after loading, {len(fresh)} before")
-        allowed = any(key.startswith(("stage.learning_rates", "stage.weight_decay")) for key in config.resume_allow)
+            raise ResumeError(f"{self.path}: {len(live)} optimizer groups after loading, {len(fresh)} before")
+        may_differ = any(key.startswith(_OPTIMIZER_KEYS) for key in config.resume_allow)
         for group, expected in zip(live, fresh, strict=True):
-            if allowed:
+            if may_differ:
                 group.update(expected)
-            found = _about_group(group)
-            if found != expected:
-                raise ResumeError(f"{self.place}: an optimizer group is {found} after loading, it should be {expected}")
-        if not allowed and fresh != self.state.groups:
-            raise ResumeError(f"{self.place}: optimizer groups {self.state.groups} were saved, this run has {fresh}")
+            loaded = _describe_group(group)
+            if loaded != expected:
+                raise ResumeError(f"{self.path}: an optimizer group is {loaded} after loading; expected {expected}")
+        # A checkpoint of an earlier version has fewer values for a group; its config.yaml has been compared.
+        named = [{key: group[key] for key in saved} for group, saved in zip(fresh, self.state.groups, strict=False)]
+        if not may_differ and (len(fresh) != len(self.state.groups) or named != self.state.groups):
+            raise ResumeError(f"{self.path}: optimizer groups {self.state.groups} were saved, this run has {fresh}")
         counts = _update_counts(engine)
         if counts != {self.state.updates}:
             raise ResumeError(
-                f"{self.place}: the optimizer has counted {sorted(counts)} updates after loading, {self.state.updates} "
-                "were saved"
+                f"{self.path}: the optimizer counts {sorted(counts)} updates after loading; expected "
+                f"{self.state.updates}"
             )
 
 
 @contextmanager
-def opened(
-    place: Path | None, model: LlavaNext, data_fingerprint: str, config: RunConfig, world: World
+def open_checkpoint(
+    path: Path | None, model: LlavaNext, data_fingerprint: str, config: RunConfig, world: World
 ) -> Iterator[Resumption | None]:
-    """The checkpoint to go on from, for as long as it is being loaded; None where there is none.
+    """Context manager that opens a checkpoint for loading. Every rank must enter it before the engine is built.
 
-    Every rank must enter it, with the model before it has an engine: where the layout is another one, the model gets
-    the trained weights here.
+    If the layout differs, the checkpoint is converted and the trained weights are copied into the model here.
+
+    Yields:
+        The resumption; None if `path` is None.
 
     Raises:
-        ConfigError: the checkpoint is another run's, with the difference key by key; or too little room to convert it.
+        ConfigError: the configuration differs, with every differing key; or there is too little disk space to convert.
+        SaveFormatError: a file could run code when it is unpickled.
     """
-    if place is None:
+    if path is None:
         yield None
         return
 
     def read() -> tuple[RunState, str]:
-        state = checkpoint.read_state(place)
-        refuse_another_run(place, state, data_fingerprint, config, world)
-        checkpoint.refuse_unsafe_pickles(place)
+        state = checkpoint.read_state(path)
+        check_same_run(path, state, data_fingerprint, config, world)
+        checkpoint.refuse_unsafe_pickles(path)
         return state, secrets.token_hex(4)
 
     state, token = broadcast_from_main(world, read)
-    if state.layout == layout(config, world):
-        yield Resumption(place, state, None)
+    if state.layout == get_layout(config, world):
+        yield Resumption(path, state, None)
         return
-    names = [name for group in _named_groups(model, config) for name in group]
-    scratch = place.with_name(f"{place.name}.universal_{token}")  # a killed conversion's may still be seen by a rank
-    with parameter_states(place / checkpoint.ENGINE, scratch, world, state.layout["zero_stage"], names) as states:
+    names = [name for group in _group_names(model, config) for name in group]
+    # The token makes the name unique: a rank may still see the folder of a killed conversion.
+    scratch = path.with_name(f"{path.name}.universal_{token}")
+    with open_states(path / checkpoint.ENGINE, scratch, world, state.layout["zero_stage"], names) as states:
         copy_weights(model, states)
-        yield Resumption(place, state, states)
+        yield Resumption(path, state, states)
         barrier(world)  # before the converted files are removed
 
 
-def refuse_another_run(place: Path, state: RunState, data_fingerprint: str, config: RunConfig, world: World) -> None:
-    """Raises ConfigError, with every difference, if the checkpoint is not this run's."""
-    saved = OmegaConf.to_container(OmegaConf.load(checkpoint.config_path(place)))
-    now = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
-    before = _flat(saved) | {"data_fingerprint": state.data_fingerprint, "dtype": state.dtype}
-    after = _flat(now) | {"data_fingerprint": data_fingerprint, "dtype": _dtype_name(world.dtype)}
+def check_same_run(path: Path, state: RunState, data_fingerprint: str, config: RunConfig, world: World) -> None:
+    """Raises ConfigError, with every difference, if a checkpoint was saved with another configuration or other data."""
+    saved = read_written(checkpoint.config_path(path))
+    current = OmegaConf.to_container(OmegaConf.create(to_yaml(config)))
+    before = _flatten(saved) | {"data_fingerprint": state.data_fingerprint, "dtype": state.dtype}
+    after = _flatten(current) | {"data_fingerprint": data_fingerprint, "dtype": _dtype_name(world.dtype)}
     changed = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
-    told = [key for key in changed if not _is_below(key, NON_SEMANTIC_KEYS)]
-    refused = [key for key in told if not _is_below(key, config.resume_allow)]
+    semantic = [key for key in changed if not _is_below(key, NON_SEMANTIC_KEYS)]
+    refused = [key for key in semantic if not _is_below(key, config.resume_allow)]
     if refused:
-        if "data_fingerprint" in told:  # what of the mixture makes it another one
-            told += [key for key in changed if _is_below(key, ("mixture",))]
-        differences = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in told)
+        if "data_fingerprint" in semantic:  # the mixture's keys show what changed the data
+            semantic += [key for key in changed if _is_below(key, ("mixture",))]
+        differences = "; ".join(f"{key} was {before.get(key)}, is {after.get(key)}" for key in semantic)
         raise ConfigError(
-            f"{place} is of a run with other settings: {differences}. Restore them, allow it with "
-            f"'resume_allow=[{','.join(refused)}]', or start afresh with another name=... (or without {place.parent})"
+            f"{path} is of a run with other settings: {differences}. Restore them, allow the change with "
+            f"'resume_allow=[{','.join(refused)}]', or start a new run with another name=... (or remove {path.parent})"
         )
 
 
-def _named_groups(model: LlavaNext, config: RunConfig) -> Iterator[list[str]]:
+def _group_names(model: LlavaNext, config: RunConfig) -> Iterator[list[str]]:
+    """Yields the parameter names of each optimizer group."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in parameter_groups(model, config.stage):
         yield [names[id(parameter)] for parameter in group["params"]]
 
 
-def _make_states(engine: deepspeed.DeepSpeedEngine, blank: Batch) -> None:
-    """Lets the optimizer make its states: an update with rates and gradients of zero, which changes nothing."""
+def _init_optimizer_states(engine: deepspeed.DeepSpeedEngine, blank: Batch) -> None:
+    """Makes the optimizer allocate its states, by an update with zero rates and gradients that changes no weight."""
     set_rates(engine.optimizer.param_groups, 0.0)
     total, *_ = engine(blank)
     engine.backward(total * 0)
@@ -266,22 +281,24 @@ def _update_counts(engine: deepspeed.DeepSpeedEngine) -> set[int]:
     return {int(state["step"]) for state in engine.basic_optimizer.state.values()}
 
 
-def _about_group(group: dict[str, Any]) -> dict[str, Any]:
-    return {key: group[key] for key in ("name", "part", "peak_lr", "weight_decay")}
+def _describe_group(group: dict[str, Any]) -> dict[str, Any]:
+    """Returns the values of an optimizer group that are saved and compared."""
+    values = {key: group[key] for key in ("name", "part", "peak_lr", "weight_decay", "eps")}
+    return {**values, "betas": list(group["betas"])}  # a list, as JSON returns it
 
 
-def _tensor_sum(tensor: LazyTensor) -> str:
+def _hash_tensor(tensor: LazyTensor) -> str:
     total = hashlib.sha256(f"{tensor.name} {tensor.dtype} {list(tensor.shape)}\n".encode())
     total.update(tensor.value().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(values, dict):
         return {prefix.removesuffix("."): values}
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.")
+        flat |= _flatten(value, f"{prefix}{key}.")
     return flat
 
 

@@ -1,15 +1,13 @@
-"""Checkpoints on disk: complete and whole, or not there.
+"""Writes checkpoints, which are either complete or absent, and finds the newest valid one.
 
-A save has two parts. While every rank waits, DeepSpeed writes its files aside. Then training goes on, and a thread of
-each rank brings its files to the disk and sums them up (sha256); when all have (the step's collective says so), the
-first rank writes `sums.json` and gives the folder its name. What is read back is summed up again before it is loaded.
+All ranks wait while DeepSpeed writes its files to a partial folder. Training then continues while a thread of each rank
+syncs and hashes its files; when all ranks have finished, rank 0 writes `sums.json` and renames the folder. A checkpoint
+is hashed again before it is loaded.
 
-    step_000500/engine/...      DeepSpeed's own files: trained parts and optimizer; frozen parts are `init_from`'s
+    step_000500/engine/...      DeepSpeed's files: trained parameters and optimizer; frozen ones come from `init_from`
                 config.yaml     the resolved configuration
-                run_state.json  the step, and what a run that goes on must agree with
-                sums.json       bytes and sha256 of all of these
-
-Sealing, names and sums are `atomic_folder.py`'s, going on from a checkpoint is `resume.py`'s.
+                run_state.json  the step, and what a resumed run is compared with
+                sums.json       size and sha256 of all of these
 """
 
 import json
@@ -25,6 +23,7 @@ from typing import Any
 import deepspeed
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from llava_next.formats.atomic import PARTIAL, REMOVED, partial_path, retire_directory
 from train.checkpoint import atomic_folder
 from train.config.schema import ConfigError, SaveConfig
 from train.distributed.world import World, all_gather_objects, barrier, broadcast_from_main
@@ -32,32 +31,32 @@ from train.distributed.world import World, all_gather_objects, barrier, broadcas
 logger = logging.getLogger(__name__)
 
 ENGINE = "engine"
-_HARMLESS = {
+_SAFE_GLOBALS = {
     "deepspeed.utils.tensor_fragment.fragment_address",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
 }
-LAG_PATIENCE_S = 90.0
-"""How long a rank waits to see a checkpoint that rank 0 sees: NFS keeps what it knows of a folder up to a minute."""
+VISIBILITY_TIMEOUT_S = 90.0
+"""How long a rank waits to see a checkpoint that rank 0 sees: NFS caches folder contents for up to a minute."""
 _STATE, _CONFIG = "run_state.json", "config.yaml"
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; the ones before it are as they were."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run must agree with to go on from its checkpoint.
+    """The state of a run that a resumed run is compared with; the content of run_state.json.
 
     Attributes:
-        step: optimizer steps that are done.
+        step: number of finished steps.
         data_fingerprint: of mixture and processor.
-        layout: what the engine's files depend on: number of ranks, ZeRO stage and the like.
-        dtype: of the weights, as a word.
-        groups: of the live optimizer: name, peak_lr and weight_decay of each.
-        updates: how often the optimizer has been applied; less than `step` where steps were skipped.
-        frozen: sha256 of the frozen parameters of each part, which the checkpoint does not hold.
+        layout: what DeepSpeed's files depend on: number of ranks, ZeRO stage and some options.
+        dtype: of the weights, for example "bfloat16".
+        groups: name, part, peak_lr, weight_decay, betas and eps of each optimizer group.
+        updates: number of applied updates; less than `step` if steps were skipped.
+        frozen: sha256 of the frozen parameters by part; the checkpoint does not contain them.
         versions: of the packages and of this code.
     """
 
@@ -72,40 +71,43 @@ class RunState:
 
 
 class SaveFormatError(RuntimeError):
-    """A checkpoint's file holds what no run writes."""
+    """A file of a checkpoint contains something that a run does not write."""
 
 
 class Saver:
-    """Writes the checkpoints of a run. Every rank has one and makes the same calls.
+    """Writes the checkpoints of a run. Every rank must make the same calls.
 
     Args:
-        folder: of the checkpoints.
-        world: this rank among the others, which all see the folder.
-        save: which ones are kept.
+        folder: of all checkpoints; shared by all ranks.
+        world: of the run.
+        save: which checkpoints are kept.
     """
 
     def __init__(self, folder: Path, world: World, save: SaveConfig) -> None:
         self._folder, self._world, self._save = folder, world, save
         self._partial: Path | None = None
-        self._sealing: threading.Thread | None = None
-        self._removing: threading.Thread | None = None
+        self._seal_thread: threading.Thread | None = None
+        self._remove_thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._began_s = 0.0
+        self._started_s = 0.0
 
     @property
-    def is_sealed(self) -> bool:
-        """Whether this rank's files of an unnamed checkpoint are on the disk, or could not be brought there."""
-        return self._sealing is not None and not self._sealing.is_alive()
+    def is_ready_to_commit(self) -> bool:
+        """Whether this rank has synced and hashed its files of an uncommitted checkpoint, or has failed to."""
+        return self._seal_thread is not None and not self._seal_thread.is_alive()
 
     def write(self, engine: deepspeed.DeepSpeedEngine, state: RunState, config_yaml: str) -> float:
-        """Writes this rank's files, aside; `finish` or `wait` gives the folder its name. Returns the seconds it took.
+        """Writes this rank's files to the partial folder; `commit` or `wait` completes the checkpoint.
+
+        Returns:
+            The seconds that it took.
 
         Raises:
-            SaveError: the disk is full, or the folder cannot be written into.
+            SaveError: the disk is full or the folder is not writable.
         """
         self.wait()
-        started = self._began_s = time.monotonic()
-        partial = atomic_folder.partial_of(self._folder / place_name(state.step))
+        started = self._started_s = time.monotonic()
+        partial = partial_path(self._folder / checkpoint_name(state.step))
         try:
             if self._world.is_main:
                 remove_unfinished(self._folder)
@@ -115,23 +117,25 @@ class Saver:
             if self._world.is_main:
                 (partial / _CONFIG).write_text(config_yaml)
                 (partial / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
-        except (OSError, RuntimeError) as error:  # torch's writer raises the latter where a disk is full
-            raise self._failed(partial, error) from error
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
+            raise self._make_error(partial, error) from error
         self._partial, self._error = partial, None
-        self._sealing = threading.Thread(target=self._seal, args=(partial,), daemon=True, name="seal")
-        self._sealing.start()
+        self._seal_thread = threading.Thread(target=self._seal, args=(partial,), daemon=True, name="seal")
+        self._seal_thread.start()
         return time.monotonic() - started
 
-    def finish(self) -> Path | None:
-        """Gives the checkpoint its name. To be called when every rank `is_sealed`; returns the folder.
+    def commit(self) -> Path | None:
+        """Completes the checkpoint: rank 0 writes sums.json and renames the folder.
+
+        Must be called when `is_ready_to_commit` is true on every rank. Returns the folder; None if nothing was written.
 
         Raises:
-            SaveError: this rank's files did not reach the disk.
+            SaveError: this rank's files could not be synced.
         """
-        if self._sealing is None or self._partial is None:
+        if self._seal_thread is None or self._partial is None:
             return None
-        self._sealing.join()
-        partial, self._partial, self._sealing = self._partial, None, None
+        self._seal_thread.join()
+        partial, self._partial, self._seal_thread = self._partial, None, None
         try:
             if self._error is not None:
                 raise self._error
@@ -139,24 +143,24 @@ class Saver:
                 atomic_folder.commit(partial, self._world.size)
                 self._remove_old()
         except (OSError, ValueError) as error:
-            raise self._failed(partial, error) from error
-        place = atomic_folder.place_of(partial)
-        logger.info("%s is complete, %.1f s after it was begun", place, time.monotonic() - self._began_s)
-        return place
+            raise self._make_error(partial, error) from error
+        path = atomic_folder.place_of(partial)
+        logger.info("%s is complete; saving took %.1f s", path, time.monotonic() - self._started_s)
+        return path
 
     def wait(self) -> None:
-        """Waits for the checkpoint that is being written, if there is one, for every rank, and for old ones to be gone.
+        """Waits until a checkpoint that is being written is complete on all ranks, and old ones are removed.
 
         Raises:
-            SaveError: as `finish` does.
+            SaveError: as `commit` does.
         """
-        if self._sealing is not None:
-            self._sealing.join()
+        if self._seal_thread is not None:
+            self._seal_thread.join()
             barrier(self._world)
-            self.finish()
+            self.commit()
             barrier(self._world)
-        if self._removing is not None:
-            self._removing.join()
+        if self._remove_thread is not None:
+            self._remove_thread.join()
 
     def _seal(self, partial: Path) -> None:
         try:
@@ -165,159 +169,151 @@ class Saver:
             self._error = error
 
     def _remove_old(self) -> None:
-        """Takes the names of old ones away, and lets their files go beside the next steps: they may be a hundred GB."""
+        """Renames old checkpoints and removes their files in a thread, since they may have hundreds of GB."""
         every = self._save.keep_every
-        old = [place for place in complete(self._folder)[: -self._save.keep] if not every or _step(place) % every]
-        unnamed = [atomic_folder.retire(place) for place in old]
-        if self._removing is not None:
-            self._removing.join()
-        self._removing = threading.Thread(target=_remove_all, args=(unnamed,), daemon=True, name="remove")
-        self._removing.start()
+        old = [
+            path for path in list_complete(self._folder)[: -self._save.keep] if not every or _parse_step(path) % every
+        ]
+        retired = [retire_directory(path) for path in old]
+        if self._remove_thread is not None:
+            self._remove_thread.join()
+        self._remove_thread = threading.Thread(target=_remove_all, args=(retired,), daemon=True, name="remove")
+        self._remove_thread.start()
 
-    def _failed(self, partial: Path, error: Exception) -> SaveError:
-        last = newest(self._folder)
-        kept = f"the newest complete one is {last}" if last else "there is none before it"
+    def _make_error(self, partial: Path, error: Exception) -> SaveError:
+        newest = find_newest(self._folder)
+        fallback = f"the newest complete checkpoint is {newest}" if newest else "there is no earlier checkpoint"
         try:
-            free = f"{shutil.disk_usage(self._folder).free / 2**30:.1f} GiB are free there"
+            free = f"{shutil.disk_usage(self._folder).free / 2**30:.1f} GiB are free"
         except OSError as unreadable:
             free = str(unreadable)
         return SaveError(
-            f"{atomic_folder.place_of(partial)} could not be saved: {' '.join(str(error).split())} ({free}); {kept}. "
-            "Make room, or choose another root=..., and run the same command again"
+            f"{atomic_folder.place_of(partial)} could not be saved: {' '.join(str(error).split())} ({free}); "
+            f"{fallback}. Free some space, or choose another root=..., and run the same command again"
         )
 
 
 def latest_valid(folder: Path, world: World) -> Path | None:
-    """The newest checkpoint whose files are what was written, or None. Every rank must call it; each reads a share.
+    """Returns the newest checkpoint whose files are intact, or None. Every rank must call it; each reads a share.
 
-    Rank 0 says which ones there are. A damaged one is named, gets `.damaged` behind its name, and the one before it is
-    tried.
+    Rank 0 lists the checkpoints. A damaged one is logged and renamed to `NAME.damaged`, and the previous one is tried.
 
     Raises:
-        ConfigError: a rank does not see a checkpoint that rank 0 sees; names the rank and its host.
+        ConfigError: a rank does not see a checkpoint that rank 0 sees; the message names the rank and its host.
     """
 
-    def listed() -> list[Path]:
-        _finish_sealed(folder)
+    def recover_and_list() -> list[Path]:
+        _commit_sealed(folder)
         remove_unfinished(folder)
-        return complete(folder)
+        return list_complete(folder)
 
-    for place in reversed(broadcast_from_main(world, listed)):
-        _wait_until_seen(place, world)
-        found = [told for told in all_gather_objects(world, corrupt_files(place, world.rank, world.size)) if told]
-        if not found:
-            return place
+    for path in reversed(broadcast_from_main(world, recover_and_list)):
+        _wait_until_visible(path, world)
+        damage = [text for text in all_gather_objects(world, corrupt_files(path, world.rank, world.size)) if text]
+        if not damage:
+            return path
         if world.is_main:
-            logger.warning("checkpoint %s is damaged (%s); the one before it is tried", place, "; ".join(found[:3]))
-            aside = place.with_name(place.name + ".damaged")
-            shutil.rmtree(aside, ignore_errors=True)
-            place.rename(aside)
+            logger.warning("checkpoint %s is damaged (%s); trying the previous one", path, "; ".join(damage[:3]))
+            renamed = path.with_name(path.name + ".damaged")
+            shutil.rmtree(renamed, ignore_errors=True)
+            path.rename(renamed)
         barrier(world)
     return None
 
 
-def _wait_until_seen(place: Path, world: World) -> None:
-    """Gives a network file system time to show a checkpoint to every rank: one that lags is not damaged."""
-    deadline_s = time.monotonic() + LAG_PATIENCE_S
-    while not atomic_folder.is_complete(place) and time.monotonic() < deadline_s:
+def _wait_until_visible(path: Path, world: World) -> None:
+    """Waits until every rank sees a checkpoint, since a network file system may show it late."""
+    deadline_s = time.monotonic() + VISIBILITY_TIMEOUT_S
+    while not atomic_folder.is_complete(path) and time.monotonic() < deadline_s:
         time.sleep(0.5)
-    blind = [
-        each for each in all_gather_objects(world, None if atomic_folder.is_complete(place) else _who(world)) if each
-    ]
-    if blind:
+    rank_name = f"rank {world.rank} ({socket.gethostname()})"
+    missing = [name for name in all_gather_objects(world, "" if atomic_folder.is_complete(path) else rank_name) if name]
+    if missing:
         raise ConfigError(
-            f"{place} is there on rank 0 and not on {', '.join(blind)} after {LAG_PATIENCE_S:.0f} s: the run's folder "
-            "(root) must be one that all nodes share; mount it there, choose another root=..., or start again if that "
-            "file system only lags"
+            f"{path} exists on rank 0 but not on {', '.join(missing)} after {VISIBILITY_TIMEOUT_S:.0f} s; set root= "
+            "to a folder that all nodes share, or start again if the file system was only slow"
         )
 
 
-def _who(world: World) -> str:
-    return f"rank {world.rank} ({socket.gethostname()})"
-
-
-def corrupt_files(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
-    """What is wrong with this rank's share of a checkpoint's files, the first of them by name; empty where nothing is.
-
-    Every byte of them is read.
-    """
-    found = atomic_folder.corrupt_files(place, rank, num_ranks)
-    if not found and rank == 0:
+def corrupt_files(path: Path, rank: int = 0, num_ranks: int = 1) -> str:
+    """Reads this rank's share of a checkpoint's files and describes the first that is damaged; empty if none is."""
+    damage = atomic_folder.corrupt_files(path, rank, num_ranks)
+    if not damage and rank == 0:
         try:
-            read_state(place)
+            read_state(path)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            found = f"{type(error).__name__}: {error}"
-    return found
+            damage = f"{type(error).__name__}: {error}"
+    return damage
 
 
-def complete(folder: Path) -> list[Path]:
-    """The checkpoints that are there, the newest last; whether they are sound `latest_valid` tells."""
-    # By number, and not .partial: a write that was killed just before its rename holds every file.
-    found = [place for place in folder.glob("step_*") if place.name.removeprefix("step_").isdigit()]
-    return sorted((place for place in found if atomic_folder.is_complete(place)), key=_step)
+def list_complete(folder: Path) -> list[Path]:
+    """Returns the complete checkpoints, the newest last. Their files are not verified; see `latest_valid`."""
+    # A .partial folder may have every file, if the process was killed just before the rename.
+    paths = [path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit()]
+    return sorted((path for path in paths if atomic_folder.is_complete(path)), key=_parse_step)
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    found = complete(folder)
-    return found[-1] if found else None
+def find_newest(folder: Path) -> Path | None:
+    """Returns the newest complete checkpoint, or None."""
+    paths = list_complete(folder)
+    return paths[-1] if paths else None
 
 
-def read_state(place: Path) -> RunState:
-    """What a checkpoint says of itself."""
-    values: dict[str, Any] = json.loads((place / _STATE).read_text())
+def read_state(path: Path) -> RunState:
+    """Reads run_state.json of a checkpoint."""
+    values: dict[str, Any] = json.loads((path / _STATE).read_text())
     return RunState(**values)
 
 
-def config_path(place: Path) -> Path:
-    """The configuration that a checkpoint was written with."""
-    return place / _CONFIG
+def config_path(path: Path) -> Path:
+    """Returns the path of the configuration that a checkpoint was written with."""
+    return path / _CONFIG
 
 
-def place_name(step: int) -> str:
-    """The folder's name of a checkpoint after `step` steps."""
+def checkpoint_name(step: int) -> str:
+    """Returns the folder name of a checkpoint after `step` steps."""
     return f"step_{step:06d}"
 
 
-def refuse_unsafe_pickles(place: Path) -> None:
-    """Raises SaveFormatError if a file of DeepSpeed's would run code when it is unpickled, as DeepSpeed does.
+def refuse_unsafe_pickles(path: Path) -> None:
+    """Raises SaveFormatError if one of DeepSpeed's files could run code when DeepSpeed unpickles it.
 
-    Only its own few types may be named in them, besides what torch itself holds to be harmless.
+    The files may name only a few types of DeepSpeed, besides those that torch considers safe.
     """
-    for path in sorted((place / ENGINE).rglob("*.pt")):
-        named = set(get_unsafe_globals_in_checkpoint(path)) - _HARMLESS
-        if named:
+    for file in sorted((path / ENGINE).rglob("*.pt")):
+        unsafe = set(get_unsafe_globals_in_checkpoint(file)) - _SAFE_GLOBALS
+        if unsafe:
             raise SaveFormatError(
-                f"{path} names {min(named)}, which no checkpoint needs: loading it could run code. It was not written "
-                "by a run; remove that checkpoint, and find out who has"
+                f"{file} names {min(unsafe)}, which no checkpoint needs: loading it could run code. It was not written "
+                "by a run; remove the checkpoint and find out where it comes from"
             )
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Removes what killed saves, removals and conversions have left behind."""
-    for pattern in (f"step_*{atomic_folder.PARTIAL}", f"step_*{atomic_folder.REMOVED}", "step_*.universal*"):
-        for left in folder.glob(pattern):
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
+    """Removes the partial files of killed saves, removals and conversions."""
+    for pattern in (f"step_*{PARTIAL}", f"step_*{REMOVED}", "step_*.universal*"):
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                left.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
 
-def _finish_sealed(folder: Path) -> None:
-    """Names what a killed run had brought to the disk whole, and had no step left to name."""
-    for partial in sorted(folder.glob(f"step_*{atomic_folder.PARTIAL}")):
+def _commit_sealed(folder: Path) -> None:
+    """Commits checkpoints whose files were all synced and hashed when the run was killed."""
+    for partial in sorted(folder.glob(f"step_*{PARTIAL}")):
         try:
             num_ranks = read_state(partial).layout["num_ranks"]
             atomic_folder.commit(partial, num_ranks)
-            logger.warning("%s was whole but for its name, and has it now", partial)
+            logger.warning("%s had all of its files and is now complete", partial)
         except (OSError, ValueError, TypeError, KeyError) as error:
-            logger.info("%s is not whole, and is removed: %s", partial, error)
+            logger.info("%s is incomplete and is removed: %s", partial, error)
 
 
 def _remove_all(folders: list[Path]) -> None:
     for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)  # what is left goes at the next save
+        shutil.rmtree(folder, ignore_errors=True)  # files that remain are removed at the next save
 
 
-def _step(place: Path) -> int:
-    return int(place.name.removeprefix("step_"))
+def _parse_step(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))

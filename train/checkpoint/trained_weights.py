@@ -1,7 +1,7 @@
-"""The trained parameters in a checkpoint of any ZeRO stage and number of ranks, read one at a time on one process.
+"""Reads the trained parameters from a checkpoint of any ZeRO stage and number of ranks, in one process.
 
-Owns where they lie in DeepSpeed's files; these are mapped, so that no more than one tensor is in memory. Frozen
-parameters are not in a checkpoint: they come from `stage.init_from` and the model's folders.
+DeepSpeed's files are memory-mapped, so that only one tensor is in memory at a time. Frozen parameters are not in a
+checkpoint; they come from `stage.init_from` and the model's folders.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,56 +19,56 @@ from train.checkpoint import saver as checkpoint
 from train.distributed.quiet_libraries import muted_stdout
 
 
-def trained_weights(model: LlavaNext, place: Path, *, masters: bool = False) -> dict[str, LazyTensor]:
-    """The trained parameters by their live names, on the host.
+def trained_weights(model: LlavaNext, path: Path, *, masters: bool = False) -> dict[str, LazyTensor]:
+    """Returns the trained parameters by their live names, to be read on the host.
 
     Args:
-        model: whose trained parameters they are to be; it is left as it is.
-        place: the checkpoint.
-        masters: the optimizer's fp32 copies instead of the weights themselves, which may be bf16. ZeRO 3 has no others.
+        model: the model of the run, by whose trained parameters the names are checked; it is not changed.
+        path: of the checkpoint.
+        masters: read the optimizer's fp32 copies instead of the weights, which may be bf16. ZeRO 3 has only the former.
 
     Raises:
-        SaveFormatError: a file would run code when it is unpickled.
-        ModelError: they are another model's.
+        SaveFormatError: a file could run code when it is unpickled.
+        ModelError: the parameters do not match the model.
         OSError, RuntimeError, KeyError, ValueError: a file is damaged or missing.
     """
-    found = _read(place, masters)
+    weights = _read(path, masters)
     if model.hf.lm_head.weight is model.hf.get_input_embeddings().weight:
-        found.pop("hf.lm_head.weight", None)  # the embedding by its second name
+        weights.pop("hf.lm_head.weight", None)  # tied to the input embedding
     expected = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    different = sorted(expected ^ set(found))
+    different = sorted(expected ^ set(weights))
     if different:
         raise ModelError(
-            f"{place} is of another model than config.yaml beside it describes: {len(different)} tensors are not in "
-            f"both, among them {different[0]}"
+            f"{path} does not match the model of its config.yaml: {len(different)} tensors are in only one of the "
+            f"two, for example {different[0]}"
         )
-    return found
+    return weights
 
 
-def _read(place: Path, masters: bool) -> dict[str, LazyTensor]:
-    checkpoint.refuse_unsafe_pickles(place)
-    stage, folder = checkpoint.read_state(place).layout["zero_stage"], place / checkpoint.ENGINE
+def _read(path: Path, masters: bool) -> dict[str, LazyTensor]:
+    checkpoint.refuse_unsafe_pickles(path)
+    stage, folder = checkpoint.read_state(path).layout["zero_stage"], path / checkpoint.ENGINE
     if stage == 3:
         with muted_stdout():
-            found = get_fp32_state_dict_from_zero_checkpoint(
-                str(place), tag=checkpoint.ENGINE, exclude_frozen_parameters=True, lazy_mode=True
+            weights = get_fp32_state_dict_from_zero_checkpoint(
+                str(path), tag=checkpoint.ENGINE, exclude_frozen_parameters=True, lazy_mode=True
             )
-        return {name: _joined(name, tensor) for name, tensor in found.items()}
+        return {name: _gather_lazily(name, tensor) for name, tensor in weights.items()}
     state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True, mmap=True)
     if masters and stage:
-        return {tensor.name: tensor for tensor in _masters(folder, state["param_shapes"])}
+        return {tensor.name: tensor for tensor in _read_masters(folder, state["param_shapes"])}
     return {name: from_tensor(name, tensor) for name, tensor in state["module"].items()}
 
 
-def _joined(name: str, tensor: Any) -> LazyTensor:
-    """Of ZeRO 3: `tensor` puts its pieces together when it is asked to."""
+def _gather_lazily(name: str, tensor: Any) -> LazyTensor:
+    """Wraps a tensor of ZeRO 3, which joins its partitions in `contiguous`."""
     return LazyTensor(name, tuple(tensor.shape), tensor.dtype, tensor.contiguous)
 
 
-def _masters(folder: Path, groups: Sequence[Mapping[str, torch.Size]]) -> Iterator[LazyTensor]:
-    """Of ZeRO 1 and 2: each group of parameters is one vector, of which every rank holds a stretch.
+def _read_masters(folder: Path, groups: Sequence[Mapping[str, torch.Size]]) -> Iterator[LazyTensor]:
+    """Yields the fp32 copies of ZeRO 1 and 2, where each group is one flat vector and every rank has a partition of it.
 
-    DeepSpeed's own reader joins these vectors in memory.
+    DeepSpeed's own reader would join these vectors in memory.
     """
     states = [
         torch.load(file, map_location="cpu", weights_only=False, mmap=True)["optimizer_state_dict"]
@@ -76,27 +76,27 @@ def _masters(folder: Path, groups: Sequence[Mapping[str, torch.Size]]) -> Iterat
     ]
     paddings = states[0].get("param_alignment_paddings")
     for number, shapes in enumerate(groups):
-        stretches = [state["single_partition_of_fp32_groups"][number] for state in states]
+        partitions = [state["single_partition_of_fp32_groups"][number] for state in states]
         start = 0
         for position, (name, shape) in enumerate(shapes.items()):
-            yield LazyTensor(name, tuple(shape), torch.float32, _Stretch(stretches, start, shape))
+            yield LazyTensor(name, tuple(shape), torch.float32, _FlatSlice(partitions, start, shape))
             start += shape.numel() + (paddings[number][position] if paddings else 0)
 
 
 @dataclass(frozen=True)
-class _Stretch:
-    """Cuts one parameter out of the ranks' stretches of a vector."""
+class _FlatSlice:
+    """Reads one parameter from the ranks' partitions of a flat vector."""
 
-    stretches: Sequence[torch.Tensor]
+    partitions: Sequence[torch.Tensor]
     start: int
     shape: torch.Size
 
     def __call__(self) -> torch.Tensor:
         pieces, first = [], 0
         start, stop = self.start, self.start + self.shape.numel()
-        for stretch in self.stretches:
-            last = first + len(stretch)
+        for partition in self.partitions:
+            last = first + len(partition)
             if start < last and first < stop:
-                pieces.append(stretch[max(start, first) - first : min(stop, last) - first])
+                pieces.append(partition[max(start, first) - first : min(stop, last) - first])
             first = last
         return torch.cat(pieces).view(self.shape)

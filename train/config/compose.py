@@ -1,7 +1,7 @@
-"""Command line and YAML → a checked `RunConfig`, and back into the YAML of a run's folder.
+"""Command line and YAML → a checked `RunConfig`, and back to the YAML of a run's folder.
 
-Owns composing (Hydra), types (pydantic), and what is taken over from a model in stage.init_from. The rules are in
-rules.py.
+Hydra composes, pydantic checks types, `rules.py` checks values. Settings of a whole model in stage.init_from are read
+from its directory.
 """
 
 from collections.abc import Sequence
@@ -16,11 +16,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data_recipes.schema.config_dir import CONFIG_DIR
 from llava_next.config import ModelError
-from llava_next.model.released import settings_from_checkpoint
+from llava_next.model.checkpoint_config import settings_from_checkpoint
 from train.config.error_messages import explain_composition, explain_invalid
+from train.config.removed_keys import upgraded
 from train.config.rules import check_folders, check_installed, check_values
-from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
+from train.config.schema import ConfigError, RunConfig
 
 
 def load(overrides: Sequence[str] = (), config_dir: str | None = None, *, folders: bool = True) -> RunConfig:
@@ -34,11 +36,11 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None, *, folder
     Raises:
         ConfigError: with one sentence.
     """
-    return check(composed_from(overrides, config_dir), folders=folders)
+    return check(compose_overrides(overrides, config_dir), folders=folders)
 
 
-def composed_from(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
-    """What `load` checks, as Hydra composes it.
+def compose_overrides(overrides: Sequence[str], config_dir: str | None = None) -> DictConfig:
+    """The configuration as Hydra composes it, not checked.
 
     Raises:
         ConfigError: with one sentence.
@@ -53,26 +55,36 @@ def composed_from(overrides: Sequence[str], config_dir: str | None = None) -> Di
 
 
 def load_yaml(path: Path) -> RunConfig:
-    """The configuration that a run wrote into its folder.
+    """The configuration that a run wrote into its folder, also one of an earlier version (`removed_keys.py`).
 
     Raises:
-        ConfigError: there is no such file, or it was written by an incompatible version.
+        ConfigError: there is no such file, or a key or value is not valid.
     """
     if not path.is_file():
-        raise ConfigError(f"{path.parent} is no run folder: it holds no {path.name}; name the folder of a stage")
-    composed = OmegaConf.load(path)
-    assert isinstance(composed, DictConfig)
-    return check(composed, folders=False)
+        raise ConfigError(f"{path.parent} is not a run folder: it has no {path.name}; name the folder of a stage")
+    return check(OmegaConf.create(read_written(path)), folders=False)
+
+
+def read_written(path: Path) -> dict[str, Any]:
+    """A config.yaml as plain values, with the keys of this version, not validated.
+
+    Raises:
+        ConfigError: the file is not a dictionary.
+    """
+    values = OmegaConf.to_container(OmegaConf.load(path))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} is not the configuration of a run: it holds no keys")
+    return upgraded({str(key): value for key, value in values.items()})
 
 
 def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
-    """The frozen configuration, or the first of its mistakes.
+    """Checks a composed configuration and returns it frozen.
 
     Args:
         folders: also check that the folders it names exist.
 
     Raises:
-        ConfigError: with the key, the rule, the value and the way out.
+        ConfigError: the first mistake, with the key, the rule, the value and the fix.
     """
     try:
         plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
@@ -81,7 +93,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     assert isinstance(plain, dict)
     for choice in ("hydra", "experiment"):
         plain.pop(choice, None)
-    if isinstance(plain.get("mixture"), dict):  # as data_recipes.prepare reads the same file
+    if isinstance(plain.get("mixture"), dict):  # the defaults with which data_recipes.prepare reads the same file
         mixture = plain["mixture"]
         mixture.setdefault("seed", 0)
         if isinstance(mixture.get("sources"), dict):
@@ -91,7 +103,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
         config = pydantic.TypeAdapter(RunConfig).validate_python(plain)
     except pydantic.ValidationError as error:
         raise ConfigError(explain_invalid(error, RunConfig)) from error
-    config = _adopted(config)
+    config = _with_checkpoint_settings(config)
     check_values(config)
     if folders:
         check_folders(config)
@@ -100,24 +112,22 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
 
 
 def _check_origin(plain: dict[Any, Any]) -> None:
-    """Before the types are checked: the paths of a model that lies in stage.init_from are null where that is."""
+    """Checked before types: without stage.init_from, the paths of a model that is read from there are null."""
     parts = [part for part in (plain.get("model") or {}).values() if isinstance(part, dict)]
     if any(part.get("weights") == "init_from" for part in parts) and not (plain.get("stage") or {}).get("init_from"):
         raise ConfigError(
-            "stage.init_from has no value, and the model is to be the one that lies there; name the directory of a "
-            "whole model, in Hugging Face's layout or the authors'"
+            "stage.init_from has no value, and the model is read from there; name the directory of a whole model, in "
+            "Hugging Face's layout or the authors'"
         )
 
 
-def _adopted(config: RunConfig) -> RunConfig:
-    """Where the weights are those of a whole model in stage.init_from, grids and the like are its own, too."""
+def _with_checkpoint_settings(config: RunConfig) -> RunConfig:
+    """Replaces grids and similar settings by those of a whole model in stage.init_from, if its weights are used."""
     model, start = config.model, config.stage.init_from
     if "init_from" not in (model.language_model.weights, model.vision_tower.weights):
         return config
-    if (
-        start is None or not Path(start).is_dir()
-    ):  # told by `_check_folders`; a run's own config.yaml has what was there
-        return config
+    if start is None or not Path(start).is_dir():
+        return config  # `check_folders` reports it; a run's own config.yaml has the settings already
     try:
         return replace(config, model=settings_from_checkpoint(model, Path(start)))
     except ModelError as error:
@@ -130,5 +140,5 @@ def to_yaml(config: RunConfig) -> str:
 
 
 def explain(text: str) -> str:
-    """Hydra's and OmegaConf's messages as one sentence with the key and the way out."""
+    """Hydra's or OmegaConf's message as one sentence with the key and the fix."""
     return explain_composition(text, RunConfig)

@@ -1,6 +1,6 @@
-"""What Hydra, OmegaConf and pydantic say about a configuration, as one sentence with the key, the rule and the way out.
+"""Rewrites errors of Hydra, OmegaConf and pydantic as one sentence with the key, the rule and the fix.
 
-Owns these sentences; the rules themselves are schema.py's, whose class is passed in.
+The configuration's class is an argument, so that this file does not depend on its fields.
 """
 
 import difflib
@@ -12,10 +12,16 @@ import pydantic
 
 from data_recipes.schema.mixture_config import SourceShare
 from llava_next.config import PARTS, LoraConfig
+from train.config.removed_keys import explain_removed
 
 
 def explain_composition(text: str, config: type) -> str:
-    """Hydra's and OmegaConf's messages as one sentence with the key and the way out."""
+    """Hydra's or OmegaConf's message as one sentence with the key and the fix.
+
+    Args:
+        text: the message.
+        config: the dataclass whose fields are the known keys.
+    """
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
     if unknown and ("not in struct" in text or "Could not override" in text):
         return _unknown_key(unknown.group(1), config)
@@ -30,7 +36,7 @@ def explain_composition(text: str, config: type) -> str:
         return f"{group}={name}: there is no such choice" + (f"; the choices are {known}" if known else "")
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
-        return f"{missing.group(1)} has no value; give it on the command line as {missing.group(1)}=VALUE"
+        return f"{missing.group(1)} has no value; set it on the command line as {missing.group(1)}=VALUE"
     return " ".join(text.split())
 
 
@@ -38,12 +44,12 @@ def _unknown_key(key: str, config: type) -> str:
     part = key.removeprefix("stage.learning_rates.")
     if part != key:
         if part in PARTS:
-            return f"{key} has no value in this stage; a part more is trained with +{key}=RATE"
+            return f"{key} has no value in this stage; to train this part too, write +{key}=RATE"
         return f"{key}: there is no such part; the parts are {', '.join(PARTS)}"
     if key.startswith("lora.") and key.rpartition(".")[2] in _LORA:
-        return f"{key}: that part has no adapters yet; give it all of {', '.join(_LORA)}, each as +lora.PART.KEY=VALUE"
+        return f"{key}: that part has no adapters; set all of {', '.join(_LORA)}, each as +lora.PART.KEY=VALUE"
     if key in _all_keys(config):
-        return f"{key} has no value in the YAML; write it there, or give it as +{key}=VALUE"
+        return f"{key} has no value in the YAML; write it there, or set +{key}=VALUE"
     return _no_such_key(key, config)
 
 
@@ -51,13 +57,16 @@ _LORA = [item.name for item in fields(LoraConfig)]
 
 
 def _no_such_key(key: str, config: type) -> str:
+    removed = explain_removed(key)
+    if removed is not None:
+        return removed
     if key.startswith("lora."):
-        return f"{key}: there is no such key; the adapters of a part have {', '.join(_LORA)}"
+        return f"{key}: there is no such key; the keys of a part's adapters are {', '.join(_LORA)}"
     source, _, last = key.removeprefix("mixture.sources.").rpartition(".")
     if key.startswith("mixture.sources.") and source:
         known = [item.name for item in fields(SourceShare)]
         if last in known:
-            return f"{key}: the mixture has no source {source}; mend the name, or add one with +{key}=VALUE"
+            return f"{key}: the mixture has no source {source}; correct the name, or add a source with +{key}=VALUE"
         close = difflib.get_close_matches(last, known, n=1)
         near = f"; did you mean mixture.sources.{source}.{close[0]}?" if close else ""
         return f"{key}: there is no such key; a source of a mixture has {', '.join(known)}{near}"
@@ -81,12 +90,12 @@ def _all_keys(config: type, prefix: str = "") -> list[str]:
 
 
 def explain_invalid(error: pydantic.ValidationError, config: type) -> str:
-    """The first of pydantic's errors as such a sentence."""
+    """The first of pydantic's errors as one sentence with the key, the rule and the fix."""
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int",))
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _no_such_key(key, config)
     if first["type"] in ("missing", "missing_argument"):
-        return f"{key} has no value; give it in the YAML, or as +{key}=VALUE"
+        return f"{key} has no value; set it in the YAML, or as +{key}=VALUE"
     rule = first["msg"][0].lower() + first["msg"][1:]
     return f"{key}: {rule.replace('input should', 'the value should')}, got {first['input']!r}"

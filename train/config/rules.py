@@ -1,7 +1,7 @@
-"""What a run's configuration may hold: every rule that can be checked without torch, data or weights.
+"""The rules for the values of a configuration that can be checked without torch, data or weights.
 
-Owns the rules, so that a mistake costs a second and not a queue slot. The first one that is broken is told, as a
-`ConfigError` with the key, the rule, the value and the way out.
+They are checked before anything is loaded, so that a mistake is reported within a second. The first violated rule is
+raised as a `ConfigError` with the key, the rule, the value and the fix.
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ _ENGINE_OWNED = {
     "gradient_clipping": "stage.clip_norm",
     "bf16": "precision",
     "fp16": "precision",
-    "managed_gradient_accumulation": "nothing: micro-steps vary from step to step",
+    "managed_gradient_accumulation": "the program: the number of micro-steps varies from step to step",
     "data_types": "precision",
     "communication_data_type": "precision",
 }
@@ -33,12 +33,12 @@ _ENGINE_REFUSED = {
     "gradient_predivide_factor": "gradients are reduced in fp32 already, where it changes nothing but rounding",
     "sequence_parallel_size": "it changes the number of ranks that DeepSpeed averages over",
     "data_parallel_size": "DeepSpeed does not read it",
-    "tensor_parallel": "it wants the same batch on every rank of a group; shard by engine=zero3",
+    "tensor_parallel": "it requires the same batch on every rank of a group; shard with engine=zero3",
     "activation_checkpointing": "this model does not use DeepSpeed's; set recompute=[language_model]",
     "compile": "set compile=[language_model]",
     "torch_autocast": "it changes the precision; set precision",
 }
-"""Keys of DeepSpeed's dictionary that are met in published ones, and why each has no place here."""
+"""Keys that published DeepSpeed dictionaries contain, and why each is refused."""
 
 ZERO_KEYS: dict[str, tuple[int, ...]] = {
     "stage": (0, 1, 2, 3),
@@ -60,56 +60,56 @@ ZERO_KEYS: dict[str, tuple[int, ...]] = {
     "stage3_use_all_reduce_for_fetch_params": (3,),
     "zero_hpz_partition_size": (3,),
 }
-"""Keys of DeepSpeed's `zero_optimization` that may be set, and the stages at which DeepSpeed 0.19.8 reads them. Each is
-shown to leave the weights as they are (tests/train/config/test_engine_keys.py)."""
+"""Keys of DeepSpeed's `zero_optimization` that may be set, and the stages at which DeepSpeed 0.19.8 reads them. Tests
+show that none of them changes the trained weights (tests/train/config/test_engine_keys.py)."""
 
 OFFLOAD_KEYS = ("device", "pin_memory")
-"""Keys of `offload_optimizer` and `offload_param` that may be set; pinned memory has an effect on a GPU only."""
+"""Keys of `offload_optimizer` and `offload_param` that may be set; `pin_memory` has an effect on a GPU only."""
 
 _ZERO_REFUSED = {
-    "leaf_module": "it changes which modules DeepSpeed gathers together and has trained other weights in silence",
+    "leaf_module": "it changes which modules DeepSpeed gathers together, and has changed the trained weights silently",
     "allgather_partitions": "DeepSpeed does not read it",
     "zenflow": "it applies gradients of earlier steps",
     "zero_quantized_weights": "it rounds the weights",
     "zero_quantized_nontrainable_weights": "it rounds the weights",
     "zero_quantized_gradients": "it rounds the gradients",
     "compute_grad_norm": "the run logs the norm and clips by it",
-    "stage3_gather_16bit_weights_on_model_save": "the run writes its result from divided weights, too",
-    "elastic_checkpoint": "checkpoints are resumed on any ranks without it",
-    "load_from_fp32_weights": "checkpoints are resumed on any ranks without it",
-    "ignore_unused_parameters": "every row runs every part, so there are none",
+    "stage3_gather_16bit_weights_on_model_save": "the run writes its result from partitioned weights",
+    "elastic_checkpoint": "checkpoints are resumed on any number of ranks without it",
+    "load_from_fp32_weights": "checkpoints are resumed on any number of ranks without it",
+    "ignore_unused_parameters": "every row runs every part, so no parameter is unused",
     "cpu_offload": "DeepSpeed has renamed it; set offload_optimizer: {device: cpu}",
     "cpu_offload_param": "DeepSpeed has renamed it; set offload_param: {device: cpu}",
 }
 
 
 def check_values(config: RunConfig) -> None:
-    """Raises ConfigError for a value that is none, or that another one contradicts."""
+    """Raises ConfigError for a value out of its range, or for two values that contradict each other."""
     _check_rates(config.stage)
     _check_numbers(config)
     _check_names(config)
-    _check_room(config)
+    _check_row_budgets(config)
     if config.evaluate.every and not any(share.holdout for share in config.mixture.sources.values()):
         raise ConfigError(
-            f"evaluate.every={config.evaluate.every}, but mixture {config.mixture.name} holds nothing out; give a "
-            "source `holdout: N`, or set evaluate.every=0"
+            f"evaluate.every={config.evaluate.every}, but mixture {config.mixture.name} holds nothing out; set "
+            "`holdout: N` of a source, or evaluate.every=0"
         )
     if config.evaluate.answers and not config.evaluate.every:
         raise ConfigError(
-            f"evaluate.answers={config.evaluate.answers} questions are asked where the held-out loss is computed, and "
-            "evaluate.every=0 is never; set evaluate.every to a number of steps, or evaluate.answers=0"
+            f"evaluate.answers={config.evaluate.answers} questions are asked when the held-out loss is computed, and "
+            "evaluate.every=0 means never; set evaluate.every to a number of steps, or evaluate.answers=0"
         )
     if config.liger and "language_model" in config.compile:
         raise ConfigError(
-            "liger=true and compile=[language_model] are two ways to run the same blocks, and torch.compile cannot "
-            "read liger's; choose one (compile is the faster, compile=[vision_tower] goes with liger)"
+            "liger=true and compile=[language_model] exclude each other: torch.compile cannot compile liger's kernels; "
+            "set one of them (compile is faster; compile=[vision_tower] can be combined with liger)"
         )
     _check_lora(config.lora or {}, config.stage)
     _check_engine(config.engine)
     if config.compile and config.engine.get("zero_optimization", {}).get("stage") == 3:
         raise ConfigError(
-            f"compile=[{','.join(config.compile)}] does not go with ZeRO stage 3: DeepSpeed gathers every module by "
-            "hooks, so torch.compile translates each block anew and stops the run at its limit; choose compile=[], or "
+            f"compile=[{','.join(config.compile)}] cannot be combined with ZeRO stage 3: DeepSpeed gathers modules in "
+            "hooks, so torch.compile recompiles each block until its limit stops the run; set compile=[], or "
             "engine=zero2"
         )
 
@@ -121,12 +121,12 @@ def _check_rates(stage: StageConfig) -> None:
         if rate is not None and not 0 < rate < math.inf:
             raise ConfigError(f"stage.learning_rates.{part} must be above 0, got {rate}; leave it out to freeze it")
     if not stage.rates:
-        raise ConfigError(f"stage.learning_rates names no part: nothing would train; name some of {', '.join(PARTS)}")
+        raise ConfigError(f"stage.learning_rates names no part to train; name one or more of {', '.join(PARTS)}")
 
 
 def _check_numbers(config: RunConfig) -> None:
     stage = config.stage
-    for key, value, least in (
+    for key, value, minimum in (
         ("seed", config.seed, 0),
         ("stage.batch_size", stage.batch_size, 1),
         ("stage.max_length", stage.max_length, 2),
@@ -145,8 +145,8 @@ def _check_numbers(config: RunConfig) -> None:
         ("timeout_s", config.timeout_s, 1),
         ("max_steps", config.max_steps, 1),
     ):
-        if value is not None and value < least:
-            raise ConfigError(f"{key} must be at least {least}, got {value}")
+        if value is not None and value < minimum:
+            raise ConfigError(f"{key} must be at least {minimum}, got {value}")
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
         raise ConfigError(f"profile.steps is [first, last] with 0 <= first <= last, or [], got {list(steps)}")
@@ -156,10 +156,19 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(f"stage.epochs must be above 0 and finite, got {stage.epochs}")
     if not 0 <= stage.weight_decay < math.inf:
         raise ConfigError(f"stage.weight_decay must be 0 or more, got {stage.weight_decay}")
+    if len(stage.betas) != 2 or not all(0 <= beta < 1 for beta in stage.betas):
+        raise ConfigError(
+            f"stage.betas must be two numbers from 0 to below 1, got {list(stage.betas)}; AdamW's defaults are "
+            "[0.9, 0.999]"
+        )
+    if not 0 < stage.eps < math.inf:
+        raise ConfigError(f"stage.eps must be above 0 and finite, got {stage.eps}; AdamW's default is 1.0e-8")
     if stage.clip_norm is not None and not 0 < stage.clip_norm < math.inf:
-        raise ConfigError(f"stage.clip_norm must be above 0, got {stage.clip_norm}; null leaves gradients as they are")
+        raise ConfigError(f"stage.clip_norm must be above 0, got {stage.clip_norm}; null disables clipping")
     if not 0 <= stage.warmup_ratio < 1:
-        raise ConfigError(f"stage.warmup_ratio is a share of the steps, from 0 to below 1, got {stage.warmup_ratio}")
+        raise ConfigError(
+            f"stage.warmup_ratio must be a share of the steps from 0 to below 1, got {stage.warmup_ratio}"
+        )
 
 
 def _check_names(config: RunConfig) -> None:
@@ -175,8 +184,8 @@ def _check_names(config: RunConfig) -> None:
             raise ConfigError(f"{key}: {error}") from error
 
 
-def _check_room(config: RunConfig) -> None:
-    """Grids are some, and a row holds the largest sample and the largest picture."""
+def _check_row_budgets(config: RunConfig) -> None:
+    """There are grids, and a row holds the longest sample and the image with the most tiles."""
     stage, packing = config.stage, config.packing
     try:
         check_grids(config.model.grids)
@@ -185,13 +194,13 @@ def _check_room(config: RunConfig) -> None:
     if packing.max_tokens < stage.max_length:
         raise ConfigError(
             f"packing.max_tokens={packing.max_tokens} is smaller than stage.max_length={stage.max_length}: the longest "
-            f"allowed sample would fit no row; raise packing.max_tokens to at least {stage.max_length}"
+            f"allowed sample would not fit into a row; raise packing.max_tokens to at least {stage.max_length}"
         )
-    most_tiles = 1 if stage.image_mode != "anyres" else 1 + max(r * c for r, c in config.model.grids)
-    if packing.max_tiles < most_tiles:
+    max_tiles = 1 if stage.image_mode != "anyres" else 1 + max(r * c for r, c in config.model.grids)
+    if packing.max_tiles < max_tiles:
         raise ConfigError(
-            f"packing.max_tiles={packing.max_tiles} is smaller than the {most_tiles} tiles of one picture in the "
-            f"largest of model.grids; raise it to at least {most_tiles}"
+            f"packing.max_tiles={packing.max_tiles} is smaller than the {max_tiles} tiles of one image in the largest "
+            f"of model.grids; raise it to at least {max_tiles}"
         )
 
 
@@ -203,22 +212,22 @@ def _check_lora(lora: dict[str, LoraConfig], stage: StageConfig) -> None:
     for part in lora:
         if part not in stage.rates:
             raise ConfigError(
-                f"lora.{part}: its adapters train at stage.learning_rates.{part}, which has no value; give it one "
-                "(2.0e-4 is usual), or leave the part out of lora"
+                f"lora.{part}: its adapters train at stage.learning_rates.{part}, which has no value; set it (usual: "
+                "2.0e-4), or leave the part out of lora"
             )
     if lora and stage.result == "connector":
         raise ConfigError(
-            f"lora names {', '.join(lora)}, and stage.result=connector writes the projector alone: the adapters would "
-            "be lost; choose stage.result=export, or lora=null"
+            f"lora names {', '.join(lora)}, and stage.result=connector writes only the projector: the adapters would "
+            "be lost; set stage.result=export, or lora=null"
         )
 
 
 def _check_engine(engine: dict[str, Any]) -> None:
-    """Only keys that are known to have an effect, and none on what is learned."""
+    """Accepts only keys that have an effect, and no effect on what is learned."""
     for key in engine:
         if key in _ENGINE_OWNED:
             raise ConfigError(
-                f"engine.{key} is the run's own, set by {_ENGINE_OWNED[key]}; remove it from the engine's dictionary"
+                f"engine.{key} is derived, it is set by {_ENGINE_OWNED[key]}; remove it from the engine's dictionary"
             )
         if key != "zero_optimization":
             raise _refused_key(f"engine.{key}", _ENGINE_REFUSED.get(key), ("zero_optimization",))
@@ -236,15 +245,15 @@ def _check_engine(engine: dict[str, Any]) -> None:
         if stage not in ZERO_KEYS[key]:
             stages = " and ".join(str(number) for number in ZERO_KEYS[key])
             raise ConfigError(
-                f"{name}={value} has no effect at ZeRO stage {stage}, only at {stages}; remove it, or choose "
+                f"{name}={value} has no effect at ZeRO stage {stage}, only at {stages}; remove it, or set "
                 f"engine=zero{ZERO_KEYS[key][-1]}"
             )
         if key.startswith("offload_"):
             _check_offload(name, value)
 
 
-def _refused_key(name: str, why: str | None, allowed: Iterable[str]) -> ConfigError:
-    reason = why or "it is not among the keys that are tested to change nothing that is learned"
+def _refused_key(name: str, reason: str | None, allowed: Iterable[str]) -> ConfigError:
+    reason = reason or "no test shows that it changes nothing that is learned"
     return ConfigError(f"{name} is refused: {reason}; remove it. Keys that may be set: {', '.join(allowed)}")
 
 
@@ -262,7 +271,7 @@ def _check_offload(name: str, offload: Any) -> None:
 
 
 def check_folders(config: RunConfig) -> None:
-    """Raises ConfigError for a folder that is named and not there; the message says what makes it."""
+    """Raises ConfigError for a named folder that does not exist; the message gives the command that creates it."""
     language, tower = config.model.language_model, config.model.vision_tower
     for key, path in (
         ("model.language_model.path", language.path),
@@ -287,18 +296,18 @@ def check_folders(config: RunConfig) -> None:
     if local_dir is not None and not Path(local_dir).is_dir():
         raise ConfigError(
             f"data.local_dir: there is no folder {local_dir} on this machine; name one on its own disk, or null to "
-            "read the stores where they lie"
+            "read the stores from data.store_root"
         )
     if config.stage.init_from is not None:
         _check_start(Path(config.stage.init_from))
 
 
 def check_installed(config: RunConfig) -> None:
-    """Raises ConfigError for an optional package that is asked for and not installed."""
+    """Raises ConfigError for an optional package that the configuration needs and that is not installed."""
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
-            "log.tensorboard=true needs the package tensorboard, which is not installed; ./scripts/setup.sh --extras "
-            "tensorboard, or leave it false: metrics.jsonl has the same numbers"
+            "log.tensorboard=true needs the package tensorboard, which is not installed; run ./scripts/setup.sh "
+            "--extras tensorboard, or set it to false: metrics.jsonl has the same numbers"
         )
     if config.lora:
         try:
@@ -310,11 +319,11 @@ def check_installed(config: RunConfig) -> None:
 def _check_start(start: Path) -> None:
     if start.is_file() and start.suffix != ".bin":
         raise ConfigError(
-            f"stage.init_from: {start} is a file, and only the authors' connector is given as one (mm_projector.bin); "
-            f"name its folder, {start.parent}"
+            f"stage.init_from: {start} is a file, and the only file allowed is the authors' connector "
+            f"(mm_projector.bin); name its folder, {start.parent}"
         )
     if not start.is_dir() and not start.is_file():
         raise ConfigError(
             f"stage.init_from: there is no folder and no mm_projector.bin {start}; run stage=align first, or start "
-            "from fresh parts with stage.init_from=null"
+            "from newly initialised parts with stage.init_from=null"
         )

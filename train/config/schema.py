@@ -1,7 +1,7 @@
-"""The configuration of a run: a frozen value that every room reads.
+"""The configuration of a run as frozen dataclasses, with its defaults.
 
-Owns `RunConfig`, its defaults and `ConfigError`. How it is composed is compose.py's, what it may hold rules.py's; parts
-whose owner is another package (model, mixture) are that package's dataclasses.
+`compose.py` reads it from YAML and the command line, and `rules.py` checks its values. The model's and the mixture's
+parts are dataclasses of the packages that use them.
 """
 
 from dataclasses import dataclass, field
@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_recipes.schema.mixture_config import MixtureConfig
-from llava_next.config import AttentionKernel, ElementwiseKernel, ImageMode, LinearKernel, LoraConfig, ModelConfig
+from llava_next.config import AttentionKernel, ImageMode, LoraConfig, ModelConfig
 
-CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 _STRICT = {"extra": "forbid"}
 
 
 class ConfigError(ValueError):
-    """A user's mistake; the message is one sentence with the key, the rule, the value and the way out."""
+    """A user's mistake; the message is one sentence with the key, the rule, the value and the fix."""
 
 
 @dataclass(frozen=True)
 class StageConfig:
-    """What a stage trains, on how much, how fast.
+    """The parts that a stage trains, their learning rates, and the length of the stage.
 
-    `learning_rates` is the whole truth of what is trained: a part that is not named, or null, is frozen (where there
-    are tiles, image_newline follows the projector unless it is named). `init_from` is the folder whose weights the
-    stage starts from, or the authors' `mm_projector.bin` (null: fresh parts). Lengths are in tokens, image tokens
-    included.
+    A part is trained if `learning_rates` names it with a rate, and frozen otherwise (with AnyRes, image_newline has the
+    projector's rate unless it is named). `init_from` is the folder whose weights the stage starts from, or the authors'
+    `mm_projector.bin` (null: newly initialised parts). Lengths are in tokens, image tokens included. `betas` and `eps`
+    are AdamW's: the decay rates of its two moments, and the term added to its denominator.
     """
 
     __pydantic_config__ = _STRICT
@@ -43,22 +42,24 @@ class StageConfig:
     schedule: Literal["cosine", "constant"] = "cosine"
     warmup_ratio: float = 0.03
     weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
     clip_norm: float | None = 1.0
     loss_weighting: Literal["token", "sample"] = "token"
     result: Literal["connector", "export"] = "export"
 
     @property
     def rates(self) -> dict[str, float]:
-        """The learning rate of each trained part, image_newline's included."""
+        """The learning rate of each trained part, image_newline included."""
         rates = dict(self.learning_rates)
-        if "projector" in rates and self.image_mode == "anyres":  # single views have no newline to learn
+        if "projector" in rates and self.image_mode == "anyres":  # a single view has no newline
             rates.setdefault("image_newline", rates["projector"])
         return {part: rate for part, rate in rates.items() if rate is not None}
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """Budgets of a row, the only memory knobs; they change nothing that is learned."""
+    """Largest number of tokens and tiles of a row. They change memory use and nothing that is learned."""
 
     __pydantic_config__ = _STRICT
 
@@ -68,10 +69,10 @@ class PackingConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where prepared sources lie, and how many processes read them on each rank.
+    """Where prepared sources are, and how many processes read them on each rank.
 
-    `local_dir` is a folder on each node's own disk that the mixture's stores are copied to first (null: they are read
-    where they lie). A read that fails is tried `read_retries` times more before the run stops.
+    `local_dir` is a folder on each node's own disk to which the mixture's stores are copied first (null: they are read
+    from `store_root`). A failed read is repeated `read_retries` times before the run stops.
     """
 
     __pydantic_config__ = _STRICT
@@ -88,7 +89,7 @@ class DataConfig:
 class SaveConfig:
     """How often checkpoints are written (in steps; 0: never) and how many of the newest are kept.
 
-    Those of every `keep_every`-th step are kept besides (0: none).
+    In addition those of every `keep_every`-th step are kept (0: none).
     """
 
     __pydantic_config__ = _STRICT
@@ -100,10 +101,10 @@ class SaveConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How often the held-out loss of each source is computed on the live model (in steps; 0: never), and how many
-    held-out questions it is asked then, for answers of at most `answer_tokens` tokens.
+    """How often the held-out loss of each source is computed (in steps; 0: never), and how many held-out questions the
+    model answers then, with at most `answer_tokens` tokens each.
 
-    It changes nothing that is learned. What is held out stands in the mixture (`holdout`).
+    It changes nothing that is learned. The mixture's `holdout` says how many samples are held out.
     """
 
     __pydantic_config__ = _STRICT
@@ -115,7 +116,7 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    """Where a run's numbers go besides metrics.jsonl."""
+    """Where a run's metrics are written in addition to metrics.jsonl."""
 
     __pydantic_config__ = _STRICT
 
@@ -127,7 +128,7 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class ProfileConfig:
-    """The first and the last step that rank 0 profiles; none: no step."""
+    """The first and the last step that rank 0 profiles; empty: no step."""
 
     __pydantic_config__ = _STRICT
 
@@ -160,8 +161,6 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     attention: AttentionKernel = "auto"
-    linear: LinearKernel = "auto"
-    elementwise: ElementwiseKernel = "auto"
     recompute: tuple[Literal["vision_tower", "language_model"], ...] = ()
     compile: tuple[Literal["vision_tower", "language_model"], ...] = ()
     liger: bool = False
@@ -173,9 +172,9 @@ class RunConfig:
     skip_non_finite: int = 0
     resume_allow: tuple[str, ...] = ()
     recipe: str | None = None
-    """Where the stage's numbers come from; the program writes it, nobody sets it."""
+    """The source of the stage's numbers. Recipe files and the program set it, not the user."""
 
     @property
     def run_dir(self) -> Path:
-        """Everything that this stage writes lies here."""
+        """The folder of all files that this stage writes."""
         return Path(self.root) / self.name / self.stage.name

@@ -1,11 +1,8 @@
-"""The length table: tokens, supervised tokens, tiles and source of every sample, and who has no place in this run.
+"""The length table: tokens, supervised tokens, tiles and source of every sample of a mixture.
 
-Made once per data fingerprint (mixture + processor), from text and picture headers alone, by one writer with several
-processes; kept beside the stores and memory-mapped by every rank. It knows the counts of a whole step before any
-sample is read, so a step's loss can be divided by the right number.
-
-This is the second gate: sound records that are too long for this backbone, or have no answer left, are counted here
-with their reason and written to the run's own quarantine.
+It is built once per data fingerprint (mixture and processor) from texts and image sizes, stored next to the stores, and
+memory-mapped by every rank. A step's counts are therefore known before its samples are read. Samples that are too long
+for the model or have no supervised token are rejected here, counted by reason, and listed in the quarantine file.
 """
 
 import gc
@@ -25,24 +22,29 @@ import numpy as np
 from tqdm import tqdm
 
 from data_recipes.mixture.mixture import Mixture
-from data_recipes.raw.image_pool import follow_parent
+from data_recipes.raw.image_pool import exit_with_parent
 from llava_next.config import ModelError
 from llava_next.inputs.processor import Processor, SampleRejected
 from train.config.schema import ConfigError, PackingConfig
 from train.distributed.world import heartbeat_mtime, wait_for
 
 ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
-"""One kept sample: its number in the mixture, its lengths, and its source's number."""
+"""One accepted sample: its number in the mixture, its lengths, and the number of its source."""
 
-_CHUNK = 512
-_DEAD_AFTER_S = 600.0  # a writer gives a sign of life every second
+_CHUNK = 512  # samples that a worker counts at a time
+_DEAD_AFTER_S = 600.0  # a writer updates its heartbeat about every second
 
 
 @dataclass(frozen=True)
 class LengthTable:
-    """The kept samples of a mixture, in the mixture's order.
+    """The accepted samples of a mixture, in the order of the mixture.
 
-    `rows` is a memory map of ROW; the sample numbers that `data_recipes.mixture.order` draws are positions in it.
+    Attributes:
+        rows: memory map of `ROW` [num_samples]; `data_recipes.mixture.order` draws positions in it.
+        fingerprint: `data_fingerprint` of the mixture and the processor.
+        folder: of the table's files.
+        rejects: number of rejected samples by reason.
+        num_rounds_cut: conversation rounds that were removed to fit the maximum length.
     """
 
     rows: np.ndarray
@@ -51,28 +53,28 @@ class LengthTable:
     rejects: dict[str, int]
     num_rounds_cut: int
     special_texts: dict[str, dict[str, int]] | None = None
-    """By source and special token the kept samples whose own text has that token's text, and so the token; None for a
-    table that was made before they were counted."""
+    """Number of accepted samples, by source and special token, whose text contains that token's text and is therefore
+    encoded as the token. None for tables that were built before these were counted."""
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @property
     def quarantine(self) -> Path:
-        """JSON lines: id, source, reason, detail of every sample left out."""
+        """Path of a JSON lines file with id, source, reason and detail of every rejected sample."""
         return self.folder / "quarantine.jsonl"
 
     def rejects_by_source(self) -> dict[str, dict[str, int]]:
-        """`rejects` of each source that has some, counted in the quarantine."""
-        found: dict[str, Counter[str]] = {}
+        """Counts the rejected samples of the quarantine file, by source and reason."""
+        counts: dict[str, Counter[str]] = {}
         with self.quarantine.open() as lines:
             for entry in map(json.loads, lines):
-                found.setdefault(entry["source"], Counter())[entry["reason"]] += 1
-        return {source: dict(sorted(reasons.items())) for source, reasons in sorted(found.items())}
+                counts.setdefault(entry["source"], Counter())[entry["reason"]] += 1
+        return {source: dict(sorted(reasons.items())) for source, reasons in sorted(counts.items())}
 
 
 def data_fingerprint(mixture: Mixture, processor: Processor) -> str:
-    """Names the data of a run: which samples, and how each becomes tokens and tiles."""
+    """Returns the sha256 that identifies the samples of a run and how they are encoded as tokens and tiles."""
     return hashlib.sha256(f"{mixture.fingerprint}\0{processor.fingerprint}".encode()).hexdigest()
 
 
@@ -85,44 +87,46 @@ def open_table(
     num_workers: int,
     show_progress: bool,
 ) -> LengthTable:
-    """The table of this mixture and processor, made first if there is none.
+    """Opens the table of a mixture and a processor; the writer builds it if there is none.
 
     Args:
-        folder: where tables are kept, each in a folder of its fingerprint.
-        is_writer: this process makes the table if need be; the others wait for it.
-        num_workers: processes that count; 0 takes one per core.
-        show_progress: draw a bar with an ETA.
+        folder: of all tables; each has a subfolder named after its fingerprint.
+        is_writer: whether this process builds a missing table; other processes wait for it.
+        num_workers: processes that count; 0 uses one per core.
+        show_progress: show a progress bar.
 
     Raises:
         ConfigError: every sample, or every sample of a source, was rejected.
-        ModelError: a stored sample's placeholders and pictures differ in number; names it.
-        TimeoutError: the writer gave no sign of life.
+        ModelError: a stored sample's placeholders and images differ in number; the message names it.
+        TimeoutError: the writer's heartbeat stopped.
     """
     fingerprint = data_fingerprint(mixture, processor)
-    place = folder / fingerprint[:16]
-    if not _is_complete(place):
+    path = folder / fingerprint[:16]
+    if not _is_complete(path):
         if is_writer:
-            _write(mixture, processor, place, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
+            _write(mixture, processor, path, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
         else:
-            wait_for(lambda: _is_complete(place), lambda: heartbeat_mtime(_beat(place)), what=f"length table {place}")
-    about = json.loads((place / "table.json").read_text())
-    rows = np.load(place / "rows.npy", mmap_mode="r")
+            wait_for(lambda: _is_complete(path), lambda: heartbeat_mtime(_heartbeat(path)), what=f"length table {path}")
+    content = json.loads((path / "table.json").read_text())
+    rows = np.load(path / "rows.npy", mmap_mode="r")
     if not len(rows):
-        reasons = ", ".join(f"{number} {reason}" for reason, number in about["rejects"].items())
+        reasons = ", ".join(f"{number} {reason}" for reason, number in content["rejects"].items())
         raise ConfigError(
             f"stage.max_length={processor.config.max_length} leaves no sample of mixture {mixture.config.name} "
-            f"({reasons}); raise it, or look at {place / 'quarantine.jsonl'}"
+            f"({reasons}); raise it; the rejected samples are listed in {path / 'quarantine.jsonl'}"
         )
-    table = LengthTable(rows, fingerprint, place, about["rejects"], about["num_rounds_cut"], about.get("special_texts"))
-    _refuse_lost_sources(mixture, table)
+    table = LengthTable(
+        rows, fingerprint, path, content["rejects"], content["num_rounds_cut"], content.get("special_texts")
+    )
+    _check_all_sources_have_samples(mixture, table)
     return table
 
 
 def check_budgets(table: LengthTable, packing: PackingConfig) -> None:
-    """Refuses a row budget that the mixture's own longest sample exceeds, before anything is trained.
+    """Checks that the largest sample fits the budgets of a row.
 
     Raises:
-        ConfigError: names the key and the smallest value that would do.
+        ConfigError: it does not; the message has the key and the smallest sufficient value.
     """
     for name, budget in (("tokens", packing.max_tokens), ("tiles", packing.max_tiles)):
         largest = int(table.rows[name].max())
@@ -133,12 +137,12 @@ def check_budgets(table: LengthTable, packing: PackingConfig) -> None:
             )
 
 
-def _refuse_lost_sources(mixture: Mixture, table: LengthTable) -> None:
-    """Raises ConfigError where a source has samples in the mixture and none in the table."""
+def _check_all_sources_have_samples(mixture: Mixture, table: LengthTable) -> None:
+    """Raises ConfigError if a source has samples in the mixture but none in the table."""
     num_sources = len(mixture.source_names)
-    offered = np.bincount(mixture.source_ids, minlength=num_sources)
-    kept = np.bincount(table.rows["source"], minlength=num_sources)
-    lost = [mixture.source_names[number] for number in np.flatnonzero((offered > 0) & (kept == 0))]
+    num_offered = np.bincount(mixture.source_ids, minlength=num_sources)
+    num_accepted = np.bincount(table.rows["source"], minlength=num_sources)
+    lost = [mixture.source_names[number] for number in np.flatnonzero((num_offered > 0) & (num_accepted == 0))]
     if not lost:
         return
     reasons = table.rejects_by_source()[lost[0]]
@@ -146,33 +150,33 @@ def _refuse_lost_sources(mixture: Mixture, table: LengthTable) -> None:
     others = f" (nor of {', '.join(lost[1:])})" if lost[1:] else ""
     raise ConfigError(
         f"mixture.sources.{lost[0]}: none of its {sum(reasons.values())} samples has a place in this run{others}: "
-        f"{counts}; raise stage.max_length where they are too long, choose another template, or remove the source from "
-        f"the mixture; {table.quarantine} tells them one by one"
+        f"{counts}; raise stage.max_length if they are too long, choose another template, or remove the source from "
+        f"the mixture; {table.quarantine} lists them"
     )
 
 
-def _is_complete(place: Path) -> bool:
-    return (place / "table.json").is_file()
+def _is_complete(path: Path) -> bool:
+    return (path / "table.json").is_file()
 
 
-def _beat(place: Path) -> Path:
-    return place.with_name(place.name + ".beat")
+def _heartbeat(path: Path) -> Path:
+    return path.with_name(path.name + ".beat")
 
 
 def _write(
     mixture: Mixture,
     processor: Processor,
-    place: Path,
+    path: Path,
     fingerprint: str,
     num_workers: int,
     show_progress: bool,
 ) -> None:
-    partial = place.with_name(f"{place.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     partial.mkdir(parents=True, exist_ok=True)
     os.utime(partial)
     _remove_leftovers(partial)
-    beat = _beat(place)
-    beat.touch()
+    heartbeat = _heartbeat(path)
+    heartbeat.touch()
     rejects, cut, special_texts = Counter[str](), 0, dict[str, Counter[str]]()
     with (
         tqdm(
@@ -189,10 +193,10 @@ def _write(
             for source, counts in special.items():
                 special_texts.setdefault(source, Counter()).update(counts)
             bar.update(len(rows) + len(rejected))
-            for sign_of_life in (beat, partial):
-                os.utime(sign_of_life)
+            for touched in (heartbeat, partial):
+                os.utime(touched)
     _save_rows(partial)
-    about = {
+    content = {
         "fingerprint": fingerprint,
         "mixture": mixture.fingerprint,
         "processor": processor.fingerprint,
@@ -200,36 +204,37 @@ def _write(
         "num_rounds_cut": cut,
         "special_texts": {source: dict(sorted(counts.items())) for source, counts in sorted(special_texts.items())},
     }
-    (partial / "table.json").write_text(json.dumps(about, indent=1) + "\n")
+    (partial / "table.json").write_text(json.dumps(content, indent=1) + "\n")
     try:
-        partial.rename(place)
+        partial.rename(path)
     except OSError:
-        if not _is_complete(place):  # another run made the same table meanwhile: then ours is not needed
+        if not _is_complete(path):  # otherwise another run has built the same table
             raise
-    beat.unlink(missing_ok=True)
+    heartbeat.unlink(missing_ok=True)
 
 
 def _save_rows(partial: Path) -> None:
-    """rows.raw as rows.npy, which says its type and length; by memory map, since there may be tens of millions."""
+    """Converts rows.raw to rows.npy through a memory map, since there may be tens of millions of rows."""
     raw = partial / "rows.raw"
     np.save(partial / "rows.npy", np.memmap(raw, ROW, "r") if raw.stat().st_size else np.zeros(0, ROW))
     raw.unlink()
 
 
-def _remove_leftovers(own: Path) -> None:
-    """Removes what killed writers left: their process is gone from this host, or silent for ten minutes on another.
+def _remove_leftovers(current: Path) -> None:
+    """Removes partial folders of killed writers: their process has ended, or had no heartbeat for ten minutes.
 
-    Times are the file system's, so that clocks of hosts may differ: `own` has just been touched.
+    Ages are differences of file times, since clocks of hosts may differ; `current` must have been touched just before.
     """
-    now = heartbeat_mtime(own) or 0
-    for partial in own.parent.glob("*.partial"):
+    now = heartbeat_mtime(current) or 0
+    for partial in current.parent.glob("*.partial"):
         host, _, pid = partial.stem.partition(".")[2].rpartition(".")
-        is_gone = host == socket.gethostname() and not Path("/proc", pid).exists()
-        if is_gone or now - (heartbeat_mtime(partial) or now) > _DEAD_AFTER_S * 1e9:
+        has_ended = host == socket.gethostname() and not Path("/proc", pid).exists()
+        if has_ended or now - (heartbeat_mtime(partial) or now) > _DEAD_AFTER_S * 1e9:
             shutil.rmtree(partial, ignore_errors=True)
 
 
 _Counted = tuple[np.ndarray, list[dict[str, object]], int, dict[str, Counter[str]]]
+"""Rows, rejected samples, number of removed rounds, and special tokens by source."""
 
 _shared: tuple[Mixture, Processor] | None = None
 
@@ -250,8 +255,8 @@ def _count_all(mixture: Mixture, processor: Processor, num_workers: int) -> "Ite
 
 
 def _start_worker(parent: int, mixture: Mixture, processor: Processor) -> None:
-    follow_parent(parent)
-    gc.freeze()  # what was there before the fork stays shared: a collection would write to all of its pages
+    exit_with_parent(parent)
+    gc.freeze()  # a collection would write to the pages that are shared with the parent process
     _set_shared(mixture, processor)
 
 
@@ -262,6 +267,7 @@ def _set_shared(mixture: Mixture, processor: Processor) -> None:
 
 
 def _count(numbers: range) -> _Counted:
+    """Counts the samples of these numbers. Runs in the workers."""
     assert _shared is not None
     mixture, processor = _shared
     rows: list[tuple[int, int, int, int, int]] = []
@@ -286,9 +292,9 @@ def _count(numbers: range) -> _Counted:
                 f"sample {text.id!r} of source {text.source}: {error}; prepare the source again"
             ) from error
         cut += layout.num_rounds_cut
-        found = processor.special_texts(text.messages)
-        if found:
-            special.setdefault(text.source, Counter()).update(found)
+        special_counts = processor.special_texts(text.messages)
+        if special_counts:
+            special.setdefault(text.source, Counter()).update(special_counts)
         rows.append(
             (
                 number,

@@ -1,10 +1,8 @@
-"""The samples of a step → rows for the ranks that exist.
+"""Assigns the samples of a step to rows, and the rows to ranks, balanced by cost in FLOPs within the budgets.
 
-Execution only: nothing here decides what is learned. Every rank computes the same deal from the same integers, so no
-message is needed. Rows are balanced by cost in FLOPs (tiles, tokens, attention's square) within the budgets.
-
-Two moves: longest processing time first (Graham, 1969) fills the rows, then the most expensive row exchanges samples
-with others as long as that lowers the larger of the two costs. How well that does: `scripts/bench/balance.py`.
+The assignment changes nothing that is learned. Every rank computes it from the same integers, without communication.
+Rows are filled with the longest processing time first (Graham, 1969). Then the most expensive row exchanges samples
+with others while that lowers the larger of the two costs. `scripts/bench/plan.py balance` measures the balance.
 """
 
 import heapq
@@ -14,19 +12,22 @@ import numpy as np
 
 from train.config.schema import PackingConfig
 
-EVEN_ENOUGH = 0.995
-"""Mean over maximum cost at which exchanging ends: what is left to gain is below half a per cent of a step."""
+TARGET_BALANCE = 0.995
+"""Mean over maximum cost at which the exchanges stop: at most 0.5 % of a step could still be gained."""
 
 
 class PackingError(ValueError):
-    """A sample that fits no row; the message names it and the budget."""
+    """A sample exceeds a budget; the message has both numbers."""
 
 
 @dataclass(frozen=True)
 class RowAssignment:
-    """`rows[m][r]` are the positions, within the step, of the samples in rank r's row of micro-step m.
+    """The rows of a step.
 
-    `balance` is mean over maximum cost of the ranks, averaged over micro-steps by their maximum (1 is perfect).
+    Attributes:
+        rows: `rows[m][r]` are the positions, within the step, of the samples in rank r's row of micro-step m.
+        balance: mean over maximum cost of the ranks, averaged over the micro-steps weighted by their maximum (1 is
+            perfect).
     """
 
     rows: tuple[tuple[tuple[int, ...], ...], ...]
@@ -40,17 +41,17 @@ class RowAssignment:
 def assign_rows(
     tokens: np.ndarray, tiles: np.ndarray, sample_costs: np.ndarray, *, num_ranks: int, budgets: PackingConfig
 ) -> RowAssignment:
-    """Deals a step's samples into the fewest micro-steps that keep both budgets, balanced by cost.
+    """Assigns a step's samples to the fewest micro-steps that keep both budgets, balanced by cost.
 
-    When a sample finds no row with room, a micro-step more is tried. Deterministic: ties go to the lower number.
+    If a sample fits into no row, one more micro-step is tried. Ties go to the lower number, so the result is unique.
 
     Args:
-        tokens, tiles: int [num_samples], of the step's samples.
-        sample_costs: float64 [num_samples], what each takes to compute (`StepCosts.of`).
-        num_ranks: rows of every micro-step.
+        tokens, tiles: of the step's samples, int [num_samples].
+        sample_costs: FLOPs of each sample (`StepCosts.of`), float64 [num_samples].
+        num_ranks: number of rows in every micro-step.
 
     Raises:
-        PackingError: a sample alone exceeds a budget.
+        PackingError: one sample exceeds a budget.
     """
     for name, values, budget in (("tokens", tokens, budgets.max_tokens), ("tiles", tiles, budgets.max_tiles)):
         if len(values) and values.max() > budget:
@@ -70,7 +71,7 @@ def assign_rows(
             break
         num_micro_steps += 1
     sizes = np.stack([sample_costs, tokens, tiles])
-    return _by_micro_step(_rebalance(rows, sizes, budgets), sample_costs, num_ranks)
+    return _group_by_micro_step(_rebalance(rows, sizes, budgets), sample_costs, num_ranks)
 
 
 def _fill(
@@ -81,35 +82,36 @@ def _fill(
     num_rows: int,
     budgets: PackingConfig,
 ) -> list[list[int]] | None:
+    """Fills rows, always the cheapest that has space; None if a sample fits into no row."""
     rows: list[list[int]] = [[] for _ in range(num_rows)]
-    room = [(budgets.max_tokens, budgets.max_tiles)] * num_rows
+    space = [(budgets.max_tokens, budgets.max_tiles)] * num_rows
     heap = [(0.0, row) for row in range(num_rows)]
     for sample in order.tolist():
-        refused = []
+        full = []
         while heap:
             cost, row = heapq.heappop(heap)
-            tokens_left, tiles_left = room[row]
+            tokens_left, tiles_left = space[row]
             if tokens[sample] <= tokens_left and tiles[sample] <= tiles_left:
                 break
-            refused.append((cost, row))
+            full.append((cost, row))
         else:
             return None
         rows[row].append(sample)
-        room[row] = (tokens_left - int(tokens[sample]), tiles_left - int(tiles[sample]))
+        space[row] = (tokens_left - int(tokens[sample]), tiles_left - int(tiles[sample]))
         heapq.heappush(heap, (cost + float(costs[sample]), row))
-        for entry in refused:
+        for entry in full:
             heapq.heappush(heap, entry)
     return rows
 
 
 def _rebalance(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig) -> list[list[int]]:
-    """The rows after exchanges: of all that lower the cost of the most expensive row and raise no other as far, the
-    best, repeated.
+    """Exchanges samples of the most expensive row with other rows, the best exchange first, until none helps.
+
+    An exchange helps if both rows cost less than the most expensive row did. Every row also has an empty sample of size
+    0, so that an exchange can move a sample without returning one.
 
     Args:
-        sizes: float64 [3, num_samples]: cost, tokens and tiles of each sample.
-
-    A sample may also be given for nothing: every row holds an empty one more, of size 0, which is taken and stays.
+        sizes: cost, tokens and tiles of each sample, float64 [3, num_samples].
     """
     num_samples, num_rows = sizes.shape[1], len(rows)
     sizes = np.concatenate([sizes, np.zeros((3, num_rows))], axis=1)
@@ -117,18 +119,18 @@ def _rebalance(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig)
     for number, row in enumerate(rows):
         row_of[row] = number
     loads = np.stack([np.bincount(row_of, size, num_rows) for size in sizes])
-    most = np.array([np.inf, budgets.max_tokens, budgets.max_tiles])[:, None, None]
+    limits = np.array([np.inf, budgets.max_tokens, budgets.max_tiles])[:, None, None]
     mean = loads[0].mean()
     while True:
         costliest = int(loads[0].argmax())
         cost = loads[0, costliest]
-        if mean >= EVEN_ENOUGH * cost:
+        if mean >= TARGET_BALANCE * cost:
             break
         given = np.flatnonzero(row_of[:num_samples] == costliest)
-        moved = sizes[:, given, None] - sizes[:, None, :]  # [3, given, taken]: what the exchange moves away
+        moved = sizes[:, given, None] - sizes[:, None, :]  # [3, given, taken]: the size that an exchange moves away
         here, there = loads[:, costliest, None, None] - moved, loads[:, row_of][:, None, :] + moved
         larger_cost = np.maximum(here[0], there[0])
-        larger_cost[((here > most) | (there > most)).any(axis=0)] = np.inf
+        larger_cost[((here > limits) | (there > limits)).any(axis=0)] = np.inf
         larger_cost[:, row_of == costliest] = np.inf
         best = int(larger_cost.argmin())
         if larger_cost.flat[best] >= cost * (1 - 1e-9):
@@ -143,9 +145,9 @@ def _rebalance(rows: list[list[int]], sizes: np.ndarray, budgets: PackingConfig)
     return [np.flatnonzero(row_of[:num_samples] == row).tolist() for row in range(num_rows)]
 
 
-def _by_micro_step(rows: list[list[int]], costs: np.ndarray, num_ranks: int) -> RowAssignment:
-    """Rows of like cost share a micro-step; within it ranks take turns at the more expensive ones, so that totals even
-    out."""
+def _group_by_micro_step(rows: list[list[int]], costs: np.ndarray, num_ranks: int) -> RowAssignment:
+    """Groups rows of similar cost into micro-steps, and gives the more expensive rows to the ranks with the least total
+    cost so far."""
     row_costs = [float(costs[row].sum()) if row else 0.0 for row in rows]
     by_cost = sorted(range(len(rows)), key=lambda row: (-row_costs[row], row))
     micro_steps, mean_sum, max_sum = [], 0.0, 0.0

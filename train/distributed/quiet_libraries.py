@@ -1,7 +1,4 @@
-"""Keeps libraries from talking into the terminal of somebody who trains: their news go to the log files.
-
-Imported for its functions by programs, before the libraries it concerns.
-"""
+"""Reduces the terminal output of libraries. Programs call it before they import those libraries."""
 
 import os
 import sys
@@ -11,7 +8,7 @@ from contextlib import contextmanager
 
 
 def quiet_libraries(*, on_cpu: bool) -> None:
-    """Progress bars and reports of transformers off; DeepSpeed told its accelerator instead of guessing aloud."""
+    """Disables progress bars and reports of transformers, and sets DeepSpeed's accelerator so that none is searched."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if on_cpu:
@@ -25,15 +22,15 @@ def quiet_libraries(*, on_cpu: bool) -> None:
 
 @contextmanager
 def muted_stdout() -> Iterator[None]:
-    """Inside, nothing reaches standard output, compiled code's prints included."""
+    """Redirects standard output to /dev/null inside the block, output of compiled code included."""
     sys.stdout.flush()
-    kept = os.dup(1)
+    stdout = os.dup(1)
     sink = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(sink, 1)
         yield
         sys.stdout.flush()
     finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(stdout, 1)
+        os.close(stdout)
         os.close(sink)

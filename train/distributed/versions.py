@@ -1,4 +1,4 @@
-"""Which versions a run was made with: recorded and shown, never a reason to refuse."""
+"""The versions of Python, packages and this code, which a run records. Different versions are never refused."""
 
 import platform
 import subprocess
@@ -12,7 +12,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers")
 
 @cache
 def versions() -> dict[str, str]:
-    """Python's, the packages' and this code's."""
+    """The versions of Python, of the main packages, and of this code."""
     return {
         "python": platform.python_version(),
         **{package: version(package) for package in _PACKAGES},
@@ -21,10 +21,10 @@ def versions() -> dict[str, str]:
 
 
 def _code_version() -> str:
-    """The commit of a checkout, with `+` where files differ from it; else the installed version."""
+    """The commit of a checkout, with `+` if files differ from it; `unknown` without git or a checkout."""
     command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
-    return told.stdout.strip() if told.returncode == 0 else "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"

@@ -1,7 +1,6 @@
-"""Who this process is: rank, device, process group, and the one small collective of a step.
+"""Rank, device and process group of this process, and the one small collective of a step.
 
-Reads what torchrun, the deepspeed launcher, Slurm's srun or nobody set in the environment. Nothing here knows the
-model or the data.
+The environment variables of torchrun, the deepspeed launcher or Slurm's srun are read; without them there is one rank.
 """
 
 import os
@@ -19,17 +18,16 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from train.config.schema import RunConfig
-from train.distributed.malloc import keep_freed_memory
 from train.distributed.quiet_libraries import muted_stdout
 
 JOIN_TIMEOUT_S = 300
-"""How long ranks wait for each other at the start; after that `timeout_s` is the limit."""
+"""Seconds that ranks wait for each other at the start; later collectives have `timeout_s`."""
 _Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says, before any process group exists."""
+    """Rank and number of ranks as the launcher sets them, before there is a process group."""
 
     rank: int
     local_rank: int
@@ -42,9 +40,9 @@ class Launch:
 
 @dataclass(frozen=True)
 class World:
-    """This process among the others.
+    """This process in the process group.
 
-    `host_group` is a gloo group for small host-side messages, the default group on CPU.
+    `dtype` is that of the weights. `host_group` is a gloo group for small host-side messages, on a CPU the default one.
     """
 
     rank: int
@@ -60,9 +58,9 @@ class World:
 
 
 def read_launch() -> Launch:
-    """Rank and size from the environment: torchrun's and deepspeed's names first, then Slurm's, else one process.
+    """Rank and size from the environment: torchrun's and deepspeed's variables, else Slurm's, else one process.
 
-    A batch script and a shell of `salloc` have Slurm's variables too; only a task of `srun` has a step's.
+    A batch script and a shell of `salloc` have Slurm's job variables too; only a task of `srun` has a step's.
     """
     env = os.environ
     if "RANK" in env:
@@ -74,24 +72,26 @@ def read_launch() -> Launch:
 
 
 def start(config: RunConfig, launch: Launch) -> World:
-    """Joins the process group, with a finite timeout, and chooses device and precision."""
+    """Joins the process group, with a finite timeout, and chooses device and precision.
+
+    Raises:
+        RuntimeError: the ranks did not meet, or a rank has no device (`choose_device`).
+    """
     if config.deterministic:
-        # cuBLAS reads its workspace's size at its first use; torch names the two sizes that are deterministic.
+        # cuBLAS reads its workspace size at its first use; torch documents two sizes that are deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     device = choose_device(config, launch)
-    if device.type == "cpu":
-        keep_freed_memory()
     set_environment(launch)
     timeout = timedelta(seconds=config.timeout_s)
-    # NCCL aborts the process when it times out, with nobody's name: `watchdog.py` is to speak first.
+    # At its timeout NCCL aborts the process and names no rank: `watchdog.py` has to report first.
     nccl_timeout = timeout + timedelta(seconds=60)
     if not dist.is_initialized():
         _join(device, launch, min(config.timeout_s, JOIN_TIMEOUT_S))
-        # Between steps ranks may wait longer for each other than for the first meeting.
+        # Between steps ranks may wait longer for each other than at the start.
         distributed_c10d._get_default_store().set_timeout(timeout)
         distributed_c10d._set_pg_timeout(nccl_timeout if device.type == "cuda" else timeout)
-    # DeepSpeed makes groups of its own and passes them no timeout: they take torch's default, half an hour.
+    # DeepSpeed creates groups without a timeout, which get torch's default of half an hour.
     distributed_c10d.default_pg_timeout = timeout
     distributed_c10d.default_pg_nccl_timeout = nccl_timeout  # type: ignore[attr-defined]
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
@@ -100,7 +100,7 @@ def start(config: RunConfig, launch: Launch) -> World:
 
 
 def set_environment(launch: Launch) -> None:
-    """Sets the variables that torch and DeepSpeed read at a start, where the launcher has not."""
+    """Sets the variables that torch and DeepSpeed read at the start, unless the launcher has set them."""
     env = os.environ
     env.setdefault("RANK", str(launch.rank))
     env.setdefault("LOCAL_RANK", str(launch.local_rank))
@@ -110,62 +110,70 @@ def set_environment(launch: Launch) -> None:
 
 
 def choose_device(config: RunConfig, launch: Launch) -> torch.device:
-    """The device of this process: the configuration's, or the GPU where there is one.
+    """The device of this process: the configuration's, or a GPU if there is one.
 
     Raises:
-        RuntimeError: Slurm gave GPUs that torch does not see, or fewer than there are ranks on this host.
+        RuntimeError: Slurm allocated GPUs that torch does not see, or fewer than there are ranks on this host.
     """
-    wanted = config.device
-    if wanted == "auto":
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-        if wanted == "cpu" and int(os.environ.get("SLURM_GPUS_ON_NODE", 0)):
+    device_type = config.device
+    if device_type == "auto":
+        device_type = "cuda" if torch.cuda.is_available() else "cpu"
+        if device_type == "cpu" and int(os.environ.get("SLURM_GPUS_ON_NODE", 0)):
             raise RuntimeError(
-                f"Slurm gave this job GPUs on {socket.gethostname()}, and torch sees none there: look at `nvidia-smi` "
-                "and at torch's build on that node, leave it out (--exclude), or start with device=cpu"
+                f"Slurm allocated GPUs on {socket.gethostname()}, and torch sees none there: check `nvidia-smi` and "
+                "torch's build on that node, exclude it (--exclude), or start with device=cpu"
             )
-    if wanted == "cpu":
+    if device_type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         return torch.device("cpu")
-    device = torch.device("cuda", _gpu_number(launch.local_rank, torch.cuda.device_count()))
+    device = torch.device("cuda", _gpu_index(launch.local_rank, torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
 
 
 def choose_dtype(config: RunConfig, device: torch.device) -> torch.dtype:
-    """What the weights are in: the configuration's precision, or bf16 on a GPU and fp32 on a CPU."""
+    """The data type of the weights: the configuration's precision, or bf16 on a GPU and fp32 on a CPU."""
     if config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda"):
         return torch.bfloat16
     return torch.float32
 
 
-def _join(device: torch.device, launch: Launch, patience_s: float) -> None:
-    """Meets the other ranks. Raises RuntimeError, with the meeting place, when they do not come."""
+def _join(device: torch.device, launch: Launch, timeout_s: float) -> None:
+    """Creates the default process group. Raises RuntimeError, with address and port, if other ranks do not join."""
     import deepspeed
 
     try:
         with muted_stdout():
             deepspeed.init_distributed(
                 dist_backend="nccl" if device.type == "cuda" else "gloo",
-                timeout=timedelta(seconds=patience_s),
+                timeout=timedelta(seconds=timeout_s),
                 verbose=False,
             )
     except (dist.DistError, RuntimeError) as error:
-        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RuntimeError(
-            f"{launch.size} ranks did not meet at {place} within {patience_s:.0f} s: start as many, and let every node "
-            f"reach that address (MASTER_ADDR; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the network) ({error})"
+            f"{launch.size} ranks did not meet at {address} within {timeout_s:.0f} s: start that many ranks, and check "
+            "that every node reaches this address (MASTER_ADDR; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the "
+            f"network) ({error})"
         ) from error
 
 
-def leave() -> None:
-    """Leaves the process group, if there is one."""
+def destroy() -> None:
+    """Destroys the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
 class StepState:
-    """What all ranks know after a step: losses and counts summed over ranks, and whether anybody wants to stop."""
+    """What all ranks know after a step.
+
+    Attributes:
+        sums: losses and counts, summed over ranks.
+        stop: whether a rank was asked to stop.
+        sealed: whether every rank's files of a checkpoint are on the disk.
+        slowest_s: the largest time of a rank, in seconds.
+    """
 
     sums: torch.Tensor
     stop: bool
@@ -177,9 +185,9 @@ def all_reduce_step_state(world: World, sums: torch.Tensor, *, stop: bool, seale
     """The one collective of a step besides the engine's: sums, stop requests and times in one message.
 
     Args:
-        sums: float64 [n] on the host, added up over ranks.
-        stop: this rank was asked to stop; one that was is enough.
-        sealed: this rank's files of a checkpoint are on the disk; true if they are on every rank.
+        sums: float64 [n] on the host, summed over ranks.
+        stop: whether this rank was asked to stop; true on all ranks if it is true on one.
+        sealed: whether this rank's files of a checkpoint are on the disk; true if it is true on all ranks.
         seconds: this rank's time in the step's forward and backward passes; the largest is returned.
     """
     slots = torch.zeros(world.size, dtype=torch.float64)
@@ -194,7 +202,7 @@ def all_reduce_step_state(world: World, sums: torch.Tensor, *, stop: bool, seale
 
 
 def all_gather_objects(world: World, value: _Value) -> list[_Value]:
-    """What every rank has brought, in the order of ranks. For small values, at the start or the end of something."""
+    """The values of all ranks, in the order of ranks. For small values that are exchanged seldom."""
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
@@ -203,10 +211,9 @@ def all_gather_objects(world: World, value: _Value) -> list[_Value]:
 
 
 def broadcast_from_main(world: World, action: Callable[[], _Value]) -> _Value:
-    """What `action` returns on rank 0, on every rank; what it raises there, all raise.
+    """Runs `action` on rank 0; every rank returns its result, or raises its exception.
 
-    For what ranks would otherwise read from a shared folder one by one: a network file system may show each of them
-    another state of it.
+    For reading a shared folder: a network file system may show each rank another state of it.
     """
     value: Any = None
     error: Exception | None = None
@@ -215,17 +222,17 @@ def broadcast_from_main(world: World, action: Callable[[], _Value]) -> _Value:
             value = action()
         except Exception as raised:
             error = raised
-    told: list[Any] = [(value, error)]
+    message: list[Any] = [(value, error)]
     if world.size > 1:
-        dist.broadcast_object_list(told, src=0, group=world.host_group)
-    value, error = told[0]
+        dist.broadcast_object_list(message, src=0, group=world.host_group)
+    value, error = message[0]
     if error is not None:
         raise error
     return value  # type: ignore[no-any-return]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says so: its CPU allocator has no type of its own for it."""
+    """Whether an error means that memory is exhausted; torch's CPU allocator has no exception type for it."""
     return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
 
 
@@ -238,56 +245,60 @@ def barrier(world: World) -> None:
 def wait_for(
     is_there: Callable[[], bool], heartbeat: Callable[[], object], *, what: str, patience_s: float = 120.0
 ) -> None:
-    """Waits while another process makes a file, as long as that process shows signs of life.
+    """Waits while another process creates a file, as long as that process's heartbeat changes.
 
-    Args: is_there: tells whether the file is there. heartbeat: what changes with each sign of life (see
-        `heartbeat_mtime`). No clock is asked but this process's own, which never jumps. what: for the error.
+    Only this process's monotonic clock is read, so clocks of two hosts may differ.
+
+    Args:
+        is_there: returns whether the file exists.
+        heartbeat: returns a value that changes while the other process is alive (see `heartbeat_mtime`).
+        what: the name of the file in the error.
 
     Raises:
-        TimeoutError: no sign of life for `patience_s`.
+        TimeoutError: the heartbeat has not changed for `patience_s`.
     """
-    last, heard_s = heartbeat(), time.monotonic()
+    last, changed_s = heartbeat(), time.monotonic()
     while not is_there():
         beat, now_s = heartbeat(), time.monotonic()
         if beat != last:
-            last, heard_s = beat, now_s
-        if now_s - heard_s > patience_s:
-            raise TimeoutError(f"{what}: the process that makes it gave no sign of life for {patience_s:.0f} s")
+            last, changed_s = beat, now_s
+        if now_s - changed_s > patience_s:
+            raise TimeoutError(f"{what}: the process that creates it gave no sign of life for {patience_s:.0f} s")
         time.sleep(0.2)
 
 
 def heartbeat_mtime(path: Path) -> int | None:
-    """When `path` was last touched, on its file system's clock; None where there is no such file."""
+    """The modification time of `path` in ns, by its file system's clock; None if there is no such file."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
 
 
-def _gpu_number(local_rank: int, num_gpus: int) -> int:
-    """Which of the GPUs that this process sees is its own: the local rank's, or the only one (Slurm can bind tasks)."""
-    if num_gpus == 1:  # should two ranks mean the same one, the pre-flight tells
+def _gpu_index(local_rank: int, num_gpus: int) -> int:
+    """The index of this process's GPU: the local rank, or 0 if it sees only one (Slurm can bind GPUs to tasks)."""
+    if num_gpus == 1:  # the pre-flight detects two ranks on one GPU
         return 0
     if local_rank >= num_gpus:
-        raise RuntimeError(  # on this rank alone: it must be heard
-            f"{socket.gethostname()} shows {num_gpus} GPUs to local rank {local_rank}, and each rank wants one of its "
-            "own; start as many ranks a node as it has GPUs"
+        raise RuntimeError(  # this rank alone raises, so every rank prints such an error
+            f"{socket.gethostname()} shows {num_gpus} GPUs to local rank {local_rank}, and each rank needs its own; "
+            "start as many ranks per node as it has GPUs"
         )
     return local_rank
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
+    """A free port of this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def slurm_head(env: Mapping[str, str]) -> str | None:
-    """The host of rank 0 of a Slurm step, for all its tasks; None outside of one.
+    """The host of rank 0 of a Slurm step, the same in all its tasks; None outside of a step.
 
-    It is the first of the step's nodes. Where their names resolve to nothing (containers, networks without DNS) it is
-    the address that srun was started at, which is that node's when a batch script has started it.
+    It is the first of the step's nodes. If its name cannot be resolved (containers, networks without DNS), it is the
+    address where srun was started, which is that node's if a batch script has started it.
     """
     nodes = env.get("SLURM_STEP_NODELIST")
     if not nodes:
@@ -301,13 +312,13 @@ def slurm_head(env: Mapping[str, str]) -> str | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: `gpu[007-009,12],x1` begins with gpu007 (containers have no scontrol)."""
+    """The first host of Slurm's node list, gpu007 of `gpu[007-009,12],x1`. Parsed here: containers have no scontrol."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 
 def slurm_port(env: Mapping[str, str]) -> int:
-    """A port that two jobs on one node, or two steps of a job, do not share; below those that Linux gives away.
+    """A port that differs between jobs on one node and between steps of a job, below Linux's ephemeral ports.
 
-    Every task of an array has a job id of its own.
+    Every task of an array has its own job id.
     """
     return 15000 + (int(env.get("SLURM_JOB_ID", 0)) + 1009 * int(env.get("SLURM_STEP_ID", 0))) % 15000

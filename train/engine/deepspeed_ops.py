@@ -1,8 +1,8 @@
-"""DeepSpeed's compiled CPU op, built once, by one process, into a folder of ours.
+"""Builds DeepSpeed's compiled CPU op once, in one process, in the cache folder of this project.
 
-DeepSpeed compiles its shared-memory collectives at the first start (over a minute on two cores). A kill in the middle
-leaves torch's lock file behind, and every later start would wait for it for ever, in silence. Here an operating
-system lock, which dies with its process, says who builds; whoever holds it may throw a stale lock file away.
+DeepSpeed compiles its shared-memory collectives at the first start (over a minute on two cores). If that is killed,
+torch's lock file remains, and every later start waits for it forever without a message. Here the builder holds an
+operating system lock, which is released when its process ends, so its holder may remove a stale lock file.
 """
 
 import fcntl
@@ -17,8 +17,6 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
-from llava_next.kernels.cpu.compile import cache_root
-
 _OP = "deepspeed_shm_comm"
 _BUILD = (
     "from deepspeed.accelerator import get_accelerator;"
@@ -27,31 +25,30 @@ _BUILD = (
 
 
 class OpBuildError(RuntimeError):
-    """The op could not be compiled; the message holds the compiler's last words."""
+    """The op could not be compiled; the message has the last lines of the compiler's output."""
 
 
-def ensure_built(timeout_s: float = 900.0, *, say: bool = True) -> None:
-    """Builds the op if it is not there, and points torch to it. Waits while another process builds.
+def ensure_built(timeout_s: float = 900.0, *, verbose: bool = True) -> None:
+    """Builds the op unless it is built, and sets torch's extension folder. Waits while another process builds.
 
     Args:
-        timeout_s: for the build, or for the other process.
-        say: print one line when there is something to wait for.
+        timeout_s: limit in seconds for the build, or for the other process.
+        verbose: print one line if there is something to wait for.
 
     Raises:
         OpBuildError: the compiler failed or took too long.
     """
     folder = extensions_folder()
     os.environ["TORCH_EXTENSIONS_DIR"] = str(folder)
-    # ninja lies beside the interpreter, which need not be on the PATH when the environment was not activated.
+    # ninja is in the interpreter's folder, which is not on the PATH if the environment was not activated.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    marker = folder / f"{_OP}.built"
-    if marker.exists():
+    if is_built():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / "build.flock", timeout_s, say) as lock:
-        if marker.exists():
+    with _locked(folder / "build.flock", timeout_s, verbose) as lock:
+        if is_built():
             return
-        if say:
+        if verbose:
             print(
                 "compiling DeepSpeed's CPU collectives, once (about a minute) ...",
                 file=sys.stderr,
@@ -60,12 +57,31 @@ def ensure_built(timeout_s: float = 900.0, *, say: bool = True) -> None:
         for stale in folder.rglob("lock"):
             stale.unlink()
         _compile(timeout_s, lock)
-        marker.touch()
+        _marker().touch()
+
+
+def is_built() -> bool:
+    """Whether the op is there, so that `ensure_built` has nothing to do."""
+    return _marker().exists()
+
+
+def _marker() -> Path:
+    return extensions_folder() / f"{_OP}.built"
+
+
+def cache_root() -> Path:
+    """The folder of files that can be made again: $LLAVA_NEXT_CACHE, or llava_next in the user's cache."""
+    named = os.environ.get("LLAVA_NEXT_CACHE")
+    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "llava_next"
 
 
 def extensions_folder() -> Path:
-    """The folder of compiled ops for these versions of torch, DeepSpeed and Python."""
-    key = f"{version('torch')} {version('deepspeed')} {sys.version}"
+    """The folder of compiled ops for these versions of torch, DeepSpeed and Python, in this environment.
+
+    The environment is part of it, because torch compiles an op again when the paths of its headers have changed: two
+    environments of the same versions would undo each other's work at every start, outside of the lock.
+    """
+    key = f"{version('torch')} {version('deepspeed')} {sys.version} {sys.prefix}"
     return cache_root() / "ops" / sha256(key.encode()).hexdigest()[:16]
 
 
@@ -78,8 +94,8 @@ def _compile(timeout_s: float, lock: int) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        start_new_session=True,  # so that a time-out ends the compilers too
-        # Killed, we leave it compiling; the lock then lives as long as it does, and the next start waits.
+        start_new_session=True,  # so that a timeout ends the compilers too
+        # If this process is killed, the build goes on and keeps the lock, and the next start waits for it.
         pass_fds=(lock,),
     )
     try:
@@ -92,12 +108,14 @@ def _compile(timeout_s: float, lock: int) -> None:
         _kill_session(process.pid)
         raise
     if process.returncode:
-        last = "\n".join(output.strip().splitlines()[-15:])
-        raise OpBuildError(f"DeepSpeed's CPU op did not compile; it needs a C++ compiler and Python's headers:\n{last}")
+        last_lines = "\n".join(output.strip().splitlines()[-15:])
+        raise OpBuildError(
+            f"DeepSpeed's CPU op did not compile; install a C++ compiler and Python's headers:\n{last_lines}"
+        )
 
 
 def _kill_session(session: int) -> None:
-    """All processes of a session: ninja gives each of its compilers a process group of its own."""
+    """Kills all processes of a session: ninja starts each compiler in its own process group."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError, IndexError):
             pid, fields = int(stat.parent.name), stat.read_text().rpartition(")")[2].split()
@@ -106,22 +124,22 @@ def _kill_session(session: int) -> None:
 
 
 @contextmanager
-def _locked(path: Path, timeout_s: float, say: bool) -> Iterator[int]:
-    """Holds the lock; gives its descriptor, which holds it too wherever it is inherited."""
+def _locked(path: Path, timeout_s: float, verbose: bool) -> Iterator[int]:
+    """Holds the lock inside the block; yields its file descriptor, which holds it in a child process too."""
     with path.open("w") as file:
-        started, told = time.monotonic(), False
+        started, is_announced = time.monotonic(), False
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if say and not told:
+                if verbose and not is_announced:
                     print(
                         "waiting for another process that compiles DeepSpeed's CPU op",
                         file=sys.stderr,
                         flush=True,
                     )
-                    told = True
+                    is_announced = True
                 if time.monotonic() - started > timeout_s:
                     raise OpBuildError(
                         f"another process has been compiling DeepSpeed's CPU op for {timeout_s:.0f} s; see {path}"
@@ -131,5 +149,5 @@ def _locked(path: Path, timeout_s: float, say: bool) -> Iterator[int]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of `_compile`, which takes its compilers along
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through `_compile`, which then kills its compilers
     ensure_built()

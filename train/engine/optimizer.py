@@ -1,7 +1,7 @@
-"""AdamW groups by part and by decay, and the learning rate as a function of the step.
+"""AdamW with a parameter group per part and weight decay, and the learning rate as a function of the step.
 
-The rate of each part stands in `stage.learning_rates`; one schedule scales all of them. The trainer writes the rates
-into the live groups before each step, so DeepSpeed gets no scheduler and a resumed run needs no state for it.
+`stage.learning_rates` has the peak rate of each part; one schedule scales all of them. The trainer writes the rates
+into the groups before each step, so DeepSpeed has no scheduler and a checkpoint no scheduler state.
 """
 
 import math
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tabulate import tabulate
 
 from llava_next.config import PARTS
 from llava_next.model.llava_next import LlavaNext
@@ -19,7 +20,7 @@ from train.config.schema import StageConfig
 
 @dataclass(frozen=True)
 class PartRow:
-    """One line of the start-up table, read from the live optimizer."""
+    """One line of the start-up table. Rate and decay are None for a frozen part."""
 
     part: str
     num_parameters: int
@@ -29,9 +30,9 @@ class PartRow:
 
 
 def parameter_groups(model: LlavaNext, stage: StageConfig) -> list[dict[str, Any]]:
-    """One group per trained part and decay; biases and vectors (norms, newline) never decay.
+    """One group per trained part and weight decay; biases and vectors (norms, newline) have no weight decay.
 
-    Each group carries `part` and `peak_lr` next to torch's own keys.
+    Each group has the keys `part` and `peak_lr` in addition to torch's.
     """
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -56,11 +57,17 @@ def parameter_groups(model: LlavaNext, stage: StageConfig) -> list[dict[str, Any
     return [groups[key] for key in sorted(groups, key=lambda key: (PARTS.index(key[0]), not key[1]))]
 
 
-def schedule_factor(step: int, num_steps: int, stage: StageConfig) -> float:
-    """What multiplies every peak rate at this step (from 0): linear warm-up from 0, then cosine to 0 (or constant).
+def adamw(model: LlavaNext, stage: StageConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over the trained parameters, with the stage's rates, weight decay, betas and eps."""
+    beta_1, beta_2 = stage.betas
+    return torch.optim.AdamW(parameter_groups(model, stage), betas=(beta_1, beta_2), eps=stage.eps, fused=True)
 
-    The form of transformers' `get_cosine_schedule_with_warmup`, which the authors' trainer uses; warm-up steps are
-    the rounded-up share of all steps.
+
+def schedule_factor(step: int, num_steps: int, stage: StageConfig) -> float:
+    """The factor of every peak rate at this step (from 0): linear warm-up from 0, then cosine to 0 (or constant).
+
+    As transformers' `get_cosine_schedule_with_warmup`, which the authors' trainer uses. The number of warm-up steps is
+    `num_steps * stage.warmup_ratio`, rounded up.
     """
     warmup = math.ceil(num_steps * stage.warmup_ratio)
     if step < warmup:
@@ -72,7 +79,7 @@ def schedule_factor(step: int, num_steps: int, stage: StageConfig) -> float:
 
 
 def set_rates(groups: Iterable[dict[str, Any]], factor: float) -> dict[str, float]:
-    """Writes the step's rates into the live groups; returns the rate of each part."""
+    """Writes the step's rates into the groups; returns the rate of each part."""
     rates = {}
     for group in groups:
         group["lr"] = group["peak_lr"] * factor
@@ -81,11 +88,11 @@ def set_rates(groups: Iterable[dict[str, Any]], factor: float) -> dict[str, floa
 
 
 def part_table(model: LlavaNext, optimizer: torch.optim.Optimizer) -> list[PartRow]:
-    """What is trained and how fast, as the live optimizer has it."""
-    live = {group["part"]: group for group in reversed(optimizer.param_groups)}
+    """Every part with its parameters, its peak rate and its weight decay, read from the optimizer's groups."""
+    groups = {group["part"]: group for group in reversed(optimizer.param_groups)}
     rows = []
     for part in PARTS:
-        group = live.get(part)
+        group = groups.get(part)
         rows.append(
             PartRow(
                 part=part,
@@ -100,9 +107,10 @@ def part_table(model: LlavaNext, optimizer: torch.optim.Optimizer) -> list[PartR
 
 def format_part_table(rows: Iterable[PartRow]) -> str:
     """The start-up table as text."""
-    lines = [f"{'part':<16}{'parameters':>16}{'trained':>16}{'peak rate':>12}{'decay':>8}"]
+    head = ("part", "parameters", "trained", "peak rate", "decay")
+    cells = []
     for row in rows:
         rate = "frozen" if row.peak_rate is None else f"{row.peak_rate:.1e}"
         decay = "" if row.weight_decay is None else f"{row.weight_decay:g}"
-        lines.append(f"{row.part:<16}{row.num_parameters:>16,}{row.num_trained:>16,}{rate:>12}{decay:>8}")
-    return "\n".join(lines)
+        cells.append((row.part, f"{row.num_parameters:,}", f"{row.num_trained:,}", rate, decay))
+    return tabulate(cells, head, "plain", disable_numparse=True, colglobalalign="right", colalign=("left",))

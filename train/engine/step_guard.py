@@ -1,8 +1,8 @@
-"""The optimizer's step, unless loss or gradient is non-finite; and the gradient's norm, of all parts and of each.
+"""Applies the optimizer's step unless loss or gradient is non-finite, and computes gradient norms.
 
-DeepSpeed leaves out a step whose gradients are not finite at ZeRO 1 to 3; at ZeRO 0 it would apply it, and knows no
-norm. So there the norm and the clipping are done here, just before the optimizer; and at any stage the optimizer can be
-told to do nothing.
+At ZeRO 1 to 3 DeepSpeed skips a step with non-finite gradients; at ZeRO 0 it would apply it, and computes no norm. So
+at ZeRO 0 norm and clipping are computed here, in a hook before the optimizer's step, and at any stage the hook can skip
+the step.
 """
 
 from typing import Any, NamedTuple
@@ -15,13 +15,16 @@ from train.config.schema import RunConfig
 from train.engine.deepspeed_engine import zero_stage
 
 _NUM_AT_ONCE = 2**18
-"""Numbers that one norm takes: a CPU adds up in fp32, which hundreds of millions of them are too many for."""
+"""Largest number of values in one norm: a CPU sums in fp32, which is inaccurate for hundreds of millions of values."""
 
 
 class Update(NamedTuple):
-    """Whether the optimizer was applied; the norm of all gradients before clipping, and that of each trained part's.
+    """The result of a step.
 
-    The parts' are not known of a step that DeepSpeed has left out (nan).
+    Attributes:
+        applied: whether the optimizer has changed weights and moments.
+        grad_norm: the norm of all gradients before clipping.
+        by_part: the norm of each trained part's gradients before clipping; NaN in a step that DeepSpeed has skipped.
     """
 
     applied: bool
@@ -30,43 +33,47 @@ class Update(NamedTuple):
 
 
 class StepGuard:
-    """Stands before the optimizer of an engine.
+    """Steps an engine's optimizer, through hooks before and after the optimizer's own step.
 
     Args:
         engine: of the run.
-        config: of the run: ZeRO stage and clipping.
+        config: of the run; its ZeRO stage and clip norm are read.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, config: RunConfig) -> None:
         self._engine = engine
         self._clips_here = zero_stage(config) == 0
         self._clip_norm = config.stage.clip_norm or float("inf")
-        self._refuse = self._left_out = False
+        self._refuse = self._skipped = False
         self._norm = float("nan")
         self._squares: dict[str, torch.Tensor] = {}
-        self._kept: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._removed_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         engine.basic_optimizer.register_step_pre_hook(self._before)
         engine.basic_optimizer.register_step_post_hook(self._after)
 
     def step(self, *, refuse: bool) -> Update:
-        """The engine's step; `refuse` lets it do everything but change weights and moments."""
-        self._refuse, self._left_out, self._squares = refuse, False, {}
+        """Runs the engine's step. Every rank must call it.
+
+        Args:
+            refuse: change neither weights nor moments.
+        """
+        self._refuse, self._skipped, self._squares = refuse, False, {}
         self._engine.step()
         overflow = bool(getattr(self._engine.optimizer, "overflow", False))
-        known = self._norm if self._clips_here else self._engine.get_global_grad_norm()
-        norm = float(known) if known is not None else float("nan")
-        return Update(not (self._left_out or overflow), norm, self._by_part(norm))
+        total_norm = self._norm if self._clips_here else self._engine.get_global_grad_norm()
+        norm = float(total_norm) if total_norm is not None else float("nan")
+        return Update(not (self._skipped or overflow), norm, self._norms_by_part(norm))
 
-    def _by_part(self, norm: float) -> dict[str, float]:
-        """Each part's norm before clipping, in one message and one wait for the device. Every rank must ask."""
+    def _norms_by_part(self, norm: float) -> dict[str, float]:
+        """Each part's norm before clipping, with one collective and one device synchronisation."""
         parts = list(dict.fromkeys(group["part"] for group in self._engine.optimizer.param_groups))
         unknown = torch.full((), float("nan"), device=self._engine.device)
         squares = torch.stack([self._squares.get(part, unknown) for part in parts])
-        if not self._clips_here and dist.get_world_size() > 1:  # under ZeRO a rank holds a share of the gradients
+        if not self._clips_here and dist.get_world_size() > 1:  # under ZeRO gradients are partitioned
             dist.all_reduce(squares)
-        # By DeepSpeed's formula, which brings clipped gradients.
-        clipped = 1.0 if self._clips_here else max(1.0, (norm + 1e-6) / self._clip_norm)
-        return {part: clipped * square**0.5 for part, square in zip(parts, squares.tolist(), strict=True)}
+        # DeepSpeed's hook sees clipped gradients; its formula is inverted.
+        factor = 1.0 if self._clips_here else max(1.0, (norm + 1e-6) / self._clip_norm)
+        return {part: factor * square**0.5 for part, square in zip(parts, squares.tolist(), strict=True)}
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -76,15 +83,20 @@ class StepGuard:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
             self._norm = float(norm)
         if self._refuse or (self._clips_here and not self._norm < float("inf")):
-            self._left_out = True
-            # AdamW passes over what has no gradient. DeepSpeed's own buffers are put back afterwards.
-            self._kept = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
-            for parameter, _gradient in self._kept:
+            self._skipped = True
+            # AdamW skips parameters without a gradient. DeepSpeed's buffers are restored afterwards.
+            self._removed_gradients = [
+                (parameter, parameter.grad) for parameter in parameters if parameter.grad is not None
+            ]
+            for parameter, _gradient in self._removed_gradients:
                 parameter.grad = None
 
     def _add_squares(self, optimizer: torch.optim.Optimizer) -> None:
-        """DeepSpeed calls the optimizer once for all groups, for each, or for pieces of each, with whole parameters or
-        flat shares of them: whatever it brings is the group's part's."""
+        """Adds the squared norms of an optimizer call's gradients to those of their parts.
+
+        DeepSpeed calls the optimizer for all groups, for each group or for pieces of one, with whole parameters or flat
+        partitions of them.
+        """
         for group in optimizer.param_groups:
             gradients = [parameter.grad for parameter in group["params"] if parameter.grad is not None]
             if gradients:
@@ -93,6 +105,6 @@ class StepGuard:
                 self._squares[group["part"]] = self._squares.get(group["part"], 0) + square
 
     def _after(self, *_: Any) -> None:
-        for parameter, gradient in self._kept:
+        for parameter, gradient in self._removed_gradients:
             parameter.grad = gradient
-        self._kept = []
+        self._removed_gradients = []

@@ -1,9 +1,9 @@
-"""`python -m train.evaluate RUN|EXPORT`: held-out loss, published metrics of answers, and whether the model looks.
+"""`python -m train.evaluate RUN|EXPORT`: held-out loss, metrics of free answers, and the effect of the image.
 
-A run is evaluated by its export, on what its mixture holds out; any directory of a model, ours or published, on
-prepared sources (--store). For each source: the loss of whole conversations, computed as training computes it; greedy
-answers to single questions, judged by the metric that the source's YAML names; and how often the answer is exactly the
-truth, with the question's own picture and with another's.
+A run is evaluated with its export on its mixture's held-out samples; any other model directory on prepared sources
+(--store). The results of each source are the loss on whole conversations, as in training; greedy answers to single
+questions, scored by the metric in the source's YAML; and the share of exactly right answers, with the question's image
+and with another one.
 """
 
 import argparse
@@ -23,109 +23,113 @@ from data_recipes.schema.sample import DataError
 from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
 from llava_next.model.flops import step_costs
-from llava_next.model.towers import unsupported_by_stock
+from llava_next.model.towers import stock_unsupported_reason
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.distributed.quiet_libraries import quiet_libraries
-from train.evaluate.answers import ONLY_LOSSES, Answer, StockModel
-from train.evaluate.evaluated_model import Subject, of_directory, of_run
+from train.evaluate.answers import LOSS_ONLY_HINT, Answer, StockModel
+from train.evaluate.evaluated_model import EvaluatedModel, load_directory, load_run
 from train.evaluate.image_questions import (
     Accuracy,
     Question,
     answer_all,
+    extract_questions,
     filter_by_length,
-    questions_of,
+    read_single_image_samples,
     summarize,
-    with_one_picture,
 )
-from train.evaluate.results import SourceReport, as_result, format_tables
-from train.validation.held_out import HeldOut, hold_out
+from train.evaluate.results import SourceReport, format_tables, make_result
+from train.validation.held_out import HeldOutSet, build_held_out
 
 _Hits = tuple[list[Question], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+"""Questions, and whether each was answered exactly with the right and with the other image, bool [num_questions]."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The program; returns its exit code."""
+    """Runs the program; returns the exit code."""
     options = _parse(arguments)
     quiet_libraries(on_cpu=not torch.cuda.is_available())
     try:
         result, answers = evaluate(options)
     except (ConfigError, ModelError, DataError) as error:
         return report_mistake(error)
-    out: Path = options.out or _place_of_figures(options.place)
+    out: Path = options.out or _get_default_out(options.path)
     out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.with_suffix(".answers.jsonl")
-    _write(beside, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
+    answers_path = out.with_suffix(".answers.jsonl")
+    _write(answers_path, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
     _write(out, json.dumps(result, indent=1) + "\n")
     print(format_tables(result))
     for answer in result["generated"]:
         print(f"  {answer['source']}: {answer['text']!r} -> {answer['answer']!r} (truth {answer['truth']!r})")
-    print(f"wrote {out} and {beside}")
+    print(f"wrote {out} and {answers_path}")
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[Answer]]:
-    """All figures as plain values, and every answer.
+    """Evaluates the model.
+
+    Returns:
+        All results as plain values, and every answer.
 
     Raises:
-        ConfigError, ModelError, DataError: what is asked for is not there, or does not go together.
+        ConfigError, ModelError, DataError: the model, a store or a metric does not exist, or they do not match.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    is_run = _is_run(options.place)
-    find = of_run if is_run else of_directory
+    is_run = _is_run(options.path)
+    load = load_run if is_run else load_directory
     chosen = dict(pair.split("=", 1) for pair in options.metric)
-    subject = find(options.place, options.store, device, num=options.num, seed=options.seed, chosen=chosen)
-    why_not = unsupported_by_stock(subject.backbone.hf_config.vision_config)
-    if why_not is not None and options.generate != 0:
-        raise ModelError(f"{subject.export} cannot answer in stock transformers: {why_not}; {ONLY_LOSSES}")
-    losses, held_out = _losses(subject)
-    asked: dict[str, tuple[list[StoredSample], list[Question], int]] = {}
+    evaluated = load(options.path, options.store, device, num=options.num, seed=options.seed, chosen=chosen)
+    reason = stock_unsupported_reason(evaluated.backbone.hf_config.vision_config)
+    if reason is not None and options.generate != 0:
+        raise ModelError(f"stock transformers cannot run {evaluated.export}: {reason}; {LOSS_ONLY_HINT}")
+    losses, held_out = _compute_losses(evaluated)
+    questions_by_source: dict[str, tuple[list[StoredSample], list[Question], int]] = {}
     hits: dict[str, _Hits] = {}
-    for source in subject.samples:
-        with_place = [sample for sample in held_out.samples if sample.source == source]
-        samples = with_one_picture(with_place, options.limit)
+    for source in evaluated.samples:
+        accepted = [sample for sample in held_out.samples if sample.source == source]
+        samples = read_single_image_samples(accepted, options.limit)
         questions, num_unasked = filter_by_length(
-            subject.processor, samples, questions_of(source, samples, options.limit, options.per_picture)
+            evaluated.processor, samples, extract_questions(source, samples, options.limit, options.per_picture)
         )
-        asked[source] = samples, questions, num_unasked
+        questions_by_source[source] = samples, questions, num_unasked
         if questions:
-            hits[source] = (questions, *answer_all(subject.model, subject.processor, samples, questions))
-    answers = _answers(subject, asked, device, options)
+            hits[source] = (questions, *answer_all(evaluated.model, evaluated.processor, samples, questions))
+    answers = _generate_answers(evaluated, questions_by_source, device, options)
     reports = [
         SourceReport(
             source,
-            num_left_out=held_out.left_out.get(source, 0),
+            num_rejected=held_out.num_rejected.get(source, 0),
             **losses[source],
-            metric=subject.metrics[source],
+            metric=evaluated.metrics[source],
             answers=answers.get(source, []),
             accuracy=summarize(*hits[source]) if source in hits else None,
-            num_unasked=asked[source][2],
+            num_unasked=questions_by_source[source][2],
         )
-        for source in subject.samples
+        for source in evaluated.samples
     ]
-    of = {"run" if is_run else "model": str(options.place), "seed": options.seed}
+    header = {"run" if is_run else "model": str(options.path), "seed": options.seed}
     every = [answer for report in reports for answer in report.answers]
-    return as_result(of, reports, _together(list(hits.values()))), every
+    return make_result(header, reports, _summarize_all(list(hits.values()))), every
 
 
-def _losses(subject: Subject) -> tuple[dict[str, dict[str, Any]], HeldOut]:
-    """Samples, supervised tokens and loss of each source."""
-    model, names = subject.model, list(subject.samples)
+def _compute_losses(evaluated: EvaluatedModel) -> tuple[dict[str, dict[str, Any]], HeldOutSet]:
+    """Returns the number of samples, the number of supervised tokens and the loss by source, and the held-out set."""
+    model, names = evaluated.model, list(evaluated.samples)
     model.num_sources = len(names)
-    hf = subject.backbone.hf_config
+    hf = evaluated.backbone.hf_config
     costs = step_costs(
         hf.vision_config,
         hf.text_config,
-        projector=subject.backbone.config.projector,
+        projector=evaluated.backbone.config.projector,
         num_vision_layers=model.num_tower_layers,
         trains_tower=False,
         trains_language_model=False,
     )
-    held_out = hold_out(
-        subject.samples, names, subject.processor, subject.packing, costs, per_sample=subject.per_sample
+    held_out = build_held_out(
+        evaluated.samples, names, evaluated.processor, evaluated.packing, costs, per_sample=evaluated.per_sample
     )
-    sums = held_out.sums(model, model.hf.model.image_newline.device)
-    losses = held_out.losses(sums)
+    sums = held_out.compute_sums(model, model.hf.model.image_newline.device)
+    losses = held_out.compute_losses(sums)
     counts = sums[1:].long().tolist()
     return {
         name: {"num_samples": counts[1][n], "num_tokens": counts[0][n], "loss": losses.get(name)}
@@ -133,65 +137,63 @@ def _losses(subject: Subject) -> tuple[dict[str, dict[str, Any]], HeldOut]:
     }, held_out
 
 
-def _answers(
-    subject: Subject,
-    asked: dict[str, tuple[list[StoredSample], list[Question], int]],
+def _generate_answers(
+    evaluated: EvaluatedModel,
+    questions_by_source: dict[str, tuple[list[StoredSample], list[Question], int]],
     device: torch.device,
     options: argparse.Namespace,
 ) -> dict[str, list[Answer]]:
-    """Free answers to the first questions of each source; the packed model makes room for the stock one."""
+    """Returns free answers to the first questions of each source. The packed model is freed for the stock one."""
     num = options.limit if options.generate is None else options.generate
-    if not num or not any(questions for _, questions, _ in asked.values()):
+    if not num or not any(questions for _, questions, _ in questions_by_source.values()):
         return {}
-    subject.model.to("meta")
+    evaluated.model.to("meta")
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
     stock = StockModel(
-        subject.export,
-        subject.processor,
+        evaluated.export,
+        evaluated.processor,
         device,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,
     )
     return {
-        source: stock.answers(samples, questions[:num], subject.metrics[source])
-        for source, (samples, questions, _) in asked.items()
+        source: stock.generate_answers(samples, questions[:num], evaluated.metrics[source])
+        for source, (samples, questions, _) in questions_by_source.items()
     }
 
 
-def _together(hits: list[_Hits]) -> Accuracy | None:
-    """The questions of all sources as one."""
+def _summarize_all(hits: list[_Hits]) -> Accuracy | None:
+    """Returns the accuracy over the questions of all sources."""
     if not hits:
         return None
     questions = [question for each, _, _ in hits for question in each]
     return summarize(questions, np.concatenate([hit[1] for hit in hits]), np.concatenate([hit[2] for hit in hits]))
 
 
-def _is_run(place: Path) -> bool:
-    return (place / "config.yaml").is_file() or not (place / "config.json").is_file()
+def _is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() or not (path / "config.json").is_file()
 
 
-def _place_of_figures(place: Path) -> Path:
-    """A run's lie in its folder; a model may be somebody else's, and is left as it is."""
-    return (
-        place / "evaluation.json" if _is_run(place) else Path("outputs") / "evaluate" / f"{place.resolve().name}.json"
-    )
+def _get_default_out(path: Path) -> Path:
+    """Returns evaluation.json in a run folder, or a file in outputs/evaluate for a model without a run."""
+    return path / "evaluation.json" if _is_run(path) else Path("outputs") / "evaluate" / f"{path.resolve().name}.json"
 
 
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # a broken record may hold half a character
+    partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # an answer may end within a character
     partial.rename(path)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "place",
+        "path",
         type=Path,
         metavar="RUN|EXPORT",
-        help="the folder of a stage that wrote an export, or a directory of a LLaVA or LLaVA-NeXT for transformers",
+        help="a run folder with an export/, or a LLaVA or LLaVA-NeXT directory in the Hugging Face layout",
     )
     parser.add_argument(
         "--store",
@@ -199,27 +201,27 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="STORE",
-        help="a prepared source (several times: several); of a run, instead of what it holds out",
+        help="a prepared source (can be repeated); for a run, instead of its held-out samples",
     )
-    parser.add_argument("--num", type=int, default=512, help="at most so many samples of each source (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="draws the samples of --store (%(default)s)")
-    parser.add_argument("--limit", type=int, default=600, help="at most so many questions of each source (%(default)s)")
-    parser.add_argument("--per-picture", type=int, default=4, help="questions of each picture (%(default)s)")
-    parser.add_argument("--generate", type=int, help="questions of each source answered freely (default: all; 0: none)")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions answered at a time (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="the longest free answer (%(default)s)")
+    parser.add_argument("--num", type=int, default=512, help="maximum number of samples per source (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the samples of --store (%(default)s)")
+    parser.add_argument("--limit", type=int, default=600, help="maximum number of questions per source (%(default)s)")
+    parser.add_argument("--per-picture", type=int, default=4, help="questions per image (%(default)s)")
+    parser.add_argument("--generate", type=int, help="free answers per source (default: all; 0: none)")
+    parser.add_argument("--batch-size", type=int, default=8, help="questions per batch (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum length of a free answer (%(default)s)")
     parser.add_argument(
         "--metric",
         action="append",
         default=[],
         metavar="SOURCE=METRIC",
-        help="judge a source's answers by another metric than its YAML names",
+        help="score a source's answers with another metric than the one in its YAML",
     )
     parser.add_argument(
         "--out",
         type=Path,
-        help="where the figures go (default: RUN/evaluation.json, outputs/evaluate/EXPORT.json); the answers go beside "
-        "them, as .answers.jsonl",
+        help="the file for the results (default: RUN/evaluation.json or outputs/evaluate/EXPORT.json); the answers are "
+        "written next to it, as .answers.jsonl",
     )
     options = parser.parse_args(arguments)
     for name, least in (("num", 1), ("limit", 1), ("per_picture", 1), ("generate", 0), ("batch_size", 1)):

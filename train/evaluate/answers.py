@@ -1,7 +1,6 @@
-"""Free answers of stock transformers, from a directory alone: its model, its processor, its `generate`, in batches.
+"""Generates free answers in batches with stock transformers: the model, processor and `generate` of a directory.
 
-Owns the batches and what becomes of their answers. That the stock processor renders the prompt of the training is
-checked for every question: an answer to another prompt would be somebody else's result.
+For every question, the prompt of the stock processor is compared with that of the training.
 """
 
 import sys
@@ -17,18 +16,27 @@ from data_recipes.schema.sample import Message
 from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
 from llava_next.inputs.anyres import decode
-from llava_next.inputs.chat_template import adds_special_tokens
+from llava_next.inputs.chat_template import should_add_special_tokens
 from llava_next.inputs.processor import Processor
 from train.evaluate.image_questions import Question
 from train.evaluate.metrics import score
 
-ONLY_LOSSES = "python -m train.evaluate --generate 0 measures its losses, and evaluate.answers asks it in training"
-"""What is left for a model that stock transformers loads and cannot run."""
+LOSS_ONLY_HINT = (
+    "`python -m train.evaluate --generate 0` computes its losses, and evaluate.answers generates answers in training"
+)
+"""The alternatives for a model that stock transformers loads but cannot run."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered; `is_cut`: it ran into the limit of new tokens. `score` is None where nothing can be said."""
+    """A free answer.
+
+    Attributes:
+        source, id, text, truth: of the question.
+        answer: generated text.
+        score: from 0 to 1; None if the metric cannot score it.
+        is_cut: whether the answer reached the maximum number of new tokens.
+    """
 
     source: str
     id: str
@@ -40,14 +48,14 @@ class Answer:
 
 
 class StockModel:
-    """A directory as stock transformers runs it.
+    """The model of a directory in stock transformers.
 
     Args:
-        export: the directory.
-        processor: of our own, whose prompts the stock one has to render.
-        device: where it runs; on a CPU in float32, whatever the weights are in.
-        batch_size: questions that are answered together, padded on the left.
-        max_new_tokens: the longest answer.
+        export: directory in the Hugging Face layout.
+        processor: processor of the training, whose prompts the stock processor must reproduce.
+        device: device of the model; on a CPU the weights are converted to float32.
+        batch_size: questions per batch, which is padded on the left.
+        max_new_tokens: maximum length of an answer.
     """
 
     def __init__(
@@ -59,45 +67,50 @@ class StockModel:
         self._stock = AutoProcessor.from_pretrained(export)
         self._model = AutoModelForImageTextToText.from_pretrained(export, dtype=dtype).to(device).eval()
 
-    def answers(self, samples: Sequence[StoredSample], questions: Sequence[Question], metric: str) -> list[Answer]:
-        """Greedy answers, in the order of the questions, scored by the metric of that name.
+    def generate_answers(
+        self, samples: Sequence[StoredSample], questions: Sequence[Question], metric: str
+    ) -> list[Answer]:
+        """Returns greedy answers in the order of the questions, scored with a metric.
 
-        Questions of like length share a batch, so that little is padded. In float32 an answer does not depend on its
-        batch; in half precision rounding does.
+        Questions of similar length share a batch, which reduces padding. In float32 the answers do not depend on the
+        batches; in half precision the rounding does.
+
+        Args:
+            metric: a name of `METRICS_BY_NAME`, or none.
 
         Raises:
-            ModelError: the stock processor renders another prompt than training did.
+            ModelError: the stock processor renders another prompt than the training.
         """
-        lengths = [len(self._ids(samples, question)) for question in questions]
+        lengths = [len(self._encode_prompt(samples, question)) for question in questions]
         order = sorted(range(len(questions)), key=lambda number: (-lengths[number], number))
-        found: dict[int, Answer] = {}
+        answers: dict[int, Answer] = {}
         with tqdm(total=len(order), desc="answers", unit="question", file=sys.stderr) as bar:
             for start in range(0, len(order), self._batch_size):
                 chunk = order[start : start + self._batch_size]
                 texts = self._generate(samples, [questions[number] for number in chunk])
                 for number, (text, is_cut) in zip(chunk, texts, strict=True):
                     question = questions[number]
-                    said = score(metric, text, [question.truth])
+                    value = score(metric, text, [question.truth])
                     sample_id = samples[question.sample].id
-                    found[number] = Answer(
-                        question.source, sample_id, question.text, question.truth, text, said, is_cut
+                    answers[number] = Answer(
+                        question.source, sample_id, question.text, question.truth, text, value, is_cut
                     )
                 bar.update(len(chunk))
-        return [found[number] for number in range(len(questions))]
+        return [answers[number] for number in range(len(questions))]
 
     @torch.no_grad()
     def _generate(self, samples: Sequence[StoredSample], questions: Sequence[Question]) -> list[tuple[str, bool]]:
-        prompts = [self._prompt(question) for question in questions]
-        pictures = [decode(samples[question.sample].pictures[0]) for question in questions]
+        prompts = [self._render_prompt(question) for question in questions]
+        images = [decode(samples[question.sample].images[0]) for question in questions]
         inputs = self._stock(
-            images=pictures,
+            images=images,
             text=prompts,
             return_tensors="pt",
             padding=True,
             padding_side="left",
-            add_special_tokens=adds_special_tokens(self._stock.tokenizer, prompts[0]),
+            add_special_tokens=should_add_special_tokens(self._stock.tokenizer, prompts[0]),
         )
-        self._check(samples, questions, inputs["input_ids"], inputs["attention_mask"])
+        self._check_prompts(samples, questions, inputs["input_ids"], inputs["attention_mask"])
         inputs = inputs.to(self._device, self._model.dtype)
         outputs = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
         new = outputs[:, inputs["input_ids"].shape[1] :]
@@ -107,21 +120,21 @@ class StockModel:
         texts = self._stock.batch_decode(new, skip_special_tokens=True)
         return [(text.strip(), bool(cut)) for text, cut in zip(texts, is_cut, strict=True)]
 
-    def _prompt(self, question: Question) -> str:
+    def _render_prompt(self, question: Question) -> str:
         turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}
         return str(self._stock.apply_chat_template([turn], add_generation_prompt=True))
 
-    def _ids(self, samples: Sequence[StoredSample], question: Question) -> list[int]:
+    def _encode_prompt(self, samples: Sequence[StoredSample], question: Question) -> list[int]:
         message = Message("user", f"<image>\n{question.text}")
         ids, _ = self._processor.prompt([message], samples[question.sample].sizes_hw)
         return ids.tolist()  # type: ignore[no-any-return]
 
-    def _check(
+    def _check_prompts(
         self, samples: Sequence[StoredSample], questions: Sequence[Question], ids: torch.Tensor, mask: torch.Tensor
     ) -> None:
-        for question, row, kept in zip(questions, ids, mask, strict=True):
-            if row[kept.bool()].tolist() != self._ids(samples, question):
+        for question, row, is_token in zip(questions, ids, mask, strict=True):
+            if row[is_token.bool()].tolist() != self._encode_prompt(samples, question):
                 raise ModelError(
-                    f"{self._export}: its processor renders another prompt than training did: "
-                    f"{self._prompt(question)!r}"
+                    f"{self._export}: the processor renders another prompt than the training: "
+                    f"{self._render_prompt(question)!r}"
                 )

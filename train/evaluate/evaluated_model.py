@@ -1,6 +1,6 @@
-"""What is evaluated: a model on disk, as it was trained to see samples, and samples of each source.
+"""Loads the model to evaluate and the samples of each source.
 
-Owns finding them, from a run's folder or from a directory of a model and prepared sources.
+They come from a run folder, or from a model directory and prepared sources.
 """
 
 import json
@@ -24,16 +24,24 @@ from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
 from train.config.compose import load_yaml
 from train.config.schema import ConfigError, PackingConfig
-from train.data.loader import stage_processor
-from train.validation.held_out import HeldOutSample, of_mixture, of_store
+from train.data.loader import build_processor
+from train.validation.held_out import HeldOutSample, list_mixture_samples, list_store_samples
 
 _PACKING = PackingConfig(max_tokens=8192, max_tiles=48)
-"""Rows of a model whose run is not known."""
+"""Budgets of a row for a model without a known run."""
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model and the samples that it is evaluated on, by source; `metrics` name what judges each source's answers."""
+class EvaluatedModel:
+    """A model and the samples to evaluate it on.
+
+    Attributes:
+        export: directory in the Hugging Face layout.
+        packing: budgets of a row.
+        per_sample: weigh every sample equally in the loss, as `loss_weighting: sample` does.
+        samples: by source.
+        metrics: name of the metric of each source's answers.
+    """
 
     export: Path
     backbone: Backbone
@@ -45,109 +53,114 @@ class Subject:
     metrics: dict[str, str]
 
 
-def of_run(
+def load_run(
     run_dir: Path, stores: Sequence[Path], device: torch.device, *, num: int, seed: int, chosen: Mapping[str, str]
-) -> Subject:
-    """The export of a run on what its mixture holds out and excludes, or on other stores.
+) -> EvaluatedModel:
+    """Loads the export of a run, with the held-out and excluded samples of its mixture or with other stores.
 
     Args:
-        stores: prepared sources; none takes the mixture's.
-        num: at most so many samples of each source. Held-out ones stand in an order that makes the first a fair draw;
-            of `stores` they are drawn by `seed`.
-        chosen: metrics by source, before what the stores say.
+        stores: prepared sources; if empty, those of the mixture.
+        num: maximum number of samples per source. Held-out samples are in the order of their hashes, so the first ones
+            are a random sample; those of `stores` are drawn with `seed`.
+        chosen: metrics by source, which take precedence over those of the stores.
 
     Raises:
-        ConfigError, ModelError, DataError: no run, no export, nothing held out, no such store or metric.
+        ConfigError, ModelError, DataError: the run, the export, a store or a metric does not exist, or the mixture has
+            no held-out samples.
     """
     config = load_yaml(run_dir / "config.yaml")
     export = run_dir / "export"
     if not export.is_dir():
         raise ConfigError(
-            f"{run_dir} holds no export/; finish the stage first: python -m train stage={config.stage.name} …"
+            f"{run_dir} contains no export/; finish the stage first: python -m train stage={config.stage.name} ..."
         )
     store_root = Path(config.data.store_root)
     if stores:
-        samples = _of_stores(stores, num, seed)
-        places = {path.name: path for path in stores}
+        samples = _draw_samples(stores, num, seed)
+        paths = {path.name: path for path in stores}
     else:
-        samples = {name: of[:num] for name, of in of_mixture(Mixture.open(config.mixture, store_root)).items()}
-        samples |= {name: of_store(store_root / name, num) for name in config.mixture.exclude}
-        places = {name: store_root / name for name in samples}
+        samples = {
+            name: of[:num] for name, of in list_mixture_samples(Mixture.open(config.mixture, store_root)).items()
+        }
+        samples |= {name: list_store_samples(store_root / name, num) for name in config.mixture.exclude}
+        paths = {name: store_root / name for name in samples}
     if not samples:
         raise ConfigError(
-            f"mixture {config.mixture.name} holds nothing out; give a source `holdout: N`, name a store in `exclude`, "
-            "or name stores with --store"
+            f"mixture {config.mixture.name} has no held-out samples; set `holdout: N` for a source, list a store in "
+            "`exclude`, or pass stores with --store"
         )
-    backbone, model = _read(export, config.model, device)
+    backbone, model = _load(export, config.model, device)
     per_sample = config.stage.loss_weighting == "sample"
-    processor = stage_processor(backbone, config.stage)
-    metrics = _metrics(places, chosen)
-    return Subject(export, backbone, model, processor, config.packing, per_sample, samples, metrics)
+    processor = build_processor(backbone, config.stage)
+    metrics = _select_metrics(paths, chosen)
+    return EvaluatedModel(export, backbone, model, processor, config.packing, per_sample, samples, metrics)
 
 
-def of_directory(
+def load_directory(
     export: Path, stores: Sequence[Path], device: torch.device, *, num: int, seed: int, chosen: Mapping[str, str]
-) -> Subject:
-    """A directory of a LLaVA or LLaVA-NeXT in the Hugging Face layout, on samples of stores drawn by seed.
+) -> EvaluatedModel:
+    """Loads a LLaVA or LLaVA-NeXT directory in the Hugging Face layout, with samples drawn from stores.
 
-    Prompts are those of its chat template, pictures are seen as its processor cuts them, and the longest sample is what
-    its positions hold. Arguments and errors are those of `of_run`.
+    Its chat template and image processor are used, and its number of positions is the maximum length. Arguments and
+    errors are those of `load_run`.
     """
     if not stores:
-        raise ConfigError(f"{export} is a model and no run: name what it is asked about, --store STORE")
-    samples = _of_stores(stores, num, seed)
-    config, image_mode = _described(export)
-    backbone, model = _read(export, config, device)
+        raise ConfigError(f"{export} is a model directory without a run; pass prepared sources with --store STORE")
+    samples = _draw_samples(stores, num, seed)
+    config, image_mode = _read_config(export)
+    backbone, model = _load(export, config, device)
     processor = backbone.processor(template=FROM_TOKENIZER, image_mode=image_mode, max_length=backbone.max_positions)
-    metrics = _metrics({path.name: path for path in stores}, chosen)
+    metrics = _select_metrics({path.name: path for path in stores}, chosen)
     longest = max(_PACKING.max_tokens, backbone.max_positions)
-    return Subject(export, backbone, model, processor, replace(_PACKING, max_tokens=longest), False, samples, metrics)
+    return EvaluatedModel(
+        export, backbone, model, processor, replace(_PACKING, max_tokens=longest), False, samples, metrics
+    )
 
 
-def _read(export: Path, config: ModelConfig, device: torch.device) -> tuple[Backbone, LlavaNext]:
+def _load(export: Path, config: ModelConfig, device: torch.device) -> tuple[Backbone, LlavaNext]:
     backbone, model = read_hf(export, config)
-    # On a CPU, half precision is slow and no more exact.
+    # On a CPU, half precision is slower than float32.
     return backbone, (model.to(device) if device.type == "cuda" else model.float()).eval()
 
 
-def _of_stores(stores: Sequence[Path], num: int, seed: int) -> dict[str, list[HeldOutSample]]:
-    found: dict[str, list[HeldOutSample]] = {}
+def _draw_samples(stores: Sequence[Path], num: int, seed: int) -> dict[str, list[HeldOutSample]]:
+    by_source: dict[str, list[HeldOutSample]] = {}
     for path in stores:
-        samples = of_store(path, num, seed)
+        samples = list_store_samples(path, num, seed)
         name = samples[0].source
-        if name in found:
-            raise DataError(f"--store {path}: there are two stores of source {name}; name one")
-        found[name] = samples
-    return found
+        if name in by_source:
+            raise DataError(f"--store {path}: two stores of source {name} were given; give one")
+        by_source[name] = samples
+    return by_source
 
 
-def _metrics(places: Mapping[str, Path], chosen: Mapping[str, str]) -> dict[str, str]:
-    """The metric of each source: the chosen one, or its store's, or exact_match where a store is older than metrics."""
-    manifests = {path: read_manifest(path) or {} for path in places.values()}
-    found = {
-        manifests[path].get("name", name): manifests[path].get("metric", "exact_match") for name, path in places.items()
+def _select_metrics(paths: Mapping[str, Path], chosen: Mapping[str, str]) -> dict[str, str]:
+    """Returns the metric of each source: the chosen one, else its store's, else exact_match (for older stores)."""
+    manifests = {path: read_manifest(path) or {} for path in paths.values()}
+    metrics = {
+        manifests[path].get("name", name): manifests[path].get("metric", "exact_match") for name, path in paths.items()
     }
     for source, metric in chosen.items():
-        if source not in found:
-            raise ConfigError(f"--metric {source}={metric}: there is no such source; there are {', '.join(found)}")
+        if source not in metrics:
+            raise ConfigError(f"--metric {source}={metric}: unknown source; available: {', '.join(metrics)}")
         if metric not in (*METRICS, "none"):
-            raise ConfigError(f"--metric {source}={metric}: there is no such metric; known: {', '.join(METRICS)}, none")
-        found[source] = metric
-    return found
+            raise ConfigError(f"--metric {source}={metric}: unknown metric; available: {', '.join(METRICS)}, none")
+        metrics[source] = metric
+    return metrics
 
 
-def _described(export: Path) -> tuple[ModelConfig, ImageMode]:
-    """What a directory says of itself beside its weights.
+def _read_config(export: Path) -> tuple[ModelConfig, ImageMode]:
+    """Reads the model configuration and the image mode of a directory.
 
     Raises:
-        ModelError: transformers cannot read its config or its processor.
+        ModelError: transformers cannot read the config or the processor.
     """
     try:
         kind = AutoConfig.from_pretrained(export).model_type
         images: Any = AutoProcessor.from_pretrained(export).image_processor
         mean, std = tuple(images.image_mean), tuple(images.image_std)
     except (OSError, ValueError, AttributeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{export} is no directory of a model with its processor: {error}") from error
+        raise ModelError(f"{export} is not a model directory with a processor: {error}") from error
     image_mode = stock_image_mode(kind, images, export)
     name = export.resolve().name
     language_model = LanguageModelConfig(name, str(export), FROM_TOKENIZER)

@@ -1,9 +1,10 @@
-"""What was found, as one value for JSON and as tables for a person."""
+"""Formats the results of an evaluation, as plain values for JSON and as text tables."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from train.evaluate.answers import Answer
 from train.evaluate.image_questions import Accuracy
@@ -13,15 +14,19 @@ _NUM_SHOWN = 2
 
 @dataclass(frozen=True)
 class SourceReport:
-    """One source: the loss of its held-out samples, the metric of its answers, and whether the model looks.
+    """The results of one source.
 
-    `num_left_out` are samples that have no place in the stage, `num_unasked` questions too long to be asked with every
-    picture. `accuracy` is None where no sample shows exactly one picture.
+    Attributes:
+        num_samples, num_tokens: samples and supervised tokens of the loss.
+        num_rejected: samples that are too long for the stage or have no supervised token.
+        metric: name of the metric of the answers.
+        accuracy: with the right and with another image; None if no sample has exactly one image.
+        num_unasked: questions that are too long to be asked with every image.
     """
 
     source: str
     num_samples: int
-    num_left_out: int
+    num_rejected: int
     num_tokens: int
     loss: float | None
     metric: str
@@ -31,15 +36,15 @@ class SourceReport:
 
     @property
     def scores(self) -> list[float]:
-        """Of the answers that the metric can judge."""
+        """Scores of the answers that the metric can score."""
         return [answer.score for answer in self.answers if answer.score is not None]
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures; the picture questions' stand beside the others, under their own names."""
+        """Returns all results, those of the image questions included, as plain values."""
         scores = self.scores
-        found: dict[str, Any] = {
+        values: dict[str, Any] = {
             "num_samples": self.num_samples,
-            "num_left_out": self.num_left_out,
+            "num_left_out": self.num_rejected,
             "num_tokens": self.num_tokens,
             "loss": self.loss,
             "metric": self.metric,
@@ -50,57 +55,61 @@ class SourceReport:
             "num_unasked": self.num_unasked,
         }
         if self.metric == "grounding_iou" and scores:
-            found["iou_at_least_half"] = float(np.mean(np.array(scores) >= 0.5))
-        return found | (asdict(self.accuracy) if self.accuracy else {})
+            values["iou_at_least_half"] = float(np.mean(np.array(scores) >= 0.5))
+        return values | (asdict(self.accuracy) if self.accuracy else {})
 
 
-def as_result(of: dict[str, Any], reports: list[SourceReport], everything: Accuracy | None) -> dict[str, Any]:
-    """All figures as plain values; `of` says what was evaluated, and how."""
+def make_result(header: dict[str, Any], reports: list[SourceReport], accuracy: Accuracy | None) -> dict[str, Any]:
+    """Returns all results as plain values.
+
+    Args:
+        header: what was evaluated, and the seed.
+        accuracy: over the questions of all sources.
+    """
     return {
-        **of,
-        "all": asdict(everything) if everything else None,
+        **header,
+        "all": asdict(accuracy) if accuracy else None,
         "by_source": {report.source: report.as_dict() for report in reports},
         "generated": [asdict(answer) for report in reports for answer in report.answers[:_NUM_SHOWN]],
     }
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """Losses and scores of each source, and below them what the pictures are worth, in percent."""
-    lines = [f"{'source':<26}{'samples':>8}{'tokens':>10}{'loss':>9}  {'metric':<17}{'score':>7}{'answers':>9}"]
+    """Returns a table of losses and scores, and a table of the accuracies with the right and with another image."""
+    head = ["source", "samples", "tokens", "loss", "metric", "score", "answers", ""]
+    rows = []
     for source, row in result["by_source"].items():
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         score = "-" if row["score"] is None else f"{row['score']:.1%}"
-        lines.append(
-            f"{source:<26}{row['num_samples']:>8}{row['num_tokens']:>10,}{loss:>9}  {row['metric']:<17}{score:>7}"
-            f"{row['num_scored']:>9}{_remarks(row)}"
-        )
-    asked = {source: row for source, row in result["by_source"].items() if "num_questions" in row}
-    if not asked:
-        return "\n".join(lines)
-    lines += [
-        "",
-        f"{'exact answers, with':<26}{'questions':>10}{'its own':>9}{'other':>8}{'common':>8}{'difference':>12}",
-    ]
-    for source, row in [*asked.items(), ("all", result["all"])]:
-        low, high = row["interval"]
-        lines.append(
-            f"{source:<26}{row['num_questions']:>10}{row['right_picture']:>9.1%}{row['other_picture']:>8.1%}"
-            f"{row['commonest_answer']:>8.1%}{row['difference']:>+12.1%}  (95 %: {low:+.1%} to {high:+.1%})"
-        )
-    return "\n".join(lines)
+        counts = (row["num_samples"], f"{row['num_tokens']:,}", loss)
+        rows.append((source, *counts, row["metric"], score, row["num_scored"], _format_remarks(row)))
+    align = ("left", "right", "right", "right", "left", "right", "right", "left")
+    tables = [tabulate(rows, head, "plain", disable_numparse=True, colalign=align)]
+    with_questions = {source: row for source, row in result["by_source"].items() if "num_questions" in row}
+    if with_questions:
+        head = ["exact answers, image", "questions", "right", "other", "common", "difference", ""]
+        shares_rows = []
+        for source, row in [*with_questions.items(), ("all", result["all"])]:
+            low, high = row["interval"]
+            shares = (f"{row[key]:.1%}" for key in ("right_picture", "other_picture", "commonest_answer"))
+            interval = f"(95 %: {low:+.1%} to {high:+.1%})"
+            shares_rows.append((source, row["num_questions"], *shares, f"{row['difference']:+.1%}", interval))
+        right = ("left", *["right"] * 5, "left")
+        tables.append(tabulate(shares_rows, head, "plain", disable_numparse=True, colalign=right))
+    return "\n\n".join(tables)
 
 
-def _remarks(row: dict[str, Any]) -> str:
-    """What is not as the figures alone look."""
-    said = []
+def _format_remarks(row: dict[str, Any]) -> str:
+    """Returns what limits the results: rejected samples, questions that were not asked, and the like."""
+    remarks = []
     if row["num_left_out"]:
-        said.append(f"{row['num_left_out']} samples left out, too long")
+        remarks.append(f"{row['num_left_out']} samples rejected")
     if row["num_unasked"]:
-        said.append(f"{row['num_unasked']} questions unasked, too long")
+        remarks.append(f"{row['num_unasked']} questions not asked, too long")
     if row["num_cut"]:
-        said.append(f"{row['num_cut']} answers cut off at --max-new-tokens")
+        remarks.append(f"{row['num_cut']} answers cut at --max-new-tokens")
     if row["metric"] != "none" and row["num_scored"] < row["num_answers"]:
-        said.append(f"{row['num_answers'] - row['num_scored']} answers without a score")
+        remarks.append(f"{row['num_answers'] - row['num_scored']} answers without a score")
     if "iou_at_least_half" in row:
-        said.append(f"IoU of at least 0.5: {row['iou_at_least_half']:.1%}")
-    return "  " + "; ".join(said) if said else ""
+        remarks.append(f"IoU of at least 0.5: {row['iou_at_least_half']:.1%}")
+    return "; ".join(remarks)

@@ -1,85 +1,81 @@
-"""The model card of an export: its README.md, for whoever finds the directory without the run.
+"""Writes the model card of an export (README.md) from the run's configuration and data.json."""
 
-Owns the wording; the facts are the run's configuration and its data.json.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from tabulate import tabulate
 from transformers import AutoConfig
 
-from llava_next.model.released import ARCHITECTURES
-from llava_next.model.towers import TOWER_FAMILIES, unsupported_by_stock
+from llava_next.model.checkpoint_config import ARCHITECTURES
+from llava_next.model.towers import TOWER_FAMILIES, stock_unsupported_reason
 from train.config.schema import RunConfig
 from train.distributed.versions import versions
-from train.export.exported_model import Source
+from train.export.exported_model import ExportedModel
 
 
-def card(source: Source, layout: str, checks: Sequence[str]) -> str:
-    """The card as Markdown.
+def make_card(source: ExportedModel, layout: str, checks: Sequence[str]) -> str:
+    """Returns the model card as Markdown.
 
     Args:
         layout: hf or original.
-        checks: sentences on what was verified, or was not.
+        checks: sentences that say what was verified and what was not.
     """
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", ""]
-    lines += [f"# {_name(source)}", ""]
-    lines += [f"Exported from {source.words}.", ""]
-    lines += ["## What it runs in", "", *(f"- {line}" for line in servers(source, layout)), ""]
+    lines += [f"# {_get_name(source)}", ""]
+    lines += [f"Exported from {source.description}.", ""]
+    lines += ["## Supported software", "", *(f"- {line}" for line in describe_servers(source, layout)), ""]
     if source.config is not None:
-        lines += ["## Recipe", "", *_table(("key", "value"), _recipe(source.config)), ""]
-    lines += ["## Data", "", *_data(source.about), ""]
-    lines += ["## Checked at the export", "", *(f"- {check}" for check in checks), ""]
-    made = {f"trained with {key}": value for key, value in source.versions.items()}
-    made |= {f"exported with {key}": value for key, value in versions().items()}
-    lines += ["## Versions", "", *_table(("what", "version"), made.items())]
+        lines += ["## Recipe", "", _format_table(("key", "value"), _list_recipe(source.config)), ""]
+    lines += ["## Data", "", *_describe_data(source.data_summary), ""]
+    lines += ["## Checks at export", "", *(f"- {check}" for check in checks), ""]
+    all_versions = {f"trained with {key}": value for key, value in source.versions.items()}
+    all_versions |= {f"exported with {key}": value for key, value in versions().items()}
+    lines += ["## Versions", "", _format_table(("what", "version"), all_versions.items())]
     return "\n".join(lines) + "\n"
 
 
-def servers(source: Source, layout: str) -> Iterator[str]:
-    """What loads the export, and what does not, as sentences."""
-    vision = AutoConfig.for_model(**source.stock["vision_config"])
+def describe_servers(source: ExportedModel, layout: str) -> Iterator[str]:
+    """Yields sentences that say which software supports the export."""
+    vision = AutoConfig.for_model(**source.stock_config["vision_config"])
     tower, family = vision.model_type, TOWER_FAMILIES[vision.model_type]
-    language = source.stock["text_config"]["model_type"]
-    linear = source.stock.get("projector_hidden_act") == "linear"
+    language = source.stock_config["text_config"]["model_type"]
+    linear = source.stock_config.get("projector_hidden_act") == "linear"
     if layout == "hf":
-        why_not = unsupported_by_stock(vision)
-        yield (
-            "transformers: yes" if why_not is None else f"transformers: it loads the weights and cannot run: {why_not}"
-        )
-        if not family.served:
-            yield f"vLLM: no, its LLaVA knows CLIP, SigLIP and Pixtral towers, and this one is a {tower}"
+        reason = stock_unsupported_reason(vision)
+        yield "transformers: yes" if reason is None else f"transformers: loads the weights but cannot run: {reason}"
+        if not family.is_served:
+            yield f"vLLM: no, its LLaVA supports CLIP, SigLIP and Pixtral towers, and this model has a {tower}"
         elif linear:
-            yield "vLLM: no, it knows no linear projector"
+            yield "vLLM: no, it does not support linear projectors"
         elif language not in ARCHITECTURES:
-            yield f"vLLM: not tried with a language model of type {language}; its LLaVA takes those that vLLM has"
+            yield f"vLLM: not tested with a language model of type {language}; its LLaVA supports those of vLLM"
         else:
-            yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' lets it resize pictures as training did'
-        yield "SGLang and the authors' code: no, export with --format original"
+            yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' makes it resize images as training did'
+        yield "SGLang and the authors' code: no, use --format original"
         return
-    if not family.authors:
-        yield f"the authors' code (llava): no, its tower is a {tower}"
+    if not family.is_in_authors_code:
+        yield f"the authors' code (llava): no, the tower is a {tower}"
     elif source.image_mode == "squash":
         yield "the authors' code (llava): no, it crops the centre of images for CLIP, and this model saw whole images"
     else:
         yield "the authors' code (llava): yes"
-    if not family.served:
-        yield f"SGLang: no, it knows CLIP and SigLIP towers, and this one is a {tower}"
+    if not family.is_served:
+        yield f"SGLang: no, it supports CLIP and SigLIP towers, and this model has a {tower}"
     elif linear:
-        yield "SGLang: no, it knows projectors of two layers"
+        yield "SGLang: no, it supports two-layer projectors only"
     else:
-        yield "SGLang: yes; it takes the tower's config from `mm_vision_tower`, whose name must say clip or siglip"
-    yield "transformers and vLLM: no, export with --format hf"
+        yield "SGLang: yes; it reads the tower's config from `mm_vision_tower`, whose name must contain clip or siglip"
+    yield "transformers and vLLM: no, use --format hf"
 
 
-def _name(source: Source) -> str:
+def _get_name(source: ExportedModel) -> str:
     if source.config is None:
-        return source.place.name
+        return source.path.name
     model = source.config.model
     return f"{source.config.name}: {model.language_model.name} with {model.vision_tower.name}"
 
 
-def _recipe(config: RunConfig) -> Iterator[tuple[str, Any]]:
+def _list_recipe(config: RunConfig) -> Iterator[tuple[str, Any]]:
     stage = config.stage
     if config.recipe:
         yield "source of the numbers", config.recipe
@@ -97,31 +93,28 @@ def _recipe(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for key in ("batch_size", "epochs", "max_length", "template", "image_mode", "schedule", "warmup_ratio"):
         value = getattr(stage, key)
         yield key, config.model.language_model.template if key == "template" and value is None else value
-    for key in ("weight_decay", "clip_norm", "loss_weighting"):
+    for key in ("weight_decay", "betas", "eps", "clip_norm", "loss_weighting"):
         yield key, getattr(stage, key)
     yield "seed", config.seed
 
 
-def _data(about: dict[str, Any] | None) -> Iterator[str]:
-    if about is None:
-        yield "What it was trained on is not known here: the run's data.json was not found."
+def _describe_data(summary: dict[str, Any] | None) -> Iterator[str]:
+    if summary is None:
+        yield "The training data is unknown: the run's data.json was not found."
         return
-    yield f"Mixture fingerprint `{about['mixture_fingerprint']}`, data fingerprint `{about['data_fingerprint']}`;"
+    yield f"Mixture fingerprint `{summary['mixture_fingerprint']}`, data fingerprint `{summary['data_fingerprint']}`;"
     counts = {"samples": "num_samples", "supervised tokens": "num_supervised", "tiles": "num_tiles"}
-    yield ", ".join(f"{about[key]:,} {what}" for what, key in counts.items()) + "."
+    yield ", ".join(f"{summary[key]:,} {what}" for what, key in counts.items()) + "."
     yield ""
-    rows = [(row["source"], f"{row['used']:,}", _licence(row.get("licence"))) for row in about["mixture"]]
-    yield from _table(("source", "samples", "licence"), rows)
+    rows = [(row["source"], f"{row['used']:,}", _format_licence(row.get("licence"))) for row in summary["mixture"]]
+    yield _format_table(("source", "samples", "licence"), rows)
     yield ""
-    yield "The licences of the language model and of the vision tower hold besides; their folders name them."
+    yield "The licences of the language model and of the vision tower apply too; see their folders."
 
 
-def _licence(text: str | None) -> str:
+def _format_licence(text: str | None) -> str:
     return " ".join((text or "not stated").split()).replace("|", "\\|")
 
 
-def _table(head: Sequence[str], rows: Any) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    for row in rows:
-        yield f"| {' | '.join(str(cell) for cell in row)} |"
+def _format_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    return tabulate(rows, head, "github", disable_numparse=True)

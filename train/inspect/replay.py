@@ -1,19 +1,16 @@
-"""Samples run alone: the weights that a run had at a step, one sample at a time on one process, without packing.
-
-Owns which weights are taken, and saying so; what a step's loss is made of. Nothing here trains or writes.
-"""
+"""Runs samples alone, one at a time on one process, with the weights that a run had at a step. Nothing is trained."""
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
-from llava_next.config import ModelError
-from llava_next.formats.load import load_weights
+from llava_next.formats.load_weights import load_weights
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import SampleRejected
 from llava_next.model.build import build_model
@@ -21,20 +18,12 @@ from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
 from llava_next.model.parts import set_trained_parts
 from train.distributed.world import Launch, choose_device, choose_dtype
-from train.inspect.sample_set import RunStep, Subject, encoded
-
-
-@dataclass(frozen=True)
-class Weights:
-    """Weights that a run has left: those after `step` steps, in `place` (None: those that it started with)."""
-
-    step: int
-    place: Path | None = None
+from train.inspect.sample_set import Subject, encode
 
 
 @dataclass(frozen=True)
 class SampleLoss:
-    """What one sample costs: the loss of each supervised token, float64 [L], and whether it was the likeliest."""
+    """The loss of each supervised token of a sample, float64 [L], and whether it was the likeliest token, bool [L]."""
 
     number: int
     id: str
@@ -46,12 +35,16 @@ class SampleLoss:
     def mean(self) -> float:
         return float(self.losses.mean())
 
+    @property
+    def hit_rate(self) -> float:
+        return float(self.hits.mean())
+
 
 @dataclass(frozen=True)
 class Replay:
-    """The losses of samples, highest first, and the sentences on how they came about.
+    """The losses of samples, highest first, and a sentence on the weights.
 
-    `step_loss` is the loss that the trainer makes of them, where they are a whole step; `logged` is what it logged.
+    `step_loss` is the loss that the trainer computes from them where they are a whole step, `logged` the logged one.
     """
 
     weights: str
@@ -60,35 +53,58 @@ class Replay:
     step_loss: float | None = None
     logged: float | None = None
 
-    @property
+    @cached_property
     def total(self) -> float:
-        """What the shares of the samples add up to: the step's loss before it is divided."""
-        return sum(self.part(loss) for loss in self.losses)
+        """The step's loss before it is divided: the sum over all tokens, or over samples if they have equal weight."""
+        return sum(self._part(loss) for loss in self.losses)
 
-    def part(self, loss: SampleLoss) -> float:
-        """A sample's part of the sum: its tokens' losses, or their mean where samples weigh alike."""
+    def share(self, loss: SampleLoss) -> float:
+        """A sample's share of the total."""
+        return self._part(loss) / self.total if self.total else 0.0
+
+    def _part(self, loss: SampleLoss) -> float:
         return loss.mean if self.weighting == "sample" else float(loss.losses.sum())
+
+    @property
+    def sentences(self) -> list[str]:
+        """Which weights were used, and how the step's loss compares with the logged one."""
+        if self.step_loss is None:
+            return [self.weights]
+        logged = "none logged"
+        if self.logged is not None:
+            logged = f"{self.logged:.6f} logged, difference {self.step_loss - self.logged:+.1e}"
+        return [self.weights, f"the step's loss: {self.step_loss:.6f} replayed, {logged}"]
+
+    def format_table(self) -> str:
+        """The losses as text, highest first, and the sentences."""
+        head = ["loss", "tokens", "hits", "share", "sample"]
+        rows = []
+        for loss in self.losses:
+            numbers = (f"{loss.mean:.4f}", len(loss.losses), f"{loss.hit_rate:.0%}", f"{self.share(loss):.1%}")
+            rows.append((*numbers, f"{loss.source}:{loss.id}"))
+        table = tabulate(rows, head, "plain", disable_numparse=True, colalign=("right",) * 4)
+        return "\n".join([table, *self.sentences])
 
 
 def replay(subject: Subject, run_dir: Path | None) -> Replay:
-    """Runs the chosen samples, each alone.
+    """Runs the chosen samples, each alone; samples that the stage rejects are left out.
 
     Args:
-        subject: what is looked at; samples that have no place in the stage are left out.
-        run_dir: the run whose weights are taken; None takes those that the configuration starts with.
+        subject: the samples.
+        run_dir: the run whose weights are used; None uses those that the configuration starts with.
 
     Raises:
-        ModelError, DataError: weights that cannot be loaded, or a picture that cannot be read.
+        ModelError, DataError: weights that cannot be loaded, or an image that cannot be read.
     """
     run, geometry = subject.run, subject.processor.config
-    model, said = _load(subject, run_dir)
+    model, weights = _load(subject, run_dir)
     device = model.hf.model.image_newline.device
     losses = []
     for number, choice in enumerate(
         tqdm(subject.choices, desc="replay", unit="sample", file=sys.stderr, disable=not sys.stderr.isatty())
     ):
-        sample = choice.read()
-        example = encoded(subject.processor, sample)
+        sample = choice.samples.sample(choice.number)
+        example = encode(subject.processor, sample)
         if isinstance(example, SampleRejected):
             continue
         batch = collate([example], tile=geometry.tile, patches_per_tile=geometry.patches_per_side**2)
@@ -96,106 +112,41 @@ def replay(subject: Subject, run_dir: Path | None) -> Replay:
         values = scores.losses.double().cpu().numpy()
         losses.append(SampleLoss(number, sample.id, sample.source, values, scores.hits.cpu().numpy()))
     losses.sort(key=lambda loss: (-loss.mean, loss.number))
-    weighting = subject.config.stage.loss_weighting
-    found = Replay(said, losses, weighting)
+    result = Replay(weights, losses, subject.config.stage.loss_weighting)
     if run is None or not subject.is_whole_step:
-        return found
-    return Replay(said, losses, weighting, found.total / run.plan.divisor, run.logged.get("train/loss"))
-
-
-def weights_of_run(run_dir: Path, num_steps: int, result: str) -> list[Weights]:
-    """All weights that a run has left, by step: what it started with, its checkpoints, its result.
-
-    Args:
-        num_steps: of the whole stage.
-        result: connector or export, as the stage says.
-    """
-    from train.checkpoint import saver as checkpoint
-
-    found = [Weights(0)]
-    found += [
-        Weights(checkpoint.read_state(place).step, place) for place in checkpoint.complete(run_dir / "checkpoints")
-    ]
-    if (run_dir / result).is_dir():
-        found.append(Weights(num_steps, run_dir / result))
-    return found
-
-
-def choose_weights(found: Sequence[Weights], step: int) -> Weights:
-    """The newest checkpoint at or before the step; else what is nearest of the first weights and the later ones."""
-    before = [weights for weights in found if weights.place is not None and weights.step <= step]
-    if before:
-        return max(before, key=lambda weights: weights.step)
-    return min(found, key=lambda weights: (abs(weights.step - step), weights.step))
+        return result
+    return replace(result, step_loss=result.total / run.plan.divisor, logged=run.logged.get("train/loss"))
 
 
 def _load(subject: Subject, run_dir: Path | None) -> tuple[LlavaNext, str]:
     """The model on the device that there is, and a sentence on its weights."""
-    config, backbone = subject.config, subject.backbone
-    if config.device != "cpu" and not torch.cuda.is_available():  # a run of GPUs is looked at where there is none
+    # Only here: it imports the engine, which a page without losses does not need.
+    from train.checkpoint.saved_weights import Weights, choose_weights, load_checkpoint, saved_weights
+
+    config, backbone, run = subject.config, subject.backbone, subject.run
+    if config.device != "cpu" and not torch.cuda.is_available():  # a run of GPUs is inspected on a machine without one
         config = replace(config, device="cpu", precision="fp32")
     device = choose_device(config, Launch(0, 0, 1))
     dtype = choose_dtype(config, device)
+    num_steps, step = (run.num_steps, run.step) if run else (sys.maxsize, sys.maxsize)  # of a store: the newest
+    saved = saved_weights(run_dir, num_steps, config.stage.result) if run_dir else [Weights(0)]
+    weights = choose_weights(saved, step)
     attention = config.attention if device.type == "cuda" else "auto"
-    weights = _chosen(subject, run_dir)
     model = build_model(backbone, dtype=dtype, seed=config.seed, attention=attention)
-    is_checkpoint = weights.place is not None and weights.place.parent.name == "checkpoints"
-    origin = "fresh parts, as seed and configuration make them"
-    for start in (config.stage.init_from, None if is_checkpoint else weights.place):
+    checkpoint = weights.folder if weights.folder and weights.folder.parent.name == "checkpoints" else None
+    origin = "initial parts, from seed and configuration"
+    for start in (config.stage.init_from, None if checkpoint else weights.folder):
         if start is not None:
             origin = load_weights(model, backbone, Path(start))
-    if is_checkpoint and weights.place is not None:  # it holds the trained parts alone
+    if checkpoint:  # it holds the trained parts alone
         add_adapters(model, config.lora, seed=config.seed)
         set_trained_parts(model, config.stage.rates)
-        origin = _load_checkpoint(model, weights.place)
-    name = str(dtype).removeprefix("torch.")
-    said = f"weights {_age(weights, subject.run)}: {origin}; {name} on {device.type}"
-    return model.to(device).eval(), said
-
-
-def _chosen(subject: Subject, run_dir: Path | None) -> Weights:
-    if run_dir is None:
-        return Weights(0)
-    run = subject.run
-    num_steps = run.num_steps if run is not None else sys.maxsize  # of a store: the newest there are
-    found = weights_of_run(run_dir, num_steps, subject.config.stage.result)
-    return choose_weights(found, run.step if run is not None else sys.maxsize)
-
-
-def _age(weights: Weights, run: RunStep | None) -> str:
+        load_checkpoint(model, checkpoint)
+        origin = f"checkpoint {checkpoint}"
+    distance = weights.step - step
+    age = f"NOT of step {step} but {abs(distance)} step(s) {'later' if distance > 0 else 'earlier'}"
     if run is None:
-        return "that the stage starts with" if weights.place is None else f"of {weights.place}"
-    if weights.step == run.step:
-        return f"exactly as before step {run.step}"
-    distance = weights.step - run.step
-    return f"NOT of step {run.step} but {abs(distance)} step(s) {'later' if distance > 0 else 'earlier'}"
-
-
-def _load_checkpoint(model: LlavaNext, place: Path) -> str:
-    from train.checkpoint.trained_weights import trained_weights
-
-    try:
-        state = {name: tensor.value() for name, tensor in trained_weights(model, place).items()}
-    except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise ModelError(f"the weights in {place} cannot be read by one process: {error}") from error
-    model.load_state_dict(state, strict=False)
-    return f"checkpoint {place}"
-
-
-def table(found: Replay) -> str:
-    """The losses as text, highest first, and how they compare with what was logged."""
-    lines = [f"{'loss':>9}{'tokens':>8}{'hits':>7}{'share':>7}  sample"]
-    for loss in found.losses:
-        share = found.part(loss) / found.total if found.total else 0.0
-        lines.append(
-            f"{loss.mean:>9.4f}{len(loss.losses):>8}{loss.hits.mean():>7.0%}{share:>7.1%}  {loss.source}:{loss.id}"
-        )
-    return "\n".join([*lines, found.weights, *([compared(found)] if found.step_loss is not None else [])])
-
-
-def compared(found: Replay) -> str:
-    """The step's loss, replayed and logged, in a sentence."""
-    if found.logged is None:
-        return f"the step's loss: {found.step_loss:.6f} replayed, none logged"
-    difference = (found.step_loss or 0.0) - found.logged
-    return f"the step's loss: {found.step_loss:.6f} replayed, {found.logged:.6f} logged, difference {difference:+.1e}"
+        age = f"of {weights.folder}" if weights.folder else "that the stage starts with"
+    elif not distance:
+        age = f"exactly as before step {step}"
+    return model.to(device).eval(), f"weights {age}: {origin}; {str(dtype).removeprefix('torch.')} on {device.type}"

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: metrics.jsonl always, the terminal, wandb and TensorBoard by option; and live answers.
+"""Logs a run: metrics.jsonl and answers.jsonl always, and by option the terminal, wandb and TensorBoard.
 
-One line a step. Resuming removes the lines of steps that will be run again, so no step stands twice; wandb, which
-forgets nothing, is not sent them again; TensorBoard's readers are told from which step on to forget.
+A run that resumes removes the lines of the steps that will run again, so every step is logged once. Those steps are not
+sent to wandb a second time, since wandb keeps what it has received; TensorBoard gets a purge step.
 """
 
 import json
@@ -23,19 +23,26 @@ from train.validation.live_answers import Answer
 _COLUMNS = (
     ("loss", "train/loss", ".4f"),
     ("lr", "lr", ".1e"),
-    ("tok/s", "perf/tokens_per_s", ",.0f"),
-    ("smp/s", "perf/samples_per_s", ".1f"),
+    ("tokens/s", "perf/tokens_per_s", ",.0f"),
+    ("samples/s", "perf/samples_per_s", ".1f"),
     ("MFU", "perf/mfu", ".1%"),
-    ("bal", "perf/balance", ".2f"),
+    ("balance", "perf/balance", ".2f"),
     ("GiB", "perf/max_memory_gib", ".1f"),
-    ("wait", "perf/data_wait_s", ".2f"),
+    ("data wait", "perf/data_wait_s", ".2f"),
 )
+"""Label, metric and format of each column of a step line; `lr` is the highest learning rate of the parts."""
 
-_SAID = ("source", "id", "question", "answer", "truth")
+LEGEND = (
+    "step lines: lr is the highest learning rate; MFU is relative to the dense bf16 peak; balance is the mean over the "
+    "maximum cost of the ranks; GiB is rank 0's peak memory; data wait is in seconds"
+)
+"""Explains the columns; logged once at the start of a run."""
+
+_ANSWER_COLUMNS = ("source", "id", "question", "answer", "truth")
 
 
 def start_logging(launch: Launch, run_dir: Path) -> None:
-    """Log lines of every rank go to log/rank_NNN.log; warnings of rank 0 to the terminal too."""
+    """Sends the log lines of every rank to log/rank_NNN.log, and rank 0's warnings to the terminal too."""
     folder = run_dir / "log"
     folder.mkdir(parents=True, exist_ok=True)
     to_file = logging.FileHandler(folder / f"rank_{launch.rank:03d}.log")
@@ -51,12 +58,13 @@ def start_logging(launch: Launch, run_dir: Path) -> None:
 
 
 class RunLog:
-    """The numbers of one run, on rank 0; elsewhere it does nothing.
+    """Logs the metrics of one run on rank 0; on other ranks it does nothing.
 
     Args:
         config: of the run.
         is_main: whether this process writes.
-        first_step, num_steps: where the run goes on, and its length.
+        first_step: the step that the run starts or resumes with, from 0.
+        num_steps: the step after the last.
     """
 
     def __init__(self, config: RunConfig, *, is_main: bool, first_step: int, num_steps: int) -> None:
@@ -68,13 +76,13 @@ class RunLog:
         if not is_main:
             return
         path = config.run_dir / "metrics.jsonl"
-        first_new = _drop_from(path, first_step)
+        first_unlogged = _drop_lines_from(path, first_step)
         self._file = path.open("a")
         self._answers = config.run_dir / "answers.jsonl"
-        _drop_from(self._answers, first_step)
+        _drop_lines_from(self._answers, first_step)
         self._num_steps = num_steps
         self._seconds: list[float] = []
-        # A bar rewrites its line, which a log file cannot: there the step lines alone tell how far it is.
+        # A progress bar rewrites its line, which a log file cannot: there only the step lines show the progress.
         self._bar = tqdm(
             total=num_steps,
             initial=first_step,
@@ -88,50 +96,52 @@ class RunLog:
         self._tensorboard = _start_tensorboard(config, first_step)
         self._wandb = _start_wandb(config)
         if self._wandb is not None:
-            self._first_new = _first_new_to_wandb(config.run_dir, first_new)
-            if self._first_new > first_step:
-                self.say(f"wandb has steps {first_step} to {self._first_new - 1} already; they are not sent again")
+            self._first_unsent = _read_first_unsent(config.run_dir, first_unlogged)
+            if self._first_unsent > first_step:
+                self.info(f"wandb has steps {first_step} to {self._first_unsent - 1} already; they are not sent again")
 
-    def say(self, text: str) -> None:
-        """A sentence for the person in front of the terminal."""
+    def info(self, text: str) -> None:
+        """Writes a message to the terminal and to rank 0's log file."""
         if self._is_main:
             self._bar.write(text, file=sys.stderr)
             logging.getLogger("train").info(text)
 
-    def step(self, step: int, values: dict[str, float]) -> None:
-        """The numbers of one finished step, counted from 0."""
+    def log_step(self, step: int, values: dict[str, float]) -> None:
+        """Logs the metrics of one finished step, counted from 0."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"step": step, **{key: _rounded(value) for key, value in values.items()}}) + "\n")
+        self._file.write(json.dumps({"step": step, **{key: _round(value) for key, value in values.items()}}) + "\n")
         self._file.flush()
         shown = {**values, "lr": max((v for k, v in values.items() if k.startswith("lr/")), default=0.0)}
         line = "  ".join(f"{label} {shown[key]:{form}}" for label, key, form in _COLUMNS if key in shown)
         self._seconds = [*self._seconds[-50:], values["perf/step_s"]]
         eta_s = sum(self._seconds) / len(self._seconds) * (self._num_steps - step - 1)
         if step % self._every == 0 or step + 1 == self._num_steps:
-            self._bar.write(f"step {step + 1:>5}/{self._num_steps}  {line}  eta {_clock(eta_s)}", file=sys.stderr)
+            self._bar.write(f"step {step + 1:>5}/{self._num_steps}  {line}  eta {_format_time(eta_s)}", file=sys.stderr)
         self._bar.update(1)
-        if self._wandb is not None and step >= self._first_new:
+        if self._wandb is not None and step >= self._first_unsent:
             self._wandb.log(values, step=step)
         if self._tensorboard is not None:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
 
-    def answers(self, step: int, answers: Sequence[Answer]) -> None:
-        """What the model said to its probes after a step, counted from 0; said before the numbers of that step."""
+    def log_answers(self, step: int, answers: Sequence[Answer]) -> None:
+        """Logs the live answers after a step, counted from 0. Must be called before `log_step` of that step."""
         if self._file is None:
             return
-        lines = [{"step": step, **{column: getattr(answer, column) for column in _SAID}} for answer in answers]
+        lines = [
+            {"step": step, **{column: getattr(answer, column) for column in _ANSWER_COLUMNS}} for answer in answers
+        ]
         with self._answers.open("a") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
-        if self._wandb is not None and step >= self._first_new:
+        if self._wandb is not None and step >= self._first_unsent:
             import wandb
 
-            table = wandb.Table(columns=["step", *_SAID], data=[list(line.values()) for line in lines])
+            table = wandb.Table(columns=["step", *_ANSWER_COLUMNS], data=[list(line.values()) for line in lines])
             self._wandb.log({"answers": table}, step=step)
 
     def close(self) -> None:
-        """Flushes and closes everything."""
+        """Flushes and closes all outputs."""
         if self._file is not None:
             self._file.close()
             self._bar.close()
@@ -141,44 +151,48 @@ class RunLog:
             self._wandb.finish()
 
 
-def _clock(seconds: float) -> str:
+def _format_time(seconds: float) -> str:
+    """H:MM:SS, or M:SS below an hour."""
     minutes, seconds = divmod(int(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
-def _rounded(value: float) -> float | None:
-    """Counts as they are, else eight digits; null for a NaN or Inf, which JSON does not have."""
+def _round(value: float) -> float | None:
+    """Rounds a float to eight significant digits; integers are unchanged, NaN and Inf (not valid JSON) become null."""
     if isinstance(value, int):
         return value
     return float(f"{value:.8g}") if math.isfinite(value) else None
 
 
-def _drop_from(path: Path, first_step: int) -> int:
-    """Drops the lines of steps that will run again; returns the first step that never stood there."""
+def _drop_lines_from(path: Path, first_step: int) -> int:
+    """Removes the lines of `first_step` and later steps; returns the first step that the file never had."""
     if not path.exists():
         return first_step
-    lines = {line: _step_of(line) for line in path.read_text().splitlines()}
-    partial = path.with_name(path.name + ".partial")  # a kill, or a full disk, leaves the file as it is
+    lines = {line: _parse_step(line) for line in path.read_text().splitlines()}
+    partial = path.with_name(path.name + ".partial")  # the file stays intact if this process is killed or the disk full
     partial.write_text("".join(f"{line}\n" for line, step in lines.items() if 0 <= step < first_step))
     partial.replace(path)
     return max([first_step, *(step + 1 for step in lines.values())])
 
 
-def _first_new_to_wandb(run_dir: Path, first_new: int) -> int:
-    """The first step that wandb was never sent. Kept in a file: lines of a run that was killed twice are long gone."""
+def _read_first_unsent(run_dir: Path, first_unlogged: int) -> int:
+    """Returns the first step that was never sent to wandb, and stores it.
+
+    It is stored in a file of its own, because a run that is killed twice has already removed the lines in question.
+    """
     path = run_dir / "wandb" / "sent.json"
     with suppress(OSError, ValueError):
-        first_new = max(first_new, int(json.loads(path.read_text())))
-    path.write_text(json.dumps(first_new) + "\n")
-    return first_new
+        first_unlogged = max(first_unlogged, int(json.loads(path.read_text())))
+    path.write_text(json.dumps(first_unlogged) + "\n")
+    return first_unlogged
 
 
-def _step_of(line: str) -> int:
+def _parse_step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return -1  # a line cut off by a kill
+        return -1  # a line that was cut off when the process was killed
 
 
 def _start_tensorboard(config: RunConfig, first_step: int) -> Any:
@@ -194,7 +208,7 @@ def _start_wandb(config: RunConfig) -> Any:
         return None
     import wandb
 
-    data = _data(config.run_dir)
+    data = _read_data_summary(config.run_dir)
     run = wandb.init(
         project=config.log.wandb_project,
         name=f"{config.name}/{config.stage.name}",
@@ -204,29 +218,29 @@ def _start_wandb(config: RunConfig) -> Any:
         dir=str(config.run_dir),
         config={"yaml": to_yaml(config), "data": data},
     )
-    # In the summary, not the history: a start is no step, and wandb takes each step once.
+    # In the summary instead of the history: wandb accepts each step once, and the start is not a step.
     run.summary["quarantine"] = wandb.Table(
-        columns=["source", "left out by", "reason", "samples"], data=_left_out(data)
+        columns=["source", "left out by", "reason", "samples"], data=_list_rejects(data)
     )
     return run
 
 
-def _data(run_dir: Path) -> dict[str, Any]:
-    """What data.json says; nothing where there is none."""
+def _read_data_summary(run_dir: Path) -> dict[str, Any]:
+    """Returns the content of data.json, or an empty dictionary where there is no such file."""
     path = run_dir / "data.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return found
+    summary: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return summary
 
 
-def _left_out(data: dict[str, Any]) -> list[list[Any]]:
-    """Counts by source, by who has left them out, and by reason: both gates of the data."""
-    gates = {
+def _list_rejects(data: dict[str, Any]) -> list[list[Any]]:
+    """Returns (source, rejected by, reason, number of samples) of the preparation and of the length table."""
+    rejects_by_gate = {
         "preparing": {row["source"]: row["rejects"] for row in data.get("mixture", [])},
         "this run": data.get("rejects_by_source", {}),
     }
     return [
         [source, gate, reason, number]
-        for gate, sources in gates.items()
+        for gate, sources in rejects_by_gate.items()
         for source, reasons in sources.items()
         for reason, number in reasons.items()
     ]

@@ -1,4 +1,4 @@
-"""A finished step, and the numbers that it is logged with."""
+"""Computes the metrics that a finished step is logged with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,15 +6,22 @@ from pathlib import Path
 
 import torch
 
+from train.config.hardware_files import peak_bf16_tflops
 from train.data.loader import StepPlan
 from train.distributed.world import StepState, World
 from train.engine.step_guard import Update
-from train.observability.rates import peak_tflops
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """A finished step: losses per source summed over ranks, what became of its gradient, and where the time went."""
+    """The outcome of a step.
+
+    Attributes:
+        agreement: losses and token counts by source, summed over the ranks.
+        update: whether the update was applied, and the gradient norms.
+        seconds: duration of the step on this rank.
+        data_wait_s: seconds of it that this rank waited for its batches.
+    """
 
     agreement: StepState
     update: Update
@@ -23,25 +30,28 @@ class StepOutcome:
 
 
 class StepMetrics:
-    """Names the numbers of a run's steps.
+    """Computes the metrics of a run's steps.
 
     Args:
         source_names: of the mixture, in the order of the losses.
-        world: this rank among the others.
+        world: of the run.
     """
 
     def __init__(self, source_names: Sequence[str], world: World) -> None:
         self._source_names, self._world = source_names, world
-        self._peak_tflops = peak_tflops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
+        self._peak_tflops = peak_bf16_tflops(torch.cuda.get_device_name()) if world.device.type == "cuda" else None
 
-    def of(self, plan: StepPlan, outcome: StepOutcome) -> dict[str, float]:
-        """What was learned and at which pace; a source without a supervised token in this step is not named."""
-        values = self._learned(plan, outcome) | self._pace(plan, outcome)
+    def compute(self, plan: StepPlan, outcome: StepOutcome) -> dict[str, float]:
+        """Returns the `train/` and `perf/` metrics by key.
+
+        A source without a supervised token in this step has no key. `perf/mfu` needs a device whose peak rate is known.
+        """
+        values = self._compute_training(plan, outcome) | self._compute_performance(plan, outcome)
         if self._peak_tflops is not None:
             values["perf/mfu"] = values["perf/tflops_per_rank"] / self._peak_tflops
         return values
 
-    def _learned(self, plan: StepPlan, outcome: StepOutcome) -> dict[str, float]:
+    def _compute_training(self, plan: StepPlan, outcome: StepOutcome) -> dict[str, float]:
         losses, tokens = outcome.agreement.sums.view(2, -1)
         update = outcome.update
         values = {"train/loss": float(losses.sum()) / plan.divisor, "train/grad_norm": update.grad_norm}
@@ -60,7 +70,7 @@ class StepMetrics:
             "train/tiles": float(plan.num_tiles),
         }
 
-    def _pace(self, plan: StepPlan, outcome: StepOutcome) -> dict[str, float]:
+    def _compute_performance(self, plan: StepPlan, outcome: StepOutcome) -> dict[str, float]:
         return {
             "perf/step_s": outcome.seconds,
             "perf/data_wait_s": outcome.data_wait_s,
@@ -75,7 +85,7 @@ class StepMetrics:
 
 
 def max_memory_gib(world: World) -> float:
-    """High-water mark of this rank: the device's allocator, or the process's resident memory on CPU."""
+    """Returns the peak memory of this rank in GiB: of the CUDA allocator, or the resident memory on a CPU."""
     if world.device.type == "cuda":
         return torch.cuda.max_memory_allocated(world.device) / 2**30
     for line in Path("/proc/self/status").read_text().splitlines():

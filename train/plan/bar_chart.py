@@ -1,7 +1,4 @@
-"""Stacked bars of a plan as one SVG file that stands alone: memory by ZeRO stage, a step's seconds by nodes.
-
-Owns their form, in light and in dark.
-"""
+"""Renders a plan as stacked bars in one SVG file: memory by ZeRO stage, and seconds of a step by number of nodes."""
 
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -36,17 +33,17 @@ _STYLE = (
 )
 
 
-def plan_picture(plans: Sequence[StagePlan]) -> str:
-    """The picture of all stages, one below the other."""
+def render_bar_chart(plans: Sequence[StagePlan]) -> str:
+    """Returns an SVG with the charts of all stages, one below the other."""
     body, y = [], 8
     for plan in plans:
         name = plan.planner.config.stage.name
         bars = {label: dict(estimate.memory.kinds) for label, estimate in plan.variants.items()}
         scaled = {label: {kind: value / GIB for kind, value in kinds.items()} for label, kinds in bars.items()}
-        part, y = _stack(f"{name}: GiB of a rank", scaled, y, limit=plan.asked.limit_bytes / GIB)
+        part, y = _render_chart(f"{name}: GiB per rank", scaled, y, limit=plan.requested.limit_bytes / GIB)
         body.append(part)
-        seconds = {f"{e.setting.nodes} node(s)": dict(e.time.kinds) for e in plan.advice.nodes}
-        part, y = _stack(f"{name}: seconds of a step", seconds, y)
+        seconds = {f"{e.settings.nodes} node(s)": dict(e.time.kinds) for e in plan.advice.nodes}
+        part, y = _render_chart(f"{name}: seconds per step", seconds, y)
         body.append(part)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {y}" width="{_WIDTH}" height="{y}" '
@@ -54,11 +51,19 @@ def plan_picture(plans: Sequence[StagePlan]) -> str:
     )
 
 
-def _stack(
+def _render_chart(
     title: str, bars: Mapping[str, Mapping[str, float]], top: int, limit: float | None = None
 ) -> tuple[str, int]:
-    """One chart of horizontal bars and its key; where the next may begin. `limit` is drawn as a line."""
-    kinds = [kind for kind in dict.fromkeys(k for bar in bars.values() for k in bar) if _share(bars, kind) > 0]
+    """Renders one chart of horizontal bars with its legend.
+
+    Args:
+        top: y coordinate of the chart, in pixels.
+        limit: drawn as a vertical line.
+
+    Returns:
+        The SVG elements, and the y coordinate of the next chart.
+    """
+    kinds = [kind for kind in dict.fromkeys(k for bar in bars.values() for k in bar) if _find_largest(bars, kind) > 0]
     most = max([sum(bar.values()) for bar in bars.values()] + ([limit] if limit else [])) or 1.0
     scale = (_WIDTH - _LABEL - 80) / most
     parts = [f'<text class="h" x="8" y="{top + 18}">{escape(title)}</text>']
@@ -79,11 +84,11 @@ def _stack(
         x = _LABEL + limit * scale
         parts.append(f'<path class="limit" d="M{x:.1f} {top + _TITLE - 6}V{y}"/>')
         parts.append(f'<text class="faint" x="{x:.1f}" y="{top + 22}" text-anchor="end">available: {limit:.3g}</text>')
-    key, y = _key(kinds, y + 4)
-    return "".join(parts) + key, y + 14
+    legend, y = _render_legend(kinds, y + 4)
+    return "".join(parts) + legend, y + 14
 
 
-def _key(kinds: Sequence[str], y: int) -> tuple[str, int]:
+def _render_legend(kinds: Sequence[str], y: int) -> tuple[str, int]:
     parts, x = [], _LABEL
     for kind in kinds:
         width = 26 + 7 * len(kind)
@@ -95,5 +100,5 @@ def _key(kinds: Sequence[str], y: int) -> tuple[str, int]:
     return "".join(parts), y + 16
 
 
-def _share(bars: Mapping[str, Mapping[str, float]], kind: str) -> float:
+def _find_largest(bars: Mapping[str, Mapping[str, float]], kind: str) -> float:
     return max(bar.get(kind, 0.0) for bar in bars.values())

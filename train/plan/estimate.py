@@ -1,49 +1,49 @@
-"""A stage on a machine: any setting → does it fit, and how long does it take.
-
-Owns `StagePlanner`, which knows the model, the samples and the hardware and deals rows once for each budget and
-number of ranks; and `Estimate`, its answer to one setting.
-"""
+"""Estimates memory and time of a stage for any execution settings on given hardware."""
 
 from dataclasses import dataclass, field
 
 from data_recipes.mixture.order import num_steps
 from train.config.schema import PackingConfig, RunConfig
+from train.plan.execution_settings import ExecutionSettings
 from train.plan.hardware import Hardware
-from train.plan.hours import StepTime, step_time
-from train.plan.memory import Memory, Row, memory_of
-from train.plan.model_facts import ModelFacts, half_precision
-from train.plan.rows import StepRows, draw_steps, largest_row
+from train.plan.hours import StepTime, estimate_step_time
+from train.plan.memory import Memory, Row, estimate_memory
+from train.plan.model_facts import ModelFacts, is_half_precision
 from train.plan.sample_lengths import Population
-from train.plan.setting import Setting
+from train.plan.simulated_steps import StepRows, draw_steps, largest_row
 
 NUM_STEPS = 12
-"""Steps that are dealt; their balance differs by less than 1 % from that of 200 (scripts/bench/balance.py)."""
+"""Number of simulated steps; their balance differs by under 1 % from that of 200 (scripts/bench/plan.py balance)."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one setting costs.
+    """Memory and time with some settings.
 
     Attributes:
-        why_not: sentences, empty where it fits.
-        hours: of the stage, with its checkpoints.
+        row: the largest row, from which the memory is computed.
+        time: of a step.
+        num_steps: of the stage.
+        limit_bytes: memory of a rank that tensors can use.
+        problems: sentences that say why the settings do not work; empty if they do.
     """
 
-    setting: Setting
+    settings: ExecutionSettings
     memory: Memory
     row: Row
     time: StepTime
     num_steps: int
     num_ranks: int
     limit_bytes: float
-    why_not: tuple[str, ...]
+    problems: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        return not self.why_not
+        return not self.problems
 
     @property
     def hours(self) -> float:
+        """Hours of the stage, checkpoints included."""
         return self.time.total * self.num_steps / 3600
 
     @property
@@ -53,30 +53,33 @@ class Estimate:
 
 @dataclass
 class StagePlanner:
-    """Estimates settings of one stage. Errors are `packing.deal`'s: a sample that is longer than a row."""
+    """Estimates one stage with different settings.
+
+    The methods raise PackingError if a sample exceeds the budgets of a row.
+    """
 
     config: RunConfig
     facts: ModelFacts
     population: Population
     hardware: Hardware
-    _dealt: dict[tuple[PackingConfig, int], list[StepRows]] = field(default_factory=dict, init=False, repr=False)
+    _simulated: dict[tuple[PackingConfig, int], list[StepRows]] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def half(self) -> bool:
-        return half_precision(self.config, self.hardware.device)
+        return is_half_precision(self.config, self.hardware.device)
 
     @property
     def num_steps(self) -> int:
-        """Of the stage, or of max_steps where that ends it."""
+        """Number of steps of the stage, limited by max_steps."""
         stage = self.config.stage
-        whole = num_steps(self.population.num_samples, stage.batch_size, stage.epochs)
-        return min(whole, self.config.max_steps or whole)
+        total = num_steps(self.population.num_samples, stage.batch_size, stage.epochs)
+        return min(total, self.config.max_steps or total)
 
-    def steps(self, packing: PackingConfig, num_ranks: int) -> list[StepRows]:
-        """Some steps, dealt for these budgets and ranks."""
+    def simulate_steps(self, packing: PackingConfig, num_ranks: int) -> list[StepRows]:
+        """Returns some steps with these budgets and ranks; the result is cached."""
         key = (packing, num_ranks)
-        if key not in self._dealt:
-            self._dealt[key] = draw_steps(
+        if key not in self._simulated:
+            self._simulated[key] = draw_steps(
                 self.population,
                 packing,
                 self.facts.costs,
@@ -85,23 +88,23 @@ class StagePlanner:
                 seed=self.config.seed,
                 count=NUM_STEPS,
             )
-        return self._dealt[key]
+        return self._simulated[key]
 
-    def memory(self, setting: Setting) -> tuple[Memory, Row]:
-        """What the setting holds, and the row that was taken for the largest."""
-        num_ranks = setting.nodes * self.hardware.gpus_per_node
-        row = largest_row(self.steps(setting.packing, num_ranks), self.population, setting.packing)
+    def estimate_memory(self, settings: ExecutionSettings) -> tuple[Memory, Row]:
+        """Returns the memory with some settings, and the row that is assumed to be the largest."""
+        num_ranks = settings.nodes * self.hardware.gpus_per_node
+        row = largest_row(self.simulate_steps(settings.packing, num_ranks), self.population, settings.packing)
         on_gpu = self.hardware.device == "cuda"
-        return memory_of(self.facts, setting, row, num_ranks=num_ranks, half=self.half, on_gpu=on_gpu), row
+        return estimate_memory(self.facts, settings, row, num_ranks=num_ranks, half=self.half, on_gpu=on_gpu), row
 
-    def estimate(self, setting: Setting) -> Estimate:
-        """Memory, time and whether it fits."""
-        memory, row = self.memory(setting)
-        num_ranks = setting.nodes * self.hardware.gpus_per_node
-        time = step_time(
+    def estimate(self, settings: ExecutionSettings) -> Estimate:
+        """Returns memory, time and problems with some settings."""
+        memory, row = self.estimate_memory(settings)
+        num_ranks = settings.nodes * self.hardware.gpus_per_node
+        time = estimate_step_time(
             self.facts,
-            setting,
-            self.steps(setting.packing, num_ranks),
+            settings,
+            self.simulate_steps(settings.packing, num_ranks),
             self.hardware,
             half=self.half,
             workers=self.config.data.workers,
@@ -109,25 +112,27 @@ class StagePlanner:
         )
         limit = self.hardware.usable_bytes
         return Estimate(
-            setting, memory, row, time, self.num_steps, num_ranks, limit, tuple(self.why_not(setting, memory))
+            settings, memory, row, time, self.num_steps, num_ranks, limit, tuple(self.list_problems(settings, memory))
         )
 
-    def why_not(self, setting: Setting, memory: Memory) -> list[str]:
-        """Every reason why a setting cannot run, with numbers."""
-        reasons, hardware = [], self.hardware
-        if self.half and setting.zero_stage == 0:
-            reasons.append("engine=zero0 keeps no fp32 weights beside bf16 ones; the run refuses it")
+    def list_problems(self, settings: ExecutionSettings, memory: Memory) -> list[str]:
+        """Returns sentences that say why some settings do not work; empty if they do."""
+        problems, hardware = [], self.hardware
+        if self.half and settings.zero_stage == 0:
+            problems.append("engine=zero0 keeps no fp32 copy of bf16 weights, so a run rejects it")
         if memory.total > hardware.usable_bytes:
             moment = {
                 "backward": "in the backward pass",
                 "reduce": "at the end of the backward pass",
                 "step": "in the optimizer's step",
             }
-            reasons.append(
-                f"{memory.total / 2**30:.1f} GiB a rank {moment[memory.peak]}, {hardware.usable_bytes / 2**30:.1f} "
-                "are available"
+            problems.append(
+                f"{memory.total / 2**30:.1f} GiB per rank are needed {moment[memory.peak]}, "
+                f"{hardware.usable_bytes / 2**30:.1f} are available"
             )
-        on_host, has = memory.host / 2**30, hardware.host_memory_gib * 0.9
-        if hardware.device == "cuda" and on_host > has:
-            reasons.append(f"{on_host:.0f} GiB of the host's memory on a node, {has:.0f} of it are available")
-        return reasons
+        needed_gib, available_gib = memory.host / 2**30, hardware.host_memory_gib * 0.9
+        if hardware.device == "cuda" and needed_gib > available_gib:
+            problems.append(
+                f"{needed_gib:.0f} GiB of host memory per node are needed, {available_gib:.0f} are available"
+            )
+        return problems

@@ -1,7 +1,6 @@
-"""A machine as numbers: what its data sheet says, and what is assumed beyond.
+"""The properties of one kind of node, from its data sheet and from assumptions.
 
-Owns `Hardware` and its rules. The numbers and their sources stand in `configs/hardware/*.yaml`, which the planner
-alone reads.
+The values and their sources are in `configs/hardware/*.yaml`.
 """
 
 import math
@@ -15,16 +14,20 @@ from train.config.schema import ConfigError
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of node. Rates are of one GPU (of one rank, on CPU) unless a name or a line here says otherwise.
+    """One kind of node. Values are per GPU (per rank on a CPU) unless stated otherwise.
 
     Attributes:
-        memory_gib, reserved_gib: what programs see, and what of it is never a tensor's.
+        device_name: part of the name that CUDA reports, by which a run finds its peak rate; may be empty.
+        memory_gib: memory that programs see.
+        reserved_gib: part of it that tensors cannot use.
         bf16_tflops, fp32_tflops: dense rates.
-        link_gb_s: one way, between GPUs of a node. `network_gb_s`: one way, of a whole node.
-        link_latency_us, network_latency_us: of one hop of a ring inside a node, between nodes.
+        memory_gb_s: memory bandwidth.
+        link_gb_s: bandwidth in one direction between GPUs of a node.
+        network_gb_s: bandwidth in one direction of a whole node.
+        link_latency_us, network_latency_us: of one hop of a ring inside a node and between nodes.
         host_memory_gib, host_memory_gb_s, cores_per_node, disk_gb_s: of a whole node.
-        host_link_gb_s: between a GPU and the host's memory.
-        language_share, vision_share, attention_share: of the dense rate, what each reaches, on a GPU compiled.
+        host_link_gb_s: bandwidth between a GPU and the host's memory.
+        language_share, vision_share, attention_share: fraction of the dense rate that each reaches, on a GPU compiled.
     """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
@@ -49,22 +52,23 @@ class Hardware:
     language_share: float
     vision_share: float
     attention_share: float
+    device_name: str = ""
 
     @property
     def usable_bytes(self) -> float:
-        """Bytes of a rank that tensors can have."""
+        """Memory of a rank that tensors can use, in bytes."""
         return (self.memory_gib - self.reserved_gib) * 2**30
 
     def flops_per_s(self, *, half: bool) -> float:
-        """The dense rate in FLOP/s; `half`: of bf16."""
+        """Returns the dense rate in FLOP/s, of bf16 if `half`, else of fp32."""
         return (self.bf16_tflops if half else self.fp32_tflops) * 1e12
 
 
 def check_hardware(values: dict[str, Any]) -> Hardware:
-    """The hardware that a YAML describes.
+    """Validates the content of a hardware file.
 
     Raises:
-        ConfigError: with the key, the rule and the value.
+        ConfigError: a value is invalid; the message has the key, the rule and the value.
     """
     try:
         hardware = pydantic.TypeAdapter(Hardware).validate_python(values)
@@ -80,5 +84,7 @@ def check_hardware(values: dict[str, Any]) -> Hardware:
         if isinstance(value, int | float) and not least <= value < math.inf:
             raise ConfigError(f"hardware.{field.name} must be above 0 and finite, got {value}")
         if field.name.endswith("_share") and value > 1:
-            raise ConfigError(f"hardware.{field.name} is a share of the dense rate, at most 1, got {value}")
+            raise ConfigError(
+                f"hardware.{field.name} is a fraction of the dense rate and must be at most 1, got {value}"
+            )
     return hardware

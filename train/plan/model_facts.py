@@ -1,7 +1,7 @@
-"""What memory and time follow from: a model's shapes and parameters, from configs alone.
+"""The shapes and parameter counts of a model, which memory and time are computed from.
 
-Owns `ModelFacts`, taken from the model itself on the meta device, so that parts, frozen and trained, are counted as
-the run counts them. Configs come from disk where the directories are, else from `shapes.py`.
+They are read from the model on the meta device, so that parts, trained and frozen, are counted as in the run. Configs
+are read from disk if the directories exist, else from `known_model_shapes`.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from llava_next.config import ModelConfig, ModelError
 from llava_next.model.architecture import Architecture, join_configs, read_config, replace_keys
-from llava_next.model.build import read_backbone, skeleton
+from llava_next.model.build import build_meta_model, read_backbone
 from llava_next.model.flops import StepCosts, step_costs
 from llava_next.model.language_models import check_positions
 from llava_next.model.llava_next import LlavaNext
@@ -19,12 +19,12 @@ from llava_next.model.lora import add_adapters
 from llava_next.model.parts import num_parameters, part_of, set_trained_parts
 from llava_next.model.towers import mlp_shape
 from train.config.schema import RunConfig
-from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS, num_tokens
+from train.plan.known_model_shapes import LANGUAGE_MODELS, VISION_TOWERS, count_tokens
 
 
 @dataclass(frozen=True)
 class LanguageShape:
-    """Widths of a decoder: `query` and `key` are those of all heads together."""
+    """Shape of a decoder. `query` and `key` are the widths of all heads together, `vocabulary` the rows of the head."""
 
     width: int
     mlp: int
@@ -37,9 +37,15 @@ class LanguageShape:
 
 @dataclass(frozen=True)
 class VisionShape:
-    """Widths of a tower as it runs: `layers` up to the feature layer; `patches` of a tile, `prefix` tokens besides.
+    """Shape of a vision tower as it runs.
 
-    `kind` is transformers' model_type, `quick_gelu` whether its activation keeps two tensors.
+    Attributes:
+        kind: transformers' model_type.
+        layers: number of layers up to the feature layer.
+        patches: per tile.
+        prefix: tokens per tile besides the patches.
+        tile: side of a tile in pixels.
+        quick_gelu: whether the activation is quick GELU, which saves two tensors.
     """
 
     kind: str
@@ -54,15 +60,15 @@ class VisionShape:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """A model of a stage, in numbers of elements.
+    """Counts of a stage's model, in elements unless stated otherwise.
 
     Attributes:
-        parameters, trained: of each part; the tower's upper layers, which never run, are not in it.
-        largest_group: trained elements of the largest optimizer group (a part's matrices).
+        parameters, trained: by part; without the tower's layers above the feature layer, which do not run.
+        largest_group: trained elements of the largest optimizer group (the matrices of a part).
         largest_block: elements of one block of the language model.
-        num_tensors: parameters as tensors.
-        upper_tower: elements of the tower's layers that are kept aside on the host.
-        costs: FLOPs of tiles, tokens and pairs.
+        num_tensors: number of parameter tensors.
+        upper_tower: elements of the tower's layers above the feature layer, which stay on the host.
+        costs: FLOPs of tiles, tokens and pairs of tokens.
     """
 
     language: LanguageShape
@@ -85,28 +91,31 @@ class ModelFacts:
 
     @property
     def trains_head(self) -> bool:
-        """Whether the language model trains whole, and not its adapters alone."""
+        """Whether the language model itself is trained, and not only its adapters."""
         return self.trained["language_model"] == self.parameters["language_model"]
 
 
 def read_architecture(config: ModelConfig) -> Architecture:
-    """Configs from the directories where both are on disk (a Backbone, tokenizer and all), else as they are known.
+    """Reads the configs of language model and tower.
+
+    Returns:
+        A Backbone, tokenizer included, if all directories exist; else an Architecture with known shapes.
 
     Raises:
-        ModelError: a directory that is not there, of a model whose shape is not known.
+        ModelError: a directory does not exist and the model's shape is not known.
     """
     language, tower = config.language_model, config.vision_tower
     if all(Path(path).is_dir() for path in (language.path, language.tokenizer_path, tower.path)):
         return read_backbone(config)
-    text, known = _known(language.name, language.path, language.overrides, "language_model")
-    vision, _ = _known(tower.name, tower.path, tower.overrides, "vision_tower")
-    tokens = num_tokens(known)
+    text, known = _read_or_look_up(language.name, language.path, language.overrides, "language_model")
+    vision, _ = _read_or_look_up(tower.name, tower.path, tower.overrides, "vision_tower")
+    tokens = count_tokens(known)
     return Architecture(
         config, join_configs(config, text, vision, num_tokens=tokens, image_token=tokens - 1, pad_token=0)
     )
 
 
-def _known(name: str, path: str, overrides: dict, part: str) -> tuple[PretrainedConfig, dict]:
+def _read_or_look_up(name: str, path: str, overrides: dict, part: str) -> tuple[PretrainedConfig, dict]:
     key = f"model.{part}"
     shapes = LANGUAGE_MODELS if part == "language_model" else VISION_TOWERS
     if Path(path).is_dir():
@@ -114,8 +123,8 @@ def _known(name: str, path: str, overrides: dict, part: str) -> tuple[Pretrained
         return config, config.to_dict()
     if name not in shapes:
         raise ModelError(
-            f"{key}.path: there is no folder {path}, and the shape of {name} is not known without it; its config.json "
-            f"is enough (known are {', '.join(shapes)})"
+            f"{key}.path: there is no folder {path}, and the shape of {name} is unknown; a folder with its config.json "
+            f"is sufficient (known shapes: {', '.join(shapes)})"
         )
     shape = shapes[name]
     config = AutoConfig.for_model(**shape)
@@ -123,14 +132,14 @@ def _known(name: str, path: str, overrides: dict, part: str) -> tuple[Pretrained
     return config, shape
 
 
-def model_facts(architecture: Architecture, config: RunConfig) -> ModelFacts:
-    """Counts the model of this stage, built on the meta device: seconds, and no memory.
+def count_model(architecture: Architecture, config: RunConfig) -> ModelFacts:
+    """Builds the model of a stage on the meta device and counts it; takes seconds and no memory.
 
     Raises:
-        ModelError: as building it for a run would.
+        ModelError: as when a run builds it.
     """
     tower = architecture.config.vision_tower
-    hf = skeleton(architecture)
+    hf = build_meta_model(architecture)
     check_positions(hf.model.language_model, config.stage.max_length)
     model = LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std, attention="sdpa")
     add_adapters(model, config.lora, seed=config.seed)
@@ -143,8 +152,8 @@ def model_facts(architecture: Architecture, config: RunConfig) -> ModelFacts:
     parts = ("vision_tower", "projector", "image_newline", "language_model")
     vision, text = architecture.hf_config.vision_config, architecture.hf_config.text_config
     return ModelFacts(
-        language=language_shape(text),
-        vision=vision_shape(vision, model.num_tower_layers, model.num_prefix_tokens),
+        language=read_language_shape(text),
+        vision=read_vision_shape(vision, model.num_tower_layers, model.num_prefix_tokens),
         parameters={part: num_parameters(model, part) for part in parts},
         trained={part: num_parameters(model, part, trained=True) for part in parts},
         largest_group=max(groups.values()),
@@ -163,8 +172,8 @@ def model_facts(architecture: Architecture, config: RunConfig) -> ModelFacts:
     )
 
 
-def language_shape(text: PretrainedConfig) -> LanguageShape:
-    """The widths of a decoder's config."""
+def read_language_shape(text: PretrainedConfig) -> LanguageShape:
+    """Returns the shape of a decoder from its config."""
     heads = int(text.num_attention_heads)
     head = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     return LanguageShape(
@@ -178,8 +187,8 @@ def language_shape(text: PretrainedConfig) -> LanguageShape:
     )
 
 
-def vision_shape(vision: PretrainedConfig, num_layers: int, num_prefix: int) -> VisionShape:
-    """The widths of a tower's config; `num_layers` run, `num_prefix` tokens stand before the patches."""
+def read_vision_shape(vision: PretrainedConfig, num_layers: int, num_prefix: int) -> VisionShape:
+    """Returns the shape of a tower from its config, the number of layers that run, and that of prefix tokens."""
     width = int(vision.hidden_size)
     return VisionShape(
         kind=vision.model_type,
@@ -193,6 +202,6 @@ def vision_shape(vision: PretrainedConfig, num_layers: int, num_prefix: int) -> 
     )
 
 
-def half_precision(config: RunConfig, device: str) -> bool:
-    """Whether weights are bf16, as `precision: auto` decides it."""
+def is_half_precision(config: RunConfig, device: str) -> bool:
+    """Whether the weights are bf16; `precision: auto` means bf16 on GPUs."""
     return config.precision == "bf16" or (config.precision == "auto" and device == "cuda")

@@ -1,11 +1,10 @@
-"""A plan as text for a terminal and as plain values for JSON.
-
-Owns their form; the numbers are `estimate.py`'s and `advice.py`'s.
-"""
+"""Formats a plan as text for the terminal and as plain values for JSON."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from tabulate import tabulate
 
 from train.plan.advice import Advice
 from train.plan.estimate import Estimate, StagePlanner
@@ -15,53 +14,55 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage's plan: what was asked, the same under every ZeRO stage, and what is advised."""
+    """The plan of one stage: the requested settings, variants with every ZeRO stage, and advice."""
 
     planner: StagePlanner
-    asked: Estimate
+    requested: Estimate
     variants: Mapping[str, Estimate]
     advice: Advice
 
 
-def plan_text(plan: StagePlan) -> str:
-    """The terminal's page of one stage."""
-    planner, asked = plan.planner, plan.asked
+def format_plan(plan: StagePlan) -> str:
+    """Returns the text of one stage."""
+    planner, requested = plan.planner, plan.requested
     config, facts, population = planner.config, planner.facts, planner.population
-    stage, time = config.stage, asked.time
+    stage, time = config.stage, requested.time
     lines = [
         f"stage {stage.name}: {config.model.language_model.name} ({facts.num_parameters / 1e9:.2f}B, "
-        f"{facts.num_trained / 1e9:.2f}B trained) behind {config.model.vision_tower.name}, "
+        f"{facts.num_trained / 1e9:.2f}B trained) with {config.model.vision_tower.name}, "
         f"{population.num_samples:,} samples of {config.mixture.name}",
-        f"on {asked.num_ranks} x {planner.hardware.name}, {asked.setting.nodes} node(s), "
-        f"{'bf16' if planner.half else 'fp32'}, {asked.num_steps:,} steps of {stage.batch_size}; {population.origin}",
+        f"on {requested.num_ranks} x {planner.hardware.name}, {requested.settings.nodes} node(s), "
+        f"{'bf16' if planner.half else 'fp32'}, {requested.num_steps:,} steps of {stage.batch_size}; "
+        f"{population.origin}",
         "",
-        "memory of a rank in GiB (* asked for)",
-        _memory_table(plan),
-        f"largest row taken: {asked.row.tokens:,} tokens, {asked.row.tiles} tiles, {asked.row.supervised:,} supervised",
+        "memory per rank in GiB (* requested)",
+        _format_memory(plan),
+        f"assumed largest row: {requested.row.tokens:,} tokens, {requested.row.tiles} tiles, "
+        f"{requested.row.supervised:,} supervised tokens",
         "",
-        *(f"does not fit: {reason}" for reason in asked.why_not),
-        *(["fits"] if asked.fits else []),
+        *(f"does not fit: {reason}" for reason in requested.problems),
+        *(["fits"] if requested.fits else []),
         "",
-        "a step in seconds",
-        text_table(
+        "seconds per step",
+        format_table(
             ["", "s", "share"],
             [[kind, f"{value:.3f}", f"{value / time.total:.1%}"] for kind, value in time.kinds.items()]
-            + [["all", f"{time.total:.3f}", ""]],
+            + [["total", f"{time.total:.3f}", ""]],
         ),
         f"{time.micro_steps:.1f} micro-steps, balance {time.balance:.3f}, MFU {time.mfu:.1%} of the dense rate, "
         f"{time.samples_per_s:.1f} samples/s",
-        f"the stage: {hours_text(asked)}",
+        f"duration of the stage: {format_hours(requested)}",
         "",
-        *_advice_lines(plan),
+        *_format_advice(plan),
     ]
     return "\n".join(lines)
 
 
 def plan_values(plan: StagePlan) -> dict[str, Any]:
-    """Plain values of one stage."""
+    """Returns the values of one stage for JSON."""
     planner = plan.planner
     best, nearest = plan.advice.best, plan.advice.nearest
-    asked = plan.asked.setting
+    requested = plan.requested.settings
     return {
         "stage": planner.config.stage.name,
         "model": planner.config.model.language_model.name,
@@ -71,30 +72,30 @@ def plan_values(plan: StagePlan) -> dict[str, Any]:
         "samples": planner.population.num_samples,
         "lengths": planner.population.origin,
         "hardware": asdict(planner.hardware),
-        "asked": estimate_values(plan.asked),
+        "asked": estimate_values(plan.requested),
         "zero": {name: estimate_values(estimate) for name, estimate in plan.variants.items()},
-        "best": best and {"change": list(best.setting.words(asked)), **estimate_values(best)},
-        "nearest": nearest and {"change": list(nearest.setting.words(asked)), **estimate_values(nearest)},
+        "best": best and {"change": list(best.settings.list_overrides(requested)), **estimate_values(best)},
+        "nearest": nearest and {"change": list(nearest.settings.list_overrides(requested)), **estimate_values(nearest)},
         "nodes": [estimate_values(estimate) for estimate in plan.advice.nodes],
         "advised_nodes": plan.advice.advised_nodes,
-        "held_back": list(plan.advice.held_back),
+        "held_back": list(plan.advice.bottlenecks),
     }
 
 
 def estimate_values(estimate: Estimate) -> dict[str, Any]:
-    """Plain values of one setting."""
-    setting, time = estimate.setting, estimate.time
+    """Returns the values of one estimate for JSON."""
+    settings, time = estimate.settings, estimate.time
     return {
-        "zero_stage": setting.zero_stage,
-        "offload_optimizer": setting.offloads_optimizer,
-        "recompute": list(setting.recompute),
-        "compile": list(setting.compile),
-        "max_tokens": setting.packing.max_tokens,
-        "max_tiles": setting.packing.max_tiles,
-        "nodes": setting.nodes,
+        "zero_stage": settings.zero_stage,
+        "offload_optimizer": settings.offloads_optimizer,
+        "recompute": list(settings.recompute),
+        "compile": list(settings.compile),
+        "max_tokens": settings.packing.max_tokens,
+        "max_tiles": settings.packing.max_tiles,
+        "nodes": settings.nodes,
         "ranks": estimate.num_ranks,
         "fits": estimate.fits,
-        "why_not": list(estimate.why_not),
+        "why_not": list(estimate.problems),
         "row": asdict(estimate.row),
         "memory_gib": {kind: value / GIB for kind, value in estimate.memory.kinds.items()},
         "memory_total_gib": estimate.memory.total / GIB,
@@ -114,56 +115,51 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def hours_text(estimate: Estimate) -> str:
-    """Hours, GPU-hours."""
+def format_hours(estimate: Estimate) -> str:
+    """Returns hours and GPU-hours as text."""
     return f"{estimate.hours:,.1f} h, {estimate.gpu_hours:,.0f} GPU-hours"
 
 
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A text table: the first column to the left, all others to the right."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    lines = []
-    for row in (header, *rows):
-        first, *others = zip(row, widths, strict=True)
-        lines.append("  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip())
-    return "\n".join(lines)
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a text table with the first column left-aligned and the others right-aligned."""
+    return tabulate(rows, header, "plain", disable_numparse=True, colglobalalign="right", colalign=("left",))
 
 
-def _memory_table(plan: StagePlan) -> str:
+def _format_memory(plan: StagePlan) -> str:
     kinds = list(dict.fromkeys(kind for estimate in plan.variants.values() for kind in estimate.memory.kinds))
     rows = [
         [kind, *(f"{estimate.memory.kinds.get(kind, 0.0) / GIB:.1f}" for estimate in plan.variants.values())]
         for kind in kinds
     ]
     rows += [
-        ["all", *(f"{estimate.memory.total / GIB:.1f}" for estimate in plan.variants.values())],
+        ["total", *(f"{estimate.memory.total / GIB:.1f}" for estimate in plan.variants.values())],
         ["available", *(f"{estimate.limit_bytes / GIB:.1f}" for estimate in plan.variants.values())],
         ["fits", *("yes" if estimate.fits else "no" for estimate in plan.variants.values())],
         ["hours", *(f"{estimate.hours:.1f}" for estimate in plan.variants.values())],
     ]
-    return text_table(["", *plan.variants], rows)
+    return format_table(["", *plan.variants], rows)
 
 
-def _advice_lines(plan: StagePlan) -> Iterator[str]:
-    advice, asked = plan.advice, plan.asked
-    for reason in advice.held_back:
-        yield f"holds it back: {reason}"
+def _format_advice(plan: StagePlan) -> Iterator[str]:
+    advice, requested = plan.advice, plan.requested
+    for bottleneck in advice.bottlenecks:
+        yield f"bottleneck: {bottleneck}"
     if advice.nearest is None:
-        yield "nothing that changes no result makes it fit, on 64 nodes neither: another card, or a smaller model"
-    elif not asked.fits:
-        words = " ".join(advice.nearest.setting.words(asked.setting))
-        yield f"nearest that fits: {words} ({advice.nearest.memory.total / GIB:.1f} GiB, {hours_text(advice.nearest)})"
+        yield "no settings make it fit, not even on 64 nodes: use GPUs with more memory, or a smaller model"
+    elif not requested.fits:
+        overrides = " ".join(advice.nearest.settings.list_overrides(requested.settings))
+        memory_gib = advice.nearest.memory.total / GIB
+        yield f"fits with the fewest changes: {overrides} ({memory_gib:.1f} GiB, {format_hours(advice.nearest)})"
     if advice.best is not None:
-        words = " ".join(advice.best.setting.words(asked.setting)) or "as it is"
-        yield f"best on {asked.setting.nodes} node(s): {words} ({hours_text(advice.best)})"
+        overrides = " ".join(advice.best.settings.list_overrides(requested.settings)) or "no changes"
+        yield f"fastest on {requested.settings.nodes} node(s): {overrides} ({format_hours(advice.best)})"
     if len(advice.nodes) > 1:
-        yield f"\nnodes (with it){'' if advice.advised_nodes is None else f'; advised: {advice.advised_nodes}'}"
-        yield text_table(
+        yield f"\nwith these settings{'' if advice.advised_nodes is None else f'; advised: {advice.advised_nodes}'}"
+        yield format_table(
             ["nodes", "ranks", "fits", "h", "GPU-hours", "balance", "communication"],
             [
                 [
-                    str(estimate.setting.nodes),
+                    str(estimate.settings.nodes),
                     str(estimate.num_ranks),
                     "yes" if estimate.fits else "no",
                     f"{estimate.hours:.1f}",

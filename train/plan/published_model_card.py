@@ -1,35 +1,35 @@
-"""The model card's three rows, planned: what the authors needed, what ours would, and the MFU that each implies.
+"""Compares the training costs of the published model card with plans, and computes the MFU of both.
 
-Owns the card's numbers (LLaVA-NeXT's blog of January 2024: GPUs times hours on A100). The card does not say whether its
-hours hold stage 1; they are read as stage 2's, on 760K samples, since stage 1 was LLaVA-1.5's.
+The costs are those of the LLaVA-NeXT blog post of January 2024, in GPUs and hours on A100. It does not say whether
+they include stage 1; they are taken as stage 2 on 760K samples, since stage 1 was that of LLaVA-1.5.
 """
 
 from train.config.compose import load
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner
+from train.plan.execution_settings import read_settings
 from train.plan.hardware import Hardware
-from train.plan.model_facts import model_facts, read_architecture
-from train.plan.plan_text import text_table
-from train.plan.sample_lengths import population_of
-from train.plan.setting import setting_of
+from train.plan.model_facts import count_model, read_architecture
+from train.plan.plan_text import format_table
+from train.plan.sample_lengths import load_population
 
 SAMPLES = 760_000
 CARD = (("7B", "vicuna_7b", 8, 20.0), ("13B", "vicuna_13b", 16, 24.0), ("34B", "hermes_yi_34b", 32, 30.0))
-"""Size, language model, A100s, hours."""
+"""Size, language model, number of A100s, hours."""
 
 
-def card_rows(hardware: Hardware) -> list[dict[str, object]]:
-    """One row for each size: plain values. `hardware` is an A100 node of eight."""
+def plan_card(hardware: Hardware) -> list[dict[str, object]]:
+    """Plans each size of the card; returns plain values. `hardware` must be nodes of eight A100s."""
     rows: list[dict[str, object]] = []
     for size, language_model, gpus, hours in CARD:
         overrides = [f"model/language_model={language_model}", "mixture=llava_next_760k", "name=card"]
         config = load(overrides, folders=False)
         architecture = read_architecture(config.model)
-        population = population_of(config, architecture, num_samples=SAMPLES)
-        planner = StagePlanner(config, model_facts(architecture, config), population, hardware)
-        asked = planner.estimate(setting_of(config, gpus // hardware.gpus_per_node))
-        advice = advise(planner, asked)
-        ours = advice.best or advice.nearest or asked
+        population = load_population(config, architecture, num_samples=SAMPLES)
+        planner = StagePlanner(config, count_model(architecture, config), population, hardware)
+        requested = planner.estimate(read_settings(config, gpus // hardware.gpus_per_node))
+        advice = advise(planner, requested)
+        ours = advice.best or advice.nearest or requested
         flops = ours.time.flops * ours.num_steps
         rows.append(
             {
@@ -40,7 +40,7 @@ def card_rows(hardware: Hardware) -> list[dict[str, object]]:
                 "our_gpus": ours.num_ranks,
                 "our_hours": ours.hours,
                 "our_mfu": ours.time.mfu,
-                "change": list(ours.setting.words(asked.setting)),
+                "change": list(ours.settings.list_overrides(requested.settings)),
                 "memory_gib": ours.memory.total / 2**30,
                 "fits": ours.fits,
             }
@@ -48,8 +48,8 @@ def card_rows(hardware: Hardware) -> list[dict[str, object]]:
     return rows
 
 
-def card_text(rows: list[dict[str, object]]) -> str:
-    """The table, and under it how each is set."""
+def format_card(rows: list[dict[str, object]]) -> str:
+    """Returns the rows as a text table."""
     cells = [
         [
             str(row["size"]),
@@ -62,5 +62,5 @@ def card_text(rows: list[dict[str, object]]) -> str:
         ]
         for row in rows
     ]
-    header = ["", "the card", "its MFU", "planned", "its MFU", "GiB a rank", "with"]
-    return text_table(header, cells)
+    header = ["", "card", "MFU", "planned", "MFU", "GiB per rank", "changes"]
+    return format_table(header, cells)

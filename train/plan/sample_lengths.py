@@ -1,7 +1,6 @@
-"""How long the samples are that a run will meet: its own length table where there is one, else the published mixture.
+"""Loads the sample lengths of a run: from its length table if there is one, else from the published mixture.
 
-Owns `Population` and where it comes from. Nothing is counted here: a prepared mixture that no run has counted yet is
-taken for the published one, and the plan says so.
+Samples are not counted here. Without a length table, the plan assumes the lengths of the published mixture and says so.
 """
 
 from dataclasses import dataclass
@@ -11,22 +10,30 @@ import numpy as np
 import numpy.typing as npt
 
 from data_recipes.mixture.mixture import Mixture
+from data_recipes.schema.config_dir import CONFIG_DIR
 from data_recipes.schema.published_mixture import CAPTIONS, SOURCES, draw_shapes
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_yaml
 from llava_next.inputs.anyres import image_layout
 from llava_next.model.architecture import Architecture
 from llava_next.model.build import Backbone
-from train.config.schema import CONFIG_DIR, ConfigError, RunConfig
+from train.config.schema import ConfigError, RunConfig
 from train.data.length_table import LengthTable, data_fingerprint, open_table
 
 NUM_DRAWN = 24_000
+"""Number of samples that are drawn from the published mixture."""
 Array = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Population:
-    """Samples by length, int64 [n] each. `num_samples` is the epoch's; these may be a draw of it, as `origin` says."""
+    """The lengths of samples.
+
+    Attributes:
+        tokens, supervised, tiles: of each sample, int64 [n]. The n samples may be drawn from an epoch.
+        num_samples: number of samples in an epoch.
+        origin: description of where the lengths come from.
+    """
 
     tokens: Array
     supervised: Array
@@ -35,33 +42,33 @@ class Population:
     origin: str
 
     @classmethod
-    def counted(cls, table: LengthTable, origin: str) -> "Population":
-        """All samples of a length table."""
+    def from_table(cls, table: LengthTable, origin: str) -> "Population":
+        """Returns all samples of a length table."""
         tokens, supervised, tiles = (table.rows[name].astype(np.int64) for name in ("tokens", "supervised", "tiles"))
         return cls(tokens, supervised, tiles, len(table), origin)
 
 
-def population_of(
+def load_population(
     config: RunConfig, architecture: Architecture, *, num_samples: int | None = None, config_dir: str | None = None
 ) -> Population:
-    """The samples of this stage.
+    """Returns the sample lengths of a stage.
 
     Args:
-        num_samples: of an epoch, where the sources' own numbers are not known or not meant.
-        config_dir: a further folder of YAML files, for sources that are not the checkout's.
+        num_samples: number of samples in an epoch; None uses the counts of the mixture and its sources.
+        config_dir: an additional folder with YAML files of sources.
 
     Raises:
-        ConfigError: nobody knows how many samples a source has.
+        ConfigError: the number of samples of a source is unknown.
     """
-    measured = _measured(config, architecture) if num_samples is None else None
-    if measured is not None:
-        return measured
+    population = _load_length_table(config, architecture) if num_samples is None else None
+    if population is not None:
+        return population
     folders = [CONFIG_DIR, *([Path(config_dir)] if config_dir else [])]
-    return published(config, architecture, num_samples or count_samples(config, folders))
+    return draw_published(config, architecture, num_samples or count_samples(config, folders))
 
 
-def published(config: RunConfig, architecture: Architecture, num_samples: int) -> Population:
-    """A draw of the published 779K mixture, or of captions for a stage of captions, with this model's geometry."""
+def draw_published(config: RunConfig, architecture: Architecture, num_samples: int) -> Population:
+    """Draws lengths from the published 779K mixture (captions for a caption template), with the model's grids."""
     stage = config.stage
     captions = (stage.template or config.model.language_model.template) == "plain"
     shapes = draw_shapes(NUM_DRAWN, sources=CAPTIONS if captions else SOURCES)
@@ -75,16 +82,16 @@ def published(config: RunConfig, architecture: Architecture, num_samples: int) -
                 patches_per_side=patches,
             )  # fmt: skip
             counts[number] = layout.num_tokens, layout.num_tiles
-    pictures = counts[which.ravel()]
-    text = shapes.supervised + 1 if captions else shapes.text_tokens  # a caption has no system text before it
-    tokens = np.minimum(text + pictures[:, 0], stage.max_length)
-    supervised = np.maximum(1, np.minimum(shapes.supervised, tokens - pictures[:, 0]))
-    what = "captions of LCS-558K" if captions else "the published 779K mixture"
-    return Population(tokens, supervised, pictures[:, 1], num_samples, f"lengths as {what} is thought to have them")
+    image_counts = counts[which.ravel()]
+    text = shapes.supervised + 1 if captions else shapes.text_tokens  # a caption has no system prompt
+    tokens = np.minimum(text + image_counts[:, 0], stage.max_length)
+    supervised = np.maximum(1, np.minimum(shapes.supervised, tokens - image_counts[:, 0]))
+    source = "captions of LCS-558K" if captions else "the published 779K mixture"
+    return Population(tokens, supervised, image_counts[:, 1], num_samples, f"lengths estimated for {source}")
 
 
 def count_samples(config: RunConfig, folders: list[Path]) -> int:
-    """Samples of an epoch, from the mixture's counts and the sources' published numbers.
+    """Returns the number of samples in an epoch, from the mixture's counts and the sources' published numbers.
 
     Raises:
         ConfigError: a source has neither.
@@ -96,27 +103,28 @@ def count_samples(config: RunConfig, folders: list[Path]) -> int:
             continue
         count = share.count
         if count is None:
-            count = next((found for folder in folders if (found := _expected(folder, name)) is not None), None)
+            counts = (_read_expected_count(folder, name) for folder in folders)
+            count = next((count for count in counts if count is not None), None)
         if count is None:
             raise ConfigError(
-                f"mixture.sources.{name}: nobody has counted it here, and no number of samples is published for it; "
-                "prepare it, or give the mixture's number as --samples N"
+                f"mixture.sources.{name}: its number of samples is unknown; prepare the source, or give the number of "
+                "samples of the mixture as --samples N"
             )
         total += count
     if not total:
-        raise ConfigError(f"mixture {config.mixture.name} names shares alone; give its size as --samples N")
+        raise ConfigError(f"mixture {config.mixture.name} has shares only; give its number of samples as --samples N")
     return round(total / (1 - shared))
 
 
-def _expected(folder: Path, name: str) -> int | None:
+def _read_expected_count(folder: Path, name: str) -> int | None:
     if not (folder / "source" / f"{name}.yaml").is_file():
         return None
-    found = read_yaml(folder, "source", name).get("expected_count")
-    return int(found) if found else None
+    count = read_yaml(folder, "source", name).get("expected_count")
+    return int(count) if count else None
 
 
-def _measured(config: RunConfig, architecture: Architecture) -> Population | None:
-    """The run's own length table; None where there is none yet."""
+def _load_length_table(config: RunConfig, architecture: Architecture) -> Population | None:
+    """Returns the lengths of the run's length table; None if there is no table."""
     store_root = Path(config.data.store_root)
     prepared = all((store_root / source / "manifest.json").is_file() for source in config.mixture.sources)
     if not (isinstance(architecture, Backbone) and prepared):
@@ -137,4 +145,4 @@ def _measured(config: RunConfig, architecture: Architecture) -> Population | Non
     if not (folder / fingerprint[:16] / "table.json").is_file():
         return None
     table = open_table(mixture, processor, folder, is_writer=False, num_workers=1, show_progress=False)
-    return Population.counted(table, f"lengths of the prepared mixture {config.mixture.name}, counted")
+    return Population.from_table(table, f"lengths counted in the prepared mixture {config.mixture.name}")

@@ -1,77 +1,47 @@
-"""Which numbers of metrics.jsonl are drawn, as lines in charts.
-
-Owns the list of charts, and the thinning of long runs to what a chart can show.
-Leaves how a chart looks to `charts.py`.
-"""
+"""Which numbers of metrics.jsonl are drawn, as lines in charts; long runs are thinned to what a chart can show."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from train.report.run_folder import Run
+from train.html.charts import Chart, Line, Numbers
+from train.html.page import is_number
+from train.observability.run_folder import Run
 
-MOST_POINTS = 150
+MAX_POINTS = 150
 """A longer line is drawn as the means of so many equal spans of steps, with a band from their lowest to highest."""
-MOST_LINES = 8
+_MAX_LINES = 8
 """More sources than that, or several runs, have a chart each."""
-
-Numbers = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Line:
-    """Values by step, [n] each; `low` and `high` where they are means. `run` and `color` are numbers from 0."""
-
-    label: str
-    run: int
-    color: int
-    steps: Numbers
-    values: Numbers
-    low: Numbers | None = None
-    high: Numbers | None = None
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One pair of axes. `floor`: zero belongs on the axis. `marks`: (run, step) of resumes. `is_stack`: areas on one
-    another instead of lines. `level`: a number and its name that is drawn across."""
-
-    title: str
-    unit: str
-    lines: list[Line]
-    floor: bool = False
-    marks: list[tuple[int, int]] = field(default_factory=list)
-    is_stack: bool = False
-    level: tuple[float, str] | None = None
 
 
 def charts_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     """All charts for which the runs have numbers, by heading."""
-    speed = [
-        _single(runs, "Tokens a second", "all ranks", "perf/tokens_per_s", floor=True),
-        _single(runs, "Samples a second", "all ranks", "perf/samples_per_s", floor=True),
-        _single(runs, "TFLOP/s a rank", "of the samples, no padding, no recompute", "perf/tflops_per_rank", floor=True),
-        _single(runs, "MFU", "share of the card's dense bf16 rate", "perf/mfu", floor=True),
-        _single(runs, "Balance of a step", "mean rank ÷ fullest", "perf/balance", floor=True),
-    ]
-    found = {
+    memory = _chart(runs, "Memory of rank 0", "GiB, the most so far", "perf/max_memory_gib")
+    if len(runs) == 1 and (planned := predicted_gib(runs[0])) is not None:
+        memory = replace(memory, level=(planned, f"planned: {planned:.1f} GiB"))
+    charts = {
         "Loss": [
-            _single(runs, "Loss", _weighting(runs), "train/loss"),
-            *_by_key(runs, "train/loss/", "Loss by source", ""),
-            *_by_key(runs, "eval/", "Held-out loss", "", ending="/loss"),
+            _chart(runs, "Loss", _weighting(runs), "train/loss", from_zero=False),
+            *_charts_by_key(runs, "train/loss/", "Loss by source", "", from_zero=False),
+            *_charts_by_key(runs, "eval/", "Held-out loss", "", suffix="/loss", from_zero=False),
         ],
-        "Rates and gradient": [
-            *_by_key(runs, "lr/", "Learning rate", "", floor=True),
-            _single(runs, "Norm of the gradient", "before clipping", "train/grad_norm"),
-            *_by_key(runs, "train/grad_norm/", "Norm by part", "before clipping"),
+        "Learning rates and gradient": [
+            *_charts_by_key(runs, "lr/", "Learning rate", ""),
+            _chart(runs, "Norm of the gradient", "before clipping", "train/grad_norm", from_zero=False),
+            *_charts_by_key(runs, "train/grad_norm/", "Norm by part", "before clipping", from_zero=False),
         ],
-        "Speed": speed,
-        "Time and memory": [*_times(runs), _memory(runs)],
+        "Speed": [
+            _chart(runs, "Tokens per second", "all ranks", "perf/tokens_per_s"),
+            _chart(runs, "Samples per second", "all ranks", "perf/samples_per_s"),
+            _chart(runs, "TFLOP/s per rank", "samples only: no padding, no recompute", "perf/tflops_per_rank"),
+            _chart(runs, "MFU", "share of the card's dense bf16 rate", "perf/mfu"),
+            _chart(runs, "Balance of a step", "mean rank ÷ fullest", "perf/balance"),
+        ],
+        "Time and memory": [*_time_charts(runs), memory],
     }
-    return {name: drawn for name, charts in found.items() if (drawn := [chart for chart in charts if chart.lines])}
+    return {name: drawn for name, each in charts.items() if (drawn := [chart for chart in each if chart.lines])}
 
 
 def series(run: Run, key: str) -> tuple[Numbers, Numbers]:
@@ -81,86 +51,27 @@ def series(run: Run, key: str) -> tuple[Numbers, Numbers]:
     return both[:, 0], both[:, 1]
 
 
-def is_number(value: Any) -> bool:
-    """Whether it can be drawn: null and true cannot."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and bool(np.isfinite(value))
-
-
 def parts_of_time(run: Run) -> dict[str, tuple[Numbers, Numbers]]:
-    """Seconds of each step by kind, all kinds over the same steps. A save's seconds stand at the step after it."""
+    """Seconds of each step by kind, all kinds over the same steps. A save's seconds are at the step after it."""
     steps, whole = series(run, "perf/step_s")
-    at = {step: number for number, step in enumerate(steps.tolist())}
+
+    def at_steps(key: str) -> Numbers:
+        seconds = dict(zip(*(column.tolist() for column in series(run, key)), strict=True))
+        return np.array([seconds.get(step, 0.0) for step in steps.tolist()])
+
+    forward_backward, wait = at_steps("perf/forward_backward_s"), at_steps("perf/data_wait_s")
     kinds = {
-        "forward and backward (slowest rank)": _at_steps(run, "perf/forward_backward_s", at),
-        "waiting for data": _at_steps(run, "perf/data_wait_s", at),
-        "rest of the step": np.zeros(len(steps)),
-        "saves": _at_steps(run, "perf/save_s", at),
-        "held-out loss and answers": _at_steps(run, "perf/evaluate_s", at),
+        "forward and backward (slowest rank)": forward_backward,
+        "waiting for data": wait,
+        "rest of the step": np.maximum(whole - forward_backward - wait, 0.0),
+        "saves": at_steps("perf/save_s"),
+        "held-out loss and answers": at_steps("perf/evaluate_s"),
     }
-    inside = kinds["forward and backward (slowest rank)"] + kinds["waiting for data"]
-    kinds["rest of the step"] = np.maximum(whole - inside, 0.0)
     return {name: (steps, values) for name, values in kinds.items() if values.any()}
 
 
-def _at_steps(run: Run, key: str, at: dict[float, int]) -> Numbers:
-    found = np.zeros(len(at))
-    for step, value in zip(*(column.tolist() for column in series(run, key)), strict=True):
-        if step in at:
-            found[at[step]] = value
-    return found
-
-
-def _single(runs: Sequence[Run], title: str, unit: str, key: str, *, floor: bool = False) -> Chart:
-    lines = [_line(run.label, number, number, *series(run, key)) for number, run in enumerate(runs)]
-    return Chart(title, unit, [line for line in lines if len(line.steps)], floor, _marks(runs))
-
-
-def _by_key(
-    runs: Sequence[Run], prefix: str, title: str, unit: str, *, ending: str = "", floor: bool = False
-) -> list[Chart]:
-    """One chart of all sources or parts of a single run, else a chart of each with a line for every run."""
-    keys = sorted({key for run in runs for line in run.metrics for key in line if _fits(key, prefix, ending)})
-    names = {key: key.removeprefix(prefix).removesuffix(ending) for key in keys}
-    if len(runs) == 1 and 1 < len(keys) <= MOST_LINES:
-        lines = [_line(names[key], 0, number, *series(runs[0], key)) for number, key in enumerate(keys)]
-        return [Chart(title, unit, [line for line in lines if len(line.steps)], floor, _marks(runs))]
-    return [_single(runs, f"{title}: {names[key]}", unit, key, floor=floor) for key in keys]
-
-
-def _fits(key: str, prefix: str, ending: str) -> bool:
-    return key.startswith(prefix) and key.endswith(ending)
-
-
-def _weighting(runs: Sequence[Run]) -> str:
-    """What weighs alike in the loss, where it is the same in all runs."""
-    words = {"token": "a supervised token", "sample": "every sample weighs alike"}
-    found = {words.get(str(run.stage.get("loss_weighting")), "") for run in runs}
-    return found.pop() if len(found) == 1 else ""
-
-
-def _times(runs: Sequence[Run]) -> list[Chart]:
-    if len(runs) > 1:
-        return [
-            _single(runs, "Seconds of a step", "", "perf/step_s", floor=True),
-            _single(runs, "Forward and backward", "s, slowest rank", "perf/forward_backward_s", floor=True),
-            _single(runs, "Waiting for data", "s", "perf/data_wait_s", floor=True),
-        ]
-    lines = [
-        _line(name, 0, number, steps, values, has_band=False)
-        for number, (name, (steps, values)) in enumerate(parts_of_time(runs[0]).items())
-    ]
-    return [Chart("Seconds of a step", "saves at the step after them", lines, True, is_stack=True)]
-
-
-def _memory(runs: Sequence[Run]) -> Chart:
-    chart = _single(runs, "Memory of rank 0", "GiB, the most so far", "perf/max_memory_gib", floor=True)
-    planned = predicted_gib(runs[0]) if len(runs) == 1 else None
-    level = None if planned is None else (planned, f"planned: {planned:.1f} GiB")
-    return Chart(chart.title, chart.unit, chart.lines, True, chart.marks, level=level)
-
-
 def predicted_gib(run: Run) -> float | None:
-    """What `python -m train.plan --out RUN/plan.json` has foretold of this stage, in GiB a rank."""
+    """What `python -m train.plan --out RUN/plan.json` has predicted for this stage, in GiB per rank."""
     for stage in run.plan.get("stages") or []:
         if stage.get("stage") == run.stage.get("name"):
             value: Any = (stage.get("asked") or {}).get("memory_total_gib")
@@ -168,18 +79,54 @@ def predicted_gib(run: Run) -> float | None:
     return None
 
 
-def _marks(runs: Sequence[Run]) -> list[tuple[int, int]]:
-    """Where runs were resumed. A start at step 0 is none, nor is one of a finished run."""
+def _chart(runs: Sequence[Run], title: str, unit: str, key: str, *, from_zero: bool = True) -> Chart:
+    lines = [_line(run.label, number, number, *series(run, key)) for number, run in enumerate(runs)]
+    return Chart(title, unit, [line for line in lines if len(line.steps)], from_zero, _resumes(runs))
+
+
+def _charts_by_key(
+    runs: Sequence[Run], prefix: str, title: str, unit: str, *, suffix: str = "", from_zero: bool = True
+) -> list[Chart]:
+    """One chart of all sources or parts of a single run, else a chart of each with a line for every run."""
+    logged = {key for run in runs for line in run.metrics for key in line}
+    keys = sorted(key for key in logged if key.startswith(prefix) and key.endswith(suffix))
+    names = {key: key.removeprefix(prefix).removesuffix(suffix) for key in keys}
+    if len(runs) == 1 and 1 < len(keys) <= _MAX_LINES:
+        lines = [_line(names[key], 0, number, *series(runs[0], key)) for number, key in enumerate(keys)]
+        return [Chart(title, unit, [line for line in lines if len(line.steps)], from_zero, _resumes(runs))]
+    return [_chart(runs, f"{title}: {names[key]}", unit, key, from_zero=from_zero) for key in keys]
+
+
+def _weighting(runs: Sequence[Run]) -> str:
+    """What has equal weight in the loss, where it is the same in all runs."""
+    words = {"token": "per supervised token", "sample": "every sample has equal weight"}
+    weightings = {words.get(str(run.stage.get("loss_weighting")), "") for run in runs}
+    return weightings.pop() if len(weightings) == 1 else ""
+
+
+def _time_charts(runs: Sequence[Run]) -> list[Chart]:
+    if len(runs) > 1:
+        return [
+            _chart(runs, "Seconds per step", "", "perf/step_s"),
+            _chart(runs, "Forward and backward", "s, slowest rank", "perf/forward_backward_s"),
+            _chart(runs, "Waiting for data", "s", "perf/data_wait_s"),
+        ]
+    parts = parts_of_time(runs[0])
+    lines = [_line(name, 0, number, *parts[name]) for number, name in enumerate(parts)]
+    return [Chart("Seconds per step", "saves at the step after them", lines, from_zero=True, is_stack=True)]
+
+
+def _resumes(runs: Sequence[Run]) -> list[tuple[int, int]]:
+    """(run, step) of each resume. A start at step 0 is none, nor is one of a finished run."""
     steps = dict.fromkeys((number, start.get("step")) for number, run in enumerate(runs) for start in run.starts)
     return [(n, step) for n, step in steps if isinstance(step, int) and 0 < step <= runs[n].metrics[-1]["step"]]
 
 
-def _line(label: str, run: int, color: int, steps: Numbers, values: Numbers, *, has_band: bool = True) -> Line:
-    if len(steps) <= MOST_POINTS:
+def _line(label: str, run: int, color: int, steps: Numbers, values: Numbers) -> Line:
+    if len(steps) <= MAX_POINTS:
         return Line(label, run, color, steps, values)
-    bounds = np.linspace(0, len(steps), MOST_POINTS + 1).astype(int)[:-1]
+    bounds = np.linspace(0, len(steps), MAX_POINTS + 1).astype(int)[:-1]
     counts = np.diff([*bounds, len(steps)])
-    means = np.add.reduceat(values, bounds) / counts
-    low, high = np.minimum.reduceat(values, bounds), np.maximum.reduceat(values, bounds)
-    middle = np.add.reduceat(steps, bounds) / counts
-    return Line(label, run, color, middle, means, low, high) if has_band else Line(label, run, color, middle, means)
+    means, middles = (np.add.reduceat(column, bounds) / counts for column in (values, steps))
+    lowest, highest = np.minimum.reduceat(values, bounds), np.maximum.reduceat(values, bounds)
+    return Line(label, run, color, middles, means, lowest, highest)

@@ -1,12 +1,10 @@
-"""Pre-flight: what would end a run on many nodes later is looked for at its start, on all of them at once.
+"""Pre-flight checks: finds problems of the nodes at the start of a run, on all ranks at once.
 
-Owns: what each rank looks at, the collective that is tried, the verdict, and the one step of `preflight=only`. Every
-rank learns what every other found, so all come to one verdict and leave together, with one sentence.
-Leaves: the comparison and the table to `preflight_checks.py`, meeting the ranks to `world.py`.
+Every rank collects its findings and gathers those of the others, so that all ranks reach the same result.
 
-    preflight=auto   at every start, a second or two: versions, configuration, GPUs, data, run folder, clocks, network
-    preflight=only   these; then one step of the built engine on the fullest row of the data; the table; the end
-    preflight=off    nothing
+    preflight=auto   at every start, about 2 seconds: versions, configuration, GPUs, data, run folder, clocks, network
+    preflight=only   the same, then one step of the engine on the fullest row of the data; prints the table and exits
+    preflight=off    no checks
 """
 
 import hashlib
@@ -33,77 +31,77 @@ from llava_next.model.llava_next import LossSums
 from train.config.compose import to_yaml
 from train.config.schema import ConfigError, PackingConfig, RunConfig
 from train.data.length_table import LengthTable
-from train.data.loader import Rows
+from train.data.loader import RowDataset
 from train.distributed.versions import versions
 from train.distributed.world import World, all_gather_objects, barrier, is_out_of_memory
-from train.supervision.preflight_checks import Check, Findings, Gpu, compare, format_table
+from train.supervision.preflight_checks import Check, Findings, Gpu, compare_findings, format_table
 
 logger = logging.getLogger(__name__)
 
-PATIENCE_S = 120.0
-"""How long the others wait for a rank that looks at what it has."""
-_OURS = ("llava_next", "data_recipes", "train")
-_TOKEN_PATIENCE_S = 10.0  # a network file system may show a new file to other nodes a little later
-_NUMBERS = 2**22  # of the collective: 16 MiB
+TIMEOUT_S = 120.0
+"""Longest time in seconds that a rank may take to collect its findings, and that the first collective may take."""
+_PACKAGES = ("llava_next", "data_recipes", "train")
+_TOKEN_TIMEOUT_S = 10.0  # a network file system may show a new file to other nodes a little later
+_NUM_ELEMENTS = 2**22  # of the collective, in fp32: 16 MiB
 
 
 class PreflightError(ConfigError):
-    """What a rank has, or lacks, would end the run; names rank, host, what differs and the way out."""
+    """A check has failed; the message names rank, host, the difference and the fix."""
 
 
-def check(config: RunConfig, world: World) -> None:
-    """Looks, compares, and tries one collective. Every rank must call it, and all come to the same end.
+def run_checks(config: RunConfig, world: World) -> None:
+    """Collects and compares the findings of all ranks and tries one collective. Every rank must call it.
 
     Raises:
-        PreflightError: with the first problem that was found.
-        RuntimeError: a rank did not come back within `PATIENCE_S`.
+        PreflightError: on every rank, with the first problem.
+        RuntimeError: a rank did not return within `TIMEOUT_S`.
     """
     started = time.monotonic()
     token = _shared_token(world)
-    own = look(config, world, token)
+    findings = collect_findings(config, world, token)
     _wait_for_all(world)
     _token_file(config.run_dir / "log", token, world.rank).unlink(missing_ok=True)
-    checks = compare(all_gather_objects(world, replace(own, clock=time.time())))
-    if not any(one.problem for one in checks):
-        checks.append(_try_network(world))
-    _tell(checks, config, world)
+    checks = compare_findings(all_gather_objects(world, replace(findings, clock=time.time())))
+    if not any(check.problem for check in checks):
+        checks.append(_check_network(world))
+    _report_checks(checks, config, world)
     logger.info("pre-flight took %.1f s", time.monotonic() - started)
 
 
-def look(config: RunConfig, world: World, token: str) -> Findings:
-    """What this rank has. What it finds wrong is not raised: the others are to hear of it.
+def collect_findings(config: RunConfig, world: World, token: str) -> Findings:
+    """Returns the findings of this rank. Errors are returned instead of raised, so that all ranks learn of them.
 
     Args:
-        token: a word that all ranks share, for the files by which they see that their folder is one.
+        token: a random string that all ranks share; it names the files that show that the run folder is shared.
     """
     stores: dict[str, str] = {}
-    troubles: list[tuple[str, str]] = []
+    errors: list[tuple[str, str]] = []
 
     def attempt(name: str, action: Callable[[], None]) -> None:
         try:
             action()
-        except Exception as error:  # whatever it is, it is this rank's news
-            troubles.append((name, f"{type(error).__name__}: {' '.join(str(error).split())}"))
+        except Exception as error:  # any error is a finding
+            errors.append((name, f"{type(error).__name__}: {' '.join(str(error).split())}"))
 
-    attempt("run folder", lambda: _meet_in(config.run_dir / "log", token, world))
+    attempt("run folder", lambda: _check_shared_folder(config.run_dir / "log", token, world))
     attempt("data", lambda: stores.update(_read_stores(config)))
     gpu = _gpu(world.device) if world.device.type == "cuda" else None
-    found = versions() | {"code": code_hash()}  # of the files: a commit's name says nothing of what was changed since
+    all_versions = versions() | {"code": hash_code()}  # a hash of the files covers uncommitted changes too
     host = socket.gethostname()
-    return Findings(world.rank, host, found, to_yaml(config), gpu, stores, troubles=tuple(troubles))
+    return Findings(world.rank, host, all_versions, to_yaml(config), gpu, stores, errors=tuple(errors))
 
 
-def code_hash() -> str:
-    """A hash of this checkout's Python files: two nodes may have two checkouts, or one an uncommitted change."""
+def hash_code() -> str:
+    """Returns a hash of this checkout's Python files, by which different checkouts and local changes are detected."""
     root, digest = Path(__file__).resolve().parents[2], hashlib.sha256()
-    for folder in _OURS:
+    for folder in _PACKAGES:
         for path in sorted((root / folder).rglob("*.py")):
             digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def fullest_row(table: LengthTable, packing: PackingConfig) -> np.ndarray:
-    """Positions of samples that fill a row's budgets as far as they go, the longest first."""
+def select_fullest_row(table: LengthTable, packing: PackingConfig) -> np.ndarray:
+    """Returns positions of samples in the table that fill a row's budgets greedily, the longest first: int64 [n]."""
     tokens, tiles = table.rows["tokens"].astype(np.int64), table.rows["tiles"].astype(np.int64)
     free = np.ones(len(tokens), dtype=bool)
     left_tokens, left_tiles = packing.max_tokens, packing.max_tiles
@@ -118,7 +116,7 @@ def fullest_row(table: LengthTable, packing: PackingConfig) -> np.ndarray:
         left_tokens, left_tiles = left_tokens - tokens[longest], left_tiles - tiles[longest]
 
 
-def rehearse(
+def run_trial_step(
     config: RunConfig,
     world: World,
     engine: deepspeed.DeepSpeedEngine,
@@ -126,15 +124,18 @@ def rehearse(
     table: LengthTable,
     processor: Processor,
 ) -> None:
-    """One step on the fullest row, the same on every rank. It changes the engine's weights: nothing may follow it.
+    """Runs one training step on the fullest row, which is the same on every rank, and prints the result.
+
+    It changes the engine's weights, so the engine must not be used afterwards.
 
     Raises:
-        PreflightError: its loss is NaN or Inf.
-        RuntimeError: it does not fit. Others are those of reading and encoding.
+        PreflightError: the loss is NaN or Inf.
+        RuntimeError: the row does not fit into memory.
+        SampleError: a sample of the row cannot be read or encoded.
     """
-    positions = fullest_row(table, config.packing)
+    positions = select_fullest_row(table, config.packing)
     rows = table.rows[positions]
-    dataset = Rows(mixture, table, processor, config.stage.loss_weighting == "sample", config.data.read_retries)
+    dataset = RowDataset(mixture, table, processor, config.stage.loss_weighting == "sample", config.data.read_retries)
     row = f"{len(rows)} sample(s), {rows['tokens'].sum():,} tokens, {rows['tiles'].sum():,} tiles"
     started = time.monotonic()
     try:
@@ -145,48 +146,50 @@ def rehearse(
         if not is_out_of_memory(error):
             raise
         raise RuntimeError(
-            f"the fullest row of this data ({row}) does not fit into {world.device} of {socket.gethostname()}: "
-            "lower packing.max_tokens or packing.max_tiles, name parts in recompute=[...], or choose engine=zero3"
+            f"the fullest row of this data ({row}) does not fit into the memory of {world.device} on "
+            f"{socket.gethostname()}: lower packing.max_tokens or packing.max_tiles, name parts in recompute=[...], or "
+            "choose engine=zero3"
         ) from error
     value = loss.item()
     barrier(world)
-    found = f"{row} a rank, {time.monotonic() - started:.1f} s, loss {value:.3f}{_peak(world)}"
-    problem = None if np.isfinite(value) else f"the loss of {row} is {value}; look at the weights that it starts from"
-    _tell([Check("one step", found, problem)], config, world)
+    result = f"{row} a rank, {time.monotonic() - started:.1f} s, loss {value:.3f}{_describe_peak_memory(world)}"
+    problem = None if np.isfinite(value) else f"the loss of {row} is {value}; check the initial weights"
+    _report_checks([Check("one step", result, problem)], config, world)
     if world.is_main:
         print(
-            "pre-flight: nothing was trained; the same command without preflight=only starts the run", file=sys.stderr
+            "pre-flight: nothing was saved; run the same command without preflight=only to start training",
+            file=sys.stderr,
         )
 
 
-def _peak(world: World) -> str:
+def _describe_peak_memory(world: World) -> str:
     if world.device.type != "cuda":
         return ""
     peak, total = torch.cuda.max_memory_allocated(world.device), torch.cuda.mem_get_info(world.device)[1]
     return f", peak {peak / 2**30:.1f} of {total / 2**30:.1f} GiB"
 
 
-def _tell(checks: Sequence[Check], config: RunConfig, world: World) -> None:
-    """Into every rank's log; under preflight=only onto the terminal too. Raises the first problem."""
-    for one in checks:
-        logger.info("pre-flight: %s: %s", one.name, one.problem or one.found)
+def _report_checks(checks: Sequence[Check], config: RunConfig, world: World) -> None:
+    """Logs the checks on every rank, with preflight=only in the terminal too. Raises the first problem."""
+    for check in checks:
+        logger.info("pre-flight: %s: %s", check.name, check.problem or check.result)
     if config.preflight == "only" and world.is_main:
         print(format_table(checks), file=sys.stderr)
-    for one in checks:
-        if one.problem:
-            raise PreflightError(f"pre-flight, {one.name}: {one.problem}")
+    for check in checks:
+        if check.problem:
+            raise PreflightError(f"pre-flight, {check.name}: {check.problem}")
 
 
-# ----------------------------------------------------------------------------------------- what a rank finds itself
+# ------------------------------------------------------------------------------------------- findings of one rank
 
 
-def _meet_in(folder: Path, token: str, world: World) -> None:
-    """Each rank writes there, and must see a file of rank 0: a folder on each node's own disk would be many runs'."""
+def _check_shared_folder(folder: Path, token: str, world: World) -> None:
+    """Writes a file and waits for rank 0's. Raises OSError if the folder is not writable or not shared with rank 0."""
     _token_file(folder, token, world.rank).write_text(token)
-    of_main, deadline = _token_file(folder, token, 0), time.monotonic() + _TOKEN_PATIENCE_S
-    while not of_main.exists():
+    main_file, deadline = _token_file(folder, token, 0), time.monotonic() + _TOKEN_TIMEOUT_S
+    while not main_file.exists():
         if time.monotonic() > deadline:
-            raise OSError(f"{folder} is not the folder that rank 0 has under this name: {of_main.name} is not in it")
+            raise OSError(f"{folder} is not shared with rank 0: its file {main_file.name} does not appear here")
         time.sleep(0.05)
 
 
@@ -195,14 +198,14 @@ def _token_file(folder: Path, token: str, rank: int) -> Path:
 
 
 def _read_stores(config: RunConfig) -> dict[str, str]:
-    """The fingerprint of each source's store; one sample of each is read, pictures too."""
-    found = {}
+    """Reads one sample, with its images, of each source's store; returns the stores' fingerprints by name."""
+    fingerprints = {}
     for name in sorted({*config.mixture.sources, *config.mixture.exclude}):
         store = Store.open(Path(config.data.store_root) / name)
         if len(store):
             store.sample(0)
-        found[name] = store.fingerprint
-    return found
+        fingerprints[name] = store.fingerprint
+    return fingerprints
 
 
 def _gpu(device: torch.device) -> Gpu:
@@ -211,64 +214,64 @@ def _gpu(device: torch.device) -> Gpu:
     return Gpu(properties.name, str(properties.uuid), free, total)
 
 
-# ------------------------------------------------------------------------------------------------ between the ranks
+# ------------------------------------------------------------------------------------------ checks between ranks
 
 
 def _shared_token(world: World) -> str:
-    """A word that rank 0 has made up, the same on all ranks."""
-    words = [secrets.token_hex(8)]
+    """Returns a random string of rank 0, the same on all ranks."""
+    token = [secrets.token_hex(8)]
     if world.size > 1:
-        dist.broadcast_object_list(words, src=0, group=world.host_group)
-    return words[0]
+        dist.broadcast_object_list(token, src=0, group=world.host_group)
+    return token[0]
 
 
 def _wait_for_all(world: World) -> None:
     if world.size == 1:
         return
     try:
-        dist.monitored_barrier(world.host_group, timedelta(seconds=PATIENCE_S), wait_all_ranks=True)
-    except RuntimeError as error:  # rank 0's names those that did not come
+        dist.monitored_barrier(world.host_group, timedelta(seconds=TIMEOUT_S), wait_all_ranks=True)
+    except RuntimeError as error:  # rank 0's message names the missing ranks
         raise RuntimeError(
-            f"pre-flight: a rank did not come back within {PATIENCE_S:.0f} s from looking at its data and the run's "
-            f"folder; look at the file systems of its node ({error})"
+            f"pre-flight: a rank did not finish reading its data and the run folder within {TIMEOUT_S:.0f} s; check "
+            f"the file systems of its node ({error})"
         ) from error
 
 
-def _try_network(world: World) -> Check:
-    """A sum over all ranks, on the devices that the run computes on; its time is the second one's."""
+def _check_network(world: World) -> Check:
+    """Checks an all-reduce over all ranks on the devices of the run. The second of two is timed."""
     if world.size == 1:
-        return Check("network", "one rank: none is needed")
-    took: list[float] = []
-    wrong: list[float] = []
+        return Check("network", "one rank: not used")
+    seconds: list[float] = []
+    wrong_sums: list[float] = []
 
-    def add_up() -> None:
+    def all_reduce() -> None:
         if world.device.type == "cuda":
-            torch.cuda.set_device(world.device)  # it is a thread's own
+            torch.cuda.set_device(world.device)  # the current device is set per thread
         for _ in range(2):
-            numbers = torch.full((_NUMBERS,), world.rank + 1.0, device=world.device)
+            numbers = torch.full((_NUM_ELEMENTS,), world.rank + 1.0, device=world.device)
             barrier(world)
             started = time.monotonic()
             dist.all_reduce(numbers)
             least, most = float(numbers.min()), float(numbers.max())
-            took.append(time.monotonic() - started)
-            wrong.extend(value for value in (least, most) if value != world.size * (world.size + 1) / 2)
+            seconds.append(time.monotonic() - started)
+            wrong_sums.extend(value for value in (least, most) if value != world.size * (world.size + 1) / 2)
 
-    _within_patience(add_up)
-    found = f"{4 * _NUMBERS / 2**20:.0f} MiB added up over {world.size} ranks in {1000 * took[-1]:.0f} ms"
-    for rank, values in enumerate(all_gather_objects(world, wrong)):
+    _run_with_timeout(all_reduce)
+    result = f"{4 * _NUM_ELEMENTS / 2**20:.0f} MiB all-reduced over {world.size} ranks in {1000 * seconds[-1]:.0f} ms"
+    for rank, values in enumerate(all_gather_objects(world, wrong_sums)):
         if values:
-            right = world.size * (world.size + 1) / 2
+            expected = world.size * (world.size + 1) / 2
             return Check(
                 "network",
-                found,
-                f"a sum that is {right:g} came out as {values[0]:g} on rank {rank}; look at that node's network card, "
-                "driver and NCCL's settings, or leave the node out",
+                result,
+                f"an all-reduce gave {values[0]:g} instead of {expected:g} on rank {rank}; check that node's network "
+                "card, driver and NCCL settings, or exclude the node",
             )
-    return Check("network", found)
+    return Check("network", result)
 
 
-def _within_patience(action: Callable[[], None]) -> None:
-    """Does it in a thread: making NCCL's connections can hang where nothing times out."""
+def _run_with_timeout(action: Callable[[], None]) -> None:
+    """Runs the action in a thread, because NCCL has no timeout while it connects."""
     errors: list[Exception] = []
 
     def attempt() -> None:
@@ -279,11 +282,11 @@ def _within_patience(action: Callable[[], None]) -> None:
 
     thread = threading.Thread(target=attempt, daemon=True, name="preflight")
     thread.start()
-    thread.join(PATIENCE_S)
+    thread.join(TIMEOUT_S)
     if thread.is_alive():
         raise RuntimeError(
-            f"pre-flight: the first collective did not end within {PATIENCE_S:.0f} s: the nodes do not reach each "
-            "other; NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name the network, NCCL_DEBUG=INFO tells more"
+            f"pre-flight: the first collective did not finish within {TIMEOUT_S:.0f} s: the nodes cannot reach each "
+            "other; set NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME to the right interface, NCCL_DEBUG=INFO for details"
         )
     if errors:
         raise errors[0]

@@ -1,26 +1,27 @@
-"""What the ranks of a run found about themselves at its start, compared: one line of a table for each thing.
+"""Compares the findings of all ranks at the start of a run; each check is one line of a table.
 
-Owns: the rules (what must be equal, what no two ranks may share) and their sentences: rank, host, what differs, the way
-out. Everything is compared with rank 0's.
-Leaves: looking, gathering and the verdict to `preflight.py`. Needs no torch.
+Every value is compared with rank 0's. A problem is one sentence with rank, host, the difference and the fix. This
+module does not import torch.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-MOST_SKEW_S = 10.0
-"""Clocks further apart are told: signs of life are read from the times of files."""
-_LEAST_FREE = 0.5  # of a GPU's memory; below, somebody else computes on it
+from tabulate import tabulate
+
+MAX_CLOCK_SKEW_S = 10.0
+"""A larger difference between clocks is reported, since file times show whether a rank is alive."""
+_MIN_FREE_SHARE = 0.5  # of a GPU's memory; with less, another process uses the GPU
 _GIB = 2**30
-_TROUBLE_WAYS_OUT = {
-    "run folder": "give `root=` a folder that every node can write and that all of them share",
-    "data": "mend it on that node, or leave the node out (Slurm: --exclude)",
+_FIXES = {
+    "run folder": "set `root=` to a folder that all nodes share and can write",
+    "data": "fix it on that node, or exclude the node (Slurm: --exclude)",
 }
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that a rank has chosen; memory in bytes, free as its driver says."""
+    """The GPU of a rank; `free` and `total` memory in bytes, as the driver reports it."""
 
     name: str
     uuid: str
@@ -30,9 +31,15 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Findings:
-    """What a rank found. `config` is its configuration as YAML, `clock` seconds since the epoch, taken by all at once.
+    """The findings of one rank.
 
-    `stores` are fingerprints by name; `troubles` are (what was looked at, what was wrong with it).
+    Attributes:
+        versions: of packages and code, by name.
+        config: the configuration as YAML.
+        gpu: None on a CPU.
+        stores: fingerprints by source.
+        clock: seconds since the epoch, read by all ranks at the same time.
+        errors: (name of the check, message) of what failed on this rank.
     """
 
     rank: int
@@ -42,25 +49,25 @@ class Findings:
     gpu: Gpu | None = None
     stores: dict[str, str] = field(default_factory=dict)
     clock: float = 0.0
-    troubles: tuple[tuple[str, str], ...] = ()
+    errors: tuple[tuple[str, str], ...] = ()
 
     @property
-    def who(self) -> str:
-        """Rank and host, as sentences name them."""
+    def rank_name(self) -> str:
+        """Rank and host, as messages name them."""
         return f"rank {self.rank} ({self.host})"
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the table: what was looked at, what was found, and a sentence if it may not stay so."""
+    """One line of the table: the name of the check, its result, and the problem if it has failed."""
 
     name: str
-    found: str
+    result: str
     problem: str | None = None
 
 
-def compare(findings: Sequence[Findings]) -> list[Check]:
-    """The table's lines, from what all ranks found, in the order of ranks."""
+def compare_findings(findings: Sequence[Findings]) -> list[Check]:
+    """Returns the checks for the findings of all ranks, which are in the order of the ranks."""
     return [
         _compare_versions(findings),
         _compare_configs(findings),
@@ -72,101 +79,112 @@ def compare(findings: Sequence[Findings]) -> list[Check]:
 
 
 def format_table(checks: Sequence[Check]) -> str:
-    """The checks as a person reads them, one line each."""
-    return "\n".join(
-        f"{'FAILED' if one.problem else 'ok':<8}{one.name:<15}{one.problem or one.found}" for one in checks
-    )
+    """Returns the checks as text, one line each."""
+    rows = [("FAILED" if check.problem else "ok", check.name, check.problem or check.result) for check in checks]
+    return tabulate(rows, tablefmt="plain", disable_numparse=True)
 
 
 def _compare_versions(findings: Sequence[Findings]) -> Check:
-    own = findings[0].versions
-    found = ", ".join(f"{name} {number}" for name, number in own.items())
-    for name in own:
-        other = _first(findings, lambda one, name=name: one.versions.get(name) != own[name])  # type: ignore[misc]
+    versions = findings[0].versions
+    result = ", ".join(f"{name} {version}" for name, version in versions.items())
+    for name, version in versions.items():
+        other = _find_first(findings, lambda rank, name=name, own=version: rank.versions.get(name) != own)  # type: ignore[misc]
         if other is not None:
-            what, way_out = f"{name} {other.versions.get(name)}", "give every node the same environment"
+            value, fix = f"{name} {other.versions.get(name)}", "give every node the same environment"
             if name == "code":
-                what, way_out = f"other Python files ({other.versions.get(name)})", "give every node the same checkout"
-            return _differs("versions", found, other, what, f"{own[name]}", findings[0], way_out)
-    return Check("versions", found)
+                value, fix = f"other Python files ({other.versions.get(name)})", "give every node the same checkout"
+            return _make_difference("versions", result, other, value, version, findings[0], fix)
+    return Check("versions", result)
 
 
 def _compare_configs(findings: Sequence[Findings]) -> Check:
-    own = findings[0].config
-    found = f"one configuration on {len(findings)} rank(s)"
-    other = _first(findings, lambda one: one.config != own)
+    config = findings[0].config
+    result = f"the same on {len(findings)} rank(s)"
+    other = _find_first(findings, lambda rank: rank.config != config)
     if other is None:
-        return Check("configuration", found)
-    lines = zip([*own.splitlines(), ""], [*other.config.splitlines(), ""], strict=False)
-    mine, theirs = next(((a, b) for a, b in lines if a != b), ("", ""))
-    way_out = "start all ranks with one command line, from one checkout"
-    return _differs("configuration", found, other, f"`{theirs.strip()}`", f"`{mine.strip()}`", findings[0], way_out)
+        return Check("configuration", result)
+    lines = zip([*config.splitlines(), ""], [*other.config.splitlines(), ""], strict=False)
+    main_line, other_line = next(((a, b) for a, b in lines if a != b), ("", ""))
+    fix = "start all ranks with the same command line and checkout"
+    return _make_difference(
+        "configuration", result, other, f"`{other_line.strip()}`", f"`{main_line.strip()}`", findings[0], fix
+    )
 
 
 def _compare_gpus(findings: Sequence[Findings]) -> Check:
     if findings[0].gpu is None:
-        return Check("GPUs", "none: this run computes on CPUs")
+        return Check("GPUs", "not used: this run computes on CPUs")
     owners: dict[str, Findings] = {}
-    for one in findings:
-        if one.gpu is None:
+    for rank in findings:
+        if rank.gpu is None:
             continue
-        first = owners.setdefault(one.gpu.uuid, one)
-        if first is not one:
-            return Check("GPUs", "", f"{first.who} and {one.who} have the same GPU, {one.gpu.uuid}; give each its own")
-        if one.gpu.free < _LEAST_FREE * one.gpu.total:
+        owner = owners.setdefault(rank.gpu.uuid, rank)
+        if owner is not rank:
             return Check(
                 "GPUs",
                 "",
-                f"the GPU of {one.who}, {one.gpu.uuid}, has only {one.gpu.free / _GIB:.1f} of "
-                f"{one.gpu.total / _GIB:.1f} GiB free: end what else computes there (`nvidia-smi` tells), or leave the "
-                "node out",
+                f"{owner.rank_name} and {rank.rank_name} have the same GPU, {rank.gpu.uuid}; "
+                "assign one GPU to each rank",
             )
-    least = min(one.gpu.free for one in findings if one.gpu)
-    kinds = ", ".join(sorted({one.gpu.name for one in findings if one.gpu}))
-    return Check("GPUs", f"{len(owners)} ({kinds}), one a rank, at least {least / _GIB:.1f} GiB free")
+        if rank.gpu.free < _MIN_FREE_SHARE * rank.gpu.total:
+            return Check(
+                "GPUs",
+                "",
+                f"the GPU of {rank.rank_name}, {rank.gpu.uuid}, has only {rank.gpu.free / _GIB:.1f} of "
+                f"{rank.gpu.total / _GIB:.1f} GiB free; end the other processes on it (`nvidia-smi` lists them), or "
+                "exclude the node",
+            )
+    least = min(rank.gpu.free for rank in findings if rank.gpu)
+    kinds = ", ".join(sorted({rank.gpu.name for rank in findings if rank.gpu}))
+    return Check("GPUs", f"{len(owners)} ({kinds}), one per rank, at least {least / _GIB:.1f} GiB free")
 
 
 def _check_run_folder(findings: Sequence[Findings]) -> Check:
-    found = f"the same for {len(findings)} rank(s), and each can write to it"
-    return _trouble("run folder", findings) or Check("run folder", found)
+    return _find_error("run folder", findings) or Check(
+        "run folder", f"shared and writable for {len(findings)} rank(s)"
+    )
 
 
 def _compare_stores(findings: Sequence[Findings]) -> Check:
-    own = findings[0].stores
-    found = f"{len(own)} store(s), a sample of each read by every rank"
-    trouble = _trouble("data", findings)
-    if trouble is not None:
-        return trouble
-    for name, fingerprint in own.items():
-        other = _first(findings, lambda one, name=name, own=fingerprint: one.stores.get(name) != own)  # type: ignore[misc]
+    stores = findings[0].stores
+    result = f"{len(stores)} store(s), a sample of each read by every rank"
+    failed = _find_error("data", findings)
+    if failed is not None:
+        return failed
+    for name, fingerprint in stores.items():
+        other = _find_first(findings, lambda rank, name=name, own=fingerprint: rank.stores.get(name) != own)  # type: ignore[misc]
         if other is not None:
-            what = f"store {name} with fingerprint {other.stores.get(name, 'none')[:12]}"
-            way_out = "let data.store_root be the same files on every node"
-            return _differs("data", found, other, what, fingerprint[:12], findings[0], way_out)
-    return Check("data", found)
+            value = f"store {name} with fingerprint {other.stores.get(name, 'none')[:12]}"
+            fix = "give every node the same files in data.store_root"
+            return _make_difference("data", result, other, value, fingerprint[:12], findings[0], fix)
+    return Check("data", result)
 
 
 def _compare_clocks(findings: Sequence[Findings]) -> Check:
-    first = min(findings, key=lambda one: one.clock)
-    last = max(findings, key=lambda one: one.clock)
-    skew = last.clock - first.clock
-    found = f"{skew:.3f} s apart"
-    if skew > MOST_SKEW_S:  # nothing that is learned depends on it
-        found += f", {last.who} before {first.who}: times in logs, and who is said to be late, will be off by that"
-    return Check("clocks", found)
+    first = min(findings, key=lambda rank: rank.clock)
+    last = max(findings, key=lambda rank: rank.clock)
+    skew_s = last.clock - first.clock
+    result = f"{skew_s:.3f} s apart"
+    if skew_s > MAX_CLOCK_SKEW_S:  # no problem: nothing that is learned depends on it
+        result += f", {last.rank_name} before {first.rank_name}: times in logs and of late ranks are off by that much"
+    return Check("clocks", result)
 
 
-def _trouble(name: str, findings: Sequence[Findings]) -> Check | None:
-    for one in findings:
-        for what, text in one.troubles:
-            if what == name:
-                return Check(name, "", f"{one.who}: {text.rstrip('.')}; {_TROUBLE_WAYS_OUT[name]}")
+def _find_error(name: str, findings: Sequence[Findings]) -> Check | None:
+    """Returns the failed check for the first error of that name."""
+    for rank in findings:
+        for check, message in rank.errors:
+            if check == name:
+                return Check(name, "", f"{rank.rank_name}: {message.rstrip('.')}; {_FIXES[name]}")
     return None
 
 
-def _first(findings: Sequence[Findings], differs: Callable[[Findings], bool]) -> Findings | None:
-    return next((one for one in findings if differs(one)), None)
+def _find_first(findings: Sequence[Findings], predicate: Callable[[Findings], bool]) -> Findings | None:
+    return next((rank for rank in findings if predicate(rank)), None)
 
 
-def _differs(name: str, found: str, other: Findings, theirs: str, own: str, first: Findings, way_out: str) -> Check:
-    return Check(name, found, f"{other.who} has {theirs}, {first.who} has {own}; {way_out}")
+def _make_difference(
+    name: str, result: str, other: Findings, other_value: str, main_value: str, main: Findings, fix: str
+) -> Check:
+    """Returns a failed check: `other` has another value than rank 0."""
+    return Check(name, result, f"{other.rank_name} has {other_value}, {main.rank_name} has {main_value}; {fix}")

@@ -1,8 +1,7 @@
-"""Where every rank stands, so that any of them can say who has not arrived.
+"""Progress files: each rank records its step, micro-step and phase, so that any rank can tell which ranks are late.
 
-Each rank keeps `log/rank_NNN.progress`, two lines rewritten in place: step, micro-step and phase at every change, and
-what its watch last found (whether it waits for other ranks). No message is needed to read it, only the run's folder.
-When to look, and what to do then, is `watchdog.py`'s.
+A rank rewrites `log/rank_NNN.progress` in place. Its first line changes with every phase; the second has what the
+watchdog observed last, for example whether the rank waits in a collective. Reading them needs the run folder only.
 """
 
 import json
@@ -22,24 +21,32 @@ PHASES = {
     "data": "waiting for its data",
     "forward": "forward",
     "backward": "backward",
-    "agree": "adding up losses",
-    "update": "the optimizer's step",
+    "agree": "all-reducing losses",
+    "update": "the optimizer step",
     "evaluate": "the held-out loss and answers",
     "save": "saving",
     "end": "writing the result",
 }
-"""What a rank does, in the order of a step, and how it is said."""
-OF_A_ROW = ("data", "forward", "backward")
-"""The phases in which a rank is busy with one row; in the others it is with the whole step."""
+"""Phases in the order of a step, with the descriptions that messages use."""
+ROW_PHASES = ("data", "forward", "backward")
+"""The phases that process one row; the others concern the whole step."""
 _LINE = 320  # bytes of each of the two lines, which are padded so that they can be rewritten in place
 
 
 @dataclass(frozen=True)
 class RankStatus:
-    """Where a rank stands. Times are seconds since the epoch; `step` counts from 0 and is -1 before the first.
+    """The progress of a rank. Times are seconds since the epoch.
 
-    `waits`, `at`, `seen` and `held_s` are what its watch last found: whether the rank is inside a collective, where in
-    the code its main thread is, when that was, and how long it had stood there by a clock that does not jump.
+    Attributes:
+        rank, host: of the process.
+        step: from 0; -1 before the first.
+        micro_step: from 0; meaningful in the phases of a row.
+        phase: a key of `PHASES`.
+        since: when the phase began.
+        waits: whether the watchdog saw the rank inside a collective.
+        at: the innermost line of the main thread that the watchdog saw.
+        seen: when the watchdog looked.
+        held_s: seconds that the phase had lasted then, on the monotonic clock.
     """
 
     rank: int
@@ -55,30 +62,30 @@ class RankStatus:
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Grows as the rank goes on."""
-        micro_step = self.micro_step if self.phase in OF_A_ROW else 2**31
+        """A key that increases as the rank makes progress."""
+        micro_step = self.micro_step if self.phase in ROW_PHASES else 2**31
         return self.step, micro_step, list(PHASES).index(self.phase)
 
     @property
     def age_s(self) -> float:
-        """For how long it has stood there, as far as can be known: a clock that jumped since it was seen shows."""
+        """Seconds that the rank has been in the phase; a jump of the clock since `seen` is included."""
         now = time.time()
         return max(0.0, now - self.since if self.held_s is None else self.held_s + now - self.seen)
 
     @property
     def description(self) -> str:
-        """Step, micro-step and phase as a person reads them."""
+        """Step, micro-step and phase as messages name them."""
         if self.step < 0:
             return PHASES[self.phase]
-        micro_step = f", micro-step {self.micro_step}" if self.phase in OF_A_ROW else ""
+        micro_step = f", micro-step {self.micro_step}" if self.phase in ROW_PHASES else ""
         return f"step {self.step}{micro_step}, {PHASES[self.phase]}"
 
 
 class Progress:
-    """This rank's progress file.
+    """Writes this rank's progress file.
 
     Args:
-        folder: where the files of all ranks lie; None keeps the place in memory only.
+        folder: folder of the files of all ranks; None keeps the status in memory only.
         rank: of this process.
     """
 
@@ -88,39 +95,50 @@ class Progress:
         self._file: int | None = None
         if self._path:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.unlink(missing_ok=True)  # an earlier run's
+            self._path.unlink(missing_ok=True)  # left by an earlier run
             self._file = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o644)
         self.enter("start", -1)
-        self.note(self.now[0], waits=False, at="")
+        self.record_observation(self.current[0], waits=False, at="")
 
     @property
-    def now(self) -> tuple[RankStatus, float]:
-        """Where this rank stands, and since when on the monotonic clock."""
-        return self._now
+    def current(self) -> tuple[RankStatus, float]:
+        """The status of this rank, and when its phase began on the monotonic clock, in seconds."""
+        return self._current
 
     def enter(self, phase: str, step: int, micro_step: int = 0) -> None:
-        """This rank begins a phase. One small write into the page cache; it never raises, as it may not end a run."""
-        # Not rounded: by its time a note is told to be of this phase, and two phases can lie within a millisecond.
-        place = RankStatus(self._rank, self._host, step, micro_step, phase, time.time())
-        self._now = (place, time.monotonic())
+        """Records that this rank begins a phase. Writes a few bytes to the page cache and never raises."""
+        # `since` is not rounded: it identifies the phase of an observation, and two phases can begin in a millisecond.
+        status = RankStatus(self._rank, self._host, step, micro_step, phase, time.time())
+        self._current = (status, time.monotonic())
         self._write(
             0,
             f'{{"rank": {self._rank}, "host": "{self._host}", "step": {step}, "micro_step": {micro_step}, '
-            f'"phase": "{phase}", "since": {place.since}}}',
+            f'"phase": "{phase}", "since": {status.since}}}',
         )
 
-    def note(self, place: RankStatus, *, waits: bool, at: str) -> None:
-        """What the watch found while the rank stood there; brought to the disk, for readers on other hosts."""
-        now, entered_s = self._now
-        held_s = round(time.monotonic() - entered_s, 3) if now == place else None
-        found = {"since": place.since, "waits": waits, "at": at[-120:], "seen": round(time.time(), 3), "held_s": held_s}
-        self._write(_LINE, json.dumps(found))
+    def record_observation(self, status: RankStatus, *, waits: bool, at: str) -> None:
+        """Records what the watchdog saw while the rank had this status, and syncs it to disk for other hosts.
+
+        Args:
+            waits: whether the rank was inside a collective.
+            at: the innermost line of its main thread.
+        """
+        current, entered_s = self._current
+        held_s = round(time.monotonic() - entered_s, 3) if current == status else None
+        observation = {
+            "since": status.since,
+            "waits": waits,
+            "at": at[-120:],
+            "seen": round(time.time(), 3),
+            "held_s": held_s,
+        }
+        self._write(_LINE, json.dumps(observation))
         if self._file is not None:
             with suppress(OSError):
                 os.fsync(self._file)
 
     def remove(self) -> None:
-        """After a run that did not fail; the files of one that did stay, for whoever looks."""
+        """Removes the file. A run that failed keeps its files for inspection."""
         if self._file is not None and self._path is not None:
             os.close(self._file)
             self._file = None
@@ -133,37 +151,37 @@ class Progress:
 
 
 def progress_path(folder: Path, rank: int) -> Path:
-    """The progress file of a rank."""
+    """Returns the path of a rank's progress file."""
     return folder / f"rank_{rank:03d}.progress"
 
 
 def read_statuses(folder: Path, num_ranks: int) -> list[RankStatus]:
-    """Where the ranks stand; those whose file is not there, or cannot be read just now, are left out."""
-    places = []
+    """Reads the status of every rank; ranks whose file is missing or cannot be parsed are omitted."""
+    statuses = []
     for rank in range(num_ranks):
         with suppress(OSError, ValueError, TypeError, KeyError):
             first, second = progress_path(folder, rank).read_text().splitlines()
-            place, found = RankStatus(**json.loads(first)), json.loads(second)
-            is_of_this_phase = found.pop("since") == place.since
-            places.append(replace(place, **(found if is_of_this_phase else {"seen": found["seen"]})))
-    return places
+            status, observation = RankStatus(**json.loads(first)), json.loads(second)
+            is_of_this_phase = observation.pop("since") == status.since
+            statuses.append(replace(status, **(observation if is_of_this_phase else {"seen": observation["seen"]})))
+    return statuses
 
 
-def stragglers(places: Sequence[RankStatus]) -> list[RankStatus]:
-    """Those that the others wait for: the least far of the ranks that are not inside a collective.
+def find_stragglers(statuses: Sequence[RankStatus]) -> list[RankStatus]:
+    """Returns the ranks that the others wait for: those with the least progress among the ranks outside collectives.
 
-    If all are inside one, the least far of all.
+    If every rank is inside a collective, returns those with the least progress of all.
     """
-    candidates = [place for place in places if not place.waits] or list(places)
-    first = min(place.order for place in candidates)
-    return [place for place in candidates if place.order == first]
+    candidates = [status for status in statuses if not status.waits] or list(statuses)
+    least = min(status.order for status in candidates)
+    return [status for status in candidates if status.order == least]
 
 
-def sample_names(planner: Planner, mixture: Mixture, place: RankStatus) -> list[str]:
-    """The samples that a rank has in hand where it stands, as `source:id`; the whole step's where ranks meet."""
-    if place.step < 0 or place.phase == "evaluate":
+def list_sample_names(planner: Planner, mixture: Mixture, status: RankStatus) -> list[str]:
+    """Returns the samples that a rank processes, as `source:id`; outside the phases of a row, those of the step."""
+    if status.step < 0 or status.phase == "evaluate":
         return []
-    plan = replace(planner, rank=place.rank).plan(place.step)
-    positions = plan.rows[place.micro_step] if place.phase in OF_A_ROW else plan.samples
+    plan = replace(planner, rank=status.rank).plan(status.step)
+    positions = plan.rows[status.micro_step] if status.phase in ROW_PHASES else plan.samples
     texts = [mixture.text(int(number)) for number in planner.table.rows["sample"][positions]]
     return [f"{text.source}:{text.id}" for text in texts]

@@ -1,4 +1,4 @@
-"""What can be wrong with a step, and how it is told: the step, its samples, the way out."""
+"""Checks the numbers of a step, and builds errors that name the step, its samples and the fix."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -12,25 +12,25 @@ from train.config.schema import RunConfig
 from train.data.loader import Planner, StepPlan
 from train.distributed.world import World
 
-_MOST_NAMED = 16
+_MAX_NAMED_SAMPLES = 16
 
 
 class StepError(RuntimeError):
-    """A step whose numbers cannot be right; it was not applied."""
+    """The numbers of a step are wrong; the step was not applied."""
 
 
 class OutOfMemory(RuntimeError):
-    """A row did not fit into memory; the message says which, and what to change."""
+    """A row did not fit into memory; the message names the row and the settings to change."""
 
 
 class StepCheck:
-    """Looks at the steps of a run.
+    """Checks the steps of a run.
 
     Args:
         config, world, planner: of the run.
-        mixture: names sources and samples.
-        say: tells the person in front of the terminal.
-        num_left_out: steps that were left out before this start.
+        mixture: gives the names of sources and samples.
+        info: logs a message to the terminal.
+        num_skipped: earlier steps whose update was skipped.
     """
 
     def __init__(
@@ -39,86 +39,86 @@ class StepCheck:
         world: World,
         planner: Planner,
         mixture: Mixture,
-        say: Callable[[str], None],
-        num_left_out: int = 0,
+        info: Callable[[str], None],
+        num_skipped: int = 0,
     ) -> None:
         self._config, self._world, self._planner, self._mixture = config, world, planner, mixture
-        self._say, self._num_left_out = say, num_left_out
+        self._info, self._num_skipped = info, num_skipped
 
-    def before(self, plan: StepPlan) -> None:
-        """Raises StepError if nothing of the step is supervised."""
+    def check_supervised(self, plan: StepPlan) -> None:
+        """Raises StepError if the step has no supervised token."""
         if plan.num_supervised < 1:
-            raise StepError(f"step {plan.step}: none of its tokens is supervised. {self._named(plan)}")
+            raise StepError(f"step {plan.step} has no supervised token. {self._describe_samples(plan)}")
 
-    def counts(self, plan: StepPlan, tokens: torch.Tensor) -> None:
-        """Compares what was seen with what was planned.
+    def check_counts(self, plan: StepPlan, tokens: torch.Tensor) -> None:
+        """Compares the supervised tokens that were computed with the length table.
 
         Args:
             plan: of the step.
-            tokens: supervised tokens of each source, [sources].
+            tokens: supervised tokens of each source, [num_sources].
 
         Raises:
-            StepError: a source of the step had none, or the sum is another than the length table's.
+            StepError: a source of the step had none, or their sum differs from the table's.
         """
         for source in np.unique(self._planner.table.rows["source"][plan.samples]).tolist():
             if not tokens[source]:
                 raise StepError(
-                    f"step {plan.step}: no token of source {self._mixture.source_names[source]} was supervised; the "
-                    f"step was not applied. {self._named(plan, [source])}"
+                    f"step {plan.step}: source {self._mixture.source_names[source]} had no supervised token; the step "
+                    f"was not applied. {self._describe_samples(plan, [source])}"
                 )
         if int(tokens.sum()) != plan.num_supervised:
             raise StepError(
-                f"step {plan.step}: {int(tokens.sum())} supervised tokens were seen, the length table counts "
-                f"{plan.num_supervised}; the table is not this data's"
+                f"step {plan.step} had {int(tokens.sum())} supervised tokens, but the length table counts "
+                f"{plan.num_supervised}: the table does not belong to this data; remove {self._planner.table.folder}"
             )
 
-    def leave_out(self, plan: StepPlan, bad: Sequence[int]) -> None:
-        """Writes down a step that was not applied.
+    def record_skipped(self, plan: StepPlan, non_finite: Sequence[int]) -> None:
+        """Appends a step that was not applied to non_finite.jsonl.
 
         Args:
             plan: of the step.
-            bad: sources whose loss is not finite; none where it is the gradient.
+            non_finite: sources with a non-finite loss; empty if only the gradient is non-finite.
 
         Raises:
-            StepError: it is one more than `skip_non_finite` allows.
+            StepError: more steps were skipped than `skip_non_finite` allows.
         """
-        names = ", ".join(self._mixture.source_names[source] for source in bad)
-        what = f"the loss of {names}" if bad else "the gradient"
-        self._num_left_out += 1
+        names = ", ".join(self._mixture.source_names[source] for source in non_finite)
+        what = f"the loss of {names}" if non_finite else "the gradient"
+        self._num_skipped += 1
         if self._world.is_main:
-            samples = [f"{text.source}:{text.id}" for text in self._texts(plan)]
+            samples = [f"{text.source}:{text.id}" for text in self._read_texts(plan)]
             with (self._config.run_dir / "non_finite.jsonl").open("a") as file:
                 file.write(json.dumps({"step": plan.step, "what": what, "samples": samples}) + "\n")
         allowed = self._config.skip_non_finite
-        told = f"step {plan.step}: {what} is not finite; the step was not applied"
-        if self._num_left_out > allowed:
+        message = f"step {plan.step}: {what} is not finite; the step was not applied"
+        if self._num_skipped > allowed:
             raise StepError(
-                f"{told}, and {allowed} such steps may be left out (skip_non_finite); non_finite.jsonl has all of its "
-                f"samples. {self._named(plan, bad or None)}"
+                f"{message}, and skip_non_finite={allowed} allows no more skipped steps; non_finite.jsonl lists all of "
+                f"its samples. {self._describe_samples(plan, non_finite or None)}"
             )
-        self._say(f"{told} ({self._num_left_out} of at most {allowed}; its samples are in non_finite.jsonl)")
+        self._info(f"{message} ({self._num_skipped} of at most {allowed}; its samples are in non_finite.jsonl)")
 
-    def out_of_memory(self, plan: StepPlan, number: int, error: Exception) -> OutOfMemory:
-        """Which row did not fit, and what to change; none of it changes what is learned."""
-        rows = self._planner.table.rows[plan.rows[number]]
+    def make_out_of_memory_error(self, plan: StepPlan, micro_step: int, error: Exception) -> OutOfMemory:
+        """Returns an error that names the row and the settings to change; none of them changes what is learned."""
+        rows = self._planner.table.rows[plan.rows[micro_step]]
         tokens, tiles = rows["tokens"], rows["tiles"]
         packing = self._config.packing
         longest = f", the longest of {tokens.max():,} tokens" if len(rows) else ""
         return OutOfMemory(
-            f"step {plan.step}, micro-step {number}: a row of {tokens.sum():,} tokens and {tiles.sum():,} tiles "
+            f"step {plan.step}, micro-step {micro_step}: a row of {tokens.sum():,} tokens and {tiles.sum():,} tiles "
             f"({len(rows)} samples{longest}) did not fit into memory. Lower packing.max_tokens ({packing.max_tokens}; "
             f"at least stage.max_length, {self._config.stage.max_length}) or packing.max_tiles ({packing.max_tiles}), "
-            "set recompute=[language_model], or shard more (engine=zero3, or offload in the engine's dictionary): "
-            f"nothing that is learned depends on them. It said: {str(error).splitlines()[0]}"
+            "set recompute=[language_model], or use engine=zero3 or offloading; none of these changes what is learned. "
+            f"Original error: {str(error).splitlines()[0]}"
         )
 
-    def _named(self, plan: StepPlan, sources: Sequence[int] | None = None) -> str:
-        """The step's samples, of all or some sources, by their ids."""
-        texts = self._texts(plan, sources)
-        more = f" and {len(texts) - _MOST_NAMED} more" if len(texts) > _MOST_NAMED else ""
-        return "Its samples: " + ", ".join(f"{text.source} {text.id!r}" for text in texts[:_MOST_NAMED]) + more
+    def _describe_samples(self, plan: StepPlan, sources: Sequence[int] | None = None) -> str:
+        """Returns a sentence with the ids of the step's samples, of all sources or of some."""
+        texts = self._read_texts(plan, sources)
+        more = f" and {len(texts) - _MAX_NAMED_SAMPLES} more" if len(texts) > _MAX_NAMED_SAMPLES else ""
+        return "Its samples: " + ", ".join(f"{text.source} {text.id!r}" for text in texts[:_MAX_NAMED_SAMPLES]) + more
 
-    def _texts(self, plan: StepPlan, sources: Sequence[int] | None = None) -> list[StoredText]:
+    def _read_texts(self, plan: StepPlan, sources: Sequence[int] | None = None) -> list[StoredText]:
         rows = self._planner.table.rows[plan.samples]
         numbers = rows["sample"] if sources is None else rows["sample"][np.isin(rows["source"], sources)]
         return [self._mixture.text(int(number)) for number in numbers]

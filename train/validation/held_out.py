@@ -1,8 +1,7 @@
-"""The loss of held-out samples, by source, computed as training computes it: whole conversations, packed rows, sums.
+"""Computes the loss of held-out samples by source, as training does: on whole conversations in packed rows.
 
-Owns which samples those are, dealing them to the ranks that exist, and the division at the end. The live engine uses it
-during training (`evaluate.every`), `python -m train.evaluate` on an export. Nothing here changes a weight: every rank
-runs as many rows as every other, forward only.
+It is used during training (`evaluate.every`) and by `python -m train.evaluate`. Every rank runs the same number of
+rows, forward only, and no weight changes.
 """
 
 import time
@@ -28,22 +27,22 @@ from train.config.schema import PackingConfig
 from train.data.packing import assign_rows
 from train.distributed.world import World, all_gather_objects
 
-_DEALT_AT_ONCE = 256
-"""Samples that are dealt together: enough to fill rows well, few enough that dealing takes no time."""
+_PACKED_TOGETHER = 256
+"""Samples that are assigned to rows at a time: enough to fill rows well, few enough that the assignment is fast."""
 
 
 @dataclass(frozen=True)
 class HeldOutSample:
-    """One sample that is read when it is asked for."""
+    """One held-out sample, which `text` and `read` read on demand."""
 
     source: str
     text: Callable[[], StoredText]
     read: Callable[[], StoredSample]
 
 
-def of_mixture(mixture: Mixture) -> dict[str, list[HeldOutSample]]:
-    """The held-out samples of each source that has some, in the order of their hashes."""
-    found = {
+def list_mixture_samples(mixture: Mixture) -> dict[str, list[HeldOutSample]]:
+    """Returns the held-out samples of each source that has any, in the order of their hashes."""
+    by_source = {
         source: [
             HeldOutSample(
                 source, partial(mixture.heldout_text, source, number), partial(mixture.heldout_sample, source, number)
@@ -52,11 +51,11 @@ def of_mixture(mixture: Mixture) -> dict[str, list[HeldOutSample]]:
         ]
         for source in mixture.source_names
     }
-    return {source: samples for source, samples in found.items() if samples}
+    return {source: samples for source, samples in by_source.items() if samples}
 
 
-def of_store(path: Path, num: int | None = None, seed: int | None = None) -> list[HeldOutSample]:
-    """Samples of a prepared source, in its order: all, the first `num`, or with a seed `num` drawn by it.
+def list_store_samples(path: Path, num: int | None = None, seed: int | None = None) -> list[HeldOutSample]:
+    """Returns samples of a prepared source in its order: all, the first `num`, or `num` samples drawn with `seed`.
 
     Raises:
         DataError: there is no such store.
@@ -68,25 +67,27 @@ def of_store(path: Path, num: int | None = None, seed: int | None = None) -> lis
     return [HeldOutSample(store.name, partial(store.text, n), partial(store.sample, n)) for n in numbers]
 
 
-def encoded(held_out: HeldOutSample, processor: Processor) -> Example:
-    """A sample that has a place in the stage, read and encoded.
+def encode_sample(held_out: HeldOutSample, processor: Processor) -> Example:
+    """Reads and encodes a sample that the stage does not reject.
 
     Raises:
-        DataError: it cannot be; names it.
+        DataError: it cannot be read or encoded; the message names it.
     """
     sample = held_out.read()
     try:
-        return processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+        return processor.encode(sample.messages, sample.sizes_hw, sample.images)
     except (OSError, ValueError) as error:
         raise DataError(f"held-out sample {sample.id!r} of source {sample.source}: {error}") from error
 
 
 @dataclass(frozen=True)
-class HeldOut:
-    """Held-out samples as rows.
+class HeldOutSet:
+    """Held-out samples and this rank's rows of them.
 
-    `rows` are this rank's, one a micro-step, as positions in `samples`; every rank has as many, some of them empty.
-    `left_out` counts the samples of each source that have no place in the stage.
+    Attributes:
+        rows: positions in `samples`, one row per micro-step. Every rank has the same number of rows; some may be empty.
+        per_sample: weigh every sample equally, as `loss_weighting: sample` does.
+        num_rejected: samples by source that are too long for the stage or have no supervised token.
     """
 
     source_names: tuple[str, ...]
@@ -94,47 +95,49 @@ class HeldOut:
     rows: tuple[tuple[int, ...], ...]
     processor: Processor
     per_sample: bool = False
-    left_out: dict[str, int] = field(default_factory=dict)
+    num_rejected: dict[str, int] = field(default_factory=dict)
 
     def batches(self) -> Iterator[Batch]:
-        """This rank's rows, read and encoded as they are asked for.
+        """Reads, encodes and yields this rank's rows.
 
         Raises:
-            DataError: a sample cannot be read or encoded; names it.
+            DataError: a sample cannot be read or encoded; the message names it.
         """
         geometry = self.processor.config
         for row in self.rows:
-            samples = [self.samples[place] for place in row]
+            samples = [self.samples[position] for position in row]
             yield collate(
-                [encoded(sample, self.processor) for sample in samples],
+                [encode_sample(sample, self.processor) for sample in samples],
                 tile=geometry.tile,
                 patches_per_tile=geometry.patches_per_side**2,
                 source_ids=[self.source_names.index(sample.source) for sample in samples],
                 per_sample=self.per_sample,
             )
 
-    def metrics(self, forward: Callable[[Batch], Any], world: World, enter: Callable[[int], None]) -> dict[str, float]:
-        """`eval/<source>/loss` of all ranks together, and how long it took. Every rank must ask.
+    def compute_metrics(
+        self, forward: Callable[[Batch], Any], world: World, enter: Callable[[int], None]
+    ) -> dict[str, float]:
+        """Returns `eval/<source>/loss` over all ranks and `perf/evaluate_s`. Every rank must call it.
 
         Args:
-            forward: as `sums` takes it.
-            enter: told the number of each row before it begins.
+            forward: see `compute_sums`.
+            enter: called with the number of each row before it is computed.
         """
         started = time.monotonic()
-        sums = torch.stack(all_gather_objects(world, self.sums(forward, world.device, enter))).sum(0)
-        losses = {f"eval/{name}/loss": loss for name, loss in self.losses(sums).items()}
+        sums = torch.stack(all_gather_objects(world, self.compute_sums(forward, world.device, enter))).sum(0)
+        losses = {f"eval/{name}/loss": loss for name, loss in self.compute_losses(sums).items()}
         return losses | {"perf/evaluate_s": time.monotonic() - started}
 
-    def sums(
+    def compute_sums(
         self, forward: Callable[[Batch], Any], device: torch.device, enter: Callable[[int], None] = lambda _: None
     ) -> torch.Tensor:
-        """Loss sums, supervised tokens and samples of each source on this rank: float64 [3, num_sources], on the host.
+        """Returns loss sums, supervised tokens and samples by source on this rank: float64 [3, num_sources], on CPU.
 
-        The model's mode is left alone: without dropout it makes no difference, and training goes on as if nothing was.
+        The model stays in training mode, which makes no difference without dropout.
 
         Args:
-            forward: `LlavaNext.forward`, or an engine around it.
-            enter: as `metrics` has it.
+            forward: `LlavaNext.forward`, or the engine of such a model.
+            enter: see `compute_metrics`.
         """
         total = torch.zeros(3, len(self.source_names), dtype=torch.float64)
         for number, (row, batch) in enumerate(zip(self.rows, self.batches(), strict=True)):
@@ -143,21 +146,25 @@ class HeldOut:
                 loss = LossSums(*forward(batch.to(device)))
             total[0] += loss.by_source.double().cpu()
             total[1] += loss.tokens_by_source.double().cpu()
-            for place in row:
-                total[2, self.source_names.index(self.samples[place].source)] += 1
+            for position in row:
+                total[2, self.source_names.index(self.samples[position].source)] += 1
         return total
 
-    def losses(self, sums: torch.Tensor) -> dict[str, float]:
-        """The mean loss of each source, from the sums of all ranks, as `train/loss/<source>` is one."""
-        shares = sums[2] if self.per_sample else sums[1]
+    def compute_losses(self, sums: torch.Tensor) -> dict[str, float]:
+        """Returns the mean loss of each source, defined as `train/loss/<source>` is.
+
+        Args:
+            sums: `compute_sums`, added over all ranks.
+        """
+        divisors = sums[2] if self.per_sample else sums[1]
         return {
-            name: float(loss / all_gather_objects)
-            for name, loss, all_gather_objects in zip(self.source_names, sums[0], shares, strict=True)
-            if all_gather_objects > 0
+            name: float(loss / divisor)
+            for name, loss, divisor in zip(self.source_names, sums[0], divisors, strict=True)
+            if divisor > 0
         }
 
 
-def hold_out(
+def build_held_out(
     samples: Mapping[str, Sequence[HeldOutSample]],
     source_names: Sequence[str],
     processor: Processor,
@@ -167,46 +174,54 @@ def hold_out(
     per_sample: bool = False,
     rank: int = 0,
     num_ranks: int = 1,
-) -> HeldOut:
-    """Counts the samples and deals them into rows; every rank computes the same deal.
+) -> HeldOutSet:
+    """Determines the lengths of the samples and assigns them to rows; every rank computes the same assignment.
 
-    A sample that has no place in the stage (too long, nothing supervised) is left out and counted, as in training.
+    Samples that are too long for the stage or have no supervised token are rejected and counted, as in training.
 
     Args:
-        samples: by source, in the order in which they are taken.
-        source_names: of the model's per-source sums.
-        packing: the row's budgets, raised to the largest sample where that exceeds them.
-        per_sample: weigh tokens as `loss_weighting: sample` does.
+        samples: by source, in the order in which they are used.
+        source_names: names of the model's per-source sums.
+        packing: budgets of a row; raised to the largest sample if that exceeds them.
+        per_sample: weigh every sample equally, as `loss_weighting: sample` does.
 
     Raises:
-        ModelError: a stored sample's placeholders and pictures differ in number.
+        ModelError: a stored sample's placeholders and images differ in number.
     """
-    kept: list[HeldOutSample] = []
+    accepted: list[HeldOutSample] = []
     sizes: list[tuple[int, int, int]] = []
-    left_out: Counter[str] = Counter()
+    num_rejected: Counter[str] = Counter()
     for held_out in (sample for of_source in samples.values() for sample in of_source):
         text = held_out.text()
         try:
             layout = processor.layout(text.messages, text.sizes_hw)
         except SampleRejected:
-            left_out[held_out.source] += 1
+            num_rejected[held_out.source] += 1
             continue
-        kept.append(held_out)
+        accepted.append(held_out)
         sizes.append((layout.num_tokens, layout.num_tiles, layout.num_supervised))
-    rows = rows_of(sizes, packing, costs, rank=rank, num_ranks=num_ranks)
-    return HeldOut(tuple(source_names), kept, rows, processor, per_sample, dict(left_out))
+    rows = pack_rows(sizes, packing, costs, rank=rank, num_ranks=num_ranks)
+    return HeldOutSet(tuple(source_names), accepted, rows, processor, per_sample, dict(num_rejected))
 
 
-def rows_of(
+def pack_rows(
     sizes: Sequence[tuple[int, int, int]], packing: PackingConfig, costs: StepCosts, *, rank: int, num_ranks: int
 ) -> tuple[tuple[int, ...], ...]:
-    """One rank's rows of samples of these (tokens, tiles, supervised tokens), as positions among them; every rank has
-    as many rows."""
+    """Assigns samples to rows and returns those of one rank, as positions in `sizes`.
+
+    Args:
+        sizes: tokens, tiles and supervised tokens of each sample.
+
+    Returns:
+        The rows of `rank`; every rank has the same number of rows.
+    """
     lengths = np.array(sizes, dtype=np.int64).reshape(-1, 3)
     rows: list[tuple[int, ...]] = []
-    for start in range(0, len(lengths), _DEALT_AT_ONCE):
-        tokens, tiles, supervised = lengths[start : start + _DEALT_AT_ONCE].T
+    for start in range(0, len(lengths), _PACKED_TOGETHER):
+        tokens, tiles, supervised = lengths[start : start + _PACKED_TOGETHER].T
         budgets = PackingConfig(max(packing.max_tokens, int(tokens.max())), max(packing.max_tiles, int(tiles.max())))
-        dealt = assign_rows(tokens, tiles, costs.of(tokens, tiles, supervised), num_ranks=num_ranks, budgets=budgets)
-        rows += [tuple(start + place for place in micro_step[rank]) for micro_step in dealt.rows]
+        assignment = assign_rows(
+            tokens, tiles, costs.flops(tokens, tiles, supervised), num_ranks=num_ranks, budgets=budgets
+        )
+        rows += [tuple(start + position for position in micro_step[rank]) for micro_step in assignment.rows]
     return tuple(rows)

@@ -1,8 +1,7 @@
-"""Live answers: a fixed set of held-out questions, answered greedily by the model in training, wherever it stands.
+"""Answers a fixed set of held-out questions greedily with the model in training.
 
-Owns which questions are asked, their prompts, and the search for answers on the packed path: no cache of keys, so each
-token is a forward pass over prompts and what was said so far. Nothing here changes a weight. Every rank runs as many
-passes as every other; answers depend neither on the ranks nor on the ZeRO stage.
+The packed model has no key-value cache, so each new token takes a forward pass over prompts and answers. Every rank
+runs the same number of passes, no weight changes, and the answers depend neither on the ranks nor on the ZeRO stage.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,13 +21,19 @@ from llava_next.model.build import Backbone
 from llava_next.model.flops import StepCosts
 from train.config.schema import EvaluateConfig, PackingConfig
 from train.distributed.world import World, all_gather_objects
-from train.validation.held_out import HeldOutSample, encoded, rows_of
+from train.validation.held_out import HeldOutSample, encode_sample, pack_rows
 
 
 @dataclass(frozen=True)
 class Probe:
-    """A sample's first question. `prompt` int32 [T] is what training renders up to its answer, with the first
-    `num_images` of the sample's pictures, which are `num_tiles` tiles."""
+    """The first question of a sample.
+
+    Attributes:
+        truth: the answer in the sample.
+        prompt: ids as training renders them up to the answer, int32 [T].
+        num_images: number of the sample's images in the prompt; they are the first ones.
+        num_tiles: tiles of these images.
+    """
 
     sample: HeldOutSample
     id: str
@@ -41,7 +46,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a probe; `ids` end before the token at which it stopped, if it did."""
+    """An answer of the model to a probe. `ids` end before the stop token, if the model generated one."""
 
     source: str
     id: str
@@ -52,8 +57,14 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class LiveAnswers:
-    """The probes, and this rank's rows of them as positions in `probes`; every rank has as many rows."""
+class AnswerGenerator:
+    """Generates answers to the probes.
+
+    Attributes:
+        rows: this rank's rows, as positions in `probes`; every rank has the same number of rows.
+        stop_ids: ids that end an answer.
+        num_tokens: maximum number of new tokens.
+    """
 
     probes: Sequence[Probe]
     rows: tuple[tuple[int, ...], ...]
@@ -61,58 +72,59 @@ class LiveAnswers:
     stop_ids: tuple[int, ...]
     num_tokens: int
 
-    def ask(
+    def generate(
         self, forward: Callable[..., Any], world: World, enter: Callable[[int], None] = lambda _: None
     ) -> list[Answer]:
-        """The answers of all ranks, in the order of the probes. Every rank must ask.
+        """Returns the answers of all ranks, in the order of the probes. Every rank must call it.
 
         Args:
-            forward: `LlavaNext.forward`, or an engine around it.
-            enter: told the number of a row before each pass over it.
+            forward: `LlavaNext.forward`, or the engine of such a model.
+            enter: called with the number of a row before each pass over it.
 
         Raises:
-            DataError: a sample cannot be read or encoded; names it.
+            DataError: a sample cannot be read or encoded; the message names it.
         """
-        said: dict[int, list[int]] = {}
+        rank_ids: dict[int, list[int]] = {}
         for number, row in enumerate(self.rows):
-            said |= zip(row, self._greedy(row, forward, world, partial(enter, number)), strict=True)
-        everywhere = {place: ids for of_rank in all_gather_objects(world, said) for place, ids in of_rank.items()}
-        return [self._answer(probe, everywhere[place]) for place, probe in enumerate(self.probes)]
+            rank_ids |= zip(row, self._search_greedily(row, forward, world, partial(enter, number)), strict=True)
+        all_ids = {
+            position: ids for gathered in all_gather_objects(world, rank_ids) for position, ids in gathered.items()
+        }
+        return [self._make_answer(probe, all_ids[position]) for position, probe in enumerate(self.probes)]
 
     @torch.no_grad()
-    def _greedy(
+    def _search_greedily(
         self, row: tuple[int, ...], forward: Callable[..., Any], world: World, enter: Callable[[], None]
     ) -> list[list[int]]:
-        """The ids that follow each prompt of a row, up to where it stops.
+        """Returns the generated ids of each prompt of a row, up to the stop token.
 
-        The row has room for whole answers from the start: what stands behind a token has no say in it, and passes of
-        one shape are what compiled blocks and ZeRO-3's prefetching want.
+        The row has space for complete answers from the start: attention is causal, so later positions have no effect,
+        and compiled blocks and ZeRO-3's prefetching need passes of one shape.
         """
-        batch = self._batch(row).to(world.device)
+        batch = self._make_batch(row).to(world.device)
         first = batch.target_positions
         stops = torch.tensor(self.stop_ids, device=world.device, dtype=torch.int64)
-        found = torch.empty(len(row), 0, device=world.device, dtype=torch.int64)
+        ids = torch.empty(len(row), 0, device=world.device, dtype=torch.int64)
         for number in range(self.num_tokens):
             enter()
             next_ids = forward(replace(batch, target_positions=first + number), next_ids=True)
             batch.input_ids[0, first + number + 1] = next_ids
-            found = torch.cat([found, next_ids[:, None]], dim=1)
-            is_open = not bool(torch.isin(found, stops).any(dim=1).all())
-            if not any(
-                all_gather_objects(world, is_open)
-            ):  # most answers are short, and passes dear: asking the others is neither
+            ids = torch.cat([ids, next_ids[:, None]], dim=1)
+            is_unfinished = not bool(torch.isin(ids, stops).any(dim=1).all())
+            # Most answers are short, and the collective costs much less than a pass.
+            if not any(all_gather_objects(world, is_unfinished)):
                 break
-        return [self._until_stop(ids) for ids in found.tolist()]
+        return [self._cut_at_stop(answer) for answer in ids.tolist()]
 
-    def _until_stop(self, ids: list[int]) -> list[int]:
-        return ids[: next((place for place, token in enumerate(ids) if token in self.stop_ids), len(ids))]
+    def _cut_at_stop(self, ids: list[int]) -> list[int]:
+        return ids[: next((position for position, token in enumerate(ids) if token in self.stop_ids), len(ids))]
 
-    def _batch(self, row: tuple[int, ...]) -> Batch:
-        """Prompts, each with room for an answer; the target of each is the first token of that room."""
+    def _make_batch(self, row: tuple[int, ...]) -> Batch:
+        """Returns the prompts of a row, each followed by space for an answer, whose first token is the target."""
         geometry = self.processor.config
         examples = []
-        for probe in (self.probes[place] for place in row):
-            example = encoded(probe.sample, self.processor)
+        for probe in (self.probes[position] for position in row):
+            example = encode_sample(probe.sample, self.processor)
             ids = np.concatenate([probe.prompt, np.zeros(self.num_tokens, dtype=np.int32)])
             labels = np.full_like(ids, IGNORE)
             labels[len(probe.prompt)] = 0
@@ -121,14 +133,14 @@ class LiveAnswers:
             examples.append(Example(layout, example.tiles[: probe.num_tiles]))
         return collate(examples, tile=geometry.tile, patches_per_tile=geometry.patches_per_side**2)
 
-    def _answer(self, probe: Probe, ids: list[int]) -> Answer:
+    def _make_answer(self, probe: Probe, ids: list[int]) -> Answer:
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
         return Answer(probe.sample.source, probe.id, probe.question, text, probe.truth, tuple(ids))
 
 
-def live_answers(
+def build_answer_generator(
     samples: Sequence[HeldOutSample],
-    asked: EvaluateConfig,
+    evaluate: EvaluateConfig,
     backbone: Backbone,
     processor: Processor,
     packing: PackingConfig,
@@ -136,42 +148,45 @@ def live_answers(
     *,
     rank: int = 0,
     num_ranks: int = 1,
-) -> LiveAnswers:
-    """`asked.answers` questions, fewer where there are no more, dealt to the ranks.
+) -> AnswerGenerator:
+    """Selects up to `evaluate.answers` questions and assigns them to the ranks.
 
-    Which ones are asked depends on the samples alone: the sources take turns, each in its own order.
+    The selection depends on the samples only: the sources alternate, each in its own order.
 
     Args:
-        samples: held-out ones that have a place in the stage, in their sources' order.
-        packing: the row's budgets, raised to the largest question where that exceeds them.
+        samples: accepted held-out samples, in the order of their sources.
+        packing: budgets of a row; raised to the largest question if that exceeds them.
     """
-    probes = list(islice(_probes(samples, processor), asked.answers))
-    sizes = [(len(probe.prompt) + asked.answer_tokens, probe.num_tiles, 1) for probe in probes]
-    rows = rows_of(sizes, packing, costs, rank=rank, num_ranks=num_ranks)
-    stops = generation_config(backbone, processor.template).eos_token_id  # as the export's `generate` stops
+    probes = list(islice(_iterate_probes(samples, processor), evaluate.answers))
+    sizes = [(len(probe.prompt) + evaluate.answer_tokens, probe.num_tiles, 1) for probe in probes]
+    rows = pack_rows(sizes, packing, costs, rank=rank, num_ranks=num_ranks)
+    stops = generation_config(
+        backbone, processor.template
+    ).eos_token_id  # the same ids at which the export's `generate` stops
     stop_ids = tuple(stops) if isinstance(stops, list) else () if stops is None else (stops,)
-    return LiveAnswers(probes, rows, processor, stop_ids, asked.answer_tokens)
+    return AnswerGenerator(probes, rows, processor, stop_ids, evaluate.answer_tokens)
 
 
-def _probes(samples: Sequence[HeldOutSample], processor: Processor) -> Iterator[Probe]:
+def _iterate_probes(samples: Sequence[HeldOutSample], processor: Processor) -> Iterator[Probe]:
+    """Yields one probe of each source in turn."""
     by_source: dict[str, list[HeldOutSample]] = {}
     for sample in samples:
         by_source.setdefault(sample.source, []).append(sample)
     for turn in zip_longest(*by_source.values()):
         for sample in turn:
-            probe = None if sample is None else _probe(sample, processor)
+            probe = None if sample is None else _make_probe(sample, processor)
             if probe is not None:
                 yield probe
 
 
-def _probe(sample: HeldOutSample, processor: Processor) -> Probe | None:
-    """None where the prompt is empty: a caption template, and no picture."""
+def _make_probe(sample: HeldOutSample, processor: Processor) -> Probe | None:
+    """Returns the probe of a sample; None if the prompt is empty (a caption template and no image)."""
     text = sample.text()
     at = next(number for number, message in enumerate(text.messages) if message.role == "assistant")
-    asked = text.messages[:at]
-    sizes_hw = text.sizes_hw[: sum(message.text.count(IMAGE_PLACEHOLDER) for message in asked)]
-    prompt, images = processor.prompt(asked, sizes_hw)
-    question = asked[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
+    messages = text.messages[:at]
+    sizes_hw = text.sizes_hw[: sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages)]
+    prompt, images = processor.prompt(messages, sizes_hw)
+    question = messages[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
     num_tiles = sum(image.num_tiles for image in images)
     probe = Probe(sample, text.id, question, text.messages[at].text, prompt, len(images), num_tiles)
     return probe if len(prompt) else None

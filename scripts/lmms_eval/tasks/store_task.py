@@ -1,6 +1,6 @@
-"""What lmms-eval asks of its task `llava_next_store`: a prepared source's pictures, first questions and truths.
+"""The functions of lmms-eval's task `llava_next_store`: images, first questions and first answers of a prepared source.
 
-Runs in lmms-eval's environment, where nothing of this repository is installed: a store opens with plain `datasets`.
+Runs in lmms-eval's environment, where this repository is not installed: a store is opened with plain `datasets`.
 """
 
 import io
@@ -14,32 +14,32 @@ Sample = dict[str, Any]
 
 
 @lru_cache
-def _pictures() -> datasets.Dataset:
+def _image_table() -> datasets.Dataset:
     return datasets.load_from_disk("store/pictures")
 
 
-def with_pictures(samples: datasets.Dataset) -> datasets.Dataset:
-    """The samples that show a picture."""
+def with_images(samples: datasets.Dataset) -> datasets.Dataset:
+    """The samples with at least one image."""
     return samples.filter(lambda sample: bool(sample["pictures"]))
 
 
-def pictures(sample: Sample) -> list[Image.Image]:
-    """The sample's pictures, decoded."""
-    return [Image.open(io.BytesIO(_pictures()[row]["bytes"])).convert("RGB") for row in sample["pictures"]]
+def images(sample: Sample) -> list[Image.Image]:
+    """The decoded images of a sample."""
+    return [Image.open(io.BytesIO(_image_table()[row]["bytes"])).convert("RGB") for row in sample["pictures"]]
 
 
 def question(sample: Sample) -> str:
-    """The first question; lmms-eval puts the placeholders of the pictures in front of it, as training had them."""
+    """The first question; lmms-eval puts the placeholders of the images before it, as in training."""
     text = next(str(message["text"]) for message in sample["messages"] if message["role"] == "user")
     return text.replace("<image>", "").strip()
 
 
-def truth(sample: Sample) -> str:
-    """Its answer."""
+def first_answer(sample: Sample) -> str:
+    """The answer to the first question."""
     return next(str(message["text"]) for message in sample["messages"] if message["role"] == "assistant")
 
 
-def judge(sample: Sample, answers: list[str]) -> dict[str, float]:
-    """1 for the truth but for case, outer white space and a final period, as `train/evaluate/metrics.py` has it."""
-    given, wanted = (text.strip().rstrip(".").lower() for text in (answers[0], truth(sample)))
-    return {"exact_match": float(given == wanted)}
+def score(sample: Sample, answers: list[str]) -> dict[str, float]:
+    """1 for an equal answer, without case, outer white space and a final period, as in `train/evaluate/metrics.py`."""
+    given, expected = (text.strip().rstrip(".").lower() for text in (answers[0], first_answer(sample)))
+    return {"exact_match": float(given == expected)}

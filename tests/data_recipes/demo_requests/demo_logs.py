@@ -1,4 +1,4 @@
-"""The logs of a demo, made here in the layout of the public LLaVA server; the tests own what they prove with them."""
+"""Generates the logs of a demo in the layout of the public LLaVA server."""
 
 import hashlib
 import io
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.data_recipes.raw_folders import put
+from tests.data_recipes.raw_folders import write_file
 
 DAY = "2024-02-03"
 ADDRESS = "203.0.113.77"
@@ -17,7 +17,7 @@ TIME = 1706950000.1234
 
 
 def photo(number: int, height: int = 96, width: int = 128, **saving: Any) -> bytes:
-    """A smooth picture, so that scaling and saving change it little; another number, another picture."""
+    """Return an encoded smooth image, which rescaling and re-encoding change little; each number gives another one."""
     coarse = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
@@ -27,20 +27,20 @@ def photo(number: int, height: int = 96, width: int = 128, **saving: Any) -> byt
 
 
 class Demo:
-    """The folder that a demo logs to, while it is filled."""
+    """The log folder of a demo, filled step by step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.lines: list[str] = []
 
-    def picture(self, data: bytes) -> str:
-        """Save a picture as the server does; returns its md5."""
+    def save_image(self, data: bytes) -> str:
+        """Save an image as the server does and return its MD5."""
         name = hashlib.md5(data).hexdigest()
-        put(self.folder / "serve_images" / DAY / f"{name}.jpg", data)
+        write_file(self.folder / "serve_images" / DAY / f"{name}.jpg", data)
         return name
 
     def line(self, kind: str, turns: list[str], ip: str = ADDRESS, **more: Any) -> None:
-        """One line; turns alternate, the picture's mark stands where the server puts it."""
+        """Add one record with alternating turns, with the placeholder where the server puts it."""
         roles = ["USER", "ASSISTANT"]
         messages = [[roles[number % 2], text] for number, text in enumerate(turns)]
         state = {"system": "A chat.", "roles": roles, "messages": messages, "offset": 0, "sep": " ", "sep2": "</s>"}
@@ -49,12 +49,12 @@ class Demo:
         self.lines.append(json.dumps({**head, "ip": ip, **more}))
 
     def ask(self, text: str, data: bytes | None = None, answer: str = "It is a thing.", **more: Any) -> None:
-        """A chat of one question about a picture."""
-        images = [self.picture(data)] if data else []
+        """Add a chat with one question about an image."""
+        images = [self.save_image(data)] if data else []
         self.line("chat", [f"{text}\n<image>" if data else text, answer], images=images, **more)
 
     def write(self, day: str = DAY) -> Path:
-        """Write what was logged as the log of a day, and begin another one."""
-        put(self.folder / f"{day}-conv.json", "\n".join(self.lines) + "\n")
+        """Write the added records as the log of a day, and start another log."""
+        write_file(self.folder / f"{day}-conv.json", "\n".join(self.lines) + "\n")
         self.lines = []
         return self.folder

@@ -1,7 +1,7 @@
-"""Owns the proof that dirt is survived: one raw folder with a fault of every kind goes through the program, and each
-bad record is left out with its own reason, found again by its place, and counted; what only looks bad is kept.
+"""Tests of invalid raw data: a folder with every kind of error is prepared, and each invalid record is rejected with
+its own reason and location, while irregular but valid records are kept.
 
-The rules one by one are proved in test_sample.py, test_pictures.py and test_json_records.py.
+The individual rules are tested in test_sample.py, test_image_files.py and test_json_records.py.
 """
 
 import json
@@ -16,31 +16,31 @@ from data_recipes.schema.sample import MAX_CHARACTERS, Reason
 from data_recipes.store.reader import Store
 from tests.data_recipes.prepare.program import arguments, failure
 from tests.data_recipes.raw.test_image_files import png_header_of
-from tests.data_recipes.raw_folders import llava_record, picture, put, write_messages
+from tests.data_recipes.raw_folders import llava_record, make_image, write_file, write_messages
 
-GOOD = picture(1)
+GOOD = make_image(1)
 
 
 def turns(*pairs: tuple[Any, Any]) -> list[dict[str, Any]]:
-    """LLaVA's `conversations`."""
+    """Build the `conversations` of a LLaVA record."""
     return [{"from": speaker, "value": text} for speaker, text in pairs]
 
 
 ASK, ANSWER = ("human", "<image>\nWhy?"), ("gpt", "Because.")
 
-# What is wrong, by the id of its record: the record's changes, its picture's bytes (None: no such file), the reason.
+# {id of the record: (changes of the record, bytes of its image (None: no file), reason)}
 BAD: dict[str, tuple[dict[str, Any], bytes | None, Reason]] = {
-    "missing": ({}, None, Reason.PICTURE_MISSING),
-    "truncated": ({}, picture(2, 64, 64, "JPEG")[:-300], Reason.PICTURE_TRUNCATED),
-    "web_page": ({}, b"<html>404</html>", Reason.PICTURE_UNREADABLE),
-    "zero_bytes": ({}, b"", Reason.PICTURE_EMPTY),
-    "bomb": ({}, png_header_of(60_000, 60_000), Reason.PICTURE_TOO_LARGE),
-    "thin": ({}, picture(3, 2, 201), Reason.ASPECT_RATIO),
+    "missing": ({}, None, Reason.IMAGE_MISSING),
+    "truncated": ({}, make_image(2, 64, 64, "JPEG")[:-300], Reason.IMAGE_TRUNCATED),
+    "web_page": ({}, b"<html>404</html>", Reason.IMAGE_UNREADABLE),
+    "zero_bytes": ({}, b"", Reason.IMAGE_EMPTY),
+    "bomb": ({}, png_header_of(60_000, 60_000), Reason.IMAGE_TOO_LARGE),
+    "thin": ({}, make_image(3, 2, 201), Reason.ASPECT_RATIO),
     "up": ({"image": "../secret.png"}, None, Reason.PATH_OUTSIDE_ROOT),
     "absolute": ({"image": "/etc/hosts"}, None, Reason.PATH_OUTSIDE_ROOT),
     "link": ({"image": "link.png"}, None, Reason.PATH_OUTSIDE_ROOT),
     "folder_link": ({"image": "elsewhere/secret.png"}, None, Reason.PATH_OUTSIDE_ROOT),
-    "dead_link": ({"image": "dead_link.png"}, None, Reason.PICTURE_MISSING),
+    "dead_link": ({"image": "dead_link.png"}, None, Reason.IMAGE_MISSING),
     "more_placeholders": (
         {"conversations": turns(("human", "<image>\n<image>\nWhy?"), ANSWER)},
         GOOD,
@@ -59,10 +59,11 @@ BAD: dict[str, tuple[dict[str, Any], bytes | None, Reason]] = {
 }
 
 
-def write_dirt(root: Path) -> None:
-    """A good record before and after each bad one; odd but good ones; broken JSON; a wrong byte; a cut-off end."""
-    put(root / "secret.png", GOOD)
-    put(root / "images" / "good.png", GOOD)
+def write_invalid_records(root: Path) -> None:
+    """Write valid records around each invalid one, irregular but valid records, broken JSON, a wrong byte and a
+    truncated end."""
+    write_file(root / "secret.png", GOOD)
+    write_file(root / "images" / "good.png", GOOD)
     (root / "images" / "link.png").symlink_to(root / "secret.png")
     (root / "images" / "elsewhere").symlink_to(root)
     (root / "images" / "dead_link.png").symlink_to("not_there.png")
@@ -72,12 +73,12 @@ def write_dirt(root: Path) -> None:
         texts.append(json.dumps(llava_record(number, "good.png")))
         texts.append(json.dumps(llava_record(0, f"{name}.png", id=name) | changes))
         if data is not None:
-            put(root / "images" / f"{name}.png", data)
-    texts.append(texts[0])  # once more
+            write_file(root / "images" / f"{name}.png", data)
+    texts.append(texts[0])  # a duplicate
     broken = json.dumps(llava_record(0, "good.png", id="broken")).replace('"from": "gpt",', '"from": "gpt"')
     texts.insert(5, broken)
-    put(root / "images" / "odd.png", picture(4, kind="JPEG"))
-    put(root / "images" / "cover.gif", picture(5, kind="GIF"))
+    write_file(root / "images" / "odd.png", make_image(4, kind="JPEG"))
+    write_file(root / "images" / "cover.gif", make_image(5, kind="GIF"))
     odd = [
         llava_record(0, "odd.png", id="wrong_extension"),
         llava_record(0, "link_that_stays.png", id="link_that_stays"),
@@ -94,43 +95,43 @@ def write_dirt(root: Path) -> None:
     )
     whole = "[" + ",\n".join(texts) + ",\n"
     cut_off = json.dumps(llava_record(0, "good.png", id="cut_off"))[:-20]
-    put(root / "mix.json", whole.encode() + latin.encode("latin-1") + b",\n" + cut_off.encode())
+    write_file(root / "mix.json", whole.encode() + latin.encode("latin-1") + b",\n" + cut_off.encode())
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """The dirty folder, and a source that allows for it."""
-    write_dirt(tmp_path / "raw" / "dirt")
+def workspace(tmp_path: Path) -> Path:
+    """A folder with invalid records, and a source that accepts their number."""
+    write_invalid_records(tmp_path / "raw" / "dirt")
     source = {
         "reader": "llava_json",
         "root": "dirt",
         "options": {"annotations": "mix.json", "image_root": "images"},
         "max_reject_share": 0.6,
     }
-    put(tmp_path / "configs" / "source" / "dirt.yaml", yaml.safe_dump(source))
+    write_file(tmp_path / "configs" / "source" / "dirt.yaml", yaml.safe_dump(source))
     return tmp_path
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-def test_each_fault_has_its_reason(place: Path, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every bad record stands in quarantine.jsonl with its reason, a detail and its place, and in the table; every good
-    one is in the store, and nothing else is."""
-    assert prepare.main(arguments(place, "--source", "dirt", "--workers", workers)) == 0
+def test_each_error_has_its_reason(workspace: Path, workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every invalid record is in quarantine.jsonl with reason, detail and location, and in the table; all others are in
+    the store."""
+    assert prepare.main(arguments(workspace, "--source", "dirt", "--workers", workers)) == 0
     out = capsys.readouterr().out
-    path = place / "stores" / "dirt"
+    path = workspace / "stores" / "dirt"
     lines = [json.loads(line) for line in (path / "quarantine.jsonl").read_text().splitlines()]
     expected = {name: str(reason) for name, (_, _, reason) in BAD.items()}
     expected |= {"latin": "wrong_encoding", "000000000": "duplicate_id"}
     expected |= {"mix.json, record 6": "broken_record", f"mix.json, record {2 * len(BAD) + 12}": "file_cut_off"}
     assert {line["id"]: line["reason"] for line in lines} == expected
     assert len(lines) == len(expected)
-    raw = (place / "raw/dirt/mix.json").read_text(encoding="latin-1").splitlines()
+    raw = (workspace / "raw/dirt/mix.json").read_text(encoding="latin-1").splitlines()
     for line in lines:
         assert line["detail"]
         record = int(line["place"].removeprefix("mix.json, record "))
         named = line["id"].startswith("mix.json") or f'"{line["id"]}"' in raw[record - 1]
         assert named, line
-        assert str(place) not in json.dumps(line)  # the same on every machine
+        assert str(workspace) not in json.dumps(line)  # does not depend on the machine
     store = Store.open(path)
     good = [f"{number:09d}" for number in range(len(BAD))]
     odd = [
@@ -144,7 +145,7 @@ def test_each_fault_has_its_reason(place: Path, workers: str, capsys: pytest.Cap
         "unanswered",
     ]
     assert [sample_id[: sample_id.find("~") + 1] or sample_id for sample_id in store.ids()] == good + odd
-    assert {store.sample(row).pictures[0] for row in range(len(BAD))} == {GOOD}
+    assert {store.sample(row).images[0] for row in range(len(BAD))} == {GOOD}
     assert store.manifest["repairs"] == {
         "first_turn_dropped": 1,
         "found_by_other_extension": 1,
@@ -159,13 +160,13 @@ def test_each_fault_has_its_reason(place: Path, workers: str, capsys: pytest.Cap
         assert row.split()[2] == str(count)
 
 
-def test_a_shard_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One of two parquet files is cut off: one record of the quarantine; the other's rows are in the store."""
+def test_unreadable_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A truncated parquet file is one rejected record; the rows of the other file are in the store."""
     root = tmp_path / "raw" / "pages"
     write_messages(root, "a.parquet")
-    put(root / "b.parquet", (root / "a.parquet").read_bytes()[:-100])
+    write_file(root / "b.parquet", (root / "a.parquet").read_bytes()[:-100])
     source = {"reader": "messages_parquet", "root": "pages", "max_reject_share": 0.5}
-    put(tmp_path / "configs" / "source" / "pages.yaml", yaml.safe_dump(source))
+    write_file(tmp_path / "configs" / "source" / "pages.yaml", yaml.safe_dump(source))
     assert prepare.main(arguments(tmp_path, "--source", "pages")) == 0
     line = json.loads((tmp_path / "stores/pages/quarantine.jsonl").read_text())
     assert (line["reason"], line["place"]) == ("file_unreadable", "b.parquet")
@@ -173,26 +174,26 @@ def test_a_shard_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "file_unreadable" in capsys.readouterr().out
 
 
-def test_every_reason_is_met() -> None:
-    """No reason of the fixed list is without a case: here, or where it is named."""
+def test_every_reason_is_tested() -> None:
+    """Every reason is tested, here or in the named tests."""
     here = {reason for _, _, reason in BAD.values()}
     here |= {Reason.DUPLICATE_ID, Reason.FILE_CUT_OFF}
-    elsewhere = {"file_unreadable", "unknown_component"}  # below, and in test_parts.py
+    elsewhere = {"file_unreadable", "unknown_component"}  # tested above and in test_shared_files.py
     assert {str(reason) for reason in set(Reason) - here} <= elsewhere
 
 
-def test_strict_stops_at_the_first(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 1; the sentence has reason, place and detail; no store."""
-    code, sentence = failure(place, capsys, "--source", "dirt", "--strict")
+def test_strict_stops_at_first_reject(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 and a message with reason, location and detail; no store is written."""
+    code, sentence = failure(workspace, capsys, "--source", "dirt", "--strict")
     assert (code, "picture_missing at mix.json, record 2: no file 'missing.png'" in sentence) == (1, True)
-    assert not (place / "stores" / "dirt").exists()
+    assert not (workspace / "stores" / "dirt").exists()
 
 
-def test_more_than_the_stated_share_fails(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 1, with the numbers and each reason's count; what was left out can be looked at."""
-    code, sentence = failure(place, capsys, "--source", "dirt", "--max-rejects", "0.3")
+def test_too_many_rejects_fail(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 and a message with the counts per reason; the rejected records are listed in a file."""
+    code, sentence = failure(workspace, capsys, "--source", "dirt", "--max-rejects", "0.3")
     assert code == 1
-    assert "26 of 56 records are bad" in sentence
+    assert "26 of 56 records are rejected" in sentence
     assert "path_outside_root 4" in sentence
     assert "--max-rejects" in sentence
-    assert len((place / "stores" / "dirt.quarantine.jsonl").read_text().splitlines()) == 26
+    assert len((workspace / "stores" / "dirt.quarantine.jsonl").read_text().splitlines()) == 26

@@ -1,4 +1,4 @@
-"""Owns the proofs about a mixture's manifest: what a paper's data section says is what was counted."""
+"""Tests of a mixture's manifest and its data section for papers."""
 
 import json
 import re
@@ -14,34 +14,34 @@ from data_recipes.prepare.manifest import describe_mixture, to_bibtex, to_latex,
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import Reason, Reject, Sample
 from data_recipes.store.reader import Store
-from tests.data_recipes.raw_folders import conversation, make_store, picture
+from tests.data_recipes.raw_folders import make_image, make_sample, make_store
 
 ENTRY = {"key": "masry2022chartqa", "type": "inproceedings", "title": "Charts & {QA}: 100%", "url": "https://a/b_c"}
-REJECT = Reject("r", Reason.PICTURE_MISSING, "gone", "f, 9")
+REJECT = Reject("r", Reason.IMAGE_MISSING, "gone", "f, 9")
 
 
 @pytest.fixture
 def stores(tmp_path: Path) -> Path:
-    """`chart_qa` with 20 samples and a reject, `chats` with 10, and a benchmark that shows three of the charts."""
-    shown = [picture(n) for n in range(20)]
-    samples: list[Sample | Reject] = [*(conversation(str(n), shown[n]) for n in range(20)), REJECT]
+    """`chart_qa` with 20 samples and a reject, `chats` with 10, and a benchmark with three of the charts."""
+    shown = [make_image(n) for n in range(20)]
+    samples: list[Sample | Reject] = [*(make_sample(str(n), shown[n]) for n in range(20)), REJECT]
     about: dict[str, Any] = {"licence": "GPL-3.0 & more", "publisher": "A. Masry", "citation": ENTRY}
     make_store(tmp_path / "chart_qa", samples, max_reject_share=1.0, expected_count=99, **about)
     make_store(
-        tmp_path / "chats", [conversation(str(n)) for n in range(10)], expected_count=10, citation="V. Zhou, 2019."
+        tmp_path / "chats", [make_sample(str(n)) for n in range(10)], expected_count=10, citation="V. Zhou, 2019."
     )
-    make_store(tmp_path / "bench", [conversation(str(n), shown[n]) for n in range(3)], licence="MIT")
+    make_store(tmp_path / "bench", [make_sample(str(n), shown[n]) for n in range(3)], licence="MIT")
     return tmp_path
 
 
 def mixture(stores: Path) -> Mixture:
-    """12 charts of those that the benchmark does not show, and all chats."""
+    """A mixture of 12 charts that are not in the benchmark, and all chats."""
     shares = {"chart_qa": SourceShare(12, holdout=4), "chats": SourceShare()}
     return Mixture.open(MixtureConfig("my_mix", 3, shares, exclude=("bench",)), stores)
 
 
-def test_the_json_has_every_number(stores: Path) -> None:
-    """Counts, shares, fingerprints, licences and reasons of each source, and the excluded sets."""
+def test_json(stores: Path) -> None:
+    """The JSON has counts, shares, fingerprints, licences and reasons of each source and of the excluded datasets."""
     ours = mixture(stores)
     folder = write_manifest(ours, stores)
     assert folder == stores / "mixtures" / "my_mix"
@@ -63,22 +63,23 @@ def test_the_json_has_every_number(stores: Path) -> None:
         "fingerprint": ours.store("chart_qa").fingerprint,
     }
     assert {key: charts[key] for key in expected} == expected
-    held = {h for j in ours.heldout("chart_qa") for h in ours.heldout_sample("chart_qa", j).picture_hashes}
-    shown = {letters.decode() for letters in Store.open(stores / "bench").all_picture_hashes()}
+    held = {h for j in ours.heldout("chart_qa") for h in ours.heldout_sample("chart_qa", j).image_hashes}
+    shown = {letters.decode() for letters in Store.open(stores / "bench").all_image_hashes()}
     assert charts["excluded"] == 3 - len(held & shown)
     assert (chats["wanted"], chats["used"], chats["citation"]) == (None, 10, "V. Zhou, 2019.")
     assert [store["source"] for store in content["excluded_sets"]] == ["bench"]
 
 
-def test_the_data_section(stores: Path) -> None:
-    """The table in Markdown and LaTeX, with every licence; each citation has its entry; LaTeX's letters are escaped."""
+def test_data_section(stores: Path) -> None:
+    """The Markdown and LaTeX tables have all licences, citations have BibTeX entries, and special characters are
+    escaped."""
     folder = write_manifest(mixture(stores), stores)
-    markdown = (folder / "manifest.md").read_text()
+    markdown = re.sub(" +", " ", (folder / "manifest.md").read_text())  # columns are padded
     assert re.search(r"\| chart_qa \| 99 \| 20 \(-79\) \| 4 \| \d \| 12 \| 54.5% \| GPL-3.0 & more \|", markdown)
     assert "| chats | 10 | 10 | 0 | 0 | 10 | 45.5% | not stated |" in markdown
-    assert "No picture of bench is among them." in markdown
+    assert "They contain no image of bench." in markdown
     assert "A. Masry; store " in markdown
-    assert "; 21 records, 20 pictures; left out: picture_missing 1" in markdown
+    assert "; 21 records, 20 images; rejected: picture_missing 1" in markdown
     latex = (folder / "manifest.tex").read_text()
     row = r"chart\\_qa~\\cite\{masry2022chartqa\} & 99 & 20 \(-79\) & 4 & \d & 12 & 54.5\\% & GPL-3.0 \\& more \\\\"
     assert re.search(row, latex)
@@ -89,8 +90,8 @@ def test_the_data_section(stores: Path) -> None:
     assert set(re.findall(r"\\cite\{(\w+)\}", latex)) == set(re.findall(r"@\w+\{(\w+),", bibtex))
 
 
-def test_it_does_not_depend_on_the_place(stores: Path, tmp_path: Path) -> None:
-    """The same stores elsewhere give the same four files, and none has a path in it."""
+def test_manifest_does_not_depend_on_path(stores: Path, tmp_path: Path) -> None:
+    """The same stores at another path give the same files, without any path."""
     shutil.copytree(stores, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("elsewhere"))
     one, other = (write_manifest(mixture(root), root) for root in (stores, tmp_path / "elsewhere"))
     for path in one.iterdir():
@@ -101,10 +102,10 @@ def test_it_does_not_depend_on_the_place(stores: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.full
-def test_latex_reads_it(stores: Path, tmp_path: Path) -> None:
-    """pdflatex and bibtex run through, where they are installed."""
+def test_latex_compiles(stores: Path, tmp_path: Path) -> None:
+    """pdflatex and bibtex accept the files, where they are installed."""
     if not shutil.which("pdflatex") or not shutil.which("bibtex"):
-        pytest.skip("no pdflatex and bibtex here")
+        pytest.skip("pdflatex and bibtex are not installed")
     content = describe_mixture(mixture(stores), stores)
     (tmp_path / "manifest.bib").write_text(to_bibtex(content))
     page = "\\documentclass{article}\\begin{document}" + to_latex(content)

@@ -1,4 +1,4 @@
-"""Owns the proofs about questions: the published wordings, lettered options, one conversation a picture."""
+"""Tests of the published prompts, multiple-choice questions and merging by image."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from data_recipes.raw.questions import (
     OCR,
     ONE_SENTENCE_CAPTION,
     SHORT_ANSWER,
-    multiple_choice,
-    one_conversation_a_picture,
-    question,
+    format_multiple_choice,
+    make_question,
+    merge_by_image,
 )
 from data_recipes.schema.sample import Sample
 
 
-def test_the_published_wordings() -> None:
-    """Letter for letter as the released sets have them: a model that was trained on other words answers otherwise."""
+def test_published_prompts() -> None:
+    """The prompts are verbatim, because models are sensitive to their wording."""
     assert SHORT_ANSWER == "Answer the question using a single word or phrase."
     assert LETTER_ANSWER == "Answer with the option's letter from the given choices directly."
     assert ONE_SENTENCE_CAPTION == "Provide a one-sentence caption for the provided image."
@@ -29,22 +29,22 @@ def test_the_published_wordings() -> None:
 
 
 def test_multiple_choice() -> None:
-    """Options are lettered in their order; an index outside them is an error."""
-    assert multiple_choice("Which?", ["a", "b", "c"], 2) == ("Which?\nA. a\nB. b\nC. c", "C")
+    """Options have letters in order; an index out of range is an error."""
+    assert format_multiple_choice("Which?", ["a", "b", "c"], 2) == ("Which?\nA. a\nB. b\nC. c", "C")
     for right in (-1, 3):
         with pytest.raises(IndexError):
-            multiple_choice("Which?", ["a", "b", "c"], right)
+            format_multiple_choice("Which?", ["a", "b", "c"], right)
 
 
-def test_texts_that_repeat_are_held_once(tmp_path: Path) -> None:
-    """Of two million drawn questions most say the same: reading them must not cost a copy of each."""
-    asked = [
-        question(picture, "".join(["How many ", "bars?"]), "".join(["fo", "ur"]), "here")
-        for picture in ("p.png", "q.png")
+def test_repeated_texts_are_interned(tmp_path: Path) -> None:
+    """Repeated texts are stored once, because synthetic datasets have millions of equal questions."""
+    questions = [
+        make_question(image, "".join(["How many ", "bars?"]), "".join(["fo", "ur"]), "here")
+        for image in ("p.png", "q.png")
         for _ in range(2)
     ]
-    samples = list(one_conversation_a_picture(asked, tmp_path, str))
+    samples = list(merge_by_image(questions, tmp_path, str))
     texts = [sample.messages[2:] for sample in samples if isinstance(sample, Sample)]
     assert len(texts) == 2
-    for one, other in zip(*texts, strict=True):
-        assert one.text is other.text
+    for first, second in zip(*texts, strict=True):
+        assert first.text is second.text

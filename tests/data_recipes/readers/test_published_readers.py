@@ -1,6 +1,4 @@
-"""Owns the proofs about the layouts of single publishers: DocVQA, DVQA, AI2D, COCO captions, LAION-GPT-V, and the
-released sets in parquet. Each is read field by field, and dirt gets its reason.
-"""
+"""Tests of the readers of DocVQA, DVQA, AI2D, COCO captions, LAION-GPT-V and the parquet releases."""
 
 import io
 import json
@@ -24,23 +22,23 @@ from data_recipes.readers import (
 )
 from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 from tests.data_recipes import raw_folders
-from tests.data_recipes.raw_folders import cell, docvqa_question, put, write_parquet
+from tests.data_recipes.raw_folders import cell, docvqa_question, write_file, write_parquet
 
 
 def split(items: object) -> tuple[list[Sample], list[Reason]]:
-    """Samples, and the reasons of the rejects, of a reader's stream."""
+    """Separate a reader's samples from the reasons of its rejects."""
     assert hasattr(items, "__iter__")
-    found = list(items)
-    return [i for i in found if isinstance(i, Sample)], [i.reason for i in found if isinstance(i, Reject)]
+    items = list(items)
+    return [i for i in items if isinstance(i, Sample)], [i.reason for i in items if isinstance(i, Reject)]
 
 
 def texts(sample: Sample) -> list[str]:
-    """The texts of a sample's turns."""
+    """Return the texts of a sample's turns."""
     return [message.text for message in sample.messages]
 
 
-def test_docvqa_merges_the_questions_of_a_page(tmp_path: Path) -> None:
-    """One conversation a page, the first of several accepted answers, the ending once."""
+def test_docvqa_merges_by_page(tmp_path: Path) -> None:
+    """One conversation per page, the first accepted answer, one format instruction."""
     samples, reasons = split(docvqa.samples(raw_folders.write_docvqa(tmp_path)))
     assert [sample.id for sample in samples] == ["docvqa_abcd0001_3", "docvqa_efgh0002_1"]
     assert texts(samples[0]) == [
@@ -49,12 +47,12 @@ def test_docvqa_merges_the_questions_of_a_page(tmp_path: Path) -> None:
         "What is in line 3?",
         "Smith",
     ]
-    assert samples[0].pictures == (tmp_path / "documents/abcd0001_3.png",)
+    assert samples[0].images == (tmp_path / "documents/abcd0001_3.png",)
     assert reasons == []
 
 
-def test_docvqa_dirt(tmp_path: Path) -> None:
-    """No answers (the test file has none), an empty one, an answer that is no string, a page outside the folder."""
+def test_docvqa_invalid_records(tmp_path: Path) -> None:
+    """Missing, empty and invalid answers, and a page outside the folder, are rejected."""
     bad = [
         docvqa_question(4, "abcd0001_3", None),
         docvqa_question(5, "abcd0001_3", [""]),
@@ -64,31 +62,31 @@ def test_docvqa_dirt(tmp_path: Path) -> None:
     samples, reasons = split(docvqa.samples(raw_folders.write_docvqa(tmp_path, bad)))
     assert len(samples) == 2
     assert reasons == [Reason.NO_ANSWER, Reason.EMPTY_ANSWER, Reason.NOT_A_STRING, Reason.PATH_OUTSIDE_ROOT]
-    put(tmp_path / "other.json", "[]")
+    write_file(tmp_path / "other.json", "[]")
     with pytest.raises(DataError, match="no list under the key 'data'"):
         list(docvqa.samples(tmp_path, "other.json"))
 
 
 def test_dvqa_mixes_its_types(tmp_path: Path) -> None:
-    """All questions on a chart in one conversation, in an order that the file's blocks of types do not decide."""
+    """One conversation per chart, in an order that does not depend on that of the file."""
     root = raw_folders.write_dvqa(tmp_path)
     samples, reasons = split(dvqa.samples(root))
     assert [sample.id for sample in samples] == ["dvqa_bar_train_00000001", "dvqa_bar_train_00000002"]
     assert [sorted(texts(sample)[1::2]) for sample in samples] == [["9", "four", "sky"]] * 2
     assert reasons == []
     questions = json.loads((root / "train_qa.json").read_text())
-    put(root / "train_qa.json", json.dumps(questions[::-1]))
+    write_file(root / "train_qa.json", json.dumps(questions[::-1]))
     again, _ = split(dvqa.samples(root))
     assert {s.id: texts(s) for s in again} == {s.id: texts(s) for s in samples}
 
 
-def test_ai2d_asks_about_letters_on_letters(tmp_path: Path) -> None:
-    """Questions about texts get the diagram, those about letters its rendering; test diagrams are left alone."""
+def test_ai2d_samples(tmp_path: Path) -> None:
+    """Questions about texts have the diagram, those about letters its rendering; test diagrams are separate."""
     root = raw_folders.write_ai2d(tmp_path)
     samples, reasons = split(ai2d.samples(root))
     assert [sample.id for sample in samples] == ["ai2d_17", "ai2d_17_abc", "ai2d_18_abc"]
     assert reasons == []
-    assert samples[0].pictures == (root / "images/17.png",)
+    assert samples[0].images == (root / "images/17.png",)
     assert texts(samples[0]) == [
         f"<image>\nWhat does the owl eat?\nA. mice\nB. grass\nC. sun\nD. rock\n{LETTER_ANSWER}",
         "A",
@@ -99,52 +97,52 @@ def test_ai2d_asks_about_letters_on_letters(tmp_path: Path) -> None:
 
 
 def test_ai2d_rendering(tmp_path: Path) -> None:
-    """The text's rectangle is white with black letters in it, the rest is untouched, twice the same bytes."""
+    """The text's rectangle is white with black letters, other pixels are unchanged, and the result is deterministic."""
     root = raw_folders.write_ai2d(tmp_path)
-    rendering = split(ai2d.samples(root))[0][1].pictures[0]
+    rendering = split(ai2d.samples(root))[0][1].images[0]
     assert isinstance(rendering, bytes)
-    assert split(ai2d.samples(root))[0][1].pictures[0] == rendering
+    assert split(ai2d.samples(root))[0][1].images[0] == rendering
     drawn = np.asarray(Image.open(io.BytesIO(rendering)))
     before = np.asarray(Image.open(root / "images" / "17.png"))
-    inside = np.zeros(before.shape[:2], dtype=bool)
-    inside[8:29, 10:51] = True  # the rectangle [[10, 8], [50, 28]], its edges included
-    assert (drawn[~inside] == before[~inside]).all()
+    is_inside = np.zeros(before.shape[:2], dtype=bool)
+    is_inside[8:29, 10:51] = True  # the rectangle [[10, 8], [50, 28]], its edges included
+    assert (drawn[~is_inside] == before[~is_inside]).all()
     box = drawn[8:29, 10:51]
-    assert (box == box[..., :1]).all()  # white, black and the greys between
+    assert (box == box[..., :1]).all()  # grey levels only
     assert (box[:2] == 255).all()
     assert (box == 255).all(axis=2).mean() > 0.5
-    assert (box.max(axis=2) < 64).sum() > 10  # a B as high as its box
+    assert (box.max(axis=2) < 64).sum() > 10  # the letter fills its box
 
 
-def test_ai2d_dirt(tmp_path: Path) -> None:
-    """A broken file, an answer that is none of the options, no annotations, a damaged diagram: each costs itself."""
+def test_ai2d_invalid_records(tmp_path: Path) -> None:
+    """Broken files, invalid answers, missing annotations and damaged diagrams are rejected individually."""
     root = raw_folders.write_ai2d(tmp_path)
     plain = {"abcLabel": False, "answerTexts": ["a", "b"], "correctAnswer": 1, "questionId": "20-0"}
     asked = {"Good?": plain, "Bad?": {**plain, "correctAnswer": 2}, "Worse?": {"abcLabel": False}}
-    put(root / "questions" / "21.png.json", json.dumps({"questions": asked}))
-    put(root / "images" / "21.png", (root / "images" / "17.png").read_bytes())
-    put(root / "questions" / "22.png.json", "{")
+    write_file(root / "questions" / "21.png.json", json.dumps({"questions": asked}))
+    write_file(root / "images" / "21.png", (root / "images" / "17.png").read_bytes())
+    write_file(root / "questions" / "22.png.json", "{")
     (root / "annotations" / "17.png.json").unlink()
-    put(root / "images" / "18.png", b"")
+    write_file(root / "images" / "18.png", b"")
     samples, reasons = split(ai2d.samples(root))
     assert [sample.id for sample in samples] == ["ai2d_17", "ai2d_21"]
     assert texts(samples[1]) == [f"<image>\nGood?\nA. a\nB. b\n{LETTER_ANSWER}", "B"]
     assert reasons == [
         Reason.BROKEN_RECORD,  # 17: no annotations
-        Reason.PICTURE_EMPTY,  # 18
+        Reason.IMAGE_EMPTY,  # 18
         Reason.BROKEN_RECORD,  # 21, twice
         Reason.BROKEN_RECORD,
         Reason.BROKEN_RECORD,  # 22
     ]
     (root / "ai2d_test_ids.csv").unlink()
-    with pytest.raises(DataError, match=r"ai2d_test_ids\.csv: absent"):
+    with pytest.raises(DataError, match=r"ai2d_test_ids\.csv does not exist"):
         list(ai2d.samples(root))
     with pytest.raises(DataError, match="split: 'dev'"):
         list(ai2d.samples(root, split="dev"))
 
 
 def test_coco_captions_one_of_five(tmp_path: Path) -> None:
-    """One caption a picture, chosen by hash: whatever the order of the file, and not always the first."""
+    """One caption per image is selected by hash, independently of the order of the file."""
     root = raw_folders.write_coco_captions(tmp_path)
     samples, reasons = split(coco_captions.samples(root))
     assert [sample.id for sample in samples] == ["coco2014_caps_9", "coco2014_caps_25"]
@@ -152,21 +150,21 @@ def test_coco_captions_one_of_five(tmp_path: Path) -> None:
     assert reasons == []
     path = root / "annotations" / "captions_train2014.json"
     whole = json.loads(path.read_text())
-    put(path, json.dumps({**whole, "annotations": whole["annotations"][::-1]}))
+    write_file(path, json.dumps({**whole, "annotations": whole["annotations"][::-1]}))
     assert texts(split(coco_captions.samples(root))[0][0]) == texts(samples[0])
     picks = {pick_by_hash(["a", "b", "c", "d", "e"], str(key)) for key in range(60)}
     assert len(picks) == 5
 
 
-def test_coco_captions_dirt(tmp_path: Path) -> None:
-    """An empty caption, a name that leaves the folder, a record without a number."""
+def test_coco_captions_invalid_records(tmp_path: Path) -> None:
+    """An empty caption, a name outside the folder and a record without id are rejected."""
     root = raw_folders.write_coco_captions(tmp_path)
     path = root / "annotations" / "captions_train2014.json"
     whole = json.loads(path.read_text())
     whole["annotations"] += [{"image_id": 9, "caption": " "}, {"image_id": 9}]
     whole["images"][1]["file_name"] = "../x.jpg"
     whole["images"].append({"file_name": "a.jpg"})
-    put(path, json.dumps(whole))
+    write_file(path, json.dumps(whole))
     samples, reasons = split(coco_captions.samples(root))
     assert [sample.id for sample in samples] == ["coco2014_caps_9"]
     assert reasons == [
@@ -177,52 +175,52 @@ def test_coco_captions_dirt(tmp_path: Path) -> None:
     ]
 
 
-def test_laion_gpt4v_counts_dead_links(tmp_path: Path) -> None:
-    """A link that died is a reject with what img2dataset said; prompts are the YAML's, by hash."""
+def test_laion_gpt4v_failed_downloads(tmp_path: Path) -> None:
+    """A failed download is a reject with img2dataset's error; prompts are selected by hash."""
     root = raw_folders.write_laion_gpt4v(tmp_path)
     prompts = ["Describe it.", "What is it?"]
     items = list(laion_gpt4v.samples(root, prompts))
     assert [item.id for item in items] == [f"laion_gpt4v_{n:09d}" for n in range(3)]
-    died = items[1]
-    assert isinstance(died, Reject)
-    assert (died.reason, died.detail) == (Reason.PICTURE_MISSING, "not fetched: HTTP Error 404: Not Found")
+    failed = items[1]
+    assert isinstance(failed, Reject)
+    assert (failed.reason, failed.detail) == (Reason.IMAGE_MISSING, "not fetched: HTTP Error 404: Not Found")
     assert isinstance(items[2], Sample)
-    assert items[2].pictures == (root / "00000" / "000000002.jpg",)
+    assert items[2].images == (root / "00000" / "000000002.jpg",)
     assert texts(items[2])[0].removeprefix("<image>\n") in prompts
     assert texts(items[2])[1] == "The image shows meadow 000000002."
-    with pytest.raises(DataError, match="prompts: there is none"):
+    with pytest.raises(DataError, match="prompts: the list is empty"):
         list(laion_gpt4v.samples(root, []))
 
 
-def test_the_release_in_parquet(tmp_path: Path) -> None:
-    """Pictures from their bytes, chats without any, `data_source` not read."""
+def test_release_in_parquet(tmp_path: Path) -> None:
+    """Images are bytes, text-only records have none, and `data_source` is ignored."""
     samples, reasons = split(llava_parquet.samples(raw_folders.write_llava_parquet(tmp_path)))
     assert [sample.id for sample in samples] == ["000000000010", "VG_100K/7", "aB3xY_0"]
-    assert samples[0].pictures == (cell(501)["bytes"],)
-    assert samples[2].pictures == ()
+    assert samples[0].images == (cell(501)["bytes"],)
+    assert samples[2].images == ()
     assert texts(samples[2]) == ["Hello.", "Hi."]
     assert reasons == []
 
 
-def test_pictures_in_parquet_may_be_paths(tmp_path: Path) -> None:
-    """A cell without bytes names a file below the image root, and may not leave it."""
+def test_images_in_parquet_may_be_paths(tmp_path: Path) -> None:
+    """A cell without bytes is a path below the image root."""
     rows = [
         {"id": str(number), "conversations": [{"from": "human", "value": "<image>?"}], "image": image}
         for number, image in enumerate([{"bytes": None, "path": "a.png"}, {"bytes": None, "path": "../a.png"}])
     ]
     write_parquet(tmp_path / "data" / "train-0.parquet", rows)
     samples, reasons = split(llava_parquet.samples(tmp_path, image_root="images"))
-    assert [sample.pictures for sample in samples] == [(tmp_path / "images" / "a.png",)]
+    assert [sample.images for sample in samples] == [(tmp_path / "images" / "a.png",)]
     assert reasons == [Reason.PATH_OUTSIDE_ROOT]
 
 
 def test_synthdog_in_parquet(tmp_path: Path) -> None:
-    """Named after shard and row, read as the generator's own form is."""
+    """Ids contain shard and row; texts are read as in the generator's layout."""
     samples, reasons = split(synthdog_parquet.samples(raw_folders.write_synthdog_parquet(tmp_path)))
     assert len({sample.id for sample in samples}) == 6
     assert samples[5].id == "synthdog_en_train_00001_000002"
     assert texts(samples[5]) == [f"<image>\n{OCR}", "early morning 1 2"]
-    assert samples[5].pictures == (cell(522)["bytes"],)
+    assert samples[5].images == (cell(522)["bytes"],)
     assert reasons == []
     rows: list[dict[str, Any]] = [
         {"image": cell(1), "ground_truth": "{}"},
@@ -234,7 +232,7 @@ def test_synthdog_in_parquet(tmp_path: Path) -> None:
 
 
 def test_messages_in_parquet_with_parts(tmp_path: Path) -> None:
-    """As TRL's sets are stored: a part has every key, and the absent ones are empty."""
+    """Parts have all keys, with null for absent ones, as in TRL's datasets."""
     parts = [{"type": "image", "text": None}, {"type": "text", "text": "What is it?"}]
     answer = [{"type": "text", "text": "A cup."}]
     rows = [
@@ -246,6 +244,6 @@ def test_messages_in_parquet_with_parts(tmp_path: Path) -> None:
     write_parquet(tmp_path / "deep" / "own.parquet", rows)
     samples, reasons = split(messages_parquet.samples(tmp_path))
     assert texts(samples[0]) == ["<image>\nWhat is it?", "A cup."]
-    assert samples[0].pictures == (cell(3)["bytes"],)
+    assert samples[0].images == (cell(3)["bytes"],)
     assert samples[0].id == "own.parquet, row 1"
     assert reasons == []

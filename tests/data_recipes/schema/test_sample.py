@@ -1,18 +1,18 @@
-"""Owns the proofs about messages: which conversations pass, and the reason each of the others gets."""
+"""Tests of the rules for conversations and of the reasons for rejecting them."""
 
 from typing import Any
 
 import pytest
 
-from data_recipes.schema.sample import MAX_CHARACTERS, Message, Reason, Reject, Sample, assemble, check
+from data_recipes.schema.sample import MAX_CHARACTERS, Message, Reason, Reject, Sample, assemble, check_sample
 
 ASK, ANSWER = ("human", "Why?"), ("gpt", "Because.")
 
 
-def judged(turns: list[tuple[Any, Any]], *pictures: bytes) -> Sample | Reject:
-    """What becomes of a raw conversation."""
-    result = assemble("a", turns, pictures, "file.json, record 1")
-    return check(result) or result if isinstance(result, Sample) else result
+def assemble_and_check(turns: list[tuple[Any, Any]], *images: bytes) -> Sample | Reject:
+    """Assemble and check a raw conversation."""
+    result = assemble("a", turns, images, "file.json, record 1")
+    return check_sample(result) or result if isinstance(result, Sample) else result
 
 
 @pytest.mark.parametrize(
@@ -35,42 +35,42 @@ def judged(turns: list[tuple[Any, Any]], *pictures: bytes) -> Sample | Reject:
         ([ASK, ("gpt", "half a pair: \ud83d")], Reason.WRONG_ENCODING),
     ],
 )
-def test_bad_conversations_get_their_reason(turns: list[tuple[Any, Any]], reason: Reason) -> None:
-    """Each rule has its own reason, and a reject says where the record is."""
-    result = judged(turns)
+def test_invalid_conversations_have_reasons(turns: list[tuple[Any, Any]], reason: Reason) -> None:
+    """Each rule has its own reason, and a reject has the location of the record."""
+    result = assemble_and_check(turns)
     assert isinstance(result, Reject)
-    assert (result.reason, result.id, result.place) == (reason, "a", "file.json, record 1")
+    assert (result.reason, result.id, result.location) == (reason, "a", "file.json, record 1")
     assert result.detail
 
 
-@pytest.mark.parametrize("num_pictures", [0, 1, 3])
-def test_placeholders_equal_pictures(num_pictures: int) -> None:
-    """Fewer and more pictures than placeholders are both refused, with both numbers."""
-    result = judged([("human", "<image><image>\nCompare."), ANSWER], *[b"x"] * num_pictures)
+@pytest.mark.parametrize("num_images", [0, 1, 3])
+def test_number_of_placeholders(num_images: int) -> None:
+    """Fewer and more images than placeholders are rejected with both numbers."""
+    result = assemble_and_check([("human", "<image><image>\nCompare."), ANSWER], *[b"x"] * num_images)
     assert isinstance(result, Reject)
-    assert result.detail == f"2 <image> for {num_pictures} pictures"
+    assert result.detail == f"2 <image> for {num_images} images"
 
 
-def test_whole_conversations_pass_unchanged() -> None:
-    """System, user and assistant under any known name keep their text to the letter."""
-    result = judged([("system", "Be brief."), ("user", " <image>\n Why? "), ("chatgpt", "So.\n")], b"x")
+def test_valid_conversation() -> None:
+    """Texts of system, user and assistant turns are unchanged, with any known speaker name."""
+    result = assemble_and_check([("system", "Be brief."), ("user", " <image>\n Why? "), ("chatgpt", "So.\n")], b"x")
     assert isinstance(result, Sample)
     assert [m.role for m in result.messages] == ["system", "user", "assistant"]
     assert [m.text for m in result.messages] == ["Be brief.", " <image>\n Why? ", "So.\n"]
     assert result.repairs == ()
 
 
-def test_dropped_turns_are_noted() -> None:
-    """An answer that nobody asked for, and a last question that nobody answers, go, and it is noted."""
-    result = judged([ANSWER, ASK, ANSWER, ASK])
+def test_dropped_turns() -> None:
+    """A leading answer and a trailing question are dropped and listed in `repairs`."""
+    result = assemble_and_check([ANSWER, ASK, ANSWER, ASK])
     assert isinstance(result, Sample)
     assert [m.role for m in result.messages] == ["user", "assistant"]
     assert result.repairs == ("first_turn_dropped", "last_turn_dropped")
 
 
-def test_a_reader_that_breaks_its_promise_is_caught() -> None:
-    """A reader of one's own may put anything into a Message; the store's check does not crash on it."""
+def test_wrong_types_of_custom_reader() -> None:
+    """Values of wrong types from a custom reader are rejected."""
     sample = Sample("a", (Message("user", "Why?"), Message("assistant", 3)))  # type: ignore[arg-type]
-    result = check(sample)
+    result = check_sample(sample)
     assert result is not None
     assert result.reason is Reason.NOT_A_STRING

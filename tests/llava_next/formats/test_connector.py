@@ -1,6 +1,5 @@
-"""The hand-over between the stages: what stage 1 wrote comes back bit for bit, the authors' file takes its place, and
-what does not fit, is damaged or would run code is told by name.
-"""
+"""Connectors: round trips are bitwise, the authors' file can be loaded instead, and mismatching, damaged or malicious
+files are errors that name the tensor."""
 
 import json
 import pickle
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from llava_next.config import ModelError, ProjectorKind
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import write_hf
-from llava_next.formats.load import load_weights
+from llava_next.formats.load_weights import load_weights
 from llava_next.model.build import Backbone, build_model
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters, set_trained_parts
@@ -31,7 +30,7 @@ AUTHORS = {
     "mm_projector.bias": "multi_modal_projector.bias",
     "image_newline": "image_newline",
 }
-"""The authors' names of a connector's tensors, and ours."""
+"""Names of a connector's tensors: the authors' and ours."""
 
 
 def _model(backbone: Backbone, seed: int = 0, dtype: torch.dtype = torch.float32) -> LlavaNext:
@@ -42,9 +41,9 @@ def _state(model: LlavaNext) -> dict[str, torch.Tensor]:
     return {name: parameter.detach().clone() for name, parameter in live_parameters(model)}
 
 
-def test_a_connector_of_other_image_statistics_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """The projector has learned features of images that were normalized in one way. A contract of before the keys were
-    added still loads."""
+def test_other_image_statistics_are_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The projector was trained on images normalized with other statistics. A contract without these keys still
+    loads."""
     backbone = make_backbone()
     write_connector(_model(backbone), backbone, tmp_path / "connector")
     tower = replace(backbone.config.vision_tower, image_mean=(0.5, 0.5, 0.5))
@@ -59,14 +58,15 @@ def test_a_connector_of_other_image_statistics_is_refused(make_backbone: MakeBac
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_connector_round_trip(make_backbone: MakeBackbone, tmp_path: Path, kind: ProjectorKind) -> None:
-    """Projector and newline come back bit for bit, nothing else changes; the contract tells what was trained."""
+    """Projector and newline are bitwise equal, other parameters are unchanged, and the contract records what was
+    trained."""
     backbone = make_backbone(projector=kind)
     model = _model(backbone, seed=1)
     set_trained_parts(model, ["projector"])
     write_connector(model, backbone, tmp_path / "connector")
     fresh = _model(make_backbone(projector=kind), seed=2)
-    before, said = _state(fresh), load_weights(fresh, backbone, tmp_path / "connector")
-    assert said.endswith("(image_newline not trained)")
+    before, description = _state(fresh), load_weights(fresh, backbone, tmp_path / "connector")
+    assert description.endswith("(image_newline not trained)")
     source, after = _state(model), _state(fresh)
     connector = [name for name in after if "multi_modal_projector" in name or "image_newline" in name]
     assert len(connector) == (5 if kind == "mlp2x_gelu" else 3)
@@ -77,8 +77,8 @@ def test_connector_round_trip(make_backbone: MakeBackbone, tmp_path: Path, kind:
     assert load_weights(fresh, backbone, tmp_path / "connector").endswith("(image_newline trained)")
 
 
-def test_a_connector_serves_another_precision(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Written in bf16, loaded into fp32: the same values."""
+def test_connector_loads_into_another_precision(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """A bf16 connector loads into an fp32 model with the same values."""
     backbone = make_backbone()
     model = _model(backbone, seed=1, dtype=torch.bfloat16)
     write_connector(model, backbone, tmp_path / "connector")
@@ -87,15 +87,15 @@ def test_a_connector_serves_another_precision(make_backbone: MakeBackbone, tmp_p
     assert torch.equal(fresh.hf.model.image_newline, model.hf.model.image_newline.float())
 
 
-def test_a_damaged_connector_is_told_by_the_tensors_name(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """One flipped bit, one missing tensor, one extra: refused by name."""
+def test_damaged_connector_error_names_the_tensor(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """A flipped bit, a missing and an unexpected tensor are errors that name the tensor."""
     backbone = make_backbone()
     write_connector(_model(backbone), backbone, tmp_path / "connector")
     file = tmp_path / "connector" / "connector.safetensors"
     good = file.read_bytes()
     file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
     fresh = _model(make_backbone())
-    with pytest.raises(ModelError, match=r"the bytes of \S+ are not the ones in contract.json.*damaged"):
+    with pytest.raises(ModelError, match=r"checksum of \S+ .*contract\.json.*damaged"):
         load_weights(fresh, backbone, tmp_path / "connector")
     file.write_bytes(good)
     tensors = load_file(file)
@@ -116,8 +116,8 @@ def test_a_damaged_connector_is_told_by_the_tensors_name(make_backbone: MakeBack
         load_weights(fresh, backbone, tmp_path / "connector")
 
 
-def test_a_connector_of_another_tower_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """The contract's key, both values and the way out; nothing is copied."""
+def test_connector_of_another_tower_is_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The message has the contract's key, both values and the fix. No parameter is modified."""
     backbone = make_backbone("clip")
     write_connector(_model(backbone), backbone, tmp_path / "connector")
     other = make_backbone("siglip")
@@ -129,16 +129,16 @@ def test_a_connector_of_another_tower_is_refused(make_backbone: MakeBackbone, tm
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_connector_of_another_kind_is_refused(
+def test_connector_of_another_kind_is_an_error(
     make_backbone: MakeBackbone, tmp_path: Path, kind: ProjectorKind
 ) -> None:
-    """The contract names the kind; the message names both and what to choose."""
+    """The message has both kinds of projector and the setting."""
     other: ProjectorKind = "linear" if kind == "mlp2x_gelu" else "mlp2x_gelu"
     backbone = make_backbone(projector=other)
     write_connector(_model(backbone), backbone, tmp_path / "connector")
-    ours = make_backbone(projector=kind)
-    with pytest.raises(ModelError, match=rf"projector={other}, this model has {kind}; choose model.projector={other}"):
-        load_weights(_model(ours), ours, tmp_path / "connector")
+    backbone_of_kind = make_backbone(projector=kind)
+    with pytest.raises(ModelError, match=rf"projector={other}, this model has {kind}; set model.projector={other}"):
+        load_weights(_model(backbone_of_kind), backbone_of_kind, tmp_path / "connector")
 
 
 # ------------------------------------------------------------------------------------ the authors' mm_projector.bin
@@ -147,70 +147,71 @@ def test_a_connector_of_another_kind_is_refused(
 def _authors_tensors(
     model: LlavaNext, prefix: str = "model.", *, newline: bool = False, dtype: torch.dtype = torch.float32
 ) -> dict[str, torch.Tensor]:
-    """The connector as the authors' trainer collects it: the tensors whose names contain `mm_projector`."""
+    """A connector as the authors' trainer writes it: the tensors whose names contain `mm_projector`."""
     state = {name.removeprefix("hf.model."): tensor for name, tensor in _state(model).items()}
     return {
-        prefix + theirs: state[ours].to(dtype)
-        for theirs, ours in AUTHORS.items()
-        if ours in state and (newline or theirs != "image_newline")
+        prefix + authors_name: state[name].to(dtype)
+        for authors_name, name in AUTHORS.items()
+        if name in state and (newline or authors_name != "image_newline")
     }
 
 
 @pytest.mark.parametrize("newline", [False, True])
 @pytest.mark.parametrize("prefix", ["model.", "", "base_model.model.model.", "module.model."])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_authors_connector_is_loaded(
+def test_authors_connector_is_loaded(
     make_backbone: MakeBackbone, tmp_path: Path, kind: ProjectorKind, prefix: str, newline: bool
 ) -> None:
-    """Under each of their prefixes, of each kind: their tensors arrive, nothing else changes, and the sentence says
-    whether the newline is theirs or fresh."""
+    """The tensors load under each prefix and kind, other parameters are unchanged, and the log says whether the newline
+    was loaded."""
     backbone = make_backbone(projector=kind)
     source, fresh = _model(backbone, seed=1), _model(backbone, seed=2)
     torch.save(_authors_tensors(source, prefix, newline=newline), tmp_path / "mm_projector.bin")
-    before, said = _state(fresh), load_weights(fresh, backbone, tmp_path / "mm_projector.bin")
-    theirs, after = _state(source), _state(fresh)
+    before, description = _state(fresh), load_weights(fresh, backbone, tmp_path / "mm_projector.bin")
+    expected, after = _state(source), _state(fresh)
     for name in after:
         arrived = "multi_modal_projector" in name or (newline and "image_newline" in name)
-        assert torch.equal(after[name], theirs[name] if arrived else before[name]), name
-    assert f"projector ({kind}, float32) from {tmp_path / 'mm_projector.bin'}" in said
-    assert ("starts fresh" in said) != newline
-    assert "only its shapes were compared" in said
+        assert torch.equal(after[name], expected[name] if arrived else before[name]), name
+    assert f"projector ({kind}, float32) from {tmp_path / 'mm_projector.bin'}" in description
+    assert ("without image_newline" in description) != newline
+    assert "only shapes were compared" in description
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("zipped", [True, False])
-def test_a_half_precision_connector_serves_full_precision(
+def test_half_precision_connector_loads_into_full_precision(
     make_backbone: MakeBackbone, tmp_path: Path, dtype: torch.dtype, zipped: bool
 ) -> None:
-    """LLaVA-1.5's are fp16, some in torch's old file format: the same values, in the model's own type."""
+    """LLaVA-1.5's connectors are fp16, some in torch's old file format; they load with the same values in the model's
+    dtype."""
     backbone = make_backbone()
     source, fresh = _model(backbone, seed=1), _model(backbone, seed=2)
     tensors = _authors_tensors(source, dtype=dtype)
     torch.save(tensors, tmp_path / "mm_projector.bin", _use_new_zipfile_serialization=zipped)
-    said = load_weights(fresh, backbone, tmp_path / "mm_projector.bin")
+    description = load_weights(fresh, backbone, tmp_path / "mm_projector.bin")
     loaded = fresh.hf.model.multi_modal_projector.linear_2.weight
     assert loaded.dtype == torch.float32
     assert torch.equal(loaded, tensors["model.mm_projector.2.weight"].float())
-    assert str(dtype).removeprefix("torch.") in said
+    assert str(dtype).removeprefix("torch.") in description
 
 
-def test_a_folder_that_holds_the_authors_connector(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """As they publish it, with a config.json of theirs beside it; a whole model beside it is refused by name."""
+def test_directory_with_authors_connector(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """A directory with the authors' config.json loads. A complete model in the same directory is an error."""
     backbone = make_backbone()
     source, fresh = _model(backbone, seed=1), _model(backbone, seed=2)
     torch.save(_authors_tensors(source), tmp_path / "mm_projector.bin")
     (tmp_path / "config.json").write_text('{"model_type": "llava_llama", "mm_projector_type": "mlp2x_gelu"}')
     assert "mm_projector.bin" in load_weights(fresh, backbone, tmp_path)
-    ours, theirs = (model.hf.model.multi_modal_projector.linear_1.weight for model in (fresh, source))
-    assert torch.equal(ours, theirs)
+    actual, expected = (model.hf.model.multi_modal_projector.linear_1.weight for model in (fresh, source))
+    assert torch.equal(actual, expected)
     (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
-    with pytest.raises(ModelError, match=r"mm_projector\.bin\) and a whole model \(pytorch_model-00001.*name the file"):
+    with pytest.raises(ModelError, match=r"mm_projector\.bin\) and a model \(pytorch_model-00001.*path of the file"):
         load_weights(fresh, backbone, tmp_path)
 
 
-def test_an_authors_connector_that_does_not_fit_is_told_by_name(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Another width: the tensor, both shapes, the way out. Another kind: both, and what to choose. Tensors that are
-    no connector's, none, one twice, whole numbers: told with their names. Nothing is copied."""
+def test_mismatching_authors_connector_is_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """Another width or kind, other tensors, none, duplicates and integers are errors with the values and the fix. No
+    parameter is modified."""
     backbone = make_backbone()
     model = _model(backbone)
     before, good = _state(model), _authors_tensors(model)
@@ -221,20 +222,20 @@ def test_an_authors_connector_that_does_not_fit_is_told_by_name(make_backbone: M
     for tensors, message in (
         (
             wide,
-            r"model\.mm_projector\.0\.weight has shape \[64, 24\], this model needs \[32, 24\]; choose the language",
+            r"model\.mm_projector\.0\.weight has shape \[64, 24\], this model needs \[32, 24\]; use the language",
         ),
-        (linear, r"of kind linear, this model's is mlp2x_gelu; choose model.projector=linear"),
+        (linear, r"of kind linear, this model's is mlp2x_gelu; set model.projector=linear"),
         (
             good | {"model.mm_projector.4.weight": torch.zeros(1)},
-            r"no connector of a known kind.*mm_projector\.4\.weight",
+            r"not a supported connector.*mm_projector\.4\.weight",
         ),
-        (good | {"model.embed_tokens.weight": torch.zeros(1)}, r"no connector of a known kind.*embed_tokens\.weight"),
-        ({}, r"no connector of a known kind"),
-        (good | {"mm_projector.0.bias": torch.zeros(32)}, r"a tensor twice.*mm_projector\.0\.bias"),
-        (whole_numbers, r"model\.mm_projector\.0\.weight is of type int64"),
-        ({"state_dict": good}, r"no dictionary of tensors"),
-        (list(good.values()), r"no dictionary of tensors"),
-        ({name: tensor.to_sparse() for name, tensor in good.items()}, r"no dictionary of tensors"),
+        (good | {"model.embed_tokens.weight": torch.zeros(1)}, r"not a supported connector.*embed_tokens\.weight"),
+        ({}, r"not a supported connector"),
+        (good | {"mm_projector.0.bias": torch.zeros(32)}, r"a tensor under two prefixes.*mm_projector\.0\.bias"),
+        (whole_numbers, r"model\.mm_projector\.0\.weight has dtype int64"),
+        ({"state_dict": good}, "not contain a dictionary of tensors"),
+        (list(good.values()), "not contain a dictionary of tensors"),
+        ({name: tensor.to_sparse() for name, tensor in good.items()}, "not contain a dictionary of tensors"),
     ):
         torch.save(tensors, file)
         with pytest.raises(ModelError, match=message) as caught:
@@ -245,10 +246,8 @@ def test_an_authors_connector_that_does_not_fit_is_told_by_name(make_backbone: M
 
 
 @pytest.mark.parametrize("written_by", ["torch", "torch_old", "pickle"])
-def test_a_hostile_pickle_is_refused_and_never_run(
-    make_backbone: MakeBackbone, tmp_path: Path, written_by: str
-) -> None:
-    """A file that would run a command when it is unpickled: one sentence that says what it asks for, and no command."""
+def test_malicious_pickle_is_not_executed(make_backbone: MakeBackbone, tmp_path: Path, written_by: str) -> None:
+    """A file that runs a command when it is unpickled is an error, and the command is not run."""
     backbone = make_backbone()
     model = _model(backbone)
     marker, file = tmp_path / "it_ran", tmp_path / "mm_projector.bin"
@@ -259,34 +258,35 @@ def test_a_hostile_pickle_is_refused_and_never_run(
     else:
         torch.save(content, file, _use_new_zipfile_serialization=written_by == "torch")
         torch.load(file, weights_only=False)
-    assert marker.exists()  # it is hostile indeed: what nobody should do runs it
+    assert marker.exists()  # unsafe loading runs the command
     marker.unlink()
     with pytest.raises(ModelError) as caught:
         load_weights(model, backbone, file)
     assert not marker.exists()
-    said = str(caught.value)
-    assert "\n" not in said
-    assert str(file) in said
-    assert "nothing in it was run" in said
-    assert written_by == "pickle" or "asks Python for posix.system" in said
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(file) in message
+    assert "no code was executed" in message
+    assert written_by == "pickle" or "imports posix.system" in message
 
 
 @pytest.mark.parametrize("damage", ["half", "empty", "text"])
-def test_a_damaged_authors_connector_is_told(make_backbone: MakeBackbone, tmp_path: Path, damage: str) -> None:
-    """A broken download, or a page that says that there is none: one sentence with the file, no traceback."""
+def test_damaged_authors_connector_is_an_error(make_backbone: MakeBackbone, tmp_path: Path, damage: str) -> None:
+    """A truncated download and an HTML page are errors of one sentence."""
     backbone = make_backbone()
     model = _model(backbone)
     file = tmp_path / "mm_projector.bin"
     torch.save(_authors_tensors(model), file)
     good = file.read_bytes()
     file.write_bytes({"half": good[: len(good) // 2], "empty": b"", "text": b"<html>not found</html>"}[damage])
-    with pytest.raises(ModelError, match=r"mm_projector\.bin (is damaged|is no pickle of plain)") as caught:
+    with pytest.raises(ModelError, match=r"mm_projector\.bin (is damaged|is not a pickle of plain)") as caught:
         load_weights(model, backbone, file)
     assert "\n" not in str(caught.value)
 
 
-def test_a_connector_file_of_any_name_is_loaded(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """The authors' trainer also keeps `mm_projector/checkpoint-100.bin`; an export is no connector's neighbour."""
+def test_connector_file_of_any_name_is_loaded(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The authors' trainer also writes `mm_projector/checkpoint-100.bin`. A connector in an export's directory is an
+    error."""
     backbone = make_backbone()
     source, fresh = _model(backbone, seed=1), _model(backbone, seed=2)
     torch.save(_authors_tensors(source), tmp_path / "checkpoint-100.bin")
@@ -297,5 +297,5 @@ def test_a_connector_file_of_any_name_is_loaded(make_backbone: MakeBackbone, tmp
     processor = backbone.processor(template=None, image_mode="anyres", max_length=64)
     write_hf(source, backbone, processor, tmp_path / "export")
     (tmp_path / "checkpoint-100.bin").rename(tmp_path / "export" / "mm_projector.bin")
-    with pytest.raises(ModelError, match=r"a whole model \(model\.safetensors\)"):
+    with pytest.raises(ModelError, match=r"a model \(model\.safetensors\)"):
         load_weights(fresh, backbone, tmp_path / "export")

@@ -1,4 +1,4 @@
-"""The exported processor: transformers' own, fed with the export alone, says what training saw."""
+"""The exported processor: transformers' processor, loaded from the export, makes the inputs of training."""
 
 import copy
 import io
@@ -20,8 +20,8 @@ from transformers import (
 
 from data_recipes.schema.sample import Message
 from llava_next.formats.hugging_face import save_processor, write_hf, write_tokenizer_settings
-from llava_next.formats.original import of_backbone
-from llava_next.inputs.chat_template import template_of
+from llava_next.formats.original import original_model
+from llava_next.inputs.chat_template import template_from_tokenizer
 from llava_next.inputs.conversation import TEMPLATES
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone, build_model, read_backbone, read_tokenizer
@@ -30,7 +30,7 @@ from tests.jinja_shapes import LLAMA_3, MISTRAL, QWEN, ROUNDS_WITH_BOS, VICUNA, 
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row
 from tests.oracles import real_tokenizers
-from tests.tiny import SIZES_HW, TokenizerName, TowerName, encoded_picture
+from tests.tiny import SIZES_HW, TokenizerName, TowerName, encode_noise_image
 
 TOWERS: tuple[TowerName, ...] = ("clip", "siglip", "dinov2")
 
@@ -49,11 +49,11 @@ def _write(backbone: Backbone, folder: Path, seed: int = 0) -> LlavaNext:
     return model
 
 
-# What can be said to a stock processor and to ours: (messages of chat templates, ours), for one or two rounds.
+# Texts of the user and the assistant, for one or two rounds.
 QUESTION, ANSWER, SECOND = "What is in the picture?", "A red circle.", "And its colour?"
 
 
-def _stock_ids(stock: LlavaNextProcessor, picture: bytes, *, rounds: int, system: str | None) -> list[int]:
+def _stock_ids(stock: LlavaNextProcessor, encoded: bytes, *, rounds: int, system: str | None) -> list[int]:
     content: list[dict[str, object]] = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     messages: list[dict[str, object]] = [{"role": "user", "content": content}]
     if system is not None:
@@ -62,7 +62,7 @@ def _stock_ids(stock: LlavaNextProcessor, picture: bytes, *, rounds: int, system
         messages.append({"role": "assistant", "content": [{"type": "text", "text": ANSWER}]})
         messages.append({"role": "user", "content": [{"type": "text", "text": SECOND}]})
     text = stock.apply_chat_template(messages, add_generation_prompt=True)
-    image = Image.open(io.BytesIO(picture))
+    image = Image.open(io.BytesIO(encoded))
     ids: list[int] = stock(images=image, text=text, return_tensors="pt")["input_ids"][0].tolist()
     content[0]["image"] = image
     tokenized = stock.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
@@ -76,39 +76,37 @@ NATURAL_PAIRS: list[tuple[str, TokenizerName]] = [
     *((name, "bytes") for name in (*WITH_BOS, *WITHOUT_BOS)),
     *((name, "metaspace") for name in WITH_BOS),
 ]
-# A tokenizer that opens every text with bos, under a template that does not.
+# A tokenizer that adds the beginning-of-sequence token, with a template that does not.
 UNNATURAL_PAIRS = [(name, "metaspace") for name in WITHOUT_BOS]
 
 
 @pytest.mark.parametrize(("template", "kind"), [*NATURAL_PAIRS, *UNNATURAL_PAIRS])
-def test_the_stock_processor_makes_our_prompt(
+def test_stock_processor_makes_the_prompt_of_training(
     make_backbone: MakeBackbone, tmp_path: Path, template: str, kind: TokenizerName
 ) -> None:
-    """Chat template and stock processor, loaded from the export, give the ids that training saw: in every grid,
-    in the first and in the second round, with the template's own system text and with the sample's."""
+    """Chat template and processor of the export give the ids of training: in every grid, in the first and the second
+    round, with the default system text and with the sample's."""
     backbone = make_backbone(template=template, kind=kind)
     _write(backbone, tmp_path / "export")
     stock = LlavaNextProcessor.from_pretrained(tmp_path / "export")
     processor = _processor(backbone)
     for number, size in enumerate(SIZES_HW):
-        picture = encoded_picture(number, size)
+        encode_noise_image_bytes = encode_noise_image(number, size)
         for rounds, system in itertools.product((1, 2), (None, "Answer in one word.")):
             messages = [Message("user", f"<image>\n{QUESTION}")]
             if system is not None:
                 messages.insert(0, Message("system", system))
             if rounds == 2:
                 messages += [Message("assistant", ANSWER), Message("user", SECOND)]
-            ours, _ = processor.prompt(messages, [size])
-            theirs = _stock_ids(stock, picture, rounds=rounds, system=system)
-            assert theirs == ours.tolist(), (size, rounds, system)
+            actual, _ = processor.prompt(messages, [size])
+            expected = _stock_ids(stock, encode_noise_image_bytes, rounds=rounds, system=system)
+            assert expected == actual.tolist(), (size, rounds, system)
 
 
 @pytest.mark.parametrize("jinja", [QWEN, LLAMA_3, VICUNA, ZEPHYR, MISTRAL, ROUNDS_WITH_BOS], ids=lambda text: text[:40])
-def test_the_stock_processor_with_the_tokenizers_own_template(
-    make_backbone: MakeBackbone, tmp_path: Path, jinja: str
-) -> None:
-    """`template: tokenizer`: the export makes the prompt that training saw, white space around the words included, and
-    its tokenizer carries the same template: read again, the processor is the same."""
+def test_stock_processor_with_the_tokenizers_template(make_backbone: MakeBackbone, tmp_path: Path, jinja: str) -> None:
+    """With `template: tokenizer`, the export gives the prompt of training, including white space, and its tokenizer has
+    an equal template."""
     backbone = make_backbone(template="tokenizer")
     backbone.tokenizer.chat_template = jinja
     processor = _processor(backbone)
@@ -122,33 +120,31 @@ def test_the_stock_processor_with_the_tokenizers_own_template(
             messages.insert(0, Message("system", system))
         if rounds == 2:
             messages += [Message("assistant", ANSWER), Message("user", SECOND)]
-        ours, _ = processor.prompt(messages, [size])
-        theirs = _stock_ids(stock, encoded_picture(4, size), rounds=rounds, system=system)
-        assert theirs == ours.tolist(), (rounds, system)
+        actual, _ = processor.prompt(messages, [size])
+        expected = _stock_ids(stock, encode_noise_image(4, size), rounds=rounds, system=system)
+        assert expected == actual.tolist(), (rounds, system)
     again = Processor(read_tokenizer(str(tmp_path / "export")), processor.config)
     assert again.template == processor.template
 
 
-def test_the_stock_processor_with_a_real_tokenizer(
+def test_stock_processor_with_a_real_tokenizer(
     make_backbone: MakeBackbone, tmp_path: Path, smollm2_tokenizer: Path
 ) -> None:
-    """SmolLM2's tokenizer, exported with the image token added: the same prompt, the same counts."""
+    """SmolLM2's tokenizer, exported with the image token added, gives the same prompt and counts."""
     config = make_backbone().config
     config = replace(config, language_model=replace(config.language_model, tokenizer=str(smollm2_tokenizer)))
     backbone = read_backbone(config)
     _write(backbone, tmp_path / "export")
     stock = LlavaNextProcessor.from_pretrained(tmp_path / "export")
     for number, size in enumerate(SIZES_HW):
-        ours, _ = _processor(backbone).prompt([Message("user", f"<image>\n{QUESTION}")], [size])
-        theirs = _stock_ids(stock, encoded_picture(number, size), rounds=1, system=None)
-        assert theirs == ours.tolist(), size
+        actual, _ = _processor(backbone).prompt([Message("user", f"<image>\n{QUESTION}")], [size])
+        expected = _stock_ids(stock, encode_noise_image(number, size), rounds=1, system=None)
+        assert expected == actual.tolist(), size
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_stock_generation_answers_from_the_export(
-    make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName
-) -> None:
-    """`generate` of the stock model and processor runs, and its first token is the one that ours finds likeliest."""
+def test_stock_generation_from_the_export(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
+    """`generate` of the stock model runs, and its first token is the most likely token of our model."""
     backbone = make_backbone(tower)
     model = _write(backbone, tmp_path / "export")
     stock = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export")
@@ -159,19 +155,17 @@ def test_stock_generation_answers_from_the_export(
     text = processor.tokenizer.decode([t for t in prompt if t != layout.image_token_id])
     text = text.replace("user\n", "user\n<image>", 1)
     inputs = processor(
-        images=Image.open(io.BytesIO(sample.pictures[0])), text=text, return_tensors="pt",
+        images=Image.open(io.BytesIO(sample.images[0])), text=text, return_tensors="pt",
         add_special_tokens=False,
     )  # fmt: skip
     assert inputs["input_ids"][0].tolist() == prompt.tolist()
     answer = stock.generate(**inputs, max_new_tokens=3, do_sample=False)
     batch = row(backbone, [sample.example])
-    with torch.no_grad():
-        states, head = model._target_states(batch)
-    assert int(answer[0, len(prompt)]) == int((states[0] @ head.T).argmax())
+    assert int(answer[0, len(prompt)]) == int(model.target_logits(batch)[0].argmax())
 
 
-def test_generation_stops_at_the_templates_end(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """The export's generation_config names the template's end token, and the tokenizer's own."""
+def test_generation_stops_at_the_end_token(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The generation config of the export has the template's end token and the tokenizer's."""
     backbone = make_backbone(template="chatml")
     _write(backbone, tmp_path / "export")
     generation = GenerationConfig.from_pretrained(tmp_path / "export")
@@ -193,7 +187,7 @@ REAL = [
             ("llama3", "llava_llama_3"),
             ("qwen", "qwen_1_5"),
             ("smollm2", "chatml"),
-            # Templates and tokenizers that are not published together.
+            # Pairs of template and tokenizer that are not published together.
             ("vicuna", "mistral_instruct"),
             ("vicuna_chatml", "chatml"),
             ("mistral", "vicuna_v1"),
@@ -208,15 +202,15 @@ CONVERSATIONS = [
     [Message("user", "No image: 你好?")],
     [Message("user", "<image> first, then<image><image>\nthree of them")],
 ]
-"""With one image, without one, with several inside the text; and texts that a word mark may or may not stand before."""
+"""With one image, without, and with several inside the text; and texts with and without a leading word separator."""
 
 
 @pytest.mark.parametrize(("name", "template"), REAL)
-def test_real_tokenizers_render_the_prompt_of_the_training(
+def test_real_tokenizers_render_the_prompt_of_training(
     make_backbone: MakeBackbone, tmp_path: Path, name: str, template: str
 ) -> None:
-    """The ids of training from the exported processor, by each way of calling it, and from the rendered text in the
-    authors' layout; the exported chat template is read back as the template that it was made of."""
+    """The exported processor gives the ids of training in each way of calling it, and so does the rendered text in the
+    authors' layout. The exported chat template is parsed as the same template."""
     tokenizer = real_tokenizers.tokenizer(name)
     backbone = make_backbone(template=template)
     hf_config = copy.deepcopy(backbone.hf_config)
@@ -225,9 +219,9 @@ def test_real_tokenizers_render_the_prompt_of_the_training(
     processor = _processor(backbone)
     save_processor(backbone, processor, tmp_path / "export")
     stock = AutoProcessor.from_pretrained(tmp_path / "export")
-    served = of_backbone(backbone, processor).tokenizer
-    served.save_pretrained(tmp_path / "original")
-    write_tokenizer_settings(tmp_path / "original", served)
+    original_tokenizer = original_model(backbone, processor).tokenizer
+    original_tokenizer.save_pretrained(tmp_path / "original")
+    write_tokenizer_settings(tmp_path / "original", original_tokenizer)
     original = AutoTokenizer.from_pretrained(tmp_path / "original")
     for messages in CONVERSATIONS:
         if processor.template.system_format is None and messages[0].role == "system":
@@ -235,14 +229,17 @@ def test_real_tokenizers_render_the_prompt_of_the_training(
         num_images = sum(message.text.count("<image>") for message in messages)
         sizes = list(SIZES_HW[:num_images])
         images = [Image.new("RGB", (width, height)) for height, width in sizes]
-        ours = processor.prompt(messages, sizes)[0].tolist()
+        expected = processor.prompt(messages, sizes)[0].tolist()
         turns = [{"role": message.role, "content": message.text} for message in messages]
         text = stock.apply_chat_template(turns, add_generation_prompt=True)
-        shown = {"images": images} if images else {}
-        assert list(stock(text=text, **shown)["input_ids"][0]) == ours, messages
-        theirs = original(original.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))["input_ids"]
+        image_options = {"images": images} if images else {}
+        assert list(stock(text=text, **image_options)["input_ids"][0]) == expected, messages
+        rendered = original.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+        ids = original(rendered)["input_ids"]
         layouts = iter(processor.prompt(messages, sizes)[1])
-        widened = [[token] * (next(layouts).num_tokens if token == processor.image_token_id else 1) for token in theirs]
-        assert list(itertools.chain.from_iterable(widened)) == ours, messages
-    again = template_of(read_tokenizer(str(tmp_path / "export")))
-    assert replace(again, name="", released_specials=()) == replace(processor.template, name="", released_specials=())
+        widened = [[token] * (next(layouts).num_tokens if token == processor.image_token_id else 1) for token in ids]
+        assert list(itertools.chain.from_iterable(widened)) == expected, messages
+    reloaded = template_from_tokenizer(read_tokenizer(str(tmp_path / "export")))
+    assert replace(reloaded, name="", released_specials=()) == replace(
+        processor.template, name="", released_specials=()
+    )

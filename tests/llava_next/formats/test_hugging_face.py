@@ -1,4 +1,5 @@
-"""Directories: what we write is loaded by stock transformers and means the same; what is damaged is told by name."""
+"""Model directories: stock transformers loads them with equal results, and damaged ones are errors that name the
+tensor."""
 
 import io
 import json
@@ -19,7 +20,7 @@ from llava_next.config import ModelError
 from llava_next.formats import tensors
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import read_hf, write_hf
-from llava_next.formats.load import load_weights
+from llava_next.formats.load_weights import load_weights
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.llava_next import LlavaNext
@@ -50,26 +51,27 @@ def _write(backbone: Backbone, folder: Path, seed: int = 0) -> LlavaNext:
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_stock_transformers_loads_what_we_write(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
-    """No tensor is missing, left over or changed, the tower's upper layers included; logits are ours."""
+def test_stock_transformers_loads_an_export(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
+    """No tensor is missing, unexpected or changed, including the tower's upper layers, and logits are equal."""
     backbone = make_backbone(tower)
     model = _write(backbone, tmp_path / "export")
-    stock, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export", output_loading_info=True)
-    assert not found["missing_keys"]
-    assert not found["unexpected_keys"]
-    assert not found["mismatched_keys"]
-    theirs = {"hf." + name: parameter for name, parameter in stock.named_parameters()}
-    ours = _state(model)
-    assert set(theirs) == set(ours)
-    for name, tensor in ours.items():
-        assert torch.equal(theirs[name], tensor), name
+    stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not loading_info["missing_keys"]
+    assert not loading_info["unexpected_keys"]
+    assert not loading_info["mismatched_keys"]
+    expected = {"hf." + name: parameter for name, parameter in stock.named_parameters()}
+    actual = _state(model)
+    assert set(expected) == set(actual)
+    for name, tensor in actual.items():
+        assert torch.equal(expected[name], tensor), name
 
     sample = encoded(backbone, [(45, 61)], rounds=2)
     batch = row(backbone, [sample.example])
     with torch.no_grad():
         logits = stock(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
-        states, head = model._target_states(batch)
-    torch.testing.assert_close(states @ head.T, logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.target_logits(batch), logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -85,10 +87,10 @@ def test_stock_transformers_loads_what_we_write(make_backbone: MakeBackbone, tmp
         ("dinov2", ["vision_tower.embeddings.cls_token", "vision_tower.layernorm.weight"]),
     ],
 )  # fmt: skip
-def test_names_on_disk_are_the_published_ones(
+def test_names_on_disk_are_published_names(
     make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName, tower_names: list[str]
 ) -> None:
-    """The names of the released checkpoints, which vLLM and older transformers read; nothing of ours."""
+    """The names are those of the released checkpoints, which vLLM and older transformers read."""
     _write(make_backbone(tower), tmp_path / "export")
     with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as file:
         names = set(file.keys())
@@ -114,38 +116,41 @@ def test_names_on_disk_are_the_published_ones(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_written_model_is_loaded_again(make_backbone: MakeBackbone, tmp_path: Path, tied: bool) -> None:
-    """Into a fresh model (load_weights) and by itself (read_hf): every tensor equal, the same loss."""
+def test_model_round_trip(make_backbone: MakeBackbone, tmp_path: Path, tied: bool) -> None:
+    """`load_weights` and `read_hf` give equal tensors and the same loss."""
     backbone = make_backbone(tied=tied)
     model = _write(backbone, tmp_path / "export", seed=1)
     with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as file:
         assert ("language_model.lm_head.weight" in file.keys()) != tied  # noqa: SIM118
     fresh = _model(make_backbone(tied=tied), seed=2)
     assert "model from" in load_weights(fresh, backbone, tmp_path / "export")
-    found, read = read_hf(tmp_path / "export", backbone.config)
-    assert found.config == backbone.config
-    assert (found.tile, found.patches_per_side) == (backbone.tile, backbone.patches_per_side)
+    read_backbone_config, read_model = read_hf(tmp_path / "export", backbone.config)
+    assert read_backbone_config.config == backbone.config
+    assert (read_backbone_config.tile, read_backbone_config.patches_per_side) == (
+        backbone.tile,
+        backbone.patches_per_side,
+    )
     batch = row(backbone, [encoded(backbone, [(45, 61), (28, 90)]).example])
-    read.num_sources = model.num_sources
+    read_model.num_sources = model.num_sources
     with torch.no_grad():
         expected = model(batch)[0]
-        for other in (fresh, read):
-            ours, theirs = _state(model), _state(other)
-            assert set(ours) == set(theirs)
-            assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+        for other in (fresh, read_model):
+            actual, reference = _state(model), _state(other)
+            assert set(actual) == set(reference)
+            assert all(torch.equal(actual[name], reference[name]) for name in actual)
             torch.testing.assert_close(other(batch)[0], expected)
-    again = _processor(found)
+    reloaded = _processor(read_backbone_config)
     messages = [Message("user", "<image>\nWhat?"), Message("assistant", "That.")]
-    assert again.fingerprint == _processor(backbone).fingerprint
+    assert reloaded.fingerprint == _processor(backbone).fingerprint
     np.testing.assert_array_equal(
-        again.layout(messages, [(45, 61)]).ids, _processor(backbone).layout(messages, [(45, 61)]).ids
+        reloaded.layout(messages, [(45, 61)]).ids, _processor(backbone).layout(messages, [(45, 61)]).ids
     )
 
 
 def test_shards_are_indexed_and_read_back(
     make_backbone: MakeBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Larger than one file: several, an index of every tensor, and stock transformers reads them."""
+    """A model larger than a shard has several files and an index, and stock transformers loads them."""
     monkeypatch.setattr(tensors, "SHARD_BYTES", 40_000)
     backbone = make_backbone()
     model = _write(backbone, tmp_path / "export", seed=1)
@@ -154,16 +159,18 @@ def test_shards_are_indexed_and_read_back(
     assert len(files) > 2
     assert {name: file.name for file in files for name in load_file(file)} == index["weight_map"]
     assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in _state(model).values())
-    stock, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export", output_loading_info=True)
-    assert not found["missing_keys"]
+    stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not loading_info["missing_keys"]
     assert torch.equal(stock.model.image_newline, model.hf.model.image_newline)
     fresh = _model(make_backbone(), seed=2)
     load_weights(fresh, backbone, tmp_path / "export")
     assert torch.equal(fresh.hf.lm_head.weight, model.hf.lm_head.weight)
 
 
-def test_a_directory_is_replaced_whole(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Writing over an older export leaves none of its files; a rank without a target writes nothing."""
+def test_directory_is_replaced(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """An older export is replaced without leftover files. A rank without a target writes nothing."""
     backbone = make_backbone()
     folder = tmp_path / "export"
     folder.mkdir()
@@ -183,8 +190,8 @@ def test_a_directory_is_replaced_whole(make_backbone: MakeBackbone, tmp_path: Pa
     assert sum(gathered) == len(list(live_parameters(model)))
 
 
-def test_a_model_of_another_shape_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """A whole model with another tower, or fewer layers: refused by a tensor's name."""
+def test_model_of_another_shape_is_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """A complete model with another tower is an error that names a tensor."""
     _write(make_backbone("clip"), tmp_path / "export")
     other = make_backbone("dinov2")
     with pytest.raises(ModelError, match=r"lacks \d+ tensor\(s\).*vision_tower"):
@@ -192,15 +199,16 @@ def test_a_model_of_another_shape_is_refused(make_backbone: MakeBackbone, tmp_pa
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_linear_projector_is_one_that_stock_transformers_has(
+def test_linear_projector_loads_in_stock_transformers(
     make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName
 ) -> None:
-    """Its layer, no activation and the identity: loaded whole, with our logits; and it comes back as one layer, by
-    itself and into a fresh model."""
+    """It is exported with a linear activation and an identity layer, gives equal logits, and is read as one layer."""
     backbone = make_backbone(tower, projector="linear")
     model = _write(backbone, tmp_path / "export", seed=1)
-    stock, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export", output_loading_info=True)
-    assert [problem for problem in found.values() if problem] == []
+    stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert [problem for problem in loading_info.values() if problem] == []
     assert stock.config.projector_hidden_act == "linear"
     second = stock.model.multi_modal_projector.linear_2
     assert torch.equal(second.weight, torch.eye(len(second.bias)))
@@ -209,23 +217,22 @@ def test_a_linear_projector_is_one_that_stock_transformers_has(
     batch = row(backbone, [sample.example])
     with torch.no_grad():
         logits = stock(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
-        states, head = model._target_states(batch)
-    torch.testing.assert_close(states @ head.T, logits, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(model.target_logits(batch), logits, rtol=1e-5, atol=1e-6)
 
-    again, read = read_hf(tmp_path / "export", make_backbone(tower).config)
-    assert again.config == backbone.config
-    assert again.config.projector == "linear"
+    reloaded, read_model = read_hf(tmp_path / "export", make_backbone(tower).config)
+    assert reloaded.config == backbone.config
+    assert reloaded.config.projector == "linear"
     fresh = _model(make_backbone(tower, projector="linear"), seed=2)
     load_weights(fresh, backbone, tmp_path / "export")
-    for other in (read, fresh):
-        ours, theirs = _state(model), _state(other)
-        assert set(ours) == set(theirs)
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for other in (read_model, fresh):
+        actual, expected = _state(model), _state(other)
+        assert set(actual) == set(expected)
+        assert all(torch.equal(actual[name], expected[name]) for name in actual)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_identity_changes_no_bit(make_backbone: MakeBackbone, tmp_path: Path, dtype: torch.dtype) -> None:
-    """The exported two layers give exactly what the one layer gives, in bf16 too."""
+def test_identity_layer_is_bitwise_exact(make_backbone: MakeBackbone, tmp_path: Path, dtype: torch.dtype) -> None:
+    """The two exported layers give bitwise the output of the one layer, also in bf16."""
     backbone = make_backbone(projector="linear")
     model = _model(backbone, dtype=dtype)
     write_hf(model, backbone, _processor(backbone), tmp_path / "export")
@@ -234,17 +241,15 @@ def test_the_identity_changes_no_bit(make_backbone: MakeBackbone, tmp_path: Path
     assert torch.equal(stock.model.multi_modal_projector(features), model.hf.model.multi_modal_projector(features))
 
 
-def test_a_projector_of_another_kind_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Both kinds have the same tensors on disk, so the shapes would fit: the configuration tells, and the second layer.
-    Both kinds and what to choose are named."""
+def test_projector_of_another_kind_is_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """Both kinds have the same tensors on disk, so the config and the second layer distinguish them. The message has
+    both kinds and the setting."""
     linear, two_layers = make_backbone(projector="linear"), make_backbone()
     _write(linear, tmp_path / "linear")
     _write(two_layers, tmp_path / "two_layers")
-    with pytest.raises(ModelError, match=r"of kind linear, this one's is mlp2x_gelu; choose model.projector=linear"):
+    with pytest.raises(ModelError, match=r"of kind linear, this model's is mlp2x_gelu; set model.projector=linear"):
         load_weights(_model(two_layers), two_layers, tmp_path / "linear")
-    with pytest.raises(
-        ModelError, match=r"of kind mlp2x_gelu, this one's is linear; choose model.projector=mlp2x_gelu"
-    ):
+    with pytest.raises(ModelError, match=r"of kind mlp2x_gelu, this model's is linear; set model.projector=mlp2x_gelu"):
         load_weights(_model(linear), linear, tmp_path / "two_layers")
     config = tmp_path / "two_layers" / "config.json"
     for act, message in (("linear", r"linear_2.\w+ is not the identity"), ("relu", r"projector_hidden_act=relu")):
@@ -256,11 +261,9 @@ def test_a_projector_of_another_kind_is_refused(make_backbone: MakeBackbone, tmp
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_tile_with_an_unseen_strip_is_served_as_it_was_trained(
-    make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName
-) -> None:
-    """A tower of 30 pixels and patches of 7 (SigLIP: 384 and 14): stock transformers cuts the same tiles, counts the
-    same tokens and gives the same logits, for pictures of every grid."""
+def test_tile_that_the_patch_does_not_divide(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
+    """For a tower of 30 pixels and patches of 7 (SigLIP: 384 and 14), stock transformers makes the same tiles, token
+    counts and logits in every grid."""
     config = make_backbone(tower).config
     config = replace(config, vision_tower=replace(config.vision_tower, overrides={"image_size": 30}))
     backbone = read_backbone(config)
@@ -273,40 +276,39 @@ def test_a_tile_with_an_unseen_strip_is_served_as_it_was_trained(
         (layout,) = sample.example.layout.images
         grids.add(layout.grid)
         assert layout.patches_per_side == 4
-        pixels = processor.image_processor(Image.open(io.BytesIO(sample.pictures[0])), return_tensors="pt")
+        pixels = processor.image_processor(Image.open(io.BytesIO(sample.images[0])), return_tensors="pt")
         height, width = pixels["pixel_values"].shape[-2:]
         extra = processor.num_additional_image_tokens
         assert processor._get_number_of_features(*size, height, width) - extra == layout.num_tokens
         batch = row(backbone, [sample.example])
         with torch.no_grad():
             logits = stock(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
-            states, head = model._target_states(batch)
-        torch.testing.assert_close(states @ head.T, logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.target_logits(batch), logits, rtol=1e-5, atol=1e-6)
     assert grids == set(backbone.config.grids)
 
 
-def test_nothing_to_load_is_told_with_the_way_out(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """An empty folder is neither a connector nor a model; read_hf says what it is not either."""
+def test_empty_directory_is_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """An empty directory is neither a connector nor a model; the message has the fix."""
     backbone = make_backbone()
     with pytest.raises(ModelError, match=r"neither a connector .* nor a model .*stage=align"):
         load_weights(_model(backbone), backbone, tmp_path)
-    with pytest.raises(ModelError, match="no model that transformers reads"):
+    with pytest.raises(ModelError, match="transformers cannot load"):
         read_hf(tmp_path, backbone.config)
 
 
-def test_grids_of_another_tower_are_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """A config.json whose pinpoints are no multiples of its tower's tile: folder, pinpoint, tile and the way out."""
+def test_grids_of_another_tower_are_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The message has the directory, the pinpoint, the tile and the fix."""
     backbone = make_backbone()
     _write(backbone, tmp_path / "export")
     path = tmp_path / "export" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"image_grid_pinpoints": [[56, 28], [28, 60]]}))
-    with pytest.raises(ModelError, match=r"export: image_grid_pinpoints holds \[28, 60\].*28 pixels.*config\.json"):
+    with pytest.raises(ModelError, match=r"export: image_grid_pinpoints contains \[28, 60\].*28 pixels.*config\.json"):
         read_hf(tmp_path / "export", backbone.config)
 
 
-def test_a_gutted_export_is_refused(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """read_hf does not let transformers make up a tensor that is not there."""
+def test_missing_tensor_is_an_error(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """`read_hf` does not let transformers initialize a missing tensor."""
     backbone = make_backbone()
     _write(backbone, tmp_path / "export")
     file = tmp_path / "export" / "model.safetensors"
@@ -315,8 +317,8 @@ def test_a_gutted_export_is_refused(make_backbone: MakeBackbone, tmp_path: Path)
         read_hf(tmp_path / "export", backbone.config)
 
 
-def test_writing_leaves_the_live_model_as_it_was(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """An export in mid-run changes neither weights nor the attention: the next loss is the same."""
+def test_writing_does_not_modify_the_model(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """An export during training changes neither weights nor attention: the next loss is equal."""
     backbone = make_backbone()
     model = _model(backbone)
     batch = row(backbone, [encoded(backbone, [(45, 61)]).example])

@@ -1,5 +1,5 @@
-"""The first weights one tensor at a time are `build_model`'s and `load_weights`', bit for bit, and nothing is built for
-them that lies on disk."""
+"""Initial weights that are read one at a time are bitwise those of `build_model` and `load_weights`, and only parts
+without usable files are built."""
 
 import json
 from collections.abc import Collection
@@ -15,9 +15,9 @@ from transformers import CLIPConfig, CLIPModel, Qwen2Config, Qwen2ForCausalLM
 from llava_next.config import PARTS, ModelConfig
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import published_tensors, write_hf
-from llava_next.formats.initial_weights import first_weights
-from llava_next.formats.load import load_weights
-from llava_next.formats.original import of_backbone, write_original_folder
+from llava_next.formats.initial_weights import read_initial_weights
+from llava_next.formats.load_weights import load_weights
+from llava_next.formats.original import original_model, write_original_folder
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.parts import live_parameters
 from tests.llava_next.models import pretrained
@@ -26,8 +26,8 @@ from tests.tiny import TowerName, tiny_model
 STACKS = ("vision_tower", "language_model")
 
 
-class Built:
-    """Stands before `build_model` and remembers the parts that were asked for."""
+class RecordedBuilds:
+    """Wraps `build_model` and records the requested parts."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.parts: list[set[str]] = []
@@ -41,22 +41,22 @@ class Built:
 def _compare(
     config: ModelConfig, dtype: torch.dtype, init_from: Path | None = None, parts: Collection[str] = PARTS
 ) -> list[str]:
-    """Equal to what a start gives a model, in value and type; returns what was said."""
+    """Compares the initial weights, in value and dtype, with those of a run; returns the messages."""
     backbone = read_backbone(config)
     model = build_model(backbone, dtype=dtype, seed=5)
     if init_from is not None:
         load_weights(model, backbone, init_from)
     shapes = build_model(backbone, dtype=dtype, seed=5, parts=())
-    found, said = first_weights(shapes, backbone, parts=parts, seed=5, init_from=init_from)
+    actual, message = read_initial_weights(shapes, backbone, parts=parts, seed=5, init_from=init_from)
     for name, parameter in live_parameters(model):
         if parts == PARTS:
-            assert name in found
-        if name in found:
-            tensor = found[name].value()
-            assert (found[name].name, found[name].shape, found[name].dtype) == (name, tensor.shape, dtype)
+            assert name in actual
+        if name in actual:
+            tensor = actual[name].value()
+            assert (actual[name].name, actual[name].shape, actual[name].dtype) == (name, tensor.shape, dtype)
             assert torch.equal(tensor, parameter.detach()), name
     assert all(parameter.is_meta for _, parameter in live_parameters(shapes))
-    return said
+    return message
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,13 @@ def _compare(
         ("ijepa", False, torch.float32),
     ],
 )
-def test_published_directories_are_read_as_they_lie(
+def test_published_directories_are_read_without_building(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tower: TowerName, tied: bool, dtype: torch.dtype
 ) -> None:
-    """Towers and language models, a shared head or one of its own, a vocabulary that grows by rows whose mean is the
-    others' in the run's type, positions resampled for another tile: only the connector, which is drawn, is built."""
+    """Towers and language models, tied and untied heads, extended vocabularies and resampled positions are read from
+    files; only the connector, which is random, is built."""
     config = pretrained(tmp_path, tower, tied=tied)
-    built = Built(monkeypatch)
+    built = RecordedBuilds(monkeypatch)
     assert _compare(config, dtype) == []
     resized = replace(config, vision_tower=replace(config.vision_tower, tile=42))
     assert _compare(resized, dtype) == []
@@ -86,8 +86,8 @@ def test_published_directories_are_read_as_they_lie(
     assert built.parts == [{"projector", "image_newline"}] * 2
 
 
-def test_names_of_their_publishers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A whole CLIP under its published names, in a `.bin`; a Qwen2 with its biases, in shards."""
+def test_names_of_other_layouts_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A complete CLIP under its published names in a `.bin` file, and a Qwen2 with biases in shards."""
     config = pretrained(tmp_path)
     vision = read_backbone(config).hf_config.vision_config
     clip = CLIPModel(CLIPConfig(vision_config=vision.to_dict(), text_config={"hidden_size": 8, "num_hidden_layers": 1,
@@ -105,37 +105,35 @@ def test_names_of_their_publishers_are_read(tmp_path: Path, monkeypatch: pytest.
     (language / "model.safetensors").unlink()
     Qwen2ForCausalLM(Qwen2Config(vocab_size=520, **sizes)).save_pretrained(language, max_shard_size="20KB")
     assert len(list(language.glob("*.safetensors"))) > 2
-    built = Built(monkeypatch)
+    built = RecordedBuilds(monkeypatch)
     assert _compare(config, torch.bfloat16, parts=STACKS) == []
     assert built.parts == []
 
 
-def test_what_transformers_converts_is_built_by_it_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tower under the prefix that a classifier's directory has: that part, no other, and what it says."""
+def test_part_that_transformers_converts_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tower with a classifier's prefix is built by transformers, with a message; no other part is built."""
     config = pretrained(tmp_path, "dinov2")
     file = Path(config.vision_tower.path) / "model.safetensors"
     save_file({f"dinov2.{name}": tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    built = Built(monkeypatch)
-    (said,) = _compare(config, torch.float32, parts=STACKS)
+    built = RecordedBuilds(monkeypatch)
+    (message,) = _compare(config, torch.float32, parts=STACKS)
     assert built.parts == [{"vision_tower"}]
-    assert said == f"the vision_tower is held whole: {file.parent} names its tensors otherwise"
+    assert message == f"the vision_tower is built in memory: {file.parent} stores its tensors in another form"
 
 
-def test_random_parts_are_drawn_in_their_order(tmp_path: Path) -> None:
-    """A random tower's weights depend on what the language model has drawn before it."""
+def test_random_parts_are_drawn_in_order(tmp_path: Path) -> None:
+    """A random tower's weights depend on the numbers drawn before for the language model."""
     config = tiny_model(tmp_path)
-    said = [f"the {part} is held whole: no file has its weights" for part in STACKS]
-    assert _compare(config, torch.float32) == said
-    assert _compare(config, torch.float32, parts=["vision_tower"]) == said[:1]
+    message = [f"the {part} is built in memory: no file contains its weights" for part in STACKS]
+    assert _compare(config, torch.float32) == message
+    assert _compare(config, torch.float32, parts=["vision_tower"]) == message[:1]
     assert _compare(config, torch.float32, parts=["projector"]) == []
 
 
 @pytest.mark.parametrize("layout", ["hf", "original", "without_tower", "single_view", "connector"])
-def test_what_a_stage_starts_from_is_read_as_it_lies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
-) -> None:
-    """A whole model in either layout, one of the authors' without its tower, one without a newline, a connector:
-    what it lacks comes from the parts' own directories, or is drawn."""
+def test_init_from_is_read_without_building(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str) -> None:
+    """Complete models in both layouts, without a tower, without a newline, and a connector; missing parts come from
+    their directories or are random."""
     token = read_backbone(tiny_model(tmp_path / "tokenizer")).hf_config.image_token_index
     config = pretrained(tmp_path / "parts", vocab_size=token)
     backbone = read_backbone(config)
@@ -155,9 +153,9 @@ def test_what_a_stage_starts_from_is_read_as_it_lies(
         tensors = published_tensors(model, backbone, mode)
         if layout == "without_tower":
             tensors = [tensor for tensor in tensors if not tensor.name.startswith("vision_tower.")]
-        write_original_folder(tensors, of_backbone(backbone, processor), folder)
+        write_original_folder(tensors, original_model(backbone, processor), folder)
         size = json.loads((folder / "config.json").read_text())["vocab_size"]
         assert size < backbone.hf_config.text_config.vocab_size
-    built = Built(monkeypatch)
+    built = RecordedBuilds(monkeypatch)
     assert _compare(config, torch.float32, init_from=folder) == []
     assert built.parts == ([{"projector", "image_newline"}] if layout == "single_view" else [])

@@ -1,4 +1,5 @@
-"""The authors' layout: names, config and pinpoints as the released checkpoints have them, and back, bit for bit."""
+"""The authors' layout: names, config and pinpoints are those of the released checkpoints, and round trips are
+bitwise."""
 
 import io
 import json
@@ -15,14 +16,14 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Llava
 from data_recipes.schema.sample import Message
 from llava_next.config import ImageMode, ModelError
 from llava_next.formats.hugging_face import published_tensors
-from llava_next.formats.load import load_weights
-from llava_next.formats.original import num_rows, of_backbone, original_config, write_original_folder
+from llava_next.formats.load_weights import load_weights
+from llava_next.formats.original import num_vocabulary_rows, original_config, original_model, write_original_folder
 from llava_next.model.build import Backbone, build_model
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
-from scripts.oracles import tiny_model
 from tests.llava_next.conftest import MakeBackbone
-from tests.tiny import encoded_picture
+from tests.oracles import tiny_model
+from tests.tiny import encode_noise_image
 
 RATES = {"vision_tower": 2.0e-6, "projector": 2.0e-5}
 
@@ -32,7 +33,7 @@ def _state(model: LlavaNext) -> dict[str, torch.Tensor]:
 
 
 def _vicuna_like(make_backbone: MakeBackbone) -> Backbone:
-    """Its table ends where its tokenizer does, so that the image token is ours, behind it."""
+    """A backbone whose vocabulary ends with its tokenizer's, so that the added image token is the last one."""
     token = make_backbone().hf_config.image_token_index
     backbone = make_backbone(vocab_size=token)
     assert token == backbone.hf_config.image_token_index < backbone.hf_config.text_config.vocab_size <= token + 64
@@ -40,19 +41,19 @@ def _vicuna_like(make_backbone: MakeBackbone) -> Backbone:
 
 
 def _write(backbone: Backbone, folder: Path, seed: int = 1, image_mode: ImageMode = "anyres") -> LlavaNext:
-    """A model of random weights in the authors' layout."""
+    """Writes a model with random weights in the authors' layout."""
     model = build_model(backbone, dtype=torch.float32, seed=seed)
     processor = backbone.processor(template=None, image_mode=image_mode, max_length=4096)
     tensors = published_tensors(model, backbone, image_mode)
     tensors = [tensor for tensor in tensors if backbone.config.projector != "linear" or "linear_2" not in tensor.name]
     folder.mkdir()
-    write_original_folder(tensors, of_backbone(backbone, processor, "openai/clip-tiny", RATES), folder)
+    write_original_folder(tensors, original_model(backbone, processor, "openai/clip-tiny", RATES), folder)
     return model
 
 
-def test_names_and_config_are_the_released_ones(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Every key that the released v1.6 config adds to its language model's, with the value of ours; (width, height);
-    the names by the independent list that the authors' own model was compared with."""
+def test_names_and_config_are_those_of_the_releases(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """All keys that the released v1.6 config adds to its language model's; pinpoints are (width, height); names follow
+    the independent list that was compared with the authors' model."""
     backbone = make_backbone()
     model = _write(backbone, tmp_path / "original")
     config = json.loads((tmp_path / "original" / "config.json").read_text())
@@ -96,11 +97,9 @@ def test_names_and_config_are_the_released_ones(make_backbone: MakeBackbone, tmp
     assert (tmp_path / "original" / "preprocessor_config.json").is_file()
 
 
-def test_sglang_finds_what_it_reads(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Fields that SGLang's loader takes (python/sglang/srt/models/llava.py: `load_weights` and the three classes;
-    multimodal/processors/llava.py), through the config class that `model_type` gives it: with a vision_config and a
-    text_config that it writes the two widths into, its projector's activation, and "clip" or "siglip" in the tower's
-    name. Its processor is what AutoProcessor finds: with the tile that it cuts by, one image token for a picture."""
+def test_config_has_the_keys_that_sglang_reads(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The fields of SGLang's loader (python/sglang/srt/models/llava.py and multimodal/processors/llava.py), read with
+    the config class of `model_type`. AutoProcessor finds a processor with the tile and one image token per image."""
     _write(make_backbone(), tmp_path / "original")
     written = json.loads((tmp_path / "original" / "config.json").read_text())
     assert written["model_type"] == LlavaConfig.model_type
@@ -128,7 +127,7 @@ def test_sglang_finds_what_it_reads(make_backbone: MakeBackbone, tmp_path: Path)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin", "sharded bin"])
-def test_original_to_ours_to_original(make_backbone: MakeBackbone, tmp_path: Path, kind: str) -> None:
+def test_original_round_trip(make_backbone: MakeBackbone, tmp_path: Path, kind: str) -> None:
     """Equal bytes under equal names, from safetensors and from (sharded) pickles with the buffers of old versions."""
     backbone = _vicuna_like(make_backbone)
     _write(backbone, tmp_path / "first")
@@ -146,12 +145,12 @@ def test_original_to_ours_to_original(make_backbone: MakeBackbone, tmp_path: Pat
         if kind == "sharded bin":
             (tmp_path / "first" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     fresh = build_model(backbone, dtype=torch.float32, seed=2)
-    said = load_weights(fresh, backbone, tmp_path / "first")
-    assert "in the authors' layout" in said
-    assert "start as the mean of the others" in said
+    description = load_weights(fresh, backbone, tmp_path / "first")
+    assert "in the authors' layout" in description
+    assert "with the mean of the others" in description
     processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
     (tmp_path / "second").mkdir()
-    original = of_backbone(backbone, processor, "openai/clip-tiny", RATES)
+    original = original_model(backbone, processor, "openai/clip-tiny", RATES)
     write_original_folder(published_tensors(fresh, backbone, "anyres"), original, tmp_path / "second")
     second = load_file(tmp_path / "second" / "model.safetensors")
     assert set(first) == set(second)
@@ -159,10 +158,9 @@ def test_original_to_ours_to_original(make_backbone: MakeBackbone, tmp_path: Pat
     assert (tmp_path / "first" / "config.json").read_text() == (tmp_path / "second" / "config.json").read_text()
 
 
-def test_rows_that_ours_adds_are_left_out_and_come_back_as_the_mean(
-    make_backbone: MakeBackbone, tmp_path: Path
-) -> None:
-    """The table ends before our image token; of a larger vocabulary of the model's own no row goes."""
+def test_added_vocabulary_rows_are_omitted(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """The tables end before the added image token, and loading initializes its row with the mean. Rows of the model's
+    own vocabulary are kept."""
     backbone = _vicuna_like(make_backbone)
     token, size = backbone.hf_config.image_token_index, backbone.hf_config.text_config.vocab_size
     model = _write(backbone, tmp_path / "original")
@@ -174,11 +172,11 @@ def test_rows_that_ours_adds_are_left_out_and_come_back_as_the_mean(
     torch.testing.assert_close(fresh.hf.lm_head.weight[token:], table.mean(0).expand(size - token, -1))
     wide = make_backbone(vocab_size=1000)
     processor = wide.processor(template=None, image_mode="anyres", max_length=4096)
-    assert num_rows(of_backbone(wide, processor)) == wide.hf_config.text_config.vocab_size == 1024
+    assert num_vocabulary_rows(original_model(wide, processor)) == wide.hf_config.text_config.vocab_size == 1024
 
 
-def test_a_llava_1_5_has_neither_tower_nor_newline(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Both stay as they are, and it is said; a tower that would be random is refused."""
+def test_llava_1_5_without_tower_and_newline(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """Both keep their values, which is reported. A random tower is an error."""
     backbone = _vicuna_like(make_backbone)
     model = _write(backbone, tmp_path / "original", image_mode="pad")
     file = tmp_path / "original" / "model.safetensors"
@@ -187,46 +185,46 @@ def test_a_llava_1_5_has_neither_tower_nor_newline(make_backbone: MakeBackbone, 
     torch.save(tensors, tmp_path / "original" / "pytorch_model.bin")
     assert json.loads((tmp_path / "original" / "config.json").read_text())["mm_patch_merge_type"] == "flat"
     fresh = build_model(backbone, dtype=torch.float32, seed=2)
-    with pytest.raises(ModelError, match=r"holds no vision tower, and .*weights=random brings none.*openai/clip-tiny"):
+    with pytest.raises(ModelError, match=r"not contain a vision tower .*weights=random loads none.*openai/clip-tiny"):
         load_weights(fresh, backbone, tmp_path / "original")
     tower = replace(backbone.config.vision_tower, weights="pretrained")
     pretrained = replace(backbone, config=replace(backbone.config, vision_tower=tower))
     before = _state(fresh)
-    said = load_weights(fresh, pretrained, tmp_path / "original")
-    assert "it holds no vision tower: that of" in said
-    assert "no image_newline, which starts fresh" in said
-    after, wanted = _state(fresh), _state(model)
+    description = load_weights(fresh, pretrained, tmp_path / "original")
+    assert "it contains no vision tower" in description
+    assert "no image_newline, which is newly initialized" in description
+    after, expected = _state(fresh), _state(model)
     for name, tensor in after.items():
-        kept = name.startswith(("hf.model.vision_tower", "hf.model.image_newline"))
+        is_unchanged = name.startswith(("hf.model.vision_tower", "hf.model.image_newline"))
         rows = backbone.hf_config.image_token_index if "embed_tokens" in name or "lm_head" in name else len(tensor)
-        assert torch.equal(tensor[:rows], (before if kept else wanted)[name][:rows]), name
+        assert torch.equal(tensor[:rows], (before if is_unchanged else expected)[name][:rows]), name
 
 
 @pytest.mark.parametrize("size", [(33, 50), (50, 33), (1, 70)])
 @pytest.mark.parametrize("mode", ["square", "squash"])
-def test_the_image_processor_decides_between_crop_and_squash(
+def test_image_processor_distinguishes_crop_and_squash(
     make_backbone: MakeBackbone, tmp_path: Path, mode: ImageMode, size: tuple[int, int]
 ) -> None:
-    """image_aspect_ratio is `square` for both, and the directory's image processor, which SGLang calls, makes the same
-    pixels as training."""
+    """image_aspect_ratio is `square` for both modes, and the directory's image processor, which SGLang calls, makes the
+    pixels of training."""
     backbone = make_backbone("siglip")
     _write(backbone, tmp_path / "original", image_mode=mode)
     config = json.loads((tmp_path / "original" / "config.json").read_text())
     assert (config["image_aspect_ratio"], config["mm_patch_merge_type"]) == ("square", "flat")
-    picture = encoded_picture(5, size)
+    encoded = encode_noise_image(5, size)
     messages = [Message("user", "<image>\nWhat?"), Message("assistant", "A circle.")]
-    ours = backbone.processor(template=None, image_mode=mode, max_length=4096)
-    tiles = ours.encode(messages, [size], [picture]).tiles
-    theirs = AutoImageProcessor.from_pretrained(tmp_path / "original")
-    image = Image.open(io.BytesIO(picture))
-    plain = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-    np.testing.assert_array_equal(tiles, np.asarray(plain).transpose(0, 2, 3, 1))
+    processor = backbone.processor(template=None, image_mode=mode, max_length=4096)
+    tiles = processor.encode(messages, [size], [encoded]).tiles
+    image_processor = AutoImageProcessor.from_pretrained(tmp_path / "original")
+    image = Image.open(io.BytesIO(encoded))
+    pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(tiles, np.asarray(pixels).transpose(0, 2, 3, 1))
     tower = backbone.config.vision_tower
-    assert (tuple(theirs.image_mean), tuple(theirs.image_std)) == (tower.image_mean, tower.image_std)
+    assert (tuple(image_processor.image_mean), tuple(image_processor.image_std)) == (tower.image_mean, tower.image_std)
 
 
-def test_a_linear_projector_has_the_authors_one_layer(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """mm_projector.weight and its bias; a model with two layers refuses it, and names the choice."""
+def test_linear_projector_has_one_layer(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """mm_projector.weight and its bias. A model with two layers raises an error with the setting."""
     linear = make_backbone(projector="linear")
     model = _write(linear, tmp_path / "original")
     names = set(load_file(tmp_path / "original" / "model.safetensors"))
@@ -236,12 +234,12 @@ def test_a_linear_projector_has_the_authors_one_layer(make_backbone: MakeBackbon
     projector = "hf.model.multi_modal_projector.weight"
     assert torch.equal(_state(fresh)[projector], _state(model)[projector])
     two = make_backbone()
-    with pytest.raises(ModelError, match=r"of kind linear, this one's is mlp2x_gelu; choose model.projector=linear"):
+    with pytest.raises(ModelError, match=r"of kind linear, this model's is mlp2x_gelu; set model.projector=linear"):
         load_weights(build_model(two, dtype=torch.float32, seed=0), two, tmp_path / "original")
 
 
-def test_what_does_not_fit_is_told(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """The tensor, both shapes and the way out; layer, grids and projector by the config; nothing is written before."""
+def test_mismatches_are_errors(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """Tensors, feature layer, grids and projector; messages have both values and the fix. No parameter is modified."""
     backbone = make_backbone()
     _write(backbone, tmp_path / "original")
     file, config_file = tmp_path / "original" / "model.safetensors", tmp_path / "original" / "config.json"
@@ -253,38 +251,38 @@ def test_what_does_not_fit_is_told(make_backbone: MakeBackbone, tmp_path: Path) 
         ({name: t for name, t in tensors.items() if name != newline}, r"lacks 1 tensor.*image_newline of shape \[32\]"),
         (
             tensors | {"model.layers.9.mlp.up_proj.weight": torch.ones(2)},
-            r"has 1 tensor.*layers\.9.*choose the language",
+            r"has 1 tensor.*layers\.9.*use the language",
         ),
-        (tensors | {newline: torch.ones(33)}, r"image_newline has shape \[33\], this model needs \[32\]; choose"),
+        (tensors | {newline: torch.ones(33)}, r"image_newline has shape \[33\], this model needs \[32\]; use"),
         (
             tensors | {head: torch.ones(9999, 32)},
             r"lm_head.weight has shape \[9999, 32\], this model needs \[\d+, 32\]",
         ),
-        (tensors | {newline: torch.ones(32, dtype=torch.int8)}, r"image_newline is of type int8, no weight's"),
+        (tensors | {newline: torch.ones(32, dtype=torch.int8)}, r"image_newline has dtype int8"),
     ):
         save_file(changed, file)
         with pytest.raises(ModelError, match=message):
             load_weights(fresh, backbone, tmp_path / "original")
     save_file(tensors, file)
     for changes, message in (
-        ({"mm_projector_type": "mlp3x_gelu"}, r"mm_projector_type=mlp3x_gelu is no projector of ours"),
+        ({"mm_projector_type": "mlp3x_gelu"}, r"mm_projector_type=mlp3x_gelu is not supported"),
         (
             {"mm_vision_select_layer": -1},
-            r"layer -1, model.vision_tower.feature_layer is -2; choose .*feature_layer=-1",
+            r"layer -1, but model.vision_tower.feature_layer is -2; set .*feature_layer=-1",
         ),
-        ({"image_grid_pinpoints": [[30, 56]]}, r"image_grid_pinpoints holds \[30, 56\].*28 pixels"),
+        ({"image_grid_pinpoints": [[30, 56]]}, r"image_grid_pinpoints contains \[30, 56\].*28 pixels"),
     ):
         config_file.write_text(json.dumps(config | changes))
         with pytest.raises(ModelError, match=message):
             load_weights(fresh, backbone, tmp_path / "original")
     config_file.write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
     with pytest.raises(
-        ModelError, match=r"model_type llama \(LlamaForCausalLM\), which is no LLaVA.*language_model.path"
+        ModelError, match=r"model_type llama \(LlamaForCausalLM\), which is not a LLaVA.*language_model.path"
     ):
         load_weights(fresh, backbone, tmp_path / "original")
     assert all(torch.equal(tensor, before[name]) for name, tensor in _state(fresh).items())
     processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
-    original = of_backbone(backbone, processor)
+    original = original_model(backbone, processor)
     original.config["text_config"]["model_type"] = "gemma"
-    with pytest.raises(ModelError, match=r"no class for a gemma; it has LlavaLlamaForCausalLM.*--format hf"):
+    with pytest.raises(ModelError, match=r"no class for a gemma, only LlavaLlamaForCausalLM.*--format hf"):
         original_config(original, torch.float32)

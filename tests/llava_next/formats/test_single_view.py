@@ -1,6 +1,5 @@
-"""A model that was trained on single views (LLaVA-1.5): its export is a stock LLaVA that sees the same view, the same
-tokens and the same logits, and comes back as what it was.
-"""
+"""Models trained on single views (LLaVA-1.5): the export is a stock LLaVA with the same view, tokens and logits, and
+round trips are exact."""
 
 import io
 import json
@@ -24,14 +23,14 @@ from transformers import (
 from data_recipes.schema.sample import Message
 from llava_next.config import ImageMode, ModelError, ProjectorKind
 from llava_next.formats.hugging_face import read_hf, stock_image_mode, write_hf
-from llava_next.formats.load import load_weights
+from llava_next.formats.load_weights import load_weights
 from llava_next.inputs.processor import Example, Processor
 from llava_next.model.build import Backbone, build_model
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import row
-from tests.tiny import SIZES_HW, TowerName, encoded_picture
+from tests.tiny import SIZES_HW, TowerName, encode_noise_image
 
 QUESTION = "What is in the picture?"
 CASES: list[tuple[TowerName, ImageMode, ProjectorKind]] = [
@@ -59,69 +58,70 @@ def _written(
 def _example(processor: Processor, number: int) -> tuple[Example, bytes]:
     messages = [Message("user", f"<image>\n{QUESTION}"), Message("assistant", "A red circle.")]
     size = SIZES_HW[number]
-    picture = encoded_picture(number, size)
-    return processor.encode(messages, [size], [picture]), picture
+    encoded = encode_noise_image(number, size)
+    return processor.encode(messages, [size], [encoded]), encoded
 
 
 @cases
-def test_the_stock_model_sees_what_training_saw(
+def test_stock_model_has_the_inputs_of_training(
     make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName, mode: ImageMode, kind: ProjectorKind
 ) -> None:
-    """Loaded whole by stock transformers, with its processor: the prompt's ids, the pixels (to rounding of the
-    normalisation) and the logits of every supervised token, for wide, tall and small pictures."""
+    """Stock transformers and its processor give the prompt's ids, the pixels (up to rounding in the normalization) and
+    the logits of every supervised token, for wide, tall and small images."""
     _, processor, model = _written(make_backbone, tmp_path / "export", tower, mode, kind)
-    stock, found = AutoModelForImageTextToText.from_pretrained(tmp_path / "export", output_loading_info=True)
+    stock, loading_info = AutoModelForImageTextToText.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert type(stock) is LlavaForConditionalGeneration
-    assert [problem for problem in found.values() if problem] == []
-    theirs = AutoProcessor.from_pretrained(tmp_path / "export")
-    assert type(theirs) is LlavaProcessor
+    assert [problem for problem in loading_info.values() if problem] == []
+    stock_processor = AutoProcessor.from_pretrained(tmp_path / "export")
+    assert type(stock_processor) is LlavaProcessor
     turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": QUESTION}]}
-    text = theirs.apply_chat_template([turn], add_generation_prompt=True)
+    text = stock_processor.apply_chat_template([turn], add_generation_prompt=True)
     for number, size in enumerate(SIZES_HW):
-        example, picture = _example(processor, number)
-        inputs = theirs(images=Image.open(io.BytesIO(picture)), text=text, return_tensors="pt")
-        ours, _ = processor.prompt([Message("user", f"<image>\n{QUESTION}")], [size])
-        assert inputs["input_ids"][0].tolist() == ours.tolist(), size
+        example, encoded = _example(processor, number)
+        inputs = stock_processor(images=Image.open(io.BytesIO(encoded)), text=text, return_tensors="pt")
+        actual, _ = processor.prompt([Message("user", f"<image>\n{QUESTION}")], [size])
+        assert inputs["input_ids"][0].tolist() == actual.tolist(), size
         pixels = torch.from_numpy(example.tiles).permute(0, 3, 1, 2) * model.tile_scale + model.tile_shift
         torch.testing.assert_close(inputs["pixel_values"], pixels, rtol=1e-5, atol=1e-5)
         batch = row(make_backbone(tower), [example])
         ids = torch.from_numpy(example.layout.ids.astype(np.int64))[None]
         with torch.no_grad():
             logits = stock(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, batch.target_positions]
-            states, head = model._target_states(batch)
-        torch.testing.assert_close(states @ head.T, logits, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.target_logits(batch), logits, rtol=1e-5, atol=1e-6)
 
 
 THIN_HW = [(1, 9), (9, 1), (3, 40), (500, 20)]
-"""Where transformers guesses the channels of an array from its shape; it must not with an image."""
+"""Sizes for which transformers infers a wrong channel dimension from an array, but not from an image."""
 
 
 @pytest.mark.parametrize("size", [*SIZES_HW, *THIN_HW])
-def test_the_stock_processor_squashes_alike(make_backbone: MakeBackbone, tmp_path: Path, size: tuple[int, int]) -> None:
-    """The exported processor resizes the whole image to a square: equal bytes, before it normalises them."""
+def test_stock_processor_squashes_identically(
+    make_backbone: MakeBackbone, tmp_path: Path, size: tuple[int, int]
+) -> None:
+    """The exported processor resizes the entire image to a square with bitwise equal pixels before normalization."""
     _, processor, _ = _written(make_backbone, tmp_path / "export", "siglip", "squash", "mlp2x_gelu")
-    theirs = AutoProcessor.from_pretrained(tmp_path / "export").image_processor
-    picture = encoded_picture(3, size)
+    image_processor = AutoProcessor.from_pretrained(tmp_path / "export").image_processor
+    encoded = encode_noise_image(3, size)
     messages = [Message("user", f"<image>\n{QUESTION}"), Message("assistant", "A red circle.")]
-    tiles = processor.encode(messages, [size], [picture]).tiles
-    image = Image.open(io.BytesIO(picture))
-    plain = theirs(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
-    np.testing.assert_array_equal(tiles, np.asarray(plain).transpose(0, 2, 3, 1))
+    tiles = processor.encode(messages, [size], [encoded]).tiles
+    image = Image.open(io.BytesIO(encoded))
+    pixels = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np")["pixel_values"]
+    np.testing.assert_array_equal(tiles, np.asarray(pixels).transpose(0, 2, 3, 1))
 
 
 @cases
-def test_the_image_mode_is_read_from_the_directory(
+def test_image_mode_is_read_from_the_directory(
     make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName, mode: ImageMode, kind: ProjectorKind
 ) -> None:
-    """What a directory's processor does names the image mode that it was written for."""
+    """The directory's processor gives the image mode that it was written for."""
     _written(make_backbone, tmp_path / "export", tower, mode, kind)
     images = AutoProcessor.from_pretrained(tmp_path / "export").image_processor
     assert stock_image_mode("llava", images, tmp_path) == mode
 
 
 def test_published_image_processors_have_an_image_mode() -> None:
-    """CLIP's crops the centre and SigLIP's resizes to a square, as in published LLaVA directories; a crop of a squashed
-    image, or a view that is no square, is refused with its sizes."""
+    """CLIP's processor crops the center and SigLIP's resizes to a square. A crop of a squashed image and a view that is
+    not square are errors."""
     square = {"height": 28, "width": 28}
     assert stock_image_mode("llava", SiglipImageProcessorPil(size=square), Path("there")) == "squash"
     assert stock_image_mode("llava", CLIPImageProcessorPil(size={"shortest_edge": 28}), Path("there")) == "square"
@@ -134,31 +134,33 @@ def test_published_image_processors_have_an_image_mode() -> None:
 
 
 @cases
-def test_it_comes_back_as_what_it_was(
+def test_single_view_round_trip(
     make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName, mode: ImageMode, kind: ProjectorKind
 ) -> None:
-    """By itself (read_hf) and into a fresh model (load_weights, which says that the newline stays fresh): the same
-    tensors, the same loss, the same kind of projector, the same grids. Writing left the live model as it was."""
+    """`read_hf` and `load_weights`, which reports the newly initialized newline, give the same tensors, loss, projector
+    and grids. Writing does not modify the model."""
     backbone, processor, model = _written(make_backbone, tmp_path / "export", tower, mode, kind)
     example, _ = _example(processor, 1)
     batch = row(backbone, [example])
     expected = {name: parameter.detach() for name, parameter in live_parameters(model)}
-    found, read = read_hf(tmp_path / "export", backbone.config)
-    assert found.config == backbone.config
-    assert (found.tile, found.patches_per_side) == (backbone.tile, backbone.patches_per_side)
+    reloaded, read_model = read_hf(tmp_path / "export", backbone.config)
+    assert reloaded.config == backbone.config
+    assert (reloaded.tile, reloaded.patches_per_side) == (backbone.tile, backbone.patches_per_side)
     fresh = build_model(make_backbone(tower, projector=kind), dtype=torch.float32, seed=7)
     newline = fresh.hf.model.image_newline.detach().clone()
-    assert "a LLaVA has no image_newline, which starts fresh" in load_weights(fresh, backbone, tmp_path / "export")
+    assert "a LLaVA has no image_newline, which is newly initialized" in load_weights(
+        fresh, backbone, tmp_path / "export"
+    )
     with torch.no_grad():
         unwritten = build_model(make_backbone(tower, projector=kind), dtype=torch.float32, seed=0)(batch)[0]
-        for other in (model, read, fresh):
+        for other in (model, read_model, fresh):
             torch.testing.assert_close(other(batch)[0], unwritten)
     for name, parameter in live_parameters(fresh):
         assert torch.equal(parameter, newline if "image_newline" in name else expected[name]), name
 
 
-def test_its_directory_is_a_published_llavas(make_backbone: MakeBackbone, tmp_path: Path) -> None:
-    """Names, configuration and image processor as the published LLaVA-1.5 directories have them."""
+def test_directory_is_that_of_a_published_llava(make_backbone: MakeBackbone, tmp_path: Path) -> None:
+    """Names, config and image processor are those of the published LLaVA-1.5 directories."""
     _written(make_backbone, tmp_path / "export", "clip", "pad", "mlp2x_gelu")
     config = json.loads((tmp_path / "export" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("llava", ["LlavaForConditionalGeneration"])

@@ -1,4 +1,4 @@
-"""The integers of a packed row: where every sample, image token and target stands."""
+"""The indices of a packed row: positions of samples, image tokens and targets."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from tests.llava_next.models import encoded, mixed, row
 
 
 def test_index_arithmetic_of_a_mixed_row(make_backbone: MakeBackbone) -> None:
-    """Bounds, positions, image sources and targets, each against a slow loop over the samples."""
+    """Bounds, positions, image sources and targets equal those of a loop over the samples."""
     backbone = make_backbone()
     examples = [sample.example for sample in mixed(backbone)]
     batch = row(backbone, examples)
@@ -26,16 +26,16 @@ def test_index_arithmetic_of_a_mixed_row(make_backbone: MakeBackbone) -> None:
     first_tile, num_tiles = 0, sum(len(example.tiles) for example in examples)
     for number, example in enumerate(examples):
         start = len(ids)
-        for at, token in enumerate(example.layout.ids):
+        for index, token in enumerate(example.layout.ids):
             if token == example.layout.image_token_id:
-                image_positions.append(start + at)
+                image_positions.append(start + index)
         for image in example.layout.images:
             for source in image.token_sources():
                 sources.append(num_tiles * patches if source == NEWLINE else first_tile * patches + int(source))
             first_tile += image.num_tiles
-        for at, label in enumerate(example.layout.labels):
-            if label != IGNORE and at > 0:
-                targets.append((start + at - 1, int(label), number))
+        for index, label in enumerate(example.layout.labels):
+            if label != IGNORE and index > 0:
+                targets.append((start + index - 1, int(label), number))
         ids += example.layout.ids.tolist()
         positions += range(len(example.layout.ids))
 
@@ -46,16 +46,18 @@ def test_index_arithmetic_of_a_mixed_row(make_backbone: MakeBackbone) -> None:
     assert batch.segments.bounds.dtype == torch.int32
     assert batch.image_positions.tolist() == image_positions
     assert batch.image_sources.tolist() == sources
-    found = zip(batch.target_positions.tolist(), batch.target_ids.tolist(), batch.target_samples.tolist(), strict=True)
-    assert list(found) == targets
-    assert torch.equal(batch.target_sources, batch.target_samples)  # each sample is its own source here
+    batch_targets = zip(
+        batch.target_positions.tolist(), batch.target_ids.tolist(), batch.target_samples.tolist(), strict=True
+    )
+    assert list(batch_targets) == targets
+    assert torch.equal(batch.target_sources, batch.target_samples)  # each sample is its own source
     assert torch.equal(batch.tiles, torch.from_numpy(np.concatenate([example.tiles for example in examples])))
     assert batch.tiles.dtype == torch.uint8
     assert len(batch.target_ids) == sum(example.layout.num_supervised for example in examples)
 
 
-def test_a_target_never_crosses_samples(make_backbone: MakeBackbone) -> None:
-    """The last token of a sample predicts nothing: no target is the first token of the next sample."""
+def test_targets_do_not_cross_samples(make_backbone: MakeBackbone) -> None:
+    """The last token of a sample does not predict the first token of the next."""
     backbone = make_backbone()
     batch = row(backbone, [sample.example for sample in mixed(backbone)])
     last_positions = set((batch.segments.bounds[1:] - 1).tolist())
@@ -63,7 +65,7 @@ def test_a_target_never_crosses_samples(make_backbone: MakeBackbone) -> None:
 
 
 def test_weights_of_a_sample_sum_to_one(make_backbone: MakeBackbone) -> None:
-    """loss_weighting sample: each sample's tokens share one; loss_weighting token: each has one."""
+    """loss_weighting sample: the weights of a sample sum to one; loss_weighting token: each weight is one."""
     backbone = make_backbone()
     examples = [sample.example for sample in mixed(backbone)]
     by_sample = row(backbone, examples, per_sample=True)
@@ -72,8 +74,8 @@ def test_weights_of_a_sample_sum_to_one(make_backbone: MakeBackbone) -> None:
     assert (row(backbone, examples).target_weights == 1).all()
 
 
-def test_an_empty_row_is_one_token_and_a_blank_tile(make_backbone: MakeBackbone) -> None:
-    """A rank with nothing left still has a row: every part runs, nothing is supervised."""
+def test_empty_row(make_backbone: MakeBackbone) -> None:
+    """A rank without samples has a row of one unsupervised token and a blank tile, so that every part runs."""
     batch = row(make_backbone(), [])
     assert batch.input_ids.shape == (1, 1)
     assert batch.segments.bounds.tolist() == [0, 1]
@@ -84,8 +86,8 @@ def test_an_empty_row_is_one_token_and_a_blank_tile(make_backbone: MakeBackbone)
         assert tensor.dtype == torch.int64
 
 
-def test_the_same_array_of_tiles_is_seen_once(make_backbone: MakeBackbone) -> None:
-    """Two samples that hold the very same tiles share them; the second one's tokens point at the first's rows."""
+def test_shared_tiles_are_packed_once(make_backbone: MakeBackbone) -> None:
+    """Image tokens of two samples with the same array of tiles have the same feature rows."""
     backbone = make_backbone()
     first = encoded(backbone, [(45, 61)], seed=1).example
     between = encoded(backbone, [(20, 20)], seed=2).example
@@ -98,11 +100,11 @@ def test_the_same_array_of_tiles_is_seen_once(make_backbone: MakeBackbone) -> No
     np.testing.assert_array_equal(per_sample[0], per_sample[2])
 
 
-def test_a_count_that_disagrees_with_the_features_is_an_error(make_backbone: MakeBackbone) -> None:
-    """A layout whose ids hold another number of image tokens stops with both numbers."""
+def test_image_token_count_must_match(make_backbone: MakeBackbone) -> None:
+    """Another number of image tokens in the ids is an error with both numbers."""
     backbone = make_backbone()
     example = encoded(backbone, [(45, 61)]).example
     at = int(np.flatnonzero(example.layout.ids == example.layout.image_token_id)[0])
     example.layout.ids[at] = 5
-    with pytest.raises(ValueError, match=r"\d+ image tokens in the ids but the pictures make \d+ features"):
+    with pytest.raises(ValueError, match=r"\d+ image tokens in the ids, but the images have \d+ features"):
         collate([example], tile=backbone.tile, patches_per_tile=backbone.patches_per_side**2)

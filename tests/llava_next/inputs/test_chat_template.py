@@ -1,4 +1,4 @@
-"""Templates out of a tokenizer's Jinja and back: the same strings, or a refusal that shows where they part."""
+"""Conversion between chat templates and `Template`: equal strings, or an error that shows the first difference."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -10,11 +10,10 @@ import pytest
 
 from data_recipes.schema.sample import Message
 from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig
-from llava_next.inputs.chat_template import chat_template, template_for, template_of
+from llava_next.inputs.chat_template import chat_template, resolve_template, template_from_tokenizer
 from llava_next.inputs.conversation import TEMPLATES, Template
 from llava_next.inputs.processor import IGNORE, Processor, RejectReason, SampleRejected
 from llava_next.model.build import read_tokenizer
-from scripts.oracles.inputs import Conversation, conversations
 from tests.jinja_shapes import (
     CHATML,
     LITERAL_BOS,
@@ -26,6 +25,7 @@ from tests.jinja_shapes import (
     VICUNA,
     ZEPHYR,
 )
+from tests.oracles.inputs import Conversation, conversations
 from tests.tiny import PATCHES_PER_SIDE, TILE, tiny_tokenizer
 
 FIXED_OPENING = (
@@ -76,7 +76,7 @@ def _processor(tokenizer: Any, template: str = "tokenizer") -> Processor:
 
 
 def _messages(record: Conversation) -> list[Message]:
-    """The record's turns, without pictures: those are placed by us, whatever a chat template does with them."""
+    """The turns of a record without image placeholders, whose position does not depend on the chat template."""
     roles = {"human": "user", "gpt": "assistant"}
     return [Message(roles[turn.speaker], turn.value.replace("<image>", "")) for turn in record.turns]  # type: ignore[arg-type]
 
@@ -93,36 +93,36 @@ def _rendered(template: Template, tokenizer: Any, messages: Sequence[Message]) -
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_known_shapes_are_read(tmp_path: Path, name: str) -> None:
-    """The template prints what the chat template prints: for 320 conversations of every kind, whole and up to the last
-    question, with a system turn where there is a place for one; its parts are the readable ones."""
+def test_known_chat_templates_are_parsed(tmp_path: Path, name: str) -> None:
+    """The template renders 320 conversations of all kinds as the chat template does, with and without the last answer
+    and a system turn, and its fields are the expected ones."""
     jinja, parts = SHAPES[name]
     tokenizer = _tokenizer(tmp_path, jinja)
-    template = template_of(tokenizer)
-    found = asdict(template)
-    assert {key: found[key] for key in parts} == parts
+    template = template_from_tokenizer(tokenizer)
+    fields = asdict(template)
+    assert {key: fields[key] for key in parts} == parts
     opening = [] if template.system_format is None else [Message("system", " Answer {text}\n in one word. ")]
     for record in conversations():
         messages = _messages(record)
-        for said in (messages, messages[:-1], opening + messages):
-            assert _rendered(template, tokenizer, said) == _printed(tokenizer, said), record
+        for turns in (messages, messages[:-1], opening + messages):
+            assert _rendered(template, tokenizer, turns) == _printed(tokenizer, turns), record
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_ids_are_those_of_the_tokenizers_own_chat(tmp_path: Path, name: str) -> None:
-    """The whole conversation's ids are what the tokenizer makes of its chat: the first token stands there once."""
+def test_ids_equal_the_tokenizers(tmp_path: Path, name: str) -> None:
+    """The ids of a conversation equal those of `apply_chat_template`; the beginning-of-sequence token occurs once."""
     tokenizer = _tokenizer(tmp_path, SHAPES[name][0])
     processor = _processor(tokenizer)
     for record in conversations()[::8]:
         messages = _messages(record)
         chat = [{"role": message.role, "content": message.text} for message in messages]
-        theirs = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
-        assert processor.layout(messages, []).ids.tolist() == theirs, record
+        expected = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+        assert processor.layout(messages, []).ids.tolist() == expected, record
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_answer_and_its_end_token_are_supervised(tmp_path: Path, name: str) -> None:
-    """Supervised runs decode to the answers with their end tokens and nothing else."""
+def test_answer_and_end_token_are_supervised(tmp_path: Path, name: str) -> None:
+    """Supervised runs decode to the answers with their end tokens."""
     processor = _processor(_tokenizer(tmp_path, SHAPES[name][0]))
     template = processor.template
     messages = [Message("user", "Q1"), Message("assistant", "A red circle."), Message("user", "Q2?")]
@@ -130,12 +130,12 @@ def test_the_answer_and_its_end_token_are_supervised(tmp_path: Path, name: str) 
     layout = processor.layout(messages, [])
     supervised = np.flatnonzero(layout.labels != IGNORE)
     runs = np.split(supervised, np.flatnonzero(np.diff(supervised) > 1) + 1)
-    wanted = [template.answer_format.replace("{text}", text) + template.end for text in ("A red circle.", "No.\nTwo")]
-    assert [processor.tokenizer.decode(layout.ids[run]) for run in runs] == wanted
+    expected = [template.answer_format.replace("{text}", text) + template.end for text in ("A red circle.", "No.\nTwo")]
+    assert [processor.tokenizer.decode(layout.ids[run]) for run in runs] == expected
 
 
 def _with(change: str, jinja: str = CHATML) -> str:
-    """The Jinja with its answer's wording changed."""
+    """Replaces a substring of the Jinja; `change` is "before → after"."""
     before, after = change.split(" → ")
     assert before in jinja
     return jinja.replace(before, after)
@@ -143,26 +143,26 @@ def _with(change: str, jinja: str = CHATML) -> str:
 
 REFUSED: dict[str, tuple[str | None, str]] = {
     "none": (None, "has no chat template"),
-    "date": ("{{ strftime_now('%d %B %Y') }}" + CHATML, "prints today's date"),
-    "broken": ("{% for message in messages %}", "cannot print a conversation of 1 turns: .*"),
+    "date": ("{{ strftime_now('%d %B %Y') }}" + CHATML, "renders today's date"),
+    "broken": ("{% for message in messages %}", "cannot render a conversation of 1 turns: .*"),
     "no_stop": (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-        r"behind an answer it prints '\\n', which holds no special token",
+        r"after an answer it renders '\\n', which contains no special token",
     ),
     "text_left_out": (
         "{% for message in messages if message['role'] != 'user' %}{{ message['content'] + eos_token }}{% endfor %}",
-        "does not print a text of the user as it is given",
+        "does not render a text of the user unchanged",
     ),
-    "rewritten": (_with("message['content'] → message['content'] | upper"), "prints 'RED CIRCLE.*gives 'red circle"),
-    # Trims answers and not questions.
+    "rewritten": (_with("message['content'] → message['content'] | upper"), "renders 'RED.*instead of 'red"),
+    # It trims answers but not questions.
     "half_trimmed": (
         "{% for message in messages %}{% set text = message['content'] %}{% if message['role'] == 'assistant' %}"
         "{% set text = text | trim %}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + text + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
-        r"prints 'spaces around it<\|im_end\|>.*gives '  spaces around it",
+        r"renders 'spaces around it<\|im_end\|>.*instead of '  spaces around it",
     ),
-    # A system text that is part of the first question (Llama-2).
+    # The system text is part of the first question (Llama-2).
     "system_in_question": (
         "{% if messages[0]['role'] == 'system' %}"
         "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
@@ -170,26 +170,26 @@ REFUSED: dict[str, tuple[str | None, str]] = {
         "{% if message['role'] == 'user' %}"
         "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
         "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
-        r"behind '.*', it prints '.*' where the wording of its other turns gives '",
+        r"after '.*', it renders '.*' instead of '",
     ),
-    # Only the first question is announced.
+    # The first question has a prefix.
     "first_turn": (_with("message['content'] → ('First: ' if loop.first else '') + message['content']"), "First: "),
-    # The end of the text is marked, answers are not.
+    # Only the last answer has an end token.
     "end_once": (
         "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ 'assistant: ' }}{% else %}{{ eos_token }}{% endif %}",
-        "it prints 'user: ",
+        "it renders 'user: ",
     ),
-    # What the model is prompted with is no part of an answer that was given (thinking).
-    "prompted_otherwise": (
+    # The generation prompt is not part of a given answer (thinking).
+    "other_generation_prompt": (
         _with("{{ '<|im_start|>assistant\n' }} → {{ '<|im_start|>assistant\n<think>\n' }}"), "<think>"
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_no_template_can_say_is_refused(tmp_path: Path, name: str) -> None:
-    """One sentence with the first place that differs, and the way out."""
+def test_unsupported_chat_templates_are_errors(tmp_path: Path, name: str) -> None:
+    """The message shows the first difference and the fix in one sentence."""
     jinja, why = REFUSED[name]
     with pytest.raises(ModelError, match=why) as caught:
         _processor(_tokenizer(tmp_path, jinja))
@@ -199,25 +199,25 @@ def test_what_no_template_can_say_is_refused(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("bos", ["<s>", "<|im_start|>"])
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
-def test_a_template_survives_jinja(tmp_path: Path, name: str, bos: str) -> None:
-    """Written as Jinja and read again, every named template is the same, also where the token that opens a text opens
-    its turns too (SmolLM2)."""
+def test_named_template_round_trip(tmp_path: Path, name: str, bos: str) -> None:
+    """Every named template is equal after writing and parsing it, also if the beginning-of-sequence token begins its
+    turns (SmolLM2)."""
     template = TEMPLATES[name]
-    again = template_of(_tokenizer(tmp_path, chat_template(template), bos))
+    again = template_from_tokenizer(_tokenizer(tmp_path, chat_template(template), bos))
     assert replace(again, name=name, released_specials=template.released_specials) == template
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_a_read_template_survives_jinja(tmp_path: Path, name: str) -> None:
-    """So does each that was read from a tokenizer: an export carries our Jinja, and is read like the original."""
+def test_parsed_template_round_trip(tmp_path: Path, name: str) -> None:
+    """A template parsed from a tokenizer is equal after writing it as Jinja and parsing it again."""
     tokenizer = _tokenizer(tmp_path, SHAPES[name][0])
-    template = template_of(tokenizer)
+    template = template_from_tokenizer(tokenizer)
     tokenizer.chat_template = chat_template(template)
-    assert template_of(tokenizer) == template
+    assert template_from_tokenizer(tokenizer) == template
 
 
 def test_captions_as_jinja(tmp_path: Path) -> None:
-    """plain prints pictures and captions, not the words of the question nor a system text."""
+    """plain renders images and captions, without questions and system texts."""
     tokenizer = _tokenizer(tmp_path, chat_template(TEMPLATES["plain"]))
     content = [{"type": "text", "text": "Describe it."}, {"type": "image"}]
     chat = [{"role": "system", "content": "S"}, {"role": "user", "content": content}]
@@ -225,14 +225,14 @@ def test_captions_as_jinja(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<s><image>A {cat} 🙂.\n"
 
 
-def test_no_place_for_a_system_turn(tmp_path: Path) -> None:
-    """Its samples are rejected with a reason, and the written Jinja refuses one in words."""
+def test_system_turn_is_not_supported(tmp_path: Path) -> None:
+    """Samples are rejected with a reason, and the exported Jinja raises an error."""
     tokenizer = _tokenizer(tmp_path, MISTRAL)
     messages = [Message("system", "Be brief."), Message("user", "Q?"), Message("assistant", "A.")]
     with pytest.raises(SampleRejected, match="no place for a system turn") as caught:
         _processor(tokenizer).layout(messages, [])
     assert caught.value.reason is RejectReason.SYSTEM_TURN
-    template = template_of(tokenizer)
+    template = template_from_tokenizer(tokenizer)
     with pytest.raises(ModelError, match="no place for a system turn"):
         template.render(messages)
     tokenizer.chat_template = chat_template(template)
@@ -240,8 +240,8 @@ def test_no_place_for_a_system_turn(tmp_path: Path) -> None:
         _printed(tokenizer, messages)
 
 
-def test_fingerprint_follows_the_wording(tmp_path: Path) -> None:
-    """Jinja that prints the same is the same data; another word is another fingerprint, and so is the named twin."""
+def test_fingerprint_depends_on_the_rendered_text(tmp_path: Path) -> None:
+    """Jinja that renders the same text has the same fingerprint; another text has another."""
     base = _processor(_tokenizer(tmp_path, CHATML))
     respelled = CHATML.replace("{% for", "{# ChatML #}{% for").replace("message['role']", "message.role")
     assert _processor(_tokenizer(tmp_path, respelled)).fingerprint == base.fingerprint
@@ -249,26 +249,28 @@ def test_fingerprint_follows_the_wording(tmp_path: Path) -> None:
 
 
 def test_several_chat_templates(tmp_path: Path) -> None:
-    """Of a tokenizer with several the default is read; a tokenizer of none is named."""
+    """The default one of several is used; without a default it is an error."""
     tokenizer = _tokenizer(tmp_path, None)
     tokenizer.chat_template = {"default": CHATML, "tool_use": QWEN}
-    assert template_of(tokenizer).default_system is None
+    assert template_from_tokenizer(tokenizer).default_system is None
     tokenizer.chat_template = {"tool_use": QWEN}
-    with pytest.raises(ModelError, match="cannot print"):
-        template_of(tokenizer)
+    with pytest.raises(ModelError, match="cannot render"):
+        template_from_tokenizer(tokenizer)
 
 
-def test_names_beside_tokenizer(tmp_path: Path) -> None:
-    """`tokenizer` is no named template's name; the others need no tokenizer; an unknown one lists both."""
+def test_template_names(tmp_path: Path) -> None:
+    """`tokenizer` is not a named template; named templates need no tokenizer; the message for an unknown name lists
+    both."""
     assert "tokenizer" not in TEMPLATES
-    assert template_for("chatml", None) is TEMPLATES["chatml"]
-    with pytest.raises(ModelError, match=r"'chatmel'.*chatml.*and tokenizer for the tokenizer's own"):
-        template_for("chatmel", None)
+    assert resolve_template("chatml", None) is TEMPLATES["chatml"]
+    with pytest.raises(ModelError, match=r"'chatmel'.*chatml.*or tokenizer for the tokenizer's"):
+        resolve_template("chatmel", None)
 
 
 def test_smollm2(smollm2_tokenizer: Path) -> None:
-    """The real tokenizer's chat template: ChatML with a system text of its own, whose first token is no second bos."""
-    template = template_of(read_tokenizer(str(smollm2_tokenizer)))
+    """The chat template of the real tokenizer is ChatML with a default system text; its first token is not a second
+    beginning-of-sequence token."""
+    template = template_from_tokenizer(read_tokenizer(str(smollm2_tokenizer)))
     assert template == replace(
         TEMPLATES["chatml"],
         name="tokenizer",

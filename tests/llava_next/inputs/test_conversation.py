@@ -1,10 +1,10 @@
-"""The wording of every template: exact strings, what is supervised, and the place of the picture."""
+"""The text of every template: exact strings, supervised segments, and the position of the image."""
 
 import pytest
 
 from data_recipes.schema.sample import Message
 from llava_next.config import ModelError
-from llava_next.inputs.conversation import TEMPLATES, place_image, template_named
+from llava_next.inputs.conversation import TEMPLATES, get_template, move_image_to_front
 
 TWO_ROUNDS = (
     Message("user", "<image>\nQ1"),
@@ -18,7 +18,7 @@ LLAMA_3_SYSTEM = (
     "provides, and assist the user with a variety of tasks using natural language."
 )
 
-# What the authors' conversation classes print, without the beginning-of-sequence token (recipe 3.2).
+# Output of the authors' conversation classes, without the beginning-of-sequence token (recipe 3.2).
 WHOLE = {
     "plain": "<image>A1\nA2\n",
     "vicuna_v1": (
@@ -61,25 +61,25 @@ SUPERVISED = {
 OPENS_WITH_BOS = {"plain", "vicuna_v1", "mistral_instruct", "llava_llama_3"}
 
 
-def test_every_template_is_held_to_a_published_string() -> None:
-    """No template without a string below; bos where the authors' tokenizers put it."""
+def test_every_template_has_a_published_string() -> None:
+    """Every template has an expected string, and `bos` agrees with the authors' tokenizers."""
     assert set(WHOLE) == set(SUPERVISED) == set(TEMPLATES)
     assert {name for name, template in TEMPLATES.items() if template.bos} == OPENS_WITH_BOS
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_two_rounds_with_a_picture(name: str) -> None:
-    """Character for character the authors' prompt; supervised are the answers with their end tokens only."""
-    segments = template_named(name).render(TWO_ROUNDS)
+def test_two_rounds_with_an_image(name: str) -> None:
+    """The text is the authors' prompt, and only answers with their end tokens are supervised."""
+    segments = get_template(name).render(TWO_ROUNDS)
     assert "".join(segment.text for segment in segments) == WHOLE[name]
     assert [segment.text for segment in segments if segment.supervised] == SUPERVISED[name]
     assert [segment.ends_round for segment in segments] == [segment.supervised for segment in segments]
 
 
 @pytest.mark.parametrize("name", sorted(set(TEMPLATES) - {"plain"}))
-def test_a_system_message_replaces_the_default(name: str) -> None:
-    """The sample's own system text stands once, in front, in place of the template's; braces in it are text."""
-    template = template_named(name)
+def test_system_message_replaces_the_default(name: str) -> None:
+    """The sample's system text occurs once, at the beginning, and braces in it are literal."""
+    template = get_template(name)
     text = "".join(s.text for s in template.render([Message("system", "Be {brief}."), *TWO_ROUNDS]))
     assert text.count("Be {brief}.") == 1
     assert text.index("Be {brief}.") < text.index("Q1")
@@ -87,10 +87,10 @@ def test_a_system_message_replaces_the_default(name: str) -> None:
         assert template.default_system not in text
 
 
-def test_a_caption_has_no_system_text() -> None:
-    """plain drops the system message, and every word of the question but its pictures."""
+def test_caption_has_no_system_text() -> None:
+    """plain drops the system message and the text of the question, but not its images."""
     messages = [Message("system", "S"), Message("user", "Describe <image> it."), Message("assistant", "A {cat}.")]
-    assert "".join(s.text for s in template_named("plain").render(messages)) == "<image>A {cat}.\n"
+    assert "".join(s.text for s in get_template("plain").render(messages)) == "<image>A {cat}.\n"
 
 
 @pytest.mark.parametrize(
@@ -104,26 +104,26 @@ def test_a_caption_has_no_system_text() -> None:
         ("Is <image> like <image>?", "Is <image> like <image>?"),
     ],
 )
-def test_a_single_picture_comes_first(text: str, placed: str) -> None:
-    """One picture moves to a line of its own in front; none or several stay where they were written."""
-    assert place_image(text) == placed
+def test_single_image_comes_first(text: str, placed: str) -> None:
+    """A single placeholder moves to the first line; several are unchanged."""
+    assert move_image_to_front(text) == placed
 
 
-def test_text_that_looks_like_a_format_stays_text() -> None:
-    """`{text}` inside a question or an answer is not filled in."""
+def test_format_fields_in_texts_are_literal() -> None:
+    """`{text}` in a question or an answer is not replaced."""
     messages = [Message("user", "{text} {0}"), Message("assistant", "{text}")]
-    rendered = "".join(s.text for s in template_named("vicuna_v1").render(messages))
+    rendered = "".join(s.text for s in get_template("vicuna_v1").render(messages))
     assert rendered.endswith("USER: {text} {0} ASSISTANT: {text}</s>")
 
 
 def test_turns_must_alternate() -> None:
-    """Two questions in a row, or an answer first, are refused with the turn's number."""
+    """Two consecutive questions, or an answer first, are errors with the turn's index."""
     for messages in ([Message("user", "a"), Message("user", "b")], [Message("assistant", "a")]):
         with pytest.raises(ModelError, match=r"turn \d is"):
-            template_named("chatml").render(messages)
+            get_template("chatml").render(messages)
 
 
-def test_an_unknown_template_lists_the_known() -> None:
-    """The way out stands in the message."""
+def test_unknown_template_is_an_error() -> None:
+    """The message lists the known templates."""
     with pytest.raises(ModelError, match=r"'vicuna'.*chatml.*vicuna_v1"):
-        template_named("vicuna")
+        get_template("vicuna")

@@ -1,4 +1,4 @@
-"""Pictures of every kind, as bytes, become RGB pixels that are known, of the size that the data side measured."""
+"""Decoding of image files of many kinds to known RGB pixels, with the size that data preparation measures."""
 
 import io
 import struct
@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from data_recipes.mixture.mixture import Mixture
-from data_recipes.raw.image_files import probe
+from data_recipes.raw.image_files import probe_image
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import Message, Sample
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
@@ -40,7 +40,7 @@ def _ramp() -> Image.Image:
 
 
 def _four(values: list[Any], dtype: Any = np.uint8) -> np.ndarray:
-    """Four fields of 16 x 24 pixels, each of one value: top left, top right, bottom left, bottom right."""
+    """Four fields of 16 x 24 pixels with one value each: top left, top right, bottom left, bottom right."""
     grid = np.array(values, dtype=dtype).reshape(2, 2, -1)
     return grid.repeat(16, axis=0).repeat(24, axis=1).squeeze()
 
@@ -56,7 +56,7 @@ def _colours() -> Image.Image:
 
 
 def _clear_first() -> Image.Image:
-    """The four colours, the first field fully clear and the second half so."""
+    """The four colors; the first field is transparent, the second half transparent."""
     return Image.fromarray(_four([(*RED, 0), (*GREEN, 128), (*BLUE, 255), (*WHITE, 255)]))
 
 
@@ -77,12 +77,12 @@ def _frames(file_format: str, **options: Any) -> bytes:
     return _saved(_colours(), file_format, save_all=True, append_images=others, **options)
 
 
-def _png(pixels: np.ndarray, colour_type: int, before: bytes = b"", behind: bytes = b"") -> bytes:
-    """A 16-bit PNG, which Pillow writes of grey only; chunks may stand before and behind the pixels."""
+def _png(pixels: np.ndarray, colour_type: int, before: bytes = b"", after: bytes = b"") -> bytes:
+    """A 16-bit PNG, of which Pillow writes only gray ones, with optional chunks before and after the pixels."""
     height, width = pixels.shape[:2]
     header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
-    chunks = _chunk(b"IHDR", header) + before + _chunk(b"IDAT", zlib.compress(rows)) + behind + _chunk(b"IEND", b"")
+    chunks = _chunk(b"IHDR", header) + before + _chunk(b"IDAT", zlib.compress(rows)) + after + _chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + chunks
 
 
@@ -106,7 +106,7 @@ FLOATS = [0.0, 0.25, 0.5, 1.0]
 EXIF_CHUNK = _chunk(b"eXIf", _turned().tobytes().removeprefix(b"Exif\0\0"))
 
 KINDS: dict[str, tuple[bytes, list[tuple[int, int, int]], int]] = {
-    # bytes, the colours of the four fields, how far a lossy format may stray from them
+    # bytes, colors of the four fields, tolerance for a lossy format
     "png": (_saved(_colours(), "PNG"), COLOURS, 0),
     "jpeg": (_saved(_colours(), "JPEG", quality=95), COLOURS, 6),
     "webp": (_saved(_colours(), "WEBP", lossless=True), COLOURS, 0),
@@ -155,10 +155,10 @@ KINDS: dict[str, tuple[bytes, list[tuple[int, int, int]], int]] = {
     "mpo": (_frames("MPO", quality=95), COLOURS, 6),
 }  # fmt: skip
 
-# Turned by a quarter: what stood left stands on top.
+# Field indices after rotation by a quarter turn: the left side becomes the top.
 TURNED = [2, 0, 3, 1]
 EXIF: dict[str, tuple[bytes, list[tuple[int, int, int]], int]] = {
-    name: (data, [colours[place] for place in TURNED], stray)
+    name: (data, [colours[index] for index in TURNED], stray)
     for name, (data, colours, stray) in {
         "exif_png": (_saved(_colours(), "PNG", exif=_turned()), COLOURS, 0),
         "exif_jpeg": (_saved(_colours(), "JPEG", quality=95, exif=_turned()), COLOURS, 6),
@@ -177,73 +177,72 @@ EXIF: dict[str, tuple[bytes, list[tuple[int, int, int]], int]] = {
         "exif_animated": (_frames("WEBP", lossless=True, exif=_turned()), COLOURS, 0),
         "exif_mpo": (_frames("MPO", quality=95, exif=_turned()), COLOURS, 6),
         "exif_before_pixels": (_png(COLOURS_16, 2, before=EXIF_CHUNK), COLOURS, 0),
-        "exif_behind_pixels": (_png(COLOURS_16, 2, behind=EXIF_CHUNK), COLOURS, 0),
+        "exif_after_pixels": (_png(COLOURS_16, 2, after=EXIF_CHUNK), COLOURS, 0),
     }.items()
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", [*KINDS, *EXIF])
-def test_pixels_and_size_are_the_known_ones(kind: str) -> None:
-    """The colour of every field is the one that was put there, turned as EXIF says; the size is the one that
-    `data_recipes` measures, from which lengths are counted."""
+def test_pixels_and_size(kind: str) -> None:
+    """The color of every field is the expected one, with EXIF orientation applied, and the size is the one that
+    `data_recipes` measures."""
     data, colours, stray = {**KINDS, **EXIF}[kind]
     image = decode(data)
     assert image.mode == "RGB"
-    info = probe(data)
+    info = probe_image(data)
     assert (image.height, image.width) == (info.height, info.width) == ((48, 32) if kind in EXIF else (32, 48))
     pixels = np.asarray(image).astype(int)
     fields = [field for half in np.split(pixels, 2) for field in np.split(half, 2, axis=1)]
     for field, colour in zip(fields, colours, strict=True):
-        inside = field[4:-4, 4:-4]  # chroma of a JPEG bleeds over the border
+        inside = field[4:-4, 4:-4]  # without the border, where a JPEG's chroma is mixed
         assert abs(inside - np.array(colour)).max() <= stray, (inside[0, 0], colour)
 
 
-# How a picture lies in its file, as the EXIF standard defines it: which visible side the file's first row and first
-# column are.
+# Maps the visible image to the stored one. Comments: the visible sides of the stored first row and column (EXIF).
 STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda seen: seen,  # top, left
+    1: lambda visible: visible,  # top, left
     2: np.fliplr,  # top, right
-    3: lambda seen: seen[::-1, ::-1],  # bottom, right
+    3: lambda visible: visible[::-1, ::-1],  # bottom, right
     4: np.flipud,  # bottom, left
-    5: lambda seen: seen.swapaxes(0, 1),  # left, top
-    6: lambda seen: seen[:, ::-1].swapaxes(0, 1),  # right, top
-    7: lambda seen: seen[::-1, ::-1].swapaxes(0, 1),  # right, bottom
-    8: lambda seen: seen[::-1].swapaxes(0, 1),  # left, bottom
+    5: lambda visible: visible.swapaxes(0, 1),  # left, top
+    6: lambda visible: visible[:, ::-1].swapaxes(0, 1),  # right, top
+    7: lambda visible: visible[::-1, ::-1].swapaxes(0, 1),  # right, bottom
+    8: lambda visible: visible[::-1].swapaxes(0, 1),  # left, bottom
 }
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
 @pytest.mark.parametrize("orientation", STORED)
-def test_exif_orientation_turns_the_picture(orientation: int, file_format: str) -> None:
-    """Each of the eight gives the picture as it is seen, bit for bit, of the measured size."""
-    seen = np.asarray(_ramp())
-    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](seen)))
+def test_exif_orientation(orientation: int, file_format: str) -> None:
+    """Each of the eight orientations gives the visible image, bitwise, and its size."""
+    visible = np.asarray(_ramp())
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](visible)))
     data = _saved(stored, file_format, exif=_turned(orientation))
-    np.testing.assert_array_equal(np.asarray(decode(data)), seen)
-    assert (probe(data).height, probe(data).width) == (HEIGHT, WIDTH)
+    np.testing.assert_array_equal(np.asarray(decode(data)), visible)
+    assert (probe_image(data).height, probe_image(data).width) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("orientation", [0, 9])
-def test_an_orientation_that_is_none_turns_nothing(orientation: int) -> None:
-    """Cameras write such values; the picture stays as it lies."""
+def test_invalid_orientation_is_ignored(orientation: int) -> None:
+    """Cameras write such values; the image is unchanged."""
     data = _saved(_ramp(), "PNG", exif=_turned(orientation))
     np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(_ramp()))
-    assert (probe(data).height, probe(data).width) == (HEIGHT, WIDTH)
+    assert (probe_image(data).height, probe_image(data).width) == (HEIGHT, WIDTH)
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (1, 100), (100, 1), (1, 7), (2, 200)])
-def test_thin_pictures(size_hw: tuple[int, int]) -> None:
-    """One pixel high or wide: every pixel is there, at the measured size."""
+def test_thin_images(size_hw: tuple[int, int]) -> None:
+    """Images that are one pixel high or wide are decoded completely."""
     pixels = np.random.default_rng(0).integers(0, 256, (*size_hw, 3), dtype=np.uint8)
     data = _saved(Image.fromarray(pixels), "PNG")
     np.testing.assert_array_equal(np.asarray(decode(data)), pixels)
-    assert (probe(data).height, probe(data).width) == size_hw
+    assert (probe_image(data).height, probe_image(data).width) == size_hw
 
 
 @pytest.mark.parametrize("image_mode", ["anyres", "square"])
-def test_samples_of_such_pictures_encode_as_counted(tmp_path: Path, image_mode: Any) -> None:
-    """From a prepared store: the layout from stored sizes alone is that of the encoded sample, picture by picture, for
-    samples that show one of each kind, all turned ones, and thin ones."""
+def test_samples_encode_as_counted(tmp_path: Path, image_mode: Any) -> None:
+    """The layout from the sizes in a store equals that of the encoded sample, for samples with images of every kind,
+    rotated ones and thin ones."""
     thin = [_saved(Image.new("RGB", size), "PNG") for size in ((1, 100), (100, 1), (1, 1))]
     turned = [data for data, _, _ in EXIF.values()]
     groups = [[data] for data, _, _ in KINDS.values()] + [turned, thin]
@@ -263,21 +262,21 @@ def test_samples_of_such_pictures_encode_as_counted(tmp_path: Path, image_mode: 
     for number in range(mixture.num_samples):
         text, sample = mixture.text(number), mixture.sample(number)
         layout = processor.layout(text.messages, text.sizes_hw)
-        example = processor.encode(sample.messages, sample.sizes_hw, sample.pictures)
+        example = processor.encode(sample.messages, sample.sizes_hw, sample.images)
         assert layout.images == example.layout.images
         assert len(example.tiles) == layout.num_tiles >= len(groups[number])
         assert [image.size_hw for image in layout.images] == [
-            (decode(picture).height, decode(picture).width) for picture in sample.pictures
+            (decode(encoded).height, decode(encoded).width) for encoded in sample.images
         ]
 
 
-def test_pixels_without_alpha_are_untouched() -> None:
-    """A plain RGB picture comes back bit for bit."""
+def test_rgb_pixels_are_unchanged() -> None:
+    """An RGB image is decoded bitwise."""
     np.testing.assert_array_equal(np.asarray(decode(_saved(_ramp(), "PNG"))), np.asarray(_ramp()))
 
 
-def test_bytes_that_are_no_picture_are_an_oserror() -> None:
-    """The documented error, for text and for a file that was cut off."""
+def test_invalid_bytes_raise_oserror() -> None:
+    """Text, a truncated file and empty bytes raise the documented error."""
     for data in (b"not a picture", KINDS["jpeg"][0][:-40], b""):
         with warnings.catch_warnings(), pytest.raises(OSError):
             decode(data).load()

@@ -1,4 +1,4 @@
-"""From a `ModelConfig` to a model: derived values, first weights, and what is refused before any training."""
+"""Building a model from a `ModelConfig`: derived values, initial weights, and errors before training."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, Proj
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
 from llava_next.model.architecture import VOCABULARY_MULTIPLE
-from llava_next.model.build import build_model, read_backbone, read_tokenizer, skeleton
+from llava_next.model.build import build_meta_model, build_model, read_backbone, read_tokenizer
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
 from tests.llava_next.conftest import MakeBackbone
@@ -27,7 +27,7 @@ KINDS: tuple[ProjectorKind, ...] = ("mlp2x_gelu", "linear")
 
 
 def with_tile(config: ModelConfig, tile: int) -> ModelConfig:
-    """The same model with another tile side, in pixels."""
+    """The configuration with another tile side in pixels."""
     return replace(config, vision_tower=replace(config.vision_tower, tile=tile))
 
 
@@ -48,9 +48,9 @@ def _edit_config(path: str, **values: Any) -> None:
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_random_weights_follow_the_seed_alone(make_backbone: MakeBackbone, tower: TowerName) -> None:
-    """The same seed gives the same weights whatever was drawn before, another seed others; torch's own stream of
-    random numbers is left where it was."""
+def test_random_weights_depend_on_the_seed_only(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """The same seed gives the same weights whatever was drawn before, and torch's global generator state is
+    restored."""
     torch.manual_seed(1)
     first = _state(build_model(make_backbone(tower), dtype=torch.float32, seed=5))
     drawn = torch.rand(3)
@@ -66,8 +66,8 @@ def test_random_weights_follow_the_seed_alone(make_backbone: MakeBackbone, tower
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_what_follows_from_the_parts(make_backbone: MakeBackbone, tower: TowerName) -> None:
-    """Vocabulary, image token, pinpoints, patches and the select strategy are derived, never configured."""
+def test_derived_values(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """Vocabulary, image token, pinpoints, patches and the select strategy are derived from the parts."""
     backbone = make_backbone(tower)
     hf = backbone.hf_config
     assert hf.text_config.vocab_size % VOCABULARY_MULTIPLE == 0
@@ -82,8 +82,8 @@ def test_what_follows_from_the_parts(make_backbone: MakeBackbone, tower: TowerNa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_weight_has_the_asked_type(make_backbone: MakeBackbone, dtype: torch.dtype) -> None:
-    """Of every part, kept-aside layers included; and a row runs in it with losses in float32."""
+def test_every_weight_has_the_requested_dtype(make_backbone: MakeBackbone, dtype: torch.dtype) -> None:
+    """This includes the tower's removed layers. A row runs in the dtype with losses in float32."""
     backbone = make_backbone("siglip")
     model = build_model(backbone, dtype=dtype, seed=0)
     assert {parameter.dtype for _, parameter in live_parameters(model)} == {dtype}
@@ -93,21 +93,22 @@ def test_every_weight_has_the_asked_type(make_backbone: MakeBackbone, dtype: tor
 
 
 def test_rotary_frequencies_stay_in_fp32(make_backbone: MakeBackbone) -> None:
-    """In a bf16 model they are the stock model's: rounded to bf16 they would turn token 4,000 by several radians."""
+    """A bf16 model has the rotary embeddings of the stock model. In bf16 they would be wrong by several radians at
+    token 4,000."""
     backbone = make_backbone("clip")
     model = build_model(backbone, dtype=torch.bfloat16, seed=1)
     stock = AutoModelForCausalLM.from_config(backbone.hf_config.text_config, dtype=torch.bfloat16)
     states, positions = torch.zeros(1, 1, 8, dtype=torch.bfloat16), torch.tensor([[4000]])
-    ours = model.hf.model.language_model.rotary_emb(states, positions)
-    for mine, theirs in zip(ours, stock.base_model.rotary_emb(states, positions), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    tables = model.hf.model.language_model.rotary_emb(states, positions)
+    for table, expected in zip(tables, stock.base_model.rotary_emb(states, positions), strict=True):
+        torch.testing.assert_close(table, expected, rtol=0, atol=0)
     for name, buffer in model.named_buffers():
         assert not buffer.is_floating_point() or buffer.dtype == torch.float32, name
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_pretrained_parts_keep_their_weights(tmp_path: Path, tower: TowerName) -> None:
-    """Tower and language model hold the tensors of their files; new rows of the table are the mean of the old."""
+    """Tower and language model have the tensors of their files; new vocabulary rows are the mean of the others."""
     config = pretrained(tmp_path, tower)
     model = build_model(read_backbone(config), dtype=torch.float32, seed=0)
     state = {name.removeprefix("hf.model."): tensor for name, tensor in _state(model).items()}
@@ -116,15 +117,17 @@ def test_pretrained_parts_keep_their_weights(tmp_path: Path, tower: TowerName) -
         assert torch.equal(state[f"vision_tower.{name}"], tensor), name
     text = load_file(Path(config.language_model.path) / "model.safetensors")
     for name, tensor in text.items():
-        ours = state["hf.lm_head.weight" if name == "lm_head.weight" else name.replace("model.", "language_model.", 1)]
-        assert torch.equal(ours[: len(tensor)], tensor), name
-        if len(ours) > len(tensor):
-            torch.testing.assert_close(ours[len(tensor) :], tensor.mean(0).expand_as(ours[len(tensor) :]))
+        actual = state[
+            "hf.lm_head.weight" if name == "lm_head.weight" else name.replace("model.", "language_model.", 1)
+        ]
+        assert torch.equal(actual[: len(tensor)], tensor), name
+        if len(actual) > len(tensor):
+            torch.testing.assert_close(actual[len(tensor) :], tensor.mean(0).expand_as(actual[len(tensor) :]))
     assert model.hf.get_input_embeddings().weight.shape[0] == model.hf.config.text_config.vocab_size
 
 
-def test_a_directory_of_a_whole_clip_gives_its_vision_tower(tmp_path: Path) -> None:
-    """openai's directories hold both of CLIP's towers: the vision one is read, complete."""
+def test_directory_of_a_complete_clip(tmp_path: Path) -> None:
+    """OpenAI's directories contain both of CLIP's towers; the vision tower is read."""
     vision = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3,
               "image_size": TILE, "patch_size": PATCH}  # fmt: skip
     text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -136,18 +139,18 @@ def test_a_directory_of_a_whole_clip_gives_its_vision_tower(tmp_path: Path) -> N
     config = replace(config, vision_tower=VisionTowerConfig("clip", str(tmp_path / "clip")))
     model = build_model(read_backbone(config), dtype=torch.float32, seed=0)
     state = _state(model)
-    found = {name: tensor for name, tensor in clip.state_dict().items() if name.startswith("vision_model.")}
-    ours = {name: t for name, t in state.items() if name.startswith("hf.model.vision_tower.")}
-    assert len(found) == len(ours) > 40
-    for name, tensor in found.items():
+    expected = {name: tensor for name, tensor in clip.state_dict().items() if name.startswith("vision_model.")}
+    actual = {name: t for name, t in state.items() if name.startswith("hf.model.vision_tower.")}
+    assert len(expected) == len(actual) > 40
+    for name, tensor in expected.items():
         short = name.removeprefix("vision_model.")
-        match = [t for n, t in ours.items() if n.removeprefix("hf.model.vision_tower.").endswith(short)]
+        match = [t for n, t in actual.items() if n.removeprefix("hf.model.vision_tower.").endswith(short)]
         assert any(torch.equal(tensor, candidate) for candidate in match), name
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
-def test_a_missing_tensor_is_refused(tmp_path: Path, part: str) -> None:
-    """transformers would make it up at random and only mention it: here it stops, with its name."""
+def test_missing_tensor_is_an_error(tmp_path: Path, part: str) -> None:
+    """transformers would initialize it at random and log a warning; here it is an error that names the tensor."""
     config = pretrained(tmp_path)
     path = getattr(config, part).path
     name = next(n for n in load_file(Path(path) / "model.safetensors") if n.endswith("k_proj.weight"))
@@ -157,8 +160,8 @@ def test_a_missing_tensor_is_refused(tmp_path: Path, part: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
-def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, part: str) -> None:
-    """A config.json that does not belong to its weights stops, with the key."""
+def test_tensor_of_another_shape_is_an_error(tmp_path: Path, part: str) -> None:
+    """A config.json that does not match its weights is an error."""
     config = pretrained(tmp_path)
     _edit_config(getattr(config, part).path, intermediate_size=64)
     with pytest.raises(ModelError, match=rf"model\.{part}\.path"):
@@ -166,25 +169,25 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path, part: str) -> None
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
-def test_weights_that_were_cut_off_are_refused(tmp_path: Path, part: str) -> None:
-    """Half a file, as a broken download leaves it: told with the key of the folder."""
+def test_truncated_weights_are_an_error(tmp_path: Path, part: str) -> None:
+    """The message has the key of the directory."""
     config = pretrained(tmp_path)
     file = Path(getattr(config, part).path) / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ModelError, match=rf"model\.{part}\.path: the weights .* were not read"):
+    with pytest.raises(ModelError, match=rf"model\.{part}\.path: cannot read the weights"):
         build_model(read_backbone(config), dtype=torch.float32, seed=0)
 
 
-def test_no_weights_at_all_are_refused(tmp_path: Path) -> None:
-    """A folder with a config.json only, where weights are asked for: told with the key, for each part."""
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
+    """A directory with only a config.json is an error if weights are required, for each part."""
     config = tiny_model(tmp_path)
     for part in ("language_model", "vision_tower"):
-        asked = replace(config, **{part: replace(getattr(config, part), weights="pretrained")})
+        config_with_weights = replace(config, **{part: replace(getattr(config, part), weights="pretrained")})
         with pytest.raises(ModelError, match=rf"model\.{part}\.path"):
-            build_model(read_backbone(asked), dtype=torch.float32, seed=0)
+            build_model(read_backbone(config_with_weights), dtype=torch.float32, seed=0)
 
 
-# Width of the language model, parameters of its connector (recipe 0; linear: the formula of one layer).
+# Width of the language model, parameters of its connector (recipe 0; linear: from the formula of one layer).
 CONNECTORS = [
     (1024, 2_099_200),
     (3584, 16_522_240),
@@ -196,27 +199,27 @@ CONNECTORS = [
 
 
 def test_connectors_have_the_published_sizes(tmp_path: Path) -> None:
-    """Behind CLIP ViT-L/14-336, 303,507,456 parameters itself, for every width of the published language models; a
-    linear connector is one layer with a bias."""
+    """Parameter counts of the connector between CLIP ViT-L/14-336 (303,507,456 parameters) and every width of the
+    published language models; a linear connector is one layer with a bias."""
     config = tiny_model(tmp_path)
     clip = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16,
             "image_size": 336, "patch_size": 14}  # fmt: skip
     whole = replace(config, vision_tower=replace(config.vision_tower, overrides=clip))
-    tower = skeleton(read_backbone(whole)).model.vision_tower
+    tower = build_meta_model(read_backbone(whole)).model.vision_tower
     assert sum(parameter.numel() for parameter in tower.parameters()) == 303_507_456
     shallow = replace(whole.vision_tower, overrides={**clip, "num_hidden_layers": 1})
     for width, num_parameters in CONNECTORS:
         language_model = replace(config.language_model, overrides={"hidden_size": width, "num_hidden_layers": 1})
         for kind in KINDS:
             expected = num_parameters if kind == "mlp2x_gelu" else 1024 * width + width
-            parts = skeleton(read_backbone(ModelConfig(language_model, shallow, projector=kind))).model
+            parts = build_meta_model(read_backbone(ModelConfig(language_model, shallow, projector=kind))).model
             assert sum(parameter.numel() for parameter in parts.multi_modal_projector.parameters()) == expected
             assert parts.image_newline.shape == (width,)
 
 
 @pytest.mark.parametrize("projector", KINDS)
-def test_a_fresh_projector_has_torchs_own_initialisation(make_backbone: MakeBackbone, projector: ProjectorKind) -> None:
-    """Uniform within 1 / sqrt(inputs), weights and biases, as the authors' `nn.Linear` starts; of the chosen kind."""
+def test_projector_has_torchs_default_initialization(make_backbone: MakeBackbone, projector: ProjectorKind) -> None:
+    """Weights and biases are uniform within 1 / sqrt(inputs), as in the authors' `nn.Linear`."""
     model = build_model(make_backbone(projector=projector), dtype=torch.float32, seed=0)
     layers = [
         module for module in model.hf.model.multi_modal_projector.modules() if isinstance(module, torch.nn.Linear)
@@ -230,8 +233,9 @@ def test_a_fresh_projector_has_torchs_own_initialisation(make_backbone: MakeBack
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) -> None:
-    """A larger tile: a larger table whose class token is the old one, nothing else changed, and rows run."""
+def test_another_tile_resamples_positions(tmp_path: Path, tower: TowerName) -> None:
+    """A larger tile has a larger position embedding with the same class token; other weights are equal, and rows
+    run."""
     config = pretrained(tmp_path, tower)
     same = _state(build_model(read_backbone(config), dtype=torch.float32, seed=0))
     backbone = read_backbone(with_tile(config, 42))
@@ -252,8 +256,9 @@ def test_another_tile_resamples_the_positions(tmp_path: Path, tower: TowerName) 
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_a_resampled_table_keeps_its_directions(tmp_path: Path, prefix: int) -> None:
-    """A table that grows from row to row still does, and is even along each row; the class token stays."""
+def test_resampled_positions_keep_their_orientation(tmp_path: Path, prefix: int) -> None:
+    """A table that increases from row to row still does, and is constant along each row; the class token is
+    unchanged."""
     config = pretrained(tmp_path, "clip" if prefix else "siglip")
 
     def slope(tensors: dict[str, torch.Tensor]) -> None:
@@ -271,9 +276,9 @@ def test_a_resampled_table_keeps_its_directions(tmp_path: Path, prefix: int) -> 
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_tower_may_leave_a_strip_of_its_own_size_unseen(tmp_path: Path, tower: TowerName) -> None:
-    """30 pixels and patches of 7, as SigLIP's 384 and 14: the tower's own size, and named, is 4 x 4 patches, and the
-    last two rows and columns of pixels change nothing. Another size that the patch does not divide stays refused."""
+def test_tile_that_the_patch_does_not_divide(tmp_path: Path, tower: TowerName) -> None:
+    """A tower of 30 pixels and patches of 7 (SigLIP: 384 and 14) has 4 x 4 patches, and the last two rows and columns
+    of pixels have no effect. Another such size is an error."""
     config = tiny_model(tmp_path, tower)
     config = replace(config, vision_tower=replace(config.vision_tower, overrides={"image_size": 30}))
     for named in (config, with_tile(config, 30)):
@@ -287,12 +292,12 @@ def test_a_tower_may_leave_a_strip_of_its_own_size_unseen(tmp_path: Path, tower:
         assert features.shape[:2] == (1, 16)
         tiles[:, 27] = 0
         assert not torch.equal(model.tile_features(tiles), features)
-    with pytest.raises(ModelError, match=r"tile=31 is not a multiple .* 7 pixels; .* null for .* own size of 30"):
+    with pytest.raises(ModelError, match=r"tile=31 must be a multiple .* 7 pixels, or null for .* size of 30"):
         read_backbone(with_tile(config, 31))
 
 
-def test_the_same_tile_leaves_the_positions_alone(tmp_path: Path) -> None:
-    """Naming the tower's own size changes no bit; a constant table stays constant at any size."""
+def test_same_tile_keeps_the_positions(tmp_path: Path) -> None:
+    """The tower's own size changes nothing, and a constant table is constant at any size."""
     config = pretrained(tmp_path)
     same = _state(build_model(read_backbone(config), dtype=torch.float32, seed=0))
     named = _state(build_model(read_backbone(with_tile(config, TILE)), dtype=torch.float32, seed=0))
@@ -309,9 +314,9 @@ def test_the_same_tile_leaves_the_positions_alone(tmp_path: Path) -> None:
 
 
 def test_real_parts_give_finite_features(smollm2: Path, dinov2: Path) -> None:
-    """SmolLM2's first layer and DINOv2-small on 70-pixel tiles, real weights: a row of sound losses.
+    """SmolLM2's first layer and DINOv2-small on 70-pixel tiles with real weights give plausible losses.
 
-    DINOv2's own interpolation of its table and ours agree on where things are.
+    DINOv2's interpolation of its table agrees with ours.
     """
     config = ModelConfig(
         LanguageModelConfig("smollm2", str(smollm2), "chatml", overrides={"num_hidden_layers": 1}),
@@ -321,16 +326,16 @@ def test_real_parts_give_finite_features(smollm2: Path, dinov2: Path) -> None:
     model = build_model(backbone, dtype=torch.float32, seed=0)
     with torch.no_grad():
         total, _, tokens = model(row(backbone, [encoded(backbone, [(45, 61)]).example]))
-        ours = model.hf.model.vision_tower.embeddings(torch.zeros(1, 3, 70, 70))
+        actual = model.hf.model.vision_tower.embeddings(torch.zeros(1, 3, 70, 70))
         native = AutoModel.from_pretrained(dinov2).embeddings(torch.zeros(1, 3, 70, 70))
     assert torch.isfinite(total)
     assert 0 < float(total) / int(tokens.sum()) < 20
-    similarity = torch.nn.functional.cosine_similarity(ours.flatten(), native.flatten(), dim=0)
+    similarity = torch.nn.functional.cosine_similarity(actual.flatten(), native.flatten(), dim=0)
     assert float(similarity) > 0.98
 
 
-def test_folders_and_keys_that_are_not_there(tmp_path: Path) -> None:
-    """No folder, no config.json, no tokenizer, an unknown override: each with the key that names it."""
+def test_missing_directories_and_keys_are_errors(tmp_path: Path) -> None:
+    """A missing directory, config.json or tokenizer and an unknown override; messages have the configuration key."""
     config = tiny_model(tmp_path)
     language, tower = config.language_model, config.vision_tower
     empty = tmp_path / "empty"
@@ -340,7 +345,7 @@ def test_folders_and_keys_that_are_not_there(tmp_path: Path) -> None:
         (replace(config, vision_tower=replace(tower, path=str(empty))), r"vision_tower\.path"),
         (replace(config, language_model=replace(language, tokenizer=str(empty))), r"language_model\.tokenizer"),
         (replace(config, language_model=replace(language, overrides={"depth": 1})), r"overrides.*'depth'"),
-        (replace(config, vision_tower=replace(tower, tile=30)), r"tile=30 is not a multiple .* 7 pixels"),
+        (replace(config, vision_tower=replace(tower, tile=30)), r"tile=30 must be a multiple .* 7 pixels"),
         (replace(config, grids=((0, 1),)), r"model\.grids"),
     ]
     for wrong, message in cases:
@@ -348,17 +353,17 @@ def test_folders_and_keys_that_are_not_there(tmp_path: Path) -> None:
             read_backbone(wrong)
 
 
-def test_a_stage_longer_than_the_positions_is_refused(make_backbone: MakeBackbone) -> None:
-    """max_length beyond the language model's positions: both numbers and the way out."""
+def test_length_beyond_the_positions_is_an_error(make_backbone: MakeBackbone) -> None:
+    """The message has both numbers and the fix."""
     backbone = make_backbone()
-    with pytest.raises(ModelError, match=r"max_length=5000 is longer than the 4096 positions.*lower it"):
+    with pytest.raises(ModelError, match=r"max_length=5000 exceeds the 4096 positions.*decrease it"):
         backbone.processor(template=None, image_mode="anyres", max_length=5000)
     assert backbone.processor(template=None, image_mode="anyres", max_length=64).config.template == "chatml"
     assert backbone.processor(template="plain", image_mode="square", max_length=64).config.template == "plain"
 
 
-def test_a_tokenizer_gets_an_image_token_once(tmp_path: Path) -> None:
-    """One new special token behind the old ones, none where there is one; its other specials stay."""
+def test_image_token_is_added_once(tmp_path: Path) -> None:
+    """A tokenizer without an image token gets one at the end; its other special tokens are unchanged."""
     path = tiny_tokenizer(tmp_path / "plain")
     tokenizer = read_tokenizer(str(path))
     assert tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER) == len(tokenizer) - 1
@@ -370,17 +375,17 @@ def test_a_tokenizer_gets_an_image_token_once(tmp_path: Path) -> None:
     assert "<|im_end|>" in read_tokenizer(str(tmp_path / "again")).all_special_tokens
 
 
-def test_a_head_with_a_bias_is_refused(tmp_path: Path) -> None:
-    """LLaVA-NeXT's head has none: the bias would be lost in silence, here and in the export."""
-    hf = skeleton(read_backbone(tiny_model(tmp_path)))
+def test_head_with_a_bias_is_an_error(tmp_path: Path) -> None:
+    """LLaVA-NeXT's head has no bias, so it would be lost."""
+    hf = build_meta_model(read_backbone(tiny_model(tmp_path)))
     hf.lm_head = torch.nn.Linear(hf.lm_head.in_features, hf.lm_head.out_features, device="meta")
-    with pytest.raises(ModelError, match="biased head"):
+    with pytest.raises(ModelError, match="head with a bias"):
         LlavaNext(hf, image_mean=(0.5, 0.5, 0.5), image_std=(0.5, 0.5, 0.5))
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "init_from"])
-def test_a_whole_model_is_no_language_model(make_backbone: MakeBackbone, tmp_path: Path, weights: Weights) -> None:
-    """Its language model's weights are not read from there, and that is one sentence; its config alone may be."""
+def test_complete_model_as_language_model(make_backbone: MakeBackbone, tmp_path: Path, weights: Weights) -> None:
+    """Weights of the language model are not read from a complete model; its config alone is."""
     backbone = make_backbone()
     model = build_model(backbone, dtype=torch.float32, seed=0)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
@@ -390,19 +395,19 @@ def test_a_whole_model_is_no_language_model(make_backbone: MakeBackbone, tmp_pat
     if weights == "init_from":
         assert read_backbone(config).hf_config.text_config.hidden_size == WIDTH
         return
-    with pytest.raises(ModelError, match=r"model\.language_model\.path: .*whole.* is a whole model"):
+    with pytest.raises(ModelError, match=r"model\.language_model\.path: .*whole.* is a complete model"):
         read_backbone(config)
 
 
 @pytest.mark.parametrize("part", ["language_model", "vision_tower"])
-def test_a_config_with_code_of_its_own_is_refused(tmp_path: Path, part: str) -> None:
-    """A model_type that transformers does not have, as InternViT's, with code in its folder: refused, nothing is run or
-    asked."""
+def test_config_with_custom_code_is_an_error(tmp_path: Path, part: str) -> None:
+    """A model_type that transformers does not support, with code in its directory (InternViT), is an error, and the
+    code is not executed."""
     config = tiny_model(tmp_path)
     folder = Path(getattr(config, part).path)
     (folder / "code.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w')\n")
-    own = {"model_type": "intern_vit_6b", "auto_map": {"AutoConfig": "code.Config"}, "image_size": [448, 448]}
-    (folder / "config.json").write_text(json.dumps(own))
+    custom = {"model_type": "intern_vit_6b", "auto_map": {"AutoConfig": "code.Config"}, "image_size": [448, 448]}
+    (folder / "config.json").write_text(json.dumps(custom))
     with pytest.raises(ModelError, match=rf"model\.{part}\.path: .* model_type intern_vit_6b"):
         read_backbone(config)
     assert not (tmp_path / "it_ran").exists()

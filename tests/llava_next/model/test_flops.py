@@ -1,4 +1,4 @@
-"""FLOPs by formula against FLOPs counted by torch while the model runs."""
+"""FLOPs by formula compared with those counted by torch."""
 
 import numpy as np
 import pytest
@@ -17,11 +17,12 @@ from tests.tiny import TowerName
     ("tower", "kind"),
     [("clip", "mlp2x_gelu"), ("siglip", "mlp2x_gelu"), ("dinov2", "mlp2x_gelu"), ("clip", "linear")],
 )
-def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: TowerName, kind: ProjectorKind) -> None:
-    """Forward products of the language model are exactly those of tokens and targets; a tile's are right but for the
-    class token.
+def test_matrix_products_equal_counted_flops(
+    make_backbone: MakeBackbone, tower: TowerName, kind: ProjectorKind
+) -> None:
+    """The language model's FLOPs are exact; those of a tile are exact except for the class token.
 
-    torch counts no attention on the CPU, so the formula's attention terms are taken out of the comparison.
+    torch counts no attention on the CPU, so attention is excluded from the comparison.
     """
     backbone = make_backbone(tower, projector=kind)
     model = build_model(backbone, dtype=torch.float32, seed=0, num_sources=8)
@@ -53,8 +54,8 @@ def test_matrix_products_are_those_that_run(make_backbone: MakeBackbone, tower: 
     assert layers == pytest.approx(encoder * (patches + prefix) / patches)
 
 
-def test_costs_of_samples_add_up() -> None:
-    """n tokens cost n * token + n² / 2 * pair, tiles and targets on top."""
+def test_flops_of_samples() -> None:
+    """n tokens cost n * token + n² / 2 * pair, plus tiles and targets."""
     costs = StepCosts(tile=7.0, token=3.0, pair=2.0, target=5.0)
-    found = costs.of(np.array([10, 1]), np.array([2, 0]), np.array([4, 0]))
-    assert found.tolist() == [7 * 2 + 3 * 10 + 2 * 100 / 2 + 5 * 4, 3 + 2 / 2]
+    actual = costs.flops(np.array([10, 1]), np.array([2, 0]), np.array([4, 0]))
+    assert actual.tolist() == [7 * 2 + 3 * 10 + 2 * 100 / 2 + 5 * 4, 3 + 2 / 2]

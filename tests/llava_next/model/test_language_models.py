@@ -1,5 +1,5 @@
-"""Language models: a sample in a packed row is the sample alone for every admitted architecture; the others, and what a
-config can break, are refused with advice that works."""
+"""Language models: losses in packed rows equal those of single samples for every supported architecture; other models
+and configs are errors whose advice works."""
 
 import json
 import re
@@ -35,7 +35,7 @@ from transformers import (
 from llava_next.config import ModelConfig, ModelError
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import Backbone, build_model, read_backbone
-from llava_next.model.language_models import ADMITTED, check_positions, refuse_unsupported
+from llava_next.model.language_models import SUPPORTED_MODEL_TYPES, check_language_model_supported, check_positions
 from tests.llava_next.models import encoded, mixed, row, stock_inputs, stock_twin
 from tests.tiny import MAX_POSITIONS, WIDTH, tiny_model
 
@@ -51,7 +51,7 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 3,
     "bos_token_id": 1,
     "eos_token_id": 2,
-    "initializer_range": 0.3,  # so that attention is far from uniform, and a wrong position or neighbour is seen
+    "initializer_range": 0.3,  # so that attention is not uniform and a wrong position or segment changes the loss
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
@@ -66,7 +66,7 @@ SHORT, LONG = [1.0] * 4, [64.0] * 4
 
 
 def _config(folder: Path, kind: str, **changes: Any) -> ModelConfig:
-    """A tiny model around a language model of this model_type."""
+    """A tiny model with a language model of this model_type."""
     config = tiny_model(folder)
     AutoConfig.for_model(kind, **{**SIZES, **CHANGES.get(kind, {}), **changes}).save_pretrained(
         config.language_model.path
@@ -78,9 +78,10 @@ def _with_overrides(config: ModelConfig, **overrides: Any) -> ModelConfig:
     return replace(config, language_model=replace(config.language_model, overrides=overrides))
 
 
-@pytest.mark.parametrize("kind", ADMITTED)
-def test_a_sample_alone_is_the_sample_in_a_packed_row(tmp_path: Path, kind: str) -> None:
-    """Each sample's loss in a row of six is its loss alone, to 1e-6 of it in fp32; and stock transformers' loss."""
+@pytest.mark.parametrize("kind", SUPPORTED_MODEL_TYPES)
+def test_packed_loss_equals_single_sample_loss(tmp_path: Path, kind: str) -> None:
+    """Each sample's loss in a row of six equals its loss alone (1e-6 relative in fp32) and that of stock
+    transformers."""
     backbone = read_backbone(_config(tmp_path, kind))
     assert backbone.hf_config.text_config.model_type == kind
     model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
@@ -117,10 +118,10 @@ def test_a_sample_alone_is_the_sample_in_a_packed_row(tmp_path: Path, kind: str)
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_what_is_not_implemented_is_refused(config: PretrainedConfig, word: str) -> None:
-    """Windows, softcapping, sinks, states that outlive a sample, scaled logits: told by name, never ignored."""
+def test_unsupported_features_are_errors(config: PretrainedConfig, word: str) -> None:
+    """Windows, softcapping, sinks, recurrent states and scaled logits are errors that name the feature."""
     with pytest.raises(ModelError, match=word):
-        refuse_unsupported(config)
+        check_language_model_supported(config)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +137,13 @@ def test_what_is_not_implemented_is_refused(config: PretrainedConfig, word: str)
     ],
     ids=lambda config: str(config.model_type),
 )
-def test_full_attention_passes(config: PretrainedConfig) -> None:
-    """The published backbones are not refused."""
-    refuse_unsupported(config)
+def test_full_attention_is_supported(config: PretrainedConfig) -> None:
+    """The published backbones are supported."""
+    check_language_model_supported(config)
 
 
 def _phi3_long(folder: Path, original: int) -> Backbone:
-    """A Phi-3 with LongRoPE: trained on this many positions, stretched to 4096."""
+    """A Phi-3 with LongRoPE, trained on `original` positions and extended to 4096."""
     rope = {
         "rope_type": "longrope", "short_factor": SHORT, "long_factor": LONG, "rope_theta": 10000.0,
         "partial_rotary_factor": 1.0,
@@ -150,9 +151,9 @@ def _phi3_long(folder: Path, original: int) -> Backbone:
     return read_backbone(_config(folder, "phi3", rope_parameters=rope, original_max_position_embeddings=original))
 
 
-def test_position_tables_that_depend_on_the_row_are_refused(tmp_path: Path) -> None:
-    """LongRoPE changes a short sample's loss beside a sample of more than its original positions; the refusal says up
-    to which length it does not, and at that length the model passes and the losses are equal."""
+def test_row_dependent_positions_are_an_error(tmp_path: Path) -> None:
+    """LongRoPE changes a short sample's loss in a row with a sample longer than its original positions. The message has
+    the largest supported length, at which losses are equal."""
     backbone = _phi3_long(tmp_path, 64)
     model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
     short, long = encoded(backbone, []).example, encoded(backbone, [], rounds=3).example
@@ -160,20 +161,20 @@ def test_position_tables_that_depend_on_the_row_are_refused(tmp_path: Path) -> N
     with torch.no_grad():
         alone = float(model(row(backbone, [short]))[1][0])
         beside = float(model(row(backbone, [short, long]))[1][0])
-    assert abs(beside - alone) > 1e-3 * alone  # the fault that is refused
-    with pytest.raises(ModelError, match=r"stage\.max_length=2048") as refused:
+    assert abs(beside - alone) > 1e-3 * alone  # the difference that the error prevents
+    with pytest.raises(ModelError, match=r"stage\.max_length=2048") as error:
         check_positions(model.hf.model.language_model, 2048)
-    found = re.search(r"stage\.max_length to at most (\d+)", str(refused.value))
-    assert found is not None
-    assert found[1] == "64"
+    match = re.search(r"stage\.max_length to at most (\d+)", str(error.value))
+    assert match is not None
+    assert match[1] == "64"
     check_positions(model.hf.model.language_model, 64)
     with torch.no_grad():
         assert float(model(row(backbone, [short, short]))[1][0]) == pytest.approx(alone, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_dynamic_tables_are_refused_beyond_their_positions(tmp_path: Path, kind: str) -> None:
-    """Dynamic NTK keeps its frequencies up to the positions of the config, whatever its kinds of layers."""
+def test_dynamic_ntk_is_an_error_beyond_its_positions(tmp_path: Path, kind: str) -> None:
+    """Dynamic NTK is supported up to the positions of the config, with one or several layer types."""
     rope: dict[str, Any] = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
     if kind == "gemma3_text":
         rope = {"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
@@ -187,28 +188,28 @@ def test_dynamic_tables_are_refused_beyond_their_positions(tmp_path: Path, kind:
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "olmo3", "exaone4", "qwen2"])
 @pytest.mark.parametrize("window", [16, None])
-def test_the_advice_about_windows_leads_to_an_export_that_runs(tmp_path: Path, kind: str, window: int | None) -> None:
-    """A model with sliding layers is refused, with or without its window. The printed override is followed to its end:
-    build, forward, export, reload by stock transformers; the same logits."""
+def test_advice_about_windows_gives_an_export_that_runs(tmp_path: Path, kind: str, window: int | None) -> None:
+    """A model with sliding layers is an error, with or without its window. With the override of the message, building,
+    exporting and reloading work and logits are equal."""
     changes: dict[str, Any] = {"sliding_window": window or 16}
     if kind == "qwen2":
         changes |= {"use_sliding_window": True, "max_window_layers": 0}
     config = _config(tmp_path, kind, **changes)
     if window is None:
         config = _with_overrides(config, sliding_window=None)
-    if window is None and kind == "mistral":  # it has no kinds of layers: without a window it is a full one
+    if window is None and kind == "mistral":  # it has no layer types: without a window its attention is full
         read_backbone(config)
         return
-    with pytest.raises(ModelError, match="sliding") as refused:
+    with pytest.raises(ModelError, match="sliding") as error:
         read_backbone(config)
-    advice = re.search(r"set sliding_window: (\d+) in model\.language_model\.overrides", str(refused.value))
+    advice = re.search(r"set sliding_window: (\d+) in model\.language_model\.overrides", str(error.value))
     assert advice is not None
     backbone = read_backbone(_with_overrides(config, sliding_window=int(advice[1])))
     model = build_model(backbone, dtype=torch.float32, seed=3)
     sample = encoded(backbone, [(45, 61)])
     write_hf(model, backbone, backbone.processor(template=None, image_mode="anyres", max_length=4096), tmp_path / "out")
-    stock, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(found.values())
+    stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading_info.values())
     batch = row(backbone, [sample.example])
     assert batch.target_positions[-1] > 2 * 16
     with torch.no_grad():
@@ -226,14 +227,14 @@ ROPE_2024 = [
 
 
 @pytest.mark.parametrize(("overrides", "expected", "theta"), ROPE_2024)
-def test_the_2024_spelling_of_rope(
+def test_rope_keys_of_transformers_4(
     tmp_path: Path, overrides: dict[str, Any], expected: dict[str, Any], theta: float
 ) -> None:
-    """`rope_scaling` with `type` or `rope_type`, and `rope_theta`, are what today's `rope_parameters` says: the same
-    model, built; in overrides and in a config.json of that year."""
+    """`rope_scaling` with `type` or `rope_type`, and `rope_theta`, are equivalent to `rope_parameters`, in overrides
+    and in config.json."""
     config = _config(tmp_path, "llama")
-    place = Path(config.language_model.path) / "config.json"
-    written = json.loads(place.read_text())
+    path = Path(config.language_model.path) / "config.json"
+    written = json.loads(path.read_text())
     del written["rope_parameters"]
     then = replace(config, language_model=replace(config.language_model, path=str(tmp_path / "then"),
                    tokenizer=config.language_model.path))  # fmt: skip
@@ -259,7 +260,7 @@ def test_the_2024_spelling_of_rope(
         ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0}}, "factor"),
     ],
 )
-def test_rotary_parameters_that_are_none_are_refused(tmp_path: Path, overrides: dict[str, Any], word: str) -> None:
-    """An unknown type, or a missing key, is one sentence and no traceback."""
+def test_invalid_rotary_parameters_are_errors(tmp_path: Path, overrides: dict[str, Any], word: str) -> None:
+    """An unknown type and a missing key are errors of one sentence."""
     with pytest.raises(ModelError, match=word):
         read_backbone(_with_overrides(_config(tmp_path, "llama"), **overrides))

@@ -1,4 +1,4 @@
-"""The packed model against one sample at a time, and against stock transformers: losses and every gradient."""
+"""The packed model compared with single samples and with stock transformers: losses and gradients."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -67,19 +67,17 @@ def _one_by_one(backbone: Backbone, examples: Sequence[Example]) -> list[Batch]:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_a_packed_row_equals_its_samples_one_at_a_time(
-    make_backbone: MakeBackbone, tower: TowerName, dtype: torch.dtype
-) -> None:
-    """The loss, its sums per sample and every gradient agree to 1e-10 (fp64) and 1e-5 (fp32) of each tensor.
+def test_packed_row_equals_single_samples(make_backbone: MakeBackbone, tower: TowerName, dtype: torch.dtype) -> None:
+    """The loss, its sums per sample and every gradient agree to 1e-10 (fp64) and 1e-5 (fp32) per tensor.
 
-    The samples show pictures of several grids, two pictures, or none. Their order in the row is of no account, nor is a
-    cut into two rows. Key biases of towers, whose true gradient is zero, hold rounding only.
+    The samples have images in several grids, two images, or none. Neither their order in the row nor a split into two
+    rows matters. Key biases of towers, whose true gradient is zero, contain only rounding.
     """
     bound = 1e-10 if dtype == torch.float64 else 1e-5
     backbone = make_backbone(tower, attention_bias=True)
     model = _model(backbone, dtype)
     samples = mixed(backbone)
-    assert sorted({len(sample.pictures) for sample in samples}) == [0, 1, 2]
+    assert sorted({len(sample.images) for sample in samples}) == [0, 1, 2]
     examples = [sample.example for sample in samples]
     whole = row(backbone, examples)
     assert whole.input_ids.shape == (1, sum(example.layout.num_tokens for example in examples))
@@ -89,18 +87,18 @@ def test_a_packed_row_equals_its_samples_one_at_a_time(
     halves = [row(backbone, examples[:3]), row(backbone, examples[3:])]
     halves[1] = replace(halves[1], target_sources=3 + halves[1].target_sources)
     for rows in ([whole], [turned], halves):
-        total, by_sample, found = _backward(model, rows)
+        total, by_sample, actual = _backward(model, rows)
         assert total == pytest.approx(single[0], rel=bound)
         torch.testing.assert_close(by_sample, single[1], rtol=bound, atol=0)
-        assert worst_difference(found, single[2], found) < bound
-        assert max(key_bias_share(found), key_bias_share(single[2])) < bound
+        assert worst_difference(actual, single[2], actual) < bound
+        assert max(key_bias_share(actual), key_bias_share(single[2])) < bound
     compared = {name for name, gradient in single[2].items() if gradient is not None and not is_key_bias(name)}
     assert {part_of(name) for name in compared} == set(PARTS)
     assert any("language_model" in name and name.endswith("k_proj.bias") for name in compared)
 
 
-def test_samples_do_not_see_one_another(make_backbone: MakeBackbone) -> None:
-    """Whatever stands before or behind a sample in its row, its own loss is the same."""
+def test_loss_does_not_depend_on_other_samples(make_backbone: MakeBackbone) -> None:
+    """A sample's loss is the same whatever is before or after it in the row."""
     backbone = make_backbone()
     model = _model(backbone, torch.float64)
     middle = encoded(backbone, [(45, 61)], seed=4).example
@@ -113,7 +111,7 @@ def test_samples_do_not_see_one_another(make_backbone: MakeBackbone) -> None:
 
 
 def _changed(example: Example) -> Example:
-    """Other words and other pixels in the same places."""
+    """The example with other text and other pixels at the same positions."""
     layout = example.layout
     is_text = layout.ids != layout.image_token_id
     ids = np.where(is_text, (layout.ids + 7) % 500, layout.ids).astype(layout.ids.dtype)
@@ -123,19 +121,17 @@ def _changed(example: Example) -> Example:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("tower", TOWERS)
-def test_changing_a_sample_changes_nothing_of_another(
-    make_backbone: MakeBackbone, tower: TowerName, dtype: torch.dtype
-) -> None:
-    """Every word and pixel of the samples around it changed, a sample's loss is the same to the last bit, and so is
-    the gradient of that loss in every tensor."""
+def test_samples_are_bitwise_independent(make_backbone: MakeBackbone, tower: TowerName, dtype: torch.dtype) -> None:
+    """With other text and pixels in the samples around it, a sample's loss and the gradients of that loss are bitwise
+    equal."""
     backbone = make_backbone(tower)
     model = _model(backbone, dtype)
-    before, middle, behind = (
+    before, middle, after = (
         encoded(backbone, sizes, seed=seed).example
         for seed, sizes in enumerate([[(90, 31), (56, 56)], [(45, 61)], [(20, 20)]])
     )
     losses, seen = [], []
-    for examples in ([before, middle, behind], [_changed(before), middle, _changed(behind)]):
+    for examples in ([before, middle, after], [_changed(before), middle, _changed(after)]):
         batch = row(backbone, examples)
         losses.append(_backward(model, [batch])[1])
         alone = replace(batch, target_weights=(batch.target_samples == 1).to(batch.target_weights.dtype))
@@ -151,9 +147,9 @@ def test_changing_a_sample_changes_nothing_of_another(
 
 
 CASES = {
-    "one_picture": [(45, 61)],
+    "one_image": [(45, 61)],
     "another_grid": [(28, 90)],
-    "two_pictures": [(90, 31), (20, 20)],
+    "two_images": [(90, 31), (20, 20)],
     "thin": [(1, 80)],
     "text_only": [],
 }
@@ -162,51 +158,52 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("tower", TOWERS)
 def test_equals_stock_transformers(make_backbone: MakeBackbone, tower: TowerName, case: str) -> None:
-    """Loss and every gradient are those of the stock model's own forward with labels, on its own pixels."""
+    """Loss and gradients equal those of the stock model's forward pass with labels, on pixels of its processor."""
     backbone = make_backbone(tower)
     assert (backbone.hf_config.vision_feature_select_strategy == "full") == (tower == "siglip")
     model = _model(backbone)
     stock = stock_twin(model, backbone)
     sample = encoded(backbone, CASES[case], seed=5, rounds=2)
-    total, _, ours = _backward(model, [row(backbone, [sample.example])])
+    total, _, actual = _backward(model, [row(backbone, [sample.example])])
     expected = stock(**stock_inputs(backbone, sample)).loss * sample.example.layout.num_supervised
     expected.backward()
     assert total == pytest.approx(float(expected.detach()), rel=1e-5)
-    theirs = {"hf." + name: p.grad for name, p in stock.named_parameters()}
-    assert worst_difference(ours, theirs, ours) < 1e-5
-    assert sum(map(is_key_bias, ours)) == model.num_tower_layers
-    assert key_bias_share(ours) < 1e-4
-    assert key_bias_share(theirs) < 1e-4
-    trained_there = {n for n, g in theirs.items() if g is not None and g.any() and not is_key_bias(n)}
-    assert trained_there <= set(ours)  # no layer that stock trains was cut away
+    reference = {"hf." + name: p.grad for name, p in stock.named_parameters()}
+    assert worst_difference(actual, reference, actual) < 1e-5
+    assert sum(map(is_key_bias, actual)) == model.num_tower_layers
+    assert key_bias_share(actual) < 1e-4
+    assert key_bias_share(reference) < 1e-4
+    trained_there = {n for n, g in reference.items() if g is not None and g.any() and not is_key_bias(n)}
+    assert trained_there <= set(actual)  # no layer that stock transformers trains was removed
 
 
-@pytest.mark.parametrize("case", ["one_picture", "two_pictures"])
+@pytest.mark.parametrize("case", ["one_image", "two_images"])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_square_mode_equals_stock_llava_1_5(make_backbone: MakeBackbone, tower: TowerName, case: str) -> None:
-    """One view a picture: loss and every gradient, the tower's too, are those of the stock LLaVA-1.5; the newline,
-    which it has not, gets none."""
+    """With one view per image, loss and gradients, including the tower's, equal those of the stock LLaVA-1.5; the
+    newline, which it lacks, has a zero gradient."""
     backbone = make_backbone(tower)
     model = _model(backbone)
     stock = stock_square_twin(model, backbone)
     sample = encoded(backbone, CASES[case], seed=5, rounds=2, image_mode="square")
-    total, _, ours = _backward(model, [row(backbone, [sample.example])])
+    total, _, actual = _backward(model, [row(backbone, [sample.example])])
     expected = stock(**stock_square_inputs(backbone, sample)).loss * sample.example.layout.num_supervised
     expected.backward()
     assert total == pytest.approx(float(expected.detach()), rel=1e-5)
-    theirs = {"hf." + name: p.grad for name, p in stock.named_parameters()}
-    newline = ours.pop("hf.model.image_newline")
+    reference = {"hf." + name: p.grad for name, p in stock.named_parameters()}
+    newline = actual.pop("hf.model.image_newline")
     assert newline is not None
     assert not newline.any()
-    assert worst_difference(ours, theirs, ours) < 1e-5
-    assert key_bias_share(ours) < 1e-4
-    assert key_bias_share(theirs) < 1e-4
+    assert worst_difference(actual, reference, actual) < 1e-5
+    assert key_bias_share(actual) < 1e-4
+    assert key_bias_share(reference) < 1e-4
 
 
 @pytest.mark.parametrize("layer", [-1, -3, 1, 2, 3])
 @pytest.mark.parametrize("tower", TOWERS)
 def test_every_feature_layer_equals_stock(make_backbone: MakeBackbone, tower: TowerName, layer: int) -> None:
-    """The cut tower's output is the stock tower's hidden state of that number, from either end."""
+    """The output of the shortened tower is the hidden state of that index of the stock tower, counted from either
+    end."""
     backbone = _with_layer(make_backbone(tower), layer)
     model = _model(backbone)
     stock = stock_twin(model, backbone)
@@ -218,23 +215,23 @@ def test_every_feature_layer_equals_stock(make_backbone: MakeBackbone, tower: To
 
 
 @pytest.mark.parametrize("layer", [-5, 0, 4])
-def test_a_feature_layer_that_is_none_is_refused(make_backbone: MakeBackbone, layer: int) -> None:
-    """Beyond the tower's three layers, or none at all: refused with the range."""
+def test_invalid_feature_layer_is_an_error(make_backbone: MakeBackbone, layer: int) -> None:
+    """Layers beyond the tower's three, and layer 0, are errors with the valid range."""
     with pytest.raises(ModelError, match="feature_layer"):
         _model(_with_layer(make_backbone(), layer))
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_embeddings_equal_stock(make_backbone: MakeBackbone, tied: bool) -> None:
-    """A head that shares the embedding's tensor gets both gradients in it, and is counted once."""
+    """A tied head adds its gradient to the embedding's and is counted once."""
     backbone = make_backbone(tied=tied)
     model = _model(backbone)
     stock = stock_twin(model, backbone)
     sample = encoded(backbone, [(45, 61)], seed=7)
-    _, _, ours = _backward(model, [row(backbone, [sample.example])])
+    _, _, actual = _backward(model, [row(backbone, [sample.example])])
     (stock(**stock_inputs(backbone, sample)).loss * sample.example.layout.num_supervised).backward()
-    theirs = {"hf." + name: p.grad for name, p in stock.named_parameters()}
-    assert worst_difference(ours, theirs, ours) < 1e-5
+    expected = {"hf." + name: p.grad for name, p in stock.named_parameters()}
+    assert worst_difference(actual, expected, actual) < 1e-5
     head = model.hf.lm_head.weight.numel()
     in_parts = sum(num_parameters(model, part) for part in PARTS)
     assert in_parts == num_parameters(model) == sum(p.numel() for p in model.parameters())
@@ -243,14 +240,15 @@ def test_tied_embeddings_equal_stock(make_backbone: MakeBackbone, tied: bool) ->
 
 @pytest.mark.parametrize("kind", ["empty", "text_only"])
 @pytest.mark.parametrize("tower", EVERY_TOWER)
-def test_rows_without_pictures_give_zero_gradients(make_backbone: MakeBackbone, tower: TowerName, kind: str) -> None:
-    """Never None: ranks would wait for one another's gradients. The tower's are zero, and loss sums are right."""
+def test_rows_without_images_have_zero_gradients(make_backbone: MakeBackbone, tower: TowerName, kind: str) -> None:
+    """Gradients are never None, because gradient reduction is collective. The tower's are zero, and loss sums are
+    correct."""
     backbone = make_backbone(tower)
     model = _model(backbone)
     examples = [] if kind == "empty" else [encoded(backbone, []).example]
-    total, by_source, found = _backward(model, [row(backbone, examples)])
+    total, by_source, actual = _backward(model, [row(backbone, examples)])
     for name, parameter in model.named_parameters():
-        gradient = found[name]
+        gradient = actual[name]
         assert (gradient is not None) == parameter.requires_grad, name
         if gradient is not None and (kind == "empty" or part_of(name) != "language_model"):
             assert not gradient.any(), name
@@ -261,12 +259,12 @@ def test_rows_without_pictures_give_zero_gradients(make_backbone: MakeBackbone, 
 @pytest.mark.parametrize("layer", [-1, -2, 1])
 @pytest.mark.parametrize("tower", EVERY_TOWER)
 def test_every_trained_parameter_has_a_gradient(make_backbone: MakeBackbone, tower: TowerName, layer: int) -> None:
-    """A trained but unused tensor would still decay: with pictures in the row none is without a gradient."""
+    """A trained but unused parameter would decay: in a row with images every one has a gradient."""
     backbone = _with_layer(make_backbone(tower), layer)
     model = _model(backbone)
-    _, _, found = _backward(model, [row(backbone, [sample.example for sample in mixed(backbone)])])
+    _, _, actual = _backward(model, [row(backbone, [sample.example for sample in mixed(backbone)])])
     for name, parameter in model.named_parameters():
-        gradient = found[name]
+        gradient = actual[name]
         if parameter.requires_grad and not is_key_bias(name):
             assert gradient is not None, name
             assert gradient.any(), name
@@ -278,7 +276,7 @@ def test_every_trained_parameter_has_a_gradient(make_backbone: MakeBackbone, tow
     "parts", [("projector",), ("projector", "image_newline"), ("language_model",), ("vision_tower",), PARTS, ()]
 )
 def test_exactly_the_named_parts_train(make_backbone: MakeBackbone, parts: tuple[str, ...]) -> None:
-    """Freezing is by part; gradients of trained parts do not depend on what else is frozen."""
+    """Parts are frozen independently; gradients of trained parts do not depend on which others are frozen."""
     backbone = make_backbone()
     examples = [sample.example for sample in mixed(backbone)]
     everything = _backward(_model(backbone), [row(backbone, examples)])[2]
@@ -286,23 +284,23 @@ def test_exactly_the_named_parts_train(make_backbone: MakeBackbone, parts: tuple
     trained = {part_of(name) for name, p in model.named_parameters() if p.requires_grad}
     assert trained == set(parts)
     if parts:
-        found = _backward(model, [row(backbone, examples)])[2]
-        assert worst_difference(found, everything, [n for n, g in found.items() if g is not None]) < 1e-5
-        assert {part_of(name) for name, gradient in found.items() if gradient is not None} == set(parts)
+        actual = _backward(model, [row(backbone, examples)])[2]
+        assert worst_difference(actual, everything, [n for n, g in actual.items() if g is not None]) < 1e-5
+        assert {part_of(name) for name, gradient in actual.items() if gradient is not None} == set(parts)
 
 
-def test_an_unknown_part_is_refused(make_backbone: MakeBackbone) -> None:
-    """With the parts that exist; and no parameter is outside of the parts."""
+def test_unknown_part_is_an_error(make_backbone: MakeBackbone) -> None:
+    """The message lists the parts, and every parameter belongs to a part."""
     model = _model(make_backbone())
     with pytest.raises(ModelError, match=r"'connector'.*vision_tower, projector"):
         set_trained_parts(model, ["connector"])
     assert {part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
-    with pytest.raises(ModelError, match="no part"):
+    with pytest.raises(ModelError, match="none of the parts"):
         part_of("hf.model.somewhere.weight")
 
 
 def test_shared_tiles_equal_separate_tiles(make_backbone: MakeBackbone) -> None:
-    """Two questions about one picture: seen once or twice, the same losses and gradients."""
+    """Two questions about one image give the same losses and gradients with shared and with separate tiles."""
     backbone = make_backbone()
     model = _model(backbone)
     first = encoded(backbone, [(45, 61)], seed=1).example
@@ -314,7 +312,7 @@ def test_shared_tiles_equal_separate_tiles(make_backbone: MakeBackbone) -> None:
 
 
 def test_sample_weighting_is_the_sum_of_means(make_backbone: MakeBackbone) -> None:
-    """loss_weighting sample: the row's loss is the sum of its samples' mean losses; token counts stay."""
+    """loss_weighting sample: the row's loss is the sum of its samples' mean losses; token counts do not change."""
     backbone = make_backbone()
     model = _model(backbone)
     examples = [sample.example for sample in mixed(backbone)]
@@ -327,8 +325,8 @@ def test_sample_weighting_is_the_sum_of_means(make_backbone: MakeBackbone) -> No
     assert float(total.detach()) == pytest.approx(float(means.sum()), rel=1e-5)
 
 
-def test_scores_are_the_losses_and_greedy_hits(make_backbone: MakeBackbone) -> None:
-    """`score` gives each token's loss, and whether stock transformers' most likely token is the true one."""
+def test_scores(make_backbone: MakeBackbone) -> None:
+    """`score` gives each token's loss, and whether it is the most likely token of stock transformers."""
     backbone = make_backbone()
     model = _model(backbone)
     sample = encoded(backbone, [(45, 61)], rounds=3)
@@ -338,42 +336,42 @@ def test_scores_are_the_losses_and_greedy_hits(make_backbone: MakeBackbone) -> N
     inputs = stock_inputs(backbone, sample)
     with torch.no_grad():
         logits = stock_twin(model, backbone)(**inputs).logits[0, batch.target_positions]
-    # Make half of the targets hits, so that both values are seen.
+    # Make half of the targets hits, so that both values occur.
     best = logits.argmax(-1)
     batch = replace(batch, target_ids=torch.where(torch.arange(len(best)) % 2 == 0, best, (best + 1) % 500))
     assert model.score(batch).hits.tolist() == [index % 2 == 0 for index in range(len(best))]
 
 
-def test_tiles_are_normalised_as_the_stock_processor_does(make_backbone: MakeBackbone) -> None:
-    """(x / 255 - mean) / std as one multiply-add: the stock processor's pixels to rounding."""
+def test_tiles_are_normalized_as_in_the_stock_processor(make_backbone: MakeBackbone) -> None:
+    """(x / 255 - mean) / std as one multiply-add gives the stock processor's pixels up to rounding."""
     backbone = make_backbone()
     model = _model(backbone)
     sample = encoded(backbone, [(45, 61)])
     tiles = torch.from_numpy(sample.example.tiles)
-    ours = tiles.permute(0, 3, 1, 2) * model.tile_scale + model.tile_shift
-    theirs = stock_inputs(backbone, sample)["pixel_values"][0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    actual = tiles.permute(0, 3, 1, 2) * model.tile_scale + model.tile_shift
+    expected = stock_inputs(backbone, sample)["pixel_values"][0]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("tower", EVERY_TOWER)
-def test_recompute_changes_nothing(make_backbone: MakeBackbone, tower: TowerName) -> None:
-    """The same losses and bit-equal gradients; and fewer tensors kept, or it would be in name only."""
+def test_recompute_gives_equal_gradients(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """Losses and gradients are bitwise equal, and fewer tensors are saved."""
     backbone = make_backbone(tower)
     batch = row(backbone, [sample.example for sample in mixed(backbone)])
 
     def run(parts: tuple[str, ...]) -> tuple[float, dict[str, torch.Tensor | None], int]:
-        model = _model(backbone).eval()  # as pretrained parts come
+        model = _model(backbone).eval()  # the mode of pretrained parts
         set_recompute(model, parts)
-        kept: list[int] = []
+        saved: list[int] = []
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept.append(tensor.numel())
+            saved.append(tensor.numel())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             total, _, _ = model(batch)
         total.backward()
-        return float(total.detach()), gradients(model), sum(kept)
+        return float(total.detach()), gradients(model), sum(saved)
 
     plain = run(())
     for parts in (("language_model",), ("vision_tower",), ("vision_tower", "language_model")):
@@ -388,17 +386,17 @@ def test_recompute_changes_nothing(make_backbone: MakeBackbone, tower: TowerName
         assert again[2] < plain[2]
 
 
-def test_only_stacks_of_blocks_are_recomputed(make_backbone: MakeBackbone) -> None:
-    """A projector has nothing to run again."""
-    with pytest.raises(ModelError, match="recompute: 'projector' is no stack of blocks"):
+def test_recompute_of_a_projector_is_an_error(make_backbone: MakeBackbone) -> None:
+    """A projector has no blocks."""
+    with pytest.raises(ModelError, match="recompute: 'projector' does not consist of blocks"):
         set_recompute(_model(make_backbone("clip")), ("projector",))
 
 
 @pytest.mark.parametrize(
     ("part", "key"), [("language_model", "attention_dropout"), ("vision_tower", "attention_dropout")]
 )
-def test_dropout_is_refused(tmp_path: Path, part: str, key: str) -> None:
-    """With the key and the way out."""
+def test_dropout_is_an_error(tmp_path: Path, part: str, key: str) -> None:
+    """The message has the key and the fix."""
     config = tiny_model(tmp_path)
     owner = getattr(config, part)
     config = replace(config, **{part: replace(owner, overrides={key: 0.1})})

@@ -1,6 +1,5 @@
-"""Owns the proofs about adapters in a model: fresh ones change nothing, they alone train, and merged they are the model
-that stock transformers loads.
-"""
+"""LoRA adapters: new ones do not change the output, only they are trained, and the merged model loads in stock
+transformers."""
 
 import importlib.util
 from pathlib import Path
@@ -40,9 +39,9 @@ def _adapters(model: LlavaNext) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     "tower", ["clip", *(pytest.param(tower, marks=pytest.mark.full) for tower in ("siglip", "dinov2"))]
 )
-def test_merged_adapters_are_the_live_model(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
-    """Fresh adapters leave the logits as they were, to the bit; with other weights, what is written is loaded whole by
-    stock transformers and has the live model's logits (1e-5)."""
+def test_merged_adapters_equal_the_adapted_model(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
+    """New adapters leave the logits bitwise equal. With other weights, the export loads in stock transformers and has
+    the adapted model's logits (1e-5)."""
     backbone = make_backbone(tower)
     model = _model(backbone)
     sample = encoded(backbone, [(45, 61)], rounds=2)
@@ -53,21 +52,23 @@ def test_merged_adapters_are_the_live_model(make_backbone: MakeBackbone, tmp_pat
     generator = torch.Generator().manual_seed(1)
     for tensor in _adapters(model).values():
         tensor.normal_(std=0.3, generator=generator)
-    ours = model.target_logits(batch)
-    assert float((ours - before).norm() / before.norm()) > 1e-2
+    actual = model.target_logits(batch)
+    assert float((actual - before).norm() / before.norm()) > 1e-2
     processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
     write_hf(model, backbone, processor, tmp_path / "export")
-    assert torch.equal(model.target_logits(batch), ours), "the live model is as it was"
-    stock, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "export", output_loading_info=True)
-    assert not any(found.values()), found
+    assert torch.equal(model.target_logits(batch), actual), "the live model is as it was"
+    stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(
+        tmp_path / "export", output_loading_info=True
+    )
+    assert not any(loading_info.values()), loading_info
     with torch.no_grad():
-        theirs = stock(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+        expected = stock(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
+    assert float((actual - expected).norm() / expected.norm()) < 1e-5
 
 
-def test_adapters_alone_train_and_depend_on_the_seed_alone(make_backbone: MakeBackbone) -> None:
-    """Of a part with adapters nothing else trains, its embedding and head included; the projector trains whole. First
-    weights are the seed's, and a model without weights has the same adapters by name, shape and type."""
+def test_only_adapters_are_trained(make_backbone: MakeBackbone) -> None:
+    """In a part with adapters nothing else is trained, including embedding and head. Initial weights depend on the seed
+    only, and a model without weights has adapters of the same names, shapes and dtypes."""
     backbone = make_backbone()
     model = _model(backbone, dtype=torch.bfloat16)
     set_trained_parts(model, ["vision_tower", "projector", "language_model"])
@@ -90,41 +91,47 @@ def test_adapters_alone_train_and_depend_on_the_seed_alone(make_backbone: MakeBa
 
 
 @pytest.mark.parametrize(
-    ("part", "chosen", "told"),
+    ("part", "adapters", "message"),
     [
         (
             "tower",
             LORA["vision_tower"],
-            r"lora.tower: there is no such part; adapters go into vision_tower or language",
+            r"lora.tower: unknown part; adapters are supported in vision_tower and language",
         ),
-        ("projector", LORA["vision_tower"], r"lora.projector: this part is small, it trains whole or not at all"),
+        ("projector", LORA["vision_tower"], r"lora.projector: adapters are supported in .* only"),
         ("language_model", LoraConfig(0, 1.0, ("q_proj",)), r"lora.language_model.rank must be at least 1, got 0"),
-        ("language_model", LoraConfig(1, 0.0, ("q_proj",)), r"lora.language_model.alpha must be above 0, got 0"),
-        ("language_model", LoraConfig(1, 1.0, ()), r"lora.language_model.targets names no layer"),
+        (
+            "language_model",
+            LoraConfig(1, 0.0, ("q_proj",)),
+            r"lora.language_model.alpha must be positive and finite, got 0",
+        ),
+        ("language_model", LoraConfig(1, 1.0, ()), r"lora.language_model.targets is empty"),
         (
             "language_model",
             LoraConfig(1, 1.0, ("q_proj", "query")),
-            r"no linear layer query; they have down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
+            r"no linear layer query; choose from down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj",
         ),
         (
             "vision_tower",
             LoraConfig(1, 1.0, ("layer_norm1",)),
-            r"no linear layer layer_norm1; they have fc1, fc2, k_proj, out_proj, q_proj, v_proj",
+            r"no linear layer layer_norm1; choose from fc1, fc2, k_proj, out_proj, q_proj, v_proj",
         ),
     ],
 )
-def test_what_no_adapter_can_be_is_told(make_backbone: MakeBackbone, part: str, chosen: LoraConfig, told: str) -> None:
-    """The key, the rule, the value; of a layer that is not there, those that are."""
+def test_invalid_settings_are_errors(
+    make_backbone: MakeBackbone, part: str, adapters: LoraConfig, message: str
+) -> None:
+    """The message has the key, the rule and the value; for an unknown layer, the known ones."""
     model = build_model(make_backbone(), dtype=torch.float32, seed=0, parts=())
-    with pytest.raises(ModelError, match=told):
-        add_adapters(model, {part: chosen}, seed=0)
+    with pytest.raises(ModelError, match=message):
+        add_adapters(model, {part: adapters}, seed=0)
 
 
-def test_a_missing_package_is_one_sentence(make_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without peft: what is missing, and both ways out."""
+def test_missing_peft_is_an_error(make_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has both fixes."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     model = build_model(make_backbone(), dtype=torch.float32, seed=0, parts=())
     with pytest.raises(
-        ModelError, match=r"peft is not installed here; `./scripts/setup.sh --extras lora`, or lora=null"
+        ModelError, match=r"peft is not installed; run `\./scripts/setup\.sh --extras lora`, or set lora=null"
     ):
         add_adapters(model, LORA, seed=0)

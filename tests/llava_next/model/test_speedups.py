@@ -61,7 +61,7 @@ def test_only_blocks_are_compiled(make_backbone: MakeBackbone) -> None:
     before = [block.forward for block in model.hf.model.language_model.layers]
     compile_blocks(model, ())
     assert [block.forward for block in model.hf.model.language_model.layers] == before
-    with pytest.raises(ModelError, match="compile: 'projector' is no stack of blocks"):
+    with pytest.raises(ModelError, match="compile: 'projector' is not a stack of blocks"):
         compile_blocks(model, ("projector",))
 
 
@@ -70,6 +70,6 @@ def test_liger_that_is_not_there_is_said(make_backbone: MakeBackbone, monkeypatc
     model = build_model(make_backbone("clip"), dtype=torch.float32, seed=3)
     monkeypatch.setattr("llava_next.model.speedups.importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ModelError, match=r"liger=true: the package liger-kernel .* `pip install liger-kernel`, or choose liger=false"
+        ModelError, match=r"liger=true: the package liger-kernel .* `pip install liger-kernel`, or set liger=false"
     ):
         use_liger(model)

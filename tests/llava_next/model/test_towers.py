@@ -1,4 +1,4 @@
-"""Towers of every family: their patches become the image tokens, under their published names; others are refused."""
+"""Towers of every family: patches become image tokens, and exports have published names; other towers are errors."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.flops import step_costs
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import set_recompute, set_trained_parts
-from llava_next.model.towers import TOWER_FAMILIES, num_prefix_tokens, unsupported_by_stock
+from llava_next.model.towers import TOWER_FAMILIES, num_prefix_tokens, stock_unsupported_reason
 from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, pretrained, row, stock_inputs, stock_twin
 from tests.tiny import PATCHES_PER_SIDE, TILE, TowerName, tiny_model
@@ -34,7 +34,7 @@ PREFIX = dict(zip(TOWERS, (1, 0, 1, 5, 5, 0, 0), strict=True))
 
 
 def _model(backbone: Backbone) -> LlavaNext:
-    """A model whose tower attends far from uniformly: each token has its own features."""
+    """A model whose tower has large weights, so that each token has distinct features."""
     model = build_model(backbone, dtype=torch.float32, seed=3)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -48,15 +48,15 @@ def _with_tower(config: ModelConfig, **changes: Any) -> ModelConfig:
 
 
 def test_every_family_is_tested(make_backbone: MakeBackbone) -> None:
-    """One tiny tower for each row of the table."""
+    """There is a tiny tower for each family of the table."""
     kinds = {make_backbone(tower).hf_config.vision_config.model_type for tower in TOWERS}
     assert kinds == set(TOWER_FAMILIES)
 
 
 @pytest.mark.parametrize("tower", TOWERS)
 def test_image_tokens_are_the_towers_patches(make_backbone: MakeBackbone, tower: TowerName) -> None:
-    """What the projector is given are the patches of the feature layer of the whole stock tower, without class and
-    register tokens; and stock LLaVA-NeXT has the same logits, where it removes as many tokens."""
+    """The projector's input is the patches of the stock tower's feature layer, without class and register tokens, and
+    logits equal those of stock LLaVA-NeXT where it supports the tower."""
     backbone = make_backbone(tower)
     assert num_prefix_tokens(backbone.hf_config.vision_config) == PREFIX[tower]
     model = _model(backbone)
@@ -75,21 +75,21 @@ def test_image_tokens_are_the_towers_patches(make_backbone: MakeBackbone, tower:
     torch.testing.assert_close(seen[0], patches, rtol=1e-5, atol=1e-5)
     sample = encoded(backbone, [(45, 61), (20, 20)])
     batch = row(backbone, [sample.example])
-    refused = unsupported_by_stock(backbone.hf_config.vision_config)
-    assert (refused is None) == (PREFIX[tower] <= 1)
-    if refused is not None:
+    reason = stock_unsupported_reason(backbone.hf_config.vision_config)
+    assert (reason is None) == (PREFIX[tower] <= 1)
+    if reason is not None:
         with pytest.raises((ValueError, RuntimeError)), torch.no_grad():
             twin(**stock_inputs(backbone, sample))
         return
     with torch.no_grad():
-        theirs = twin(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
-        assert float((model.target_logits(batch) - theirs).norm() / theirs.norm()) < 1e-5
+        expected = twin(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
+        assert float((model.target_logits(batch) - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_an_export_has_the_towers_own_names(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
-    """Behind the prefix, the names are those that transformers writes the tower with; stock transformers and we load
-    all of them, with the same losses."""
+def test_export_has_the_published_tower_names(make_backbone: MakeBackbone, tmp_path: Path, tower: TowerName) -> None:
+    """After the prefix, names are those with which transformers writes the tower; stock transformers and `read_hf` load
+    all of them."""
     backbone = make_backbone(tower)
     model = _model(backbone)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
@@ -97,66 +97,65 @@ def test_an_export_has_the_towers_own_names(make_backbone: MakeBackbone, tmp_pat
     AutoModel.from_config(backbone.hf_config.vision_config).save_pretrained(tmp_path / "tower")
     prefix = TOWER_FAMILIES[backbone.hf_config.vision_config.model_type].published_prefix
     with (
-        safe_open(tmp_path / "tower" / "model.safetensors", "pt") as own,
-        safe_open(tmp_path / "out" / "model.safetensors", "pt") as written,
+        safe_open(tmp_path / "tower" / "model.safetensors", "pt") as stock_file,
+        safe_open(tmp_path / "out" / "model.safetensors", "pt") as export_file,
     ):
-        names = {name for name in written.keys() if name.startswith("vision_tower.")}  # noqa: SIM118
-        assert names == {prefix + name for name in own.keys()}  # noqa: SIM118
-    _, found = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(found.values())
-    _, again = read_hf(tmp_path / "out", backbone.config)
+        names = {name for name in export_file.keys() if name.startswith("vision_tower.")}  # noqa: SIM118
+        assert names == {prefix + name for name in stock_file.keys()}  # noqa: SIM118
+    _, loading_info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(loading_info.values())
+    _, reloaded = read_hf(tmp_path / "out", backbone.config)
     batch = row(backbone, [encoded(backbone, [(45, 61)]).example])
     with torch.no_grad():
-        torch.testing.assert_close(again(batch)[0], model(batch)[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(reloaded(batch)[0], model(batch)[0], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("tower", ["dinov2_with_registers", "dinov3", "aimv2", "ijepa"])
-def test_a_towers_directory_is_read_whole(tmp_path: Path, tower: TowerName) -> None:
-    """Weights of a directory, at their own size and resampled to another, give what the stock tower gives."""
+def test_tower_directory_is_read(tmp_path: Path, tower: TowerName) -> None:
+    """Weights of a directory, at their own size and resampled to another, give the features of the stock tower."""
     config = pretrained(tmp_path, tower)
     stock = AutoModel.from_pretrained(config.vision_tower.path).eval()
     tiles = torch.randint(0, 256, (1, TILE, TILE, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
     model = build_model(read_backbone(config), dtype=torch.float32, seed=0)
     pixels = tiles.permute(0, 3, 1, 2) * model.tile_scale + model.tile_shift
     with torch.no_grad():
-        theirs = stock(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, PREFIX[tower] :]
-        ours = model.tile_features(tiles)
-        torch.testing.assert_close(ours, model.hf.model.multi_modal_projector(theirs), rtol=1e-5, atol=1e-5)
+        expected = stock(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][:, PREFIX[tower] :]
+        actual = model.tile_features(tiles)
+        torch.testing.assert_close(actual, model.hf.model.multi_modal_projector(expected), rtol=1e-5, atol=1e-5)
     larger = build_model(read_backbone(_with_tower(config, tile=2 * TILE)), dtype=torch.float32, seed=0)
     assert larger.tile_features(torch.zeros(1, 2 * TILE, 2 * TILE, 3, dtype=torch.uint8)).shape[1] == 64
 
 
 @pytest.mark.parametrize("weights", ["random", "pretrained"])
-def test_a_step_with_dinov3_is_a_function_of_its_samples(tmp_path: Path, weights: str) -> None:
-    """Its random rescaling of positions in training mode is off, also with recompute, which needs that mode."""
+def test_dinov3_is_deterministic(tmp_path: Path, weights: str) -> None:
+    """Its random rescaling of positions in training mode is disabled, also with recompute, which requires that mode."""
     config = pretrained(tmp_path, "dinov3")
-    own = AutoConfig.from_pretrained(config.vision_tower.path)
-    own.pos_embed_rescale = 2.0  # as published
-    own.save_pretrained(config.vision_tower.path)
+    vision_config = AutoConfig.from_pretrained(config.vision_tower.path)
+    vision_config.pos_embed_rescale = 2.0  # as published
+    vision_config.save_pretrained(config.vision_tower.path)
     backbone = read_backbone(_with_tower(config, weights=weights))
     model = build_model(backbone, dtype=torch.float32, seed=0)
     set_trained_parts(model, ("vision_tower", "projector"))
     batch = row(backbone, [encoded(backbone, [(45, 61)]).example])
-    found = []
+    results = []
     for recompute in ((), ("vision_tower",), ("vision_tower",)):
         set_recompute(model, recompute)
         model.zero_grad()
         loss = model(batch)[0]
         loss.backward()
         embedding = model.hf.model.vision_tower.embeddings.patch_embeddings.weight
-        found.append((loss.detach(), embedding.grad.clone()))
-    for loss, gradient in found[1:]:
-        torch.testing.assert_close(loss, found[0][0], rtol=0, atol=0)
-        torch.testing.assert_close(gradient, found[0][1], rtol=1e-6, atol=1e-9)
+        results.append((loss.detach(), embedding.grad.clone()))
+    for loss, gradient in results[1:]:
+        torch.testing.assert_close(loss, results[0][0], rtol=0, atol=0)
+        torch.testing.assert_close(gradient, results[0][1], rtol=1e-6, atol=1e-9)
 
 
-def test_overrides_reach_a_tower_that_has_weights(tmp_path: Path) -> None:
-    """The advice to set a tower's dropout to zero is followed by the live tower too, which recompute puts into training
-    mode."""
+def test_overrides_apply_to_a_pretrained_tower(tmp_path: Path) -> None:
+    """An override that disables dropout also applies to the tower in training mode, which recompute sets."""
     config = pretrained(tmp_path, "clip")
-    own = AutoConfig.from_pretrained(config.vision_tower.path)
-    own.attention_dropout = 0.5
-    own.save_pretrained(config.vision_tower.path)
+    vision_config = AutoConfig.from_pretrained(config.vision_tower.path)
+    vision_config.attention_dropout = 0.5
+    vision_config.save_pretrained(config.vision_tower.path)
     with pytest.raises(ModelError, match=r"attention_dropout: 0\.0 in model\.vision_tower\.overrides"):
         build_model(read_backbone(config), dtype=torch.float32, seed=0)
     backbone = read_backbone(_with_tower(config, overrides={"attention_dropout": 0.0}))
@@ -166,13 +165,13 @@ def test_overrides_reach_a_tower_that_has_weights(tmp_path: Path) -> None:
     torch.testing.assert_close(model.tile_features(tiles), model.tile_features(tiles), rtol=0, atol=0)
 
 
-def test_rows_that_do_not_fit_the_geometry_are_refused(tmp_path: Path) -> None:
-    """A tower that gives other rows than its config says is refused before a weight is used, with both numbers."""
+def test_unexpected_feature_rows_are_an_error(tmp_path: Path) -> None:
+    """A tower whose output does not match its config is an error with both numbers."""
     config = _with_tower(tiny_model(tmp_path, "dinov2"), overrides={})
-    own = AutoConfig.from_pretrained(config.vision_tower.path)
-    own.num_register_tokens = 4  # which a DINOv2 without registers has none of
-    own.save_pretrained(config.vision_tower.path)
-    with pytest.raises(ModelError, match=r"17 rows of features, and 5 prefix tokens and 16 patches"):
+    vision_config = AutoConfig.from_pretrained(config.vision_tower.path)
+    vision_config.num_register_tokens = 4  # a DINOv2 without registers has none
+    vision_config.save_pretrained(config.vision_tower.path)
+    with pytest.raises(ModelError, match=r"17 rows of features .*, but 5 prefix tokens and 16 patches"):
         build_model(read_backbone(config), dtype=torch.float32, seed=0)
 
 
@@ -186,8 +185,8 @@ def test_rows_that_do_not_fit_the_geometry_are_refused(tmp_path: Path) -> None:
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
-def test_other_towers_are_refused_by_name(tmp_path: Path, vision: PretrainedConfig, word: str) -> None:
-    """One sentence that names the family and those that there are, before any weight is read."""
+def test_unsupported_towers_are_errors(tmp_path: Path, vision: PretrainedConfig, word: str) -> None:
+    """The message names the family and the supported ones, before weights are read."""
     config = tiny_model(tmp_path)
     vision.save_pretrained(config.vision_tower.path)
     with pytest.raises(ModelError, match=word):
@@ -195,14 +194,14 @@ def test_other_towers_are_refused_by_name(tmp_path: Path, vision: PretrainedConf
 
 
 @pytest.mark.parametrize("key", ["image_size", "patch_size"])
-def test_sides_may_be_given_twice_and_must_be_equal(tmp_path: Path, key: str) -> None:
-    """`[28, 28]` is 28; `[28, 14]` is no square."""
+def test_sizes_given_as_pairs_must_be_square(tmp_path: Path, key: str) -> None:
+    """`[28, 28]` is 28; `[28, 14]` is an error."""
     config = tiny_model(tmp_path, "dinov3")
     value = getattr(AutoConfig.from_pretrained(config.vision_tower.path), key)
     for sides in ([value, value], [value, 2 * value]):
-        own = AutoConfig.from_pretrained(config.vision_tower.path)
-        setattr(own, key, sides)
-        own.save_pretrained(config.vision_tower.path)
+        vision_config = AutoConfig.from_pretrained(config.vision_tower.path)
+        setattr(vision_config, key, sides)
+        vision_config.save_pretrained(config.vision_tower.path)
         if sides[0] == sides[1]:
             backbone = read_backbone(config)
             assert (backbone.tile, backbone.patches_per_side) == (TILE, PATCHES_PER_SIDE)
@@ -213,13 +212,13 @@ def test_sides_may_be_given_twice_and_must_be_equal(tmp_path: Path, key: str) ->
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-def test_costs_count_a_towers_own_matrices(make_backbone: MakeBackbone, tower: TowerName) -> None:
-    """A layer's products are two FLOPs for each weight of its matrices and patch, a gated MLP's third among them."""
+def test_flops_count_the_towers_matrices(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """The products of a layer cost two FLOPs per weight and patch, including the third matrix of a gated MLP."""
     backbone = make_backbone(tower)
     vision, text = backbone.hf_config.vision_config, backbone.hf_config.text_config
     kinds: dict[str, Any] = {"projector": "linear", "trains_tower": False, "trains_language_model": False}
-    one, two = (step_costs(vision, text, num_vision_layers=layers, **kinds).tile for layers in (1, 2))
+    one_layer, two_layers = (step_costs(vision, text, num_vision_layers=layers, **kinds).tile for layers in (1, 2))
     layer = AutoModel.from_config(vision)
     matrices = sum(p.numel() for name, p in layer.named_parameters() if p.ndim == 2 and ".1." in name)
     patches = PATCHES_PER_SIDE**2
-    assert two - one == patches * 2 * matrices + 4 * patches * patches * vision.hidden_size
+    assert two_layers - one_layer == patches * 2 * matrices + 4 * patches * patches * vision.hidden_size

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_next.formats.atomic import partial_path
 from train.checkpoint import atomic_folder
 
 FILES = {
@@ -21,7 +22,7 @@ FILES = {
 
 def written(parent: Path) -> Path:
     """A folder with these files in it, whose own name looks like a rank's."""
-    partial = atomic_folder.partial_of(parent / "zero_pp_rank_5")
+    partial = partial_path(parent / "zero_pp_rank_5")
     for name in FILES:
         (partial / name).parent.mkdir(parents=True, exist_ok=True)
         (partial / name).write_text(name)

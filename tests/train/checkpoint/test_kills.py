@@ -1,5 +1,5 @@
-"""Owns the proof that a run cannot be lost: killed without warning, wherever it stands, the same command goes on, and
-the result is the undisturbed run's to the last bit.
+"""Tests that a run survives kills: wherever it is killed, the same command resumes, and the result equals that of an
+uninterrupted run bit for bit.
 """
 
 import json
@@ -20,10 +20,9 @@ SEED = 20
 
 @pytest.mark.full
 def test_killed_twenty_times(run_config: RunConfig, tmp_path: Path) -> None:
-    """Both stages, two ranks, ten kills each, of one rank or of all: in the start, in steps, and before every act of a
-    save (in the middle of a file, between files, around the checkpoint's name, while an old one is being removed). Each
-    is followed by the same command. The end has the undisturbed run's tensors and losses, every step once, one
-    checkpoint, and nothing beside it."""
+    """Both stages on two ranks, with ten kills each, of one rank or all: at the start, in steps, and before every file
+    operation of a save. Each is followed by the same command. The result has the tensors and losses of the
+    uninterrupted run, every step once, and one checkpoint."""
     long = with_stage(replace(run_config, save=SaveConfig(every=1, keep=1)), epochs=12.0)  # 37 steps
     reading = replace(long, data=replace(long.data, workers=1))
     struck = []
@@ -50,6 +49,6 @@ def test_killed_twenty_times(run_config: RunConfig, tmp_path: Path) -> None:
 
 
 def run(config: RunConfig, blow: disasters.Blow | None, folder: Path) -> list[int]:
-    """The command, and the exit codes of its two ranks."""
+    """Runs the command; returns the exit codes of its two ranks."""
     ended = run_to_the_end(2, disasters.run_struck, config, blow, str(folder), folder=folder, timeout_s=300)
     return [each.exit_code for each in ended]

@@ -1,21 +1,31 @@
-"""Owns the proofs about going on: a resumed run ends where an uninterrupted one does, bit for bit on the same ranks and
-with the same losses on others; a checkpoint refuses a run that is not its own, key by key.
+"""Tests of resuming: a resumed run ends where an uninterrupted one does, bit for bit on the same ranks and with the
+same losses on others, and a checkpoint of another configuration is rejected.
 """
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 from data_recipes.schema.mixture_config import SourceShare
 from tests.ranks import RankError
-from tests.train import cases
+from tests.train import cases, faults
 from tests.train.cases import aligning, with_stage, zero
 from tests.train.conftest import StartRanks
 from train.checkpoint import saver as checkpoint
-from train.config.schema import RunConfig
+from train.checkpoint.resume import check_same_run
+from train.checkpoint.saver import RunState
+from train.config.compose import to_yaml
+from train.config.schema import ConfigError, RunConfig
+from train.distributed.world import World
+
+ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
+SAVED = RunState(1, "f" * 64, {"num_ranks": 1, "zero_stage": 2}, "float32", [], 1, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +45,7 @@ from train.config.schema import RunConfig
 def test_resumed_is_uninterrupted(
     start_ranks: StartRanks, run_config: RunConfig, kind: str, size: int, stage: int
 ) -> None:
-    """Stopped after two steps and started again by new engines, a run sees the rest of the samples, has the same losses
+    """Stopped after two steps and resumed with new engines, a run trains on the remaining samples, has the same losses,
     and ends with bit-identical weights; metrics.jsonl has every step once."""
     config = replace(run_config if kind == "finetune" else aligning(run_config), engine=zero(stage))
     ranks = start_ranks(size)
@@ -60,7 +70,8 @@ def test_resumed_is_uninterrupted(
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_states_are_resumed(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
-    """With the optimizer on the host: the same bits after a stop, and the same losses as without it."""
+    """With the optimizer on the host, the result is the same bit for bit after a stop, and the losses are those without
+    offloading."""
     engine = zero(stage)
     engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     config, ranks = replace(run_config, engine=engine), start_ranks(2)
@@ -87,11 +98,11 @@ def test_offloaded_states_are_resumed(start_ranks: StartRanks, run_config: RunCo
         ),
     ],
 )
-def test_other_ranks_and_stages_go_on(
+def test_resume_on_other_ranks_and_stages(
     start_ranks: StartRanks, run_config: RunConfig, before: tuple[int, int], after: tuple[int, int]
 ) -> None:
-    """(ranks, ZeRO stage) before and after: the same samples in each step, the same losses, the same weights up to
-    rounding, each group with its own rate, and nothing left of the conversion."""
+    """From one (ranks, ZeRO stage) to another: the same samples in each step, the same losses, the same weights up to
+    rounding, each group with its own rate, and no files of the conversion left."""
     whole = start_ranks(1).run(cases.train, replace(run_config, name="whole", engine=zero(2)))[0]
     start_ranks(before[0]).run(cases.train_up_to, replace(run_config, engine=zero(before[1])), 2)
     resumed = start_ranks(after[0]).run(cases.resume_elsewhere, replace(run_config, engine=zero(after[1])))[0]
@@ -107,9 +118,9 @@ def test_other_ranks_and_stages_go_on(
 
 
 @pytest.mark.full
-def test_a_run_changes_its_ranks_and_stages_again_and_again(start_ranks: StartRanks, run_config: RunConfig) -> None:
+def test_run_changes_ranks_and_stages_repeatedly(start_ranks: StartRanks, run_config: RunConfig) -> None:
     """1 -> 2 -> 3 -> 1 ranks and ZeRO 1 -> 3 -> 2 -> 0 in a run of either stage: the same samples in each step, and
-    losses within 1e-4 (they are within 1e-5) of the undisturbed run's."""
+    losses within 1e-4 of the uninterrupted run (1e-5 in practice)."""
     for config in (run_config, replace(aligning(run_config), name="aligned")):
         whole = start_ranks(1).run(cases.train, replace(config, name="whole_" + config.name))[0]
         losses, samples = [], []
@@ -125,14 +136,14 @@ def test_a_run_changes_its_ranks_and_stages_again_and_again(start_ranks: StartRa
 
 
 def test_frozen_parts_are_compared(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """A run whose frozen parts are others than they were is refused, with their names; nothing of it is in the
-    checkpoint, which would otherwise hold a language model for each connector."""
+    """A run with other frozen parameters is rejected, with their names. A checkpoint does not contain them, since it
+    would otherwise hold a language model for each connector."""
     config = aligning(run_config)
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, config, 1)
-    with pytest.raises(RankError, match="frozen parameters of image_newline, language_model, vision_tower are not"):
+    with pytest.raises(RankError, match="frozen parameters of image_newline, language_model, vision_tower differ"):
         ranks.run(cases.resume_elsewhere, config, True)
-    place = checkpoint.newest(config.run_dir / "checkpoints")
+    place = checkpoint.find_newest(config.run_dir / "checkpoints")
     assert place is not None
     state = checkpoint.read_state(place)
     assert set(state.frozen) == {"vision_tower", "image_newline", "language_model"}
@@ -141,7 +152,7 @@ def test_frozen_parts_are_compared(start_ranks: StartRanks, run_config: RunConfi
 
 
 def test_another_run_is_refused_key_by_key(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Every key that differs, with both values, and the ways out; what is free to change is not named."""
+    """The error has every differing key with both values and the fixes, and no key that may differ."""
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, run_config, 1)
     other = with_stage(
@@ -151,21 +162,82 @@ def test_another_run_is_refused_key_by_key(start_ranks: StartRanks, run_config: 
     )
     with pytest.raises(RankError) as refused:
         ranks.run(cases.train, other)
-    told = str(refused.value)
+    message = str(refused.value)
     for text in (
         "step_000001 is of a run with other settings: seed was 3, is 5; stage.batch_size was 13, is 7; "
         "stage.learning_rates.projector was 0.001, is 0.002",
         "resume_allow=[seed,stage.batch_size,stage.learning_rates.projector]",
-        "start afresh with another name=",
+        "start a new run with another name=",
         str(run_config.run_dir / "checkpoints"),
     ):
-        assert text in told, told
+        assert text in message, message
     for free in ("save.keep", "timeout_s"):
-        assert free not in told
+        assert free not in message
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 4),
+        *((f"model.{key}", value) for key, value in (("projector", "linear"), ("grids", [[1, 2]]))),
+        ("model.vision_tower.feature_layer", -1),
+        ("lora", {"language_model": {"rank": 4}}),
+        *(
+            (f"stage.{key}", value)
+            for key, value in (
+                ("batch_size", 12),
+                ("epochs", 2.0),
+                ("max_length", 511),
+                ("learning_rates.projector", 2.0e-3),
+                ("template", "plain"),
+                ("image_mode", "square"),
+                ("unmask_special_tokens", True),
+                ("schedule", "constant"),
+                ("warmup_ratio", 0.5),
+                ("weight_decay", 0.1),
+                ("clip_norm", 2.0),
+                ("loss_weighting", "sample"),
+            )
+        ),
+    ],
+)
+def test_a_setting_that_changes_what_is_learned_is_refused(
+    run_config: RunConfig, tmp_path: Path, key: str, value: object
+) -> None:
+    """Each by itself; and the same settings are accepted."""
+    place = tmp_path / "step_000001"
+    place.mkdir()
+    config_file = checkpoint.config_path(place)
+    saved = OmegaConf.create(to_yaml(run_config))
+    config_file.write_text(OmegaConf.to_yaml(saved))
+    check_same_run(place, SAVED, SAVED.data_fingerprint, run_config, ALONE)
+    OmegaConf.update(saved, key, value)
+    config_file.write_text(OmegaConf.to_yaml(saved))
+    with pytest.raises(ConfigError, match=re.escape(key)):
+        check_same_run(place, SAVED, SAVED.data_fingerprint, run_config, ALONE)
+
+
+def test_another_type_or_other_data_are_refused(run_config: RunConfig, tmp_path: Path) -> None:
+    """What the configuration does not hold: the type of the weights, and the fingerprint of the data."""
+    place = tmp_path / "step_000001"
+    place.mkdir()
+    checkpoint.config_path(place).write_text(to_yaml(run_config))
+    with pytest.raises(ConfigError, match="dtype was float32, is bfloat16"):
+        check_same_run(place, SAVED, SAVED.data_fingerprint, run_config, replace(ALONE, dtype=torch.bfloat16))
+    with pytest.raises(ConfigError, match=r"data_fingerprint was f+, is other"):
+        check_same_run(place, SAVED, "other", run_config, ALONE)
+
+
+def test_steps_that_were_left_out_count_after_a_restart(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """A run that has left out a step remembers it: one more than `skip_non_finite` allows ends it, whenever it was."""
+    config = replace(run_config, skip_non_finite=1, save=replace(run_config.save, every=4))
+    ranks = start_ranks(1)
+    assert ranks.run(faults.run_with_faulty_step, config, "gradient")[0].applied == [True, False, True, True]
+    assert ranks.run(faults.start_again, config) == [(4, 1)]
 
 
 def test_what_is_allowed_may_differ(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """A key in resume_allow may differ: the run goes on, with the new value."""
+    """A key in resume_allow may differ; the run continues with the new value."""
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, run_config, 1)
     rates = {**run_config.stage.learning_rates, "projector": 2.0e-3}
@@ -176,31 +248,32 @@ def test_what_is_allowed_may_differ(start_ranks: StartRanks, run_config: RunConf
 
 
 def test_other_data_is_refused_with_what_differs(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Another mixture is another run: the fingerprints, and the keys that made them differ."""
+    """Another mixture is rejected with the fingerprints and the keys that differ."""
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, run_config, 1)
     fewer = replace(run_config.mixture, sources={**run_config.mixture.sources, "tiny_chats": SourceShare(count=8)})
     other = replace(run_config, mixture=fewer)
-    told = r"data_fingerprint was \w+, is \w+; mixture.sources.tiny_chats.count was None, is 8"
-    with pytest.raises(RankError, match=told):
+    message = r"data_fingerprint was \w+, is \w+; mixture.sources.tiny_chats.count was None, is 8"
+    with pytest.raises(RankError, match=message):
         ranks.run(cases.train, other)
 
 
-def test_no_room_to_convert_is_told(
+def test_conversion_without_disk_space_is_an_error(
     start_ranks: StartRanks, run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A conversion that would not fit the disk is not begun: what it takes, what is free, and what else can be done."""
+    """A conversion without enough disk space is not started; the error has the needed and the free space, and the
+    fix."""
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, run_config, 1)
     with pytest.raises(
-        RankError, match=r"converting it takes 0\.\d+ GiB in .*, where 0\.00 GiB are free; make room, or"
+        RankError, match=r"converting it takes 0\.\d+ GiB in .*, where 0\.00 GiB are free; free some space, or"
     ):
         ranks.run(cases.resume_without_room, replace(run_config, engine=zero(3)))
     assert not list((run_config.run_dir / "checkpoints").glob("*universal*"))
 
 
 def test_a_checkpoint_runs_no_code(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """DeepSpeed unpickles what it loads: a file that names anything but its own few types is refused before it does."""
+    """A file that names anything but DeepSpeed's own few types is rejected before DeepSpeed unpickles it."""
     ranks = start_ranks(1)
     ranks.run(cases.train_up_to, run_config, 1)
     with pytest.raises(RankError, match=r"optim_states.pt names builtins\.eval, which no checkpoint needs"):
@@ -208,9 +281,9 @@ def test_a_checkpoint_runs_no_code(start_ranks: StartRanks, run_config: RunConfi
 
 
 def test_state_is_what_a_run_needs(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """The state says step, data, layout, groups, frozen parts and the versions it was written with."""
+    """The state has step, data, layout, groups, frozen parts and the versions that it was written with."""
     start_ranks(1).run(cases.train_up_to, run_config, 1)
-    place = checkpoint.newest(run_config.run_dir / "checkpoints")
+    place = checkpoint.find_newest(run_config.run_dir / "checkpoints")
     assert place is not None
     state = checkpoint.read_state(place)
     assert (state.step, state.updates, state.dtype) == (1, 1, "float32")
@@ -220,8 +293,9 @@ def test_state_is_what_a_run_needs(start_ranks: StartRanks, run_config: RunConfi
     assert Path(checkpoint.config_path(place)).read_text().startswith("root:")
 
 
-def test_deterministic_kernels_are_asked_for(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """With deterministic=true torch is told so, no operation of ours refuses, and on a CPU the losses are the same."""
+def test_deterministic_algorithms_are_used(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """With deterministic=true torch's deterministic algorithms are on, no operation fails, and on a CPU the losses are
+    the same."""
     losses, was_told = start_ranks(1).run(cases.train_deterministically, run_config)[0]
     assert was_told
     assert losses == start_ranks(1).run(cases.train, replace(run_config, name="plain"))[0].losses

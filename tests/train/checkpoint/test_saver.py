@@ -1,4 +1,4 @@
-"""Owns the proofs about checkpoints on disk: whole or not there, kept as asked, damage is told."""
+"""Tests of checkpoints on disk: complete or absent, kept as configured, and damage is detected."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ ENGINE_FILES = ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_s
 
 
 class FakeEngine:
-    """Writes two files as DeepSpeed would, and fails when it is told to."""
+    """Writes two files as DeepSpeed would, and fails on request."""
 
     def __init__(self, fails: bool = False) -> None:
         self.fails = fails
@@ -36,21 +36,21 @@ class FakeEngine:
 
 
 def state(step: int) -> RunState:
-    """A state of which only the step matters."""
+    """Returns a state of which only the step matters."""
     return RunState(step, "f" * 64, {"num_ranks": 1, "zero_stage": 2}, "float32", [], step, {}, {"torch": "2"})
 
 
 def saved(folder: Path, step: int, save: SaveConfig | None = None, *, fails: bool = False) -> Path:
-    """A checkpoint after `step` steps, of files that stand for an engine."""
+    """Writes a checkpoint after `step` steps with a fake engine."""
     engine: Any = FakeEngine(fails)
     saver = Saver(folder, ALONE, save or SaveConfig(keep=9))
     saver.write(engine, state(step), "name: x\n")
     saver.wait()
-    return folder / checkpoint.place_name(step)
+    return folder / checkpoint.checkpoint_name(step)
 
 
 def test_newest_are_kept(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Only the newest `keep` checkpoints stay, and those of every `keep_every`-th step; nothing lies beside them."""
+    """Only the newest `keep` checkpoints and those of every `keep_every`-th step are kept, and no other files."""
     ranks = start_ranks(2)
     assert ranks.run(cases.save_often, run_config, SaveConfig(keep=2))[0] == [
         ["step_000001"],
@@ -69,29 +69,29 @@ def test_newest_are_kept(start_ranks: StartRanks, run_config: RunConfig) -> None
 
 
 def test_interrupted_write_is_absent(tmp_path: Path) -> None:
-    """A write that ends early, at whatever file, leaves the checkpoint before it as the newest; what it left is
-    removed by the next start, and by the next write."""
-    assert checkpoint.newest(tmp_path / "none") is None
+    """After a write that ends early at any file, the previous checkpoint is the newest; the partial files are removed
+    by the next start and by the next write."""
+    assert checkpoint.find_newest(tmp_path / "none") is None
     first = saved(tmp_path, 1)
-    with pytest.raises(SaveError, match=r"step_000002 could not be saved: No space left .* complete one is .*000001"):
+    with pytest.raises(SaveError, match=r"step_000002 could not be saved: No space left .* newest complete .*000001"):
         saved(tmp_path, 2, fails=True)
-    assert checkpoint.newest(tmp_path) == first
+    assert checkpoint.find_newest(tmp_path) == first
     # Ended between the last file and the new name.
     partial = tmp_path / "step_000002.partial"
     assert partial.is_dir()
     for name in ("run_state.json", "sums.json"):
         (partial / name).write_bytes((first / name).read_bytes())
-    assert checkpoint.newest(tmp_path) == first
+    assert checkpoint.find_newest(tmp_path) == first
     assert checkpoint.latest_valid(tmp_path, ALONE) == first
     assert not partial.exists()
     partial.mkdir()
     second = saved(tmp_path, 2)
-    assert checkpoint.newest(tmp_path) == second
+    assert checkpoint.find_newest(tmp_path) == second
     assert not partial.exists()
 
 
-def test_it_has_no_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`write` comes back while files are brought to the disk; until `finish`, the checkpoint is not there."""
+def test_checkpoint_is_absent_until_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`write` returns while files are being synced; until `commit`, the checkpoint does not exist."""
     slow = atomic_folder.file_sum
 
     def slowly(*args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -101,40 +101,40 @@ def test_it_has_no_name_before_it_is_on_the_disk(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(atomic_folder, "file_sum", slowly)
     engine: Any = FakeEngine()
     saver = Saver(tmp_path, ALONE, SaveConfig())
-    assert not saver.is_sealed
+    assert not saver.is_ready_to_commit
     saver.write(engine, state(3), "name: x\n")
-    assert not saver.is_sealed
-    assert checkpoint.newest(tmp_path) is None
-    is_sealed = False
-    while not is_sealed:
+    assert not saver.is_ready_to_commit
+    assert checkpoint.find_newest(tmp_path) is None
+    is_ready = False
+    while not is_ready:
         time.sleep(0.01)
-        is_sealed = saver.is_sealed
-    assert checkpoint.newest(tmp_path) is None
-    assert saver.finish() == checkpoint.newest(tmp_path)
-    assert not saver.is_sealed
-    assert saver.finish() is None
+        is_ready = saver.is_ready_to_commit
+    assert checkpoint.find_newest(tmp_path) is None
+    assert saver.commit() == checkpoint.find_newest(tmp_path)
+    assert not saver.is_ready_to_commit
+    assert saver.commit() is None
 
 
-def test_a_whole_one_without_its_name_gets_it(tmp_path: Path) -> None:
-    """Killed when every file was on the disk and summed up, but before the next step named it: the next start does.
-    Where a rank's sums are missing it is not whole, and removed."""
+def test_sealed_checkpoint_is_committed_by_the_next_start(tmp_path: Path) -> None:
+    """A run that is killed after all files were synced and hashed, but before the commit: the next start commits it. A
+    checkpoint with missing hashes of a rank is removed."""
     engine: Any = FakeEngine()
     for step, is_whole in ((3, True), (4, False)):
         saver = Saver(tmp_path, ALONE, SaveConfig())
         saver.write(engine, state(step), "name: x\n")
-        assert saver._sealing is not None
-        saver._sealing.join()
+        while not saver.is_ready_to_commit:
+            time.sleep(0.01)
         partial = tmp_path / f"step_00000{step}.partial"
         if not is_whole:
             (partial / "sums_rank_000.json").unlink()
-        found = checkpoint.latest_valid(tmp_path, ALONE)
-        assert found is not None
-        assert found.name == "step_000003"
+        result = checkpoint.latest_valid(tmp_path, ALONE)
+        assert result is not None
+        assert result.name == "step_000003"
         assert not partial.exists()
 
 
-def test_files_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error of the thread that brings files to the disk ends the save, and the checkpoint is not there."""
+def test_files_that_cannot_be_synced_end_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error while syncing ends the save, and the checkpoint does not exist."""
 
     def fails(*_: Any, **__: Any) -> dict[str, Any]:
         raise OSError("Input/output error")
@@ -143,11 +143,11 @@ def test_files_that_do_not_reach_the_disk_are_told(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(atomic_folder, "file_sum", fails)
     with pytest.raises(SaveError, match="Input/output error"):
         saved(tmp_path, 2)
-    assert checkpoint.newest(tmp_path) == first
+    assert checkpoint.find_newest(tmp_path) == first
 
 
 def test_unfinished_ones_do_not_count_as_kept(tmp_path: Path) -> None:
-    """What a killed write left behind never pushes a complete checkpoint out."""
+    """Partial files of a killed write do not count towards `keep`."""
     first = saved(tmp_path, 1)
     for step in (2, 3):
         partial = tmp_path / f"step_00000{step}.partial"
@@ -158,8 +158,8 @@ def test_unfinished_ones_do_not_count_as_kept(tmp_path: Path) -> None:
 
 
 def test_interrupted_removal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill while an old one is being removed, whichever file was first, leaves no half of it to be taken for a
-    checkpoint, or to lie there for ever; nor does one while files are being converted."""
+    """A kill during the removal of an old checkpoint leaves nothing that could be taken for a checkpoint; the same
+    holds for a conversion."""
 
     def killed_in_its_middle(folders: list[Path]) -> None:
         for folder in folders:
@@ -177,16 +177,16 @@ def test_interrupted_removal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_order_is_by_step(tmp_path: Path) -> None:
-    """The newest is the one with most steps, also beyond a million."""
+    """The newest checkpoint is the one with the most steps, also beyond a million."""
     for step in (999_999, 1_000_000, 20):
         saved(tmp_path, step)
-    found = checkpoint.newest(tmp_path)
-    assert found is not None
-    assert checkpoint.read_state(found).step == 1_000_000
+    result = checkpoint.find_newest(tmp_path)
+    assert result is not None
+    assert checkpoint.read_state(result).step == 1_000_000
 
 
 def flip(path: Path) -> None:
-    """One bit of a file, in its middle."""
+    """Flips one bit in the middle of a file."""
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
@@ -203,18 +203,19 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_damaged_one_is_told_and_the_one_before_it_is_used(
+def test_damaged_checkpoint_is_reported_and_the_previous_is_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
-    """Whatever has happened to a file of the newest one: it is named with what is wrong, put aside, and not used."""
-    damage, told = DAMAGES[kind]
+    """Any damage to a file of the newest checkpoint is reported with the file, the checkpoint is renamed, and the
+    previous one is used."""
+    damage, message = DAMAGES[kind]
     first, second = saved(tmp_path, 1), saved(tmp_path, 2)
     assert checkpoint.latest_valid(tmp_path, ALONE) == second
     damage(second)
     with caplog.at_level(logging.WARNING):
         assert checkpoint.latest_valid(tmp_path, ALONE) == first
     assert f"checkpoint {second} is damaged" in caplog.text
-    assert told in caplog.text
+    assert message in caplog.text
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000001", "step_000002.damaged"]
     damage(first)
     assert checkpoint.latest_valid(tmp_path, ALONE) is None

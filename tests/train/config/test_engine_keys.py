@@ -1,5 +1,5 @@
-"""Owns the proof about DeepSpeed's own keys: those that may be set change nothing that is learned, and all others are
-refused when the configuration is read, with the key, the reason and what to do.
+"""DeepSpeed's keys: those that may be set change nothing that is learned, and all others are refused when the
+configuration is read, with the key, the reason and the fix.
 """
 
 from dataclasses import replace
@@ -33,7 +33,7 @@ OTHERS: dict[str, Any] = {
     "stage3_use_all_reduce_for_fetch_params": True,
     "zero_hpz_partition_size": 2,
 }
-"""Of each key a value that is not DeepSpeed's default (by stage where that differs)."""
+"""A value of each key that is not DeepSpeed's default (by stage if the default depends on it)."""
 NEEDED_BESIDES = {"stage3_model_persistence_threshold": {"stage3_param_persistence_threshold": 100}}
 
 
@@ -48,7 +48,7 @@ def _pairs() -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def plain(start_ranks: StartRanks, tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """What one rank learns without ZeRO."""
+    """The run on one rank without ZeRO."""
     root = str(tmp_path_factory.mktemp("plain"))
     return start_ranks(1).run(cases.train, replace(tiny_parts, root=root, engine={}))[0]
 
@@ -63,7 +63,7 @@ def _assert_same(start_ranks: StartRanks, config: RunConfig, options: dict[str, 
 
 
 def test_every_key_is_tried() -> None:
-    """The table of this file has a value for each key that may be set, of offload for each nested one."""
+    """This file has a value for each key that may be set, and for each nested key of offload."""
     assert {*OTHERS} == {*ZERO_KEYS} - {"stage"}
     for key in ("offload_optimizer", "offload_param"):
         assert tuple(OTHERS[key]) == OFFLOAD_KEYS
@@ -74,9 +74,9 @@ def test_every_key_is_tried() -> None:
 def test_a_key_changes_nothing(
     start_ranks: StartRanks, run_config: RunConfig, plain: Record, stage: int, key: str
 ) -> None:
-    """Two ranks learn with it what one learns without ZeRO."""
+    """Two ranks learn with it what one rank learns without ZeRO."""
     options = {"stage": stage, **NEEDED_BESIDES.get(key, {}), key: _value(key, stage)}
-    if key == "zero_hpz_partition_size":  # its groups are made once in a process
+    if key == "zero_hpz_partition_size":  # its process groups are created once per process
         start_ranks(2).close()
     _assert_same(start_ranks, run_config, options, plain)
     if key == "zero_hpz_partition_size":
@@ -87,7 +87,7 @@ def test_a_key_changes_nothing(
 def test_all_keys_of_a_stage_change_nothing(
     start_ranks: StartRanks, run_config: RunConfig, plain: Record, stage: int
 ) -> None:
-    """Together, as well."""
+    """The same with all keys together."""
     options = {"stage": stage}
     options |= {key: _value(key, stage) for of, key in _pairs() if of == stage and key != "zero_hpz_partition_size"}
     _assert_same(start_ranks, run_config, options, plain)
@@ -101,7 +101,7 @@ def test_all_keys_of_a_stage_change_nothing(
     ],
 )
 def test_other_keys_are_refused(tiny_parts: RunConfig, key: str) -> None:
-    """At the top level nothing but `zero_optimization` may be set."""
+    """At the top level only `zero_optimization` may be set."""
     with pytest.raises(ConfigError, match=rf"engine\.{key} is refused: .*remove it\. .*zero_optimization"):
         checked(tiny_parts, {f"engine.{key}": 2})
 
@@ -114,16 +114,16 @@ def test_other_keys_are_refused(tiny_parts: RunConfig, key: str) -> None:
     ],
 )
 def test_other_keys_of_zero_are_refused(tiny_parts: RunConfig, key: str) -> None:
-    """And none of ZeRO's that is not in the table."""
+    """A key of `zero_optimization` that is not in the table is refused."""
     with pytest.raises(ConfigError, match=rf"engine\.zero_optimization\.{key} is refused: .*reduce_bucket_size"):
         checked(tiny_parts, {f"engine.zero_optimization.{key}": True})
 
 
 def test_a_key_without_effect_is_refused(tiny_parts: RunConfig) -> None:
-    """A key that DeepSpeed ignores at the chosen stage, with the stages at which it does something."""
+    """A key that DeepSpeed ignores at the chosen stage is refused with the stages at which it has an effect."""
     for stage, key in ((0, "reduce_bucket_size"), (2, "stage3_max_live_parameters"), (3, "round_robin_gradients")):
         config = replace(tiny_parts, engine={"zero_optimization": {"stage": stage, key: 5}})
-        with pytest.raises(ConfigError, match=rf"{key}=5 has no effect at ZeRO stage {stage}.*choose engine=zero\d"):
+        with pytest.raises(ConfigError, match=rf"{key}=5 has no effect at ZeRO stage {stage}.*set engine=zero\d"):
             check_values(config)
 
 
@@ -137,8 +137,8 @@ def test_a_key_without_effect_is_refused(tiny_parts: RunConfig) -> None:
         ({"pin_memory": True}, ["must be a dictionary with a `device`"]),
     ],
 )
-def test_offload_is_to_the_host_alone(tiny_parts: RunConfig, offload: Any, parts: list[str]) -> None:
-    """Devices that were not tried, and keys of theirs, are refused."""
+def test_offload_is_to_the_host_only(tiny_parts: RunConfig, offload: Any, parts: list[str]) -> None:
+    """Devices that are not tested, and their keys, are refused."""
     config = replace(tiny_parts, engine={"zero_optimization": {"stage": 2, "offload_optimizer": offload}})
     with pytest.raises(ConfigError) as caught:
         check_values(config)

@@ -1,5 +1,5 @@
-"""Owns the proofs about bad input: one sentence with the key, the rule, the value and the way out, exit code 2, within
-seconds and before torch is imported; and about every rule that needs neither data nor weights.
+"""Bad input is reported as one sentence with the key, the rule, the value and the fix, with exit code 2, within seconds
+and before torch is imported; and every rule that needs neither data nor weights is checked.
 """
 
 import os
@@ -29,25 +29,25 @@ def tell():
 
 
 def _processor_seconds() -> float:
-    """Of all processes that this one has started and seen end; a busy machine stretches a clock more than these."""
+    """CPU seconds of all child processes that have ended; unlike wall time they hardly depend on other load."""
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     return used.ru_utime + used.ru_stime
 
 
-class Said:
-    """What `python -m train` with these arguments said, and how it ended."""
+class ProgramResult:
+    """Output, exit code and CPU time of `python -m train` with these arguments."""
 
     def __init__(self, folder: Path, arguments: list[str], environment: dict[str, str] | None = None) -> None:
         (folder / "sitecustomize.py").write_text(_WATCH)
         loaded = folder / "loaded"
         hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID")
-        kept = {key: value for key, value in os.environ.items() if key not in hidden}
-        search = os.pathsep.join(filter(None, [str(folder), kept.get("PYTHONPATH", "")]))
+        environ = {key: value for key, value in os.environ.items() if key not in hidden}
+        search = os.pathsep.join(filter(None, [str(folder), environ.get("PYTHONPATH", "")]))
         before = _processor_seconds()
         done = subprocess.run(
             [sys.executable, "-m", "train", *arguments],
             cwd=ROOT,
-            env={**kept, "PYTHONPATH": search, "LOADED_MODULES": str(loaded), **(environment or {})},
+            env={**environ, "PYTHONPATH": search, "LOADED_MODULES": str(loaded), **(environment or {})},
             capture_output=True,
             text=True,
             timeout=60,
@@ -72,44 +72,44 @@ class Said:
     ids=["key", "type", "model", "stage", "budget", "folder", "stores"],
 )
 def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], parts: list[str]) -> None:
-    """Exit code 2 within five seconds of a processor, one line on standard error with the key, the rule, the value
-    and the way out, nothing on standard output, no file left behind, and torch was never imported."""
+    """Exit code 2 within five CPU seconds, one line on standard error with the key, the rule, the value and the fix,
+    nothing on standard output, no new file, and torch was not imported."""
     folders = [f"model.{part}.path={tmp_path}" for part in ("language_model", "vision_tower")]
-    said = Said(tmp_path, ["experiment=quickstart", f"root={tmp_path / 'outputs'}", *folders, *arguments])
-    assert said.code == 2, said.stderr
-    assert said.stdout == ""
-    assert len(said.stderr.splitlines()) == 1, said.stderr
-    assert said.stderr.startswith("error: ")
-    assert [part for part in parts if part not in said.stderr] == []
-    assert said.loaded == []
+    result = ProgramResult(tmp_path, ["experiment=quickstart", f"root={tmp_path / 'outputs'}", *folders, *arguments])
+    assert result.code == 2, result.stderr
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert result.stderr.startswith("error: ")
+    assert [part for part in parts if part not in result.stderr] == []
+    assert result.loaded == []
     assert not (tmp_path / "outputs").exists()
-    assert said.processor_s < 5
+    assert result.processor_s < 5
 
 
-def test_only_rank_0_speaks(tmp_path: Path) -> None:
-    """Of many ranks one prints the sentence; the others leave with the same code and say nothing."""
+def test_only_rank_0_reports(tmp_path: Path) -> None:
+    """One rank prints the sentence; the others exit with the same code and no output."""
     for environment in ({"RANK": "1"}, {"SLURM_PROCID": "3"}):
-        said = Said(tmp_path, ["experiment=quickstart", "seed=abc"], environment)
-        assert (said.code, said.stdout, said.stderr) == (2, "", "")
+        result = ProgramResult(tmp_path, ["experiment=quickstart", "seed=abc"], environment)
+        assert (result.code, result.stdout, result.stderr) == (2, "", "")
 
 
-def test_launcher_argument_is_taken_away(tmp_path: Path) -> None:
+def test_the_launchers_argument_is_removed(tmp_path: Path) -> None:
     """The deepspeed launcher's --local_rank does not reach Hydra."""
-    said = Said(tmp_path, ["--local_rank=0", "experiment=quickstart", "seed=abc"])
-    assert said.stderr.startswith("error: seed:")
+    result = ProgramResult(tmp_path, ["--local_rank=0", "experiment=quickstart", "seed=abc"])
+    assert result.stderr.startswith("error: seed:")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["experiment=quickstart", "--cfg", "job"]])
 def test_hydra_still_helps(tmp_path: Path, arguments: list[str]) -> None:
-    """`--help` and `--cfg job` print what they are asked for, and exit with 0 before torch is imported."""
-    said = Said(tmp_path, arguments)
-    assert said.code == 0
-    assert "max_tokens" in said.stdout
-    assert said.loaded == []
+    """`--help` and `--cfg job` work, and exit with 0 before torch is imported."""
+    result = ProgramResult(tmp_path, arguments)
+    assert result.code == 0
+    assert "max_tokens" in result.stdout
+    assert result.loaded == []
 
 
 def plain(config: RunConfig) -> dict[str, Any]:
-    """The configuration as Hydra would hand it over."""
+    """The configuration as plain values, as Hydra composes it."""
     values: dict[str, Any] = pydantic.TypeAdapter(RunConfig).dump_python(config, mode="json")
     return values
 
@@ -119,23 +119,23 @@ def checked(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
     values = plain(config)
     for key, value in changes.items():
         *path, last = key.split(".")
-        place = values
+        section = values
         for name in path:
-            place = place[name]
-        place[last] = value
+            section = section[name]
+        section[last] = value
     return check(OmegaConf.create(values))
 
 
 BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "unknown part": ({"stage.learning_rates": {"projektor": 1e-3}}, ["stage.learning_rates.projektor", "projector"]),
-    "no part": ({"stage.learning_rates": {}}, ["stage.learning_rates", "nothing would train"]),
+    "no part": ({"stage.learning_rates": {}}, ["stage.learning_rates", "names no part to train"]),
     "zero rate": ({"stage.learning_rates.projector": 0.0}, ["learning_rates.projector", "0.0", "leave it out"]),
     "negative rate": ({"stage.learning_rates.projector": -1.0}, ["learning_rates.projector", "-1.0"]),
     "batch": ({"stage.batch_size": 0}, ["stage.batch_size", "at least 1", "0"]),
     "length": ({"stage.max_length": 1}, ["stage.max_length", "at least 2"]),
     "epochs": ({"stage.epochs": 0.0}, ["stage.epochs", "above 0"]),
     "warm-up": ({"stage.warmup_ratio": 1.0}, ["stage.warmup_ratio", "share", "1.0"]),
-    "template": ({"stage.template": "chatmel"}, ["stage.template", "'chatmel'", "chatml", "and tokenizer for"]),
+    "template": ({"stage.template": "chatmel"}, ["stage.template", "'chatmel'", "chatml", "tokenizer"]),
     "model's template": (
         {"model.language_model.template": "nope"},
         ["model.language_model.template", "'nope'", "vicuna_v1"],
@@ -147,13 +147,13 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "projector": ({"model.projector": "mlp3x_gelu"}, ["model.projector", "'mlp2x_gelu' or 'linear'", "'mlp3x_gelu'"]),
     "schedule": ({"stage.schedule": "linear"}, ["stage.schedule", "'linear'"]),
     "no grids": ({"model.grids": []}, ["model.grids", "at least one"]),
-    "grid twice": ({"model.grids": [[1, 2], [1, 2]]}, ["model.grids", "twice"]),
+    "grid twice": ({"model.grids": [[1, 2], [1, 2]]}, ["model.grids", "[1, 2]"]),
     "grid of nothing": ({"model.grids": [[0, 2]]}, ["model.grids", "at least 1", "[0, 2]"]),
     "row tokens": ({"packing.max_tokens": 511}, ["packing.max_tokens=511", "stage.max_length=512", "at least 512"]),
     "profiled steps": ({"profile.steps": [12, 10]}, ["profile.steps", "first <= last", "[12, 10]"]),
     "two kernels": (
         {"liger": True, "compile": ("vision_tower", "language_model")},
-        ["liger=true and compile=[language_model]", "choose one"],
+        ["liger=true and compile=[language_model]", "set one of them"],
     ),
     "row tiles": ({"packing.max_tiles": 4}, ["packing.max_tiles=4", "5 tiles", "model.grids", "at least 5"]),
     "workers": ({"data.workers": -1}, ["data.workers", "at least 0", "-1"]),
@@ -180,6 +180,9 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
     "no number": ({"stage.learning_rates.projector": float("nan")}, ["learning_rates.projector", "nan"]),
     "clipping": ({"stage.clip_norm": 0.0}, ["stage.clip_norm", "above 0", "null"]),
     "decay": ({"stage.weight_decay": -0.1}, ["stage.weight_decay", "0 or more"]),
+    "beta": ({"stage.betas": [0.9, 1.0]}, ["stage.betas", "0 to below 1", "[0.9, 1.0]", "[0.9, 0.999]"]),
+    "one beta": ({"stage.betas": [0.9]}, ["stage.betas", "two numbers", "[0.9]", "[0.9, 0.999]"]),
+    "eps": ({"stage.eps": 0.0}, ["stage.eps", "above 0", "0.0", "1.0e-8"]),
     "no ZeRO": ({"engine.zero_optimization": None}, ["engine.zero_optimization", "dictionary", "None"]),
     "tokenizer": ({"model.language_model.tokenizer": "/none"}, ["model.language_model.tokenizer", "/none"]),
     "local disk": ({"data.local_dir": "/none/such"}, ["data.local_dir", "/none/such", "null"]),
@@ -188,8 +191,8 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_each_rule_names_key_and_way_out(tiny_parts: RunConfig, name: str) -> None:
-    """Every rule across keys is told with the full key and what would be right."""
+def test_each_rule_names_key_and_fix(tiny_parts: RunConfig, name: str) -> None:
+    """Every message has the full key and a valid value."""
     changes, parts = BAD[name]
     with pytest.raises(ConfigError) as caught:
         checked(tiny_parts, changes)
@@ -225,46 +228,46 @@ def test_a_stage_starts_from_a_folder_or_the_authors_file(tiny_parts: RunConfig,
         "managed_gradient_accumulation",
     ],
 )
-def test_engine_keys_that_the_run_owns_are_refused(tiny_parts: RunConfig, key: str) -> None:
-    """A key of DeepSpeed's that the run derives is refused, and the message says where it comes from."""
-    with pytest.raises(ConfigError, match=rf"engine\.{key} is the run's own, set by .*; remove it"):
+def test_derived_engine_keys_are_refused(tiny_parts: RunConfig, key: str) -> None:
+    """A key of DeepSpeed's that the program derives is refused, and the message names the key that sets it."""
+    with pytest.raises(ConfigError, match=rf"engine\.{key} is derived, it is set by .*; remove it"):
         checked(tiny_parts, {f"engine.{key}": {}})
 
 
 @pytest.mark.parametrize("mode", ["square", "pad", "squash"])
 def test_single_views_need_one_tile(tiny_parts: RunConfig, mode: str) -> None:
-    """Where pictures are one view, a row of one tile is enough, and there is no newline to learn."""
+    """If images are single views, a row of one tile is enough, and there is no newline to train."""
     config = checked(tiny_parts, {"packing.max_tiles": 1, "stage.image_mode": mode})
     assert config.packing.max_tiles == 1
     assert set(config.stage.rates) == {"vision_tower", "projector", "language_model"}
 
 
 def test_the_tokenizers_own_template_is_a_name(tiny_parts: RunConfig) -> None:
-    """`tokenizer` passes, in the stage and in the model: what the tokenizer carries is known when it is read."""
+    """`tokenizer` is accepted in the stage and in the model; the tokenizer's template is read later."""
     changed = checked(tiny_parts, {"stage.template": "tokenizer", "model.language_model.template": "tokenizer"})
     assert (changed.stage.template, changed.model.language_model.template) == ("tokenizer", "tokenizer")
 
 
 def test_written_configuration_is_read_back(run_config: RunConfig) -> None:
-    """config.yaml of a run folder is the same value again, also after its stores have moved away."""
+    """config.yaml of a run folder is read as the same value, also if its stores no longer exist."""
     moved = replace(run_config, data=replace(run_config.data, store_root="/none/such"))
     run_config.run_dir.mkdir(parents=True)
     path = run_config.run_dir / "config.yaml"
     path.write_text(to_yaml(moved))
     assert load_yaml(path) == moved
-    with pytest.raises(ConfigError, match="no run folder"):
+    with pytest.raises(ConfigError, match="is not a run folder"):
         load_yaml(path.with_name("other.yaml"))
 
 
 def test_small_rates_survive_yaml(run_config: RunConfig, tmp_path: Path) -> None:
-    """A rate such as 2e-06 is a number when it is read again, though plain YAML would make it a string."""
+    """A rate such as 2e-06 is read as a number, although plain YAML reads a string."""
     tuned = replace(run_config, stage=replace(run_config.stage, learning_rates={"projector": 2e-6}))
     (tmp_path / "config.yaml").write_text(to_yaml(tuned))
     assert load_yaml(tmp_path / "config.yaml").stage.learning_rates == {"projector": 2e-6}
 
 
 def test_load_composes_as_the_command_line(tiny_parts: RunConfig) -> None:
-    """`load` gives programs what the command line gives a run, and its mistakes in the same words."""
+    """`load` composes as the command line does, and reports mistakes with the same messages."""
     model = tiny_parts.model
     overrides = [
         "experiment=quickstart",
@@ -282,32 +285,35 @@ def test_load_composes_as_the_command_line(tiny_parts: RunConfig) -> None:
 
 
 def test_run_folder_follows_name_and_stage(tmp_path: Path, tiny_parts: RunConfig) -> None:
-    """Both stages of a run share a folder and never a file."""
+    """Both stages of a run share a folder, and no file."""
     config = tiny_run(tiny_parts.model, tiny_parts.mixture, Path(tiny_parts.data.store_root), tmp_path)
     assert config.run_dir == tmp_path / "tiny" / "finetune"
     assert config.stage.rates == {**RATES, "image_newline": RATES["projector"]}
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         ("stage.learning_rates.projecter=1.0e-3", "projecter: there is no such part; the parts are vision_tower"),
-        ("stage.learning_rates.image_newline=1.0e-3", "trained with +stage.learning_rates.image_newline=RATE"),
+        ("stage.learning_rates.image_newline=1.0e-3", "write +stage.learning_rates.image_newline=RATE"),
         ("mixture.holdout_seed=1", "mixture.holdout_seed: there is no such key"),
         ("mixture.sources.quickstart_captions.cuont=1", "did you mean mixture.sources.quickstart_captions.count?"),
         ("+mixture.sources.quickstart_captions.cuont=1", "a source of a mixture has count, holdout, share"),
-        ("mixture.sources.captions.count=1", "no source captions; mend the name, or add one with +mixture.sources"),
+        (
+            "mixture.sources.captions.count=1",
+            "no source captions; correct the name, or add a source with +mixture.sources",
+        ),
     ],
 )
-def test_a_key_that_the_yaml_lacks_is_told_apart_from_one_that_is_none(override: str, said: str) -> None:
-    """What can be added is said with the sign that adds it; what cannot, with what there is."""
+def test_a_key_that_the_yaml_lacks_is_told_apart_from_an_unknown_one(override: str, message: str) -> None:
+    """A key that can be added is shown with `+`; for an unknown key the known ones are listed."""
     with pytest.raises(ConfigError) as caught:
         load(["experiment=quickstart", override], folders=False)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
-def test_a_short_mixture_is_one_for_both_programs(tmp_path: Path) -> None:
-    """Without a seed, and with a bare name for all of a source: as `data_recipes.prepare` reads the same file."""
+def test_a_short_mixture_is_read_alike_by_both_programs(tmp_path: Path) -> None:
+    """Without a seed, and with a bare name for a whole source, as `data_recipes.prepare` reads the same file."""
     from data_recipes.mixture.mixture import read_mixture
 
     (tmp_path / "mixture").mkdir()

@@ -1,4 +1,4 @@
-"""Owns the proofs about the length table: it counts what is trained on, is made once, and is complete or absent."""
+"""Tests of the length table: its counts are those of training, it is built once, and it is complete or absent."""
 
 import itertools
 import json
@@ -26,16 +26,16 @@ from llava_next.config import ModelError
 from llava_next.inputs.processor import Processor, SampleRejected
 from llava_next.model.build import read_backbone
 from tests.tiny import tiny_model, tiny_samples, tiny_store
-from train.config.schema import ConfigError, RunConfig
+from train.config.schema import ConfigError, PackingConfig, RunConfig
 from train.data import length_table
-from train.data.length_table import LengthTable, data_fingerprint, open_table
+from train.data.length_table import LengthTable, check_budgets, data_fingerprint, open_table
 from train.distributed.world import heartbeat_mtime, wait_for
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
 def processor_of(config: RunConfig, **changes: Any) -> Processor:
-    """The processor of the run's stage with these changes."""
+    """Returns the processor of the run's stage with these changes."""
     stage = replace(config.stage, **changes)
     return read_backbone(config.model).processor(
         template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
@@ -43,19 +43,19 @@ def processor_of(config: RunConfig, **changes: Any) -> Processor:
 
 
 def mixture_of(config: RunConfig, **changes: Any) -> Mixture:
-    """The run's mixture, opened."""
+    """Opens the run's mixture."""
     return Mixture.open(replace(config.mixture, **changes), Path(config.data.store_root))
 
 
 def made(mixture: Mixture, processor: Processor, folder: Path, num_workers: int = 1) -> LengthTable:
-    """The table, written by this process."""
+    """Builds the table in this process."""
     return open_table(mixture, processor, folder, is_writer=True, num_workers=num_workers, show_progress=False)
 
 
 def test_special_tokens_in_a_text_are_counted(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """Samples with a special token's text in a question or an answer, by source and token, each once; they have that
-    token, as in the authors' code. With several processes and from the table on disk too; a table without the counts
-    says so."""
+    """Samples with a special token's text in a question or an answer are counted once per source and token; the text is
+    encoded as that token, as in the authors' code. The counts are the same with several processes and when read from
+    disk; an older table without them has None."""
     samples = tiny_samples(600, pictures=False)
     for number, texts in ((3, ("What?", "A<|im_end|> and <|im_end|> B")), (590, ("Is </s> one?", "No<|im_end|>."))):
         messages = (Message("user", texts[0]), Message("assistant", texts[1]))
@@ -79,15 +79,15 @@ def test_special_tokens_in_a_text_are_counted(tiny_parts: RunConfig, tmp_path: P
 
 
 def test_captions_are_searched_without_their_questions(tiny_parts: RunConfig) -> None:
-    """Template plain shows no question, whose special tokens then do not count; the image placeholder never does."""
+    """The template plain omits questions, so their special tokens do not count; the image placeholder never counts."""
     messages = (Message("user", "<image>\n</s>"), Message("assistant", "A <|im_start|> b."))
     assert processor_of(tiny_parts).special_texts(messages) == {"</s>", "<|im_start|>"}
     assert processor_of(tiny_parts, template="plain").special_texts(messages) == {"<|im_start|>"}
 
 
 def test_table_counts_what_layout_counts(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """Tokens, supervised tokens, tiles and source of every kept sample are those of its layout; every other sample is
-    in the quarantine with its reason; cut rounds are counted. Nothing is counted twice or forgotten."""
+    """Tokens, supervised tokens, tiles and source of every accepted sample are those of its layout; every other sample
+    is in the quarantine with its reason; cut rounds are counted. No sample is missing or counted twice."""
     mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts, max_length=150)
     table = made(mixture, processor, tmp_path)
     expected, reasons, cut = [], Counter[str](), 0
@@ -122,7 +122,7 @@ def test_table_counts_what_layout_counts(tiny_parts: RunConfig, tmp_path: Path) 
 def test_number_of_workers_changes_nothing(
     tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One process or several make the same table, in the mixture's order."""
+    """One process or several build the same table, in the order of the mixture."""
     mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
     monkeypatch.setattr(length_table, "_CHUNK", 7)
     alone = made(mixture, processor, tmp_path / "alone")
@@ -132,7 +132,7 @@ def test_number_of_workers_changes_nothing(
 
 
 def test_table_is_made_once(tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second start, and every other rank, reads the file of the first by memory map."""
+    """A second start, and every other rank, memory-maps the file of the first."""
     mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
     first = made(mixture, processor, tmp_path)
     written = (first.folder / "rows.npy").stat().st_mtime_ns
@@ -145,7 +145,8 @@ def test_table_is_made_once(tiny_parts: RunConfig, tmp_path: Path, monkeypatch: 
 
 
 def test_other_data_has_another_table(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """Whatever could change a length makes another fingerprint: samples, seed of a subset, template, mode, maximum."""
+    """Anything that could change a length changes the fingerprint: samples, seed of a subset, template, mode, maximum
+    length."""
     mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
     first = made(mixture, processor, tmp_path)
     sources = dict(tiny_parts.mixture.sources)
@@ -156,21 +157,32 @@ def test_other_data_has_another_table(tiny_parts: RunConfig, tmp_path: Path) -> 
         (mixture, processor_of(tiny_parts, image_mode="square")),
         (mixture, processor_of(tiny_parts, max_length=100)),
     ]
-    found = {first.fingerprint, *(data_fingerprint(*other) for other in others)}
-    assert len(found) == 1 + len(others)
+    result = {first.fingerprint, *(data_fingerprint(*other) for other in others)}
+    assert len(result) == 1 + len(others)
     assert made(*others[0], tmp_path).folder != first.folder
     assert first.folder.is_dir()
 
 
-def test_nothing_left_is_the_users_mistake(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """A maximum length that no sample keeps is one sentence with the key, the reasons and where to look."""
+def test_a_row_budget_must_hold_the_largest_sample(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A budget of exactly its size does; with one less, the key and the smallest value that would do are named."""
+    table = made(mixture_of(tiny_parts), processor_of(tiny_parts), tmp_path)
+    tokens, tiles = int(table.rows["tokens"].max()), int(table.rows["tiles"].max())
+    check_budgets(table, PackingConfig(tokens, tiles))
+    with pytest.raises(ConfigError, match=rf"packing\.max_tokens={tokens - 1}, .*at least {tokens}$"):
+        check_budgets(table, PackingConfig(tokens - 1, tiles))
+    with pytest.raises(ConfigError, match=rf"packing\.max_tiles={tiles - 1}, .*at least {tiles}$"):
+        check_budgets(table, PackingConfig(tokens, tiles - 1))
+
+
+def test_rejecting_every_sample_is_an_error(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """A maximum length that rejects every sample is one sentence with the key, the reasons and the file."""
     with pytest.raises(ConfigError, match=r"stage\.max_length=10 leaves no sample .*\d+ too_long.*quarantine"):
         made(mixture_of(tiny_parts), processor_of(tiny_parts, max_length=10), tmp_path)
 
 
-def test_a_source_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
-    """A source that the mixture counts on does not vanish: its name, its counts by reason, where to look and the ways
-    out, from the process that makes the table and from one that finds it."""
+def test_source_without_accepted_samples_is_an_error(tmp_path: Path) -> None:
+    """A source without accepted samples is an error with its name, its counts by reason, the file and the fixes, both
+    when the table is built and when it is read."""
     model = tiny_model(tmp_path / "models")
     long_answer = (Message("user", "Why?"), Message("assistant", "Because. " * 200))
     tiny_store(tmp_path / "stores", "tiny_long", [Sample(f"{n}", long_answer) for n in range(3)])
@@ -190,7 +202,7 @@ def test_a_source_of_which_nothing_is_left_is_told(tmp_path: Path) -> None:
 def test_a_store_whose_placeholders_are_wrong_names_the_sample(
     tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """More placeholders than pictures in a stored sample end the start with its id, source and both numbers."""
+    """More placeholders than images in a stored sample end the start with its id, source and both numbers."""
     mixture, text = mixture_of(tiny_parts), Mixture.text
     last = mixture.num_samples - 1  # shows a picture: sources stand in the order of their names
 
@@ -202,7 +214,7 @@ def test_a_store_whose_placeholders_are_wrong_names_the_sample(
     known = text(mixture, last)
     with pytest.raises(
         ModelError,
-        match=rf"^sample '{known.id}' of source {known.source}: \d placeholders <image> but 0 pictures; prep",
+        match=rf"^sample '{known.id}' of source {known.source}: \d placeholders <image> but 0 images; prep",
     ):
         made(mixture, processor_of(tiny_parts), tmp_path)
 
@@ -225,8 +237,7 @@ length_table.open_table(mixture, processor, folder, is_writer=True, num_workers=
 
 
 def test_killed_writer_leaves_nothing_complete(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """Killed in the middle, a writer leaves no table; the next one makes it whole, and readers do not fall over what
-    the first left behind."""
+    """A killed writer leaves no table; the next one builds it, and readers ignore the partial files."""
     import pickle
 
     mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
@@ -245,7 +256,8 @@ def test_killed_writer_leaves_nothing_complete(tiny_parts: RunConfig, tmp_path: 
 
 
 def test_leftovers_of_other_hosts_go_when_they_are_old(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """A folder that another host's writer has touched lately stays; one that was silent for ten minutes goes."""
+    """A folder that another host's writer has touched recently is kept; one without heartbeat for ten minutes is
+    removed."""
     begun, dead = tmp_path / "0123.other-host.1.partial", tmp_path / "4567.other-host.2.partial"
     for folder in (begun, dead):
         folder.mkdir()
@@ -259,7 +271,7 @@ def test_leftovers_of_other_hosts_go_when_they_are_old(tiny_parts: RunConfig, tm
 def test_killed_writer_takes_its_processes_along(
     tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The processes that count end soon after their writer was killed: none waits for ever for the next chunk."""
+    """The worker processes end soon after their writer was killed."""
 
     def never_ends(_: int) -> Any:
         (tmp_path / f"{os.getpid()}.worker").touch()
@@ -279,7 +291,7 @@ def test_killed_writer_takes_its_processes_along(
 
 
 def until(is_so: Callable[[], bool], patience_s: float = 60.0) -> None:
-    """Waits for something that other processes bring about."""
+    """Waits until a condition holds that other processes establish."""
     deadline = time.monotonic() + patience_s
     while not is_so():
         assert time.monotonic() < deadline, "it did not come about"
@@ -289,7 +301,7 @@ def until(is_so: Callable[[], bool], patience_s: float = 60.0) -> None:
 def test_writer_that_comes_second_yields(
     tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two runs that make the same table at once both end with the one that was there first."""
+    """Two runs that build the same table at once both use the one that was completed first."""
     mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
     first = made(mixture, processor, tmp_path / "first")
     count_all, shared = length_table._count_all, tmp_path / "shared"
@@ -306,21 +318,21 @@ def test_writer_that_comes_second_yields(
 
 
 def test_waiting_ends() -> None:
-    """A process that waits for a writer gives up when the writer is silent, and says what it waited for."""
+    """A process stops waiting when the writer's heartbeat stops, and names what it waited for."""
     started = time.monotonic()
-    with pytest.raises(TimeoutError, match="the thing: the process that makes it gave no sign of life for 0 s"):
+    with pytest.raises(TimeoutError, match="the thing: the process that creates it gave no sign of life for 0 s"):
         wait_for(lambda: False, lambda: None, what="the thing", patience_s=0.3)
     assert time.monotonic() - started < 3
 
 
-def test_waiting_goes_on_while_the_writer_lives() -> None:
-    """Signs of life keep a waiting process patient for longer than its patience, whatever the clock says of them."""
+def test_heartbeats_extend_the_wait() -> None:
+    """Heartbeats extend the wait beyond the timeout, whatever the clock."""
     started, beats = time.monotonic(), itertools.cycle((0, 10**18, 5))  # as of 1970, of 2001, of 1970 again
     wait_for(lambda: time.monotonic() - started > 1.0, lambda: next(beats), what="it", patience_s=0.3)
 
 
 def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
-    """What a writer that was killed yesterday left behind says nothing about the one that starts now."""
+    """An old heartbeat file of a killed writer does not end the wait for the current one."""
     beat = tmp_path / "beat"
     beat.touch()
     os.utime(beat, (0, 0))

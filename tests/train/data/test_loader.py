@@ -1,4 +1,4 @@
-"""Owns the proofs about the way from a step's number to batches: what is planned is what is read, by every rank."""
+"""Tests of the path from a step's number to batches: every rank reads what is planned."""
 
 import errno
 import itertools
@@ -31,14 +31,14 @@ from tests.tiny import tiny_samples, tiny_store
 from train.config.schema import PackingConfig, RunConfig
 from train.data import loader
 from train.data.length_table import LengthTable, open_table
-from train.data.loader import Planner, SampleError, batches
+from train.data.loader import Planner, SampleError, make_batches
 from train.data.packing import RowAssignment, assign_rows
 
 COSTS = StepCosts(tile=5.0, token=1.0, pair=0.01)
 
 
 class Data:
-    """What a rank reads with: mixture, processor and table of a run."""
+    """Mixture, processor and table of a run."""
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
@@ -53,49 +53,49 @@ class Data:
         )
 
     def planner(self, rank: int = 0, num_ranks: int = 1, **changes: Any) -> Planner:
-        """The plan of one rank."""
+        """Returns the planner of one rank."""
         stage = replace(self.config.stage, **changes)
         return Planner(self.table, stage, self.config.packing, COSTS, self.config.seed, rank, num_ranks, num_sources=2)
 
     def read(self, planner: Planner, num_workers: int = 0, first_step: int = 0) -> list[Batch]:
-        """All batches of one rank."""
+        """Returns all batches of one rank."""
         steps = range(first_step, planner.num_steps)
         data = replace(self.config.data, workers=num_workers, prefetch=2)
-        return list(batches(planner, self.mixture, self.processor, steps, data, pin_memory=False))
+        return list(make_batches(planner, self.mixture, self.processor, steps, data, pin_memory=False))
 
 
 @pytest.fixture(scope="module")
 def data(tiny_parts: RunConfig) -> Data:
-    """The tiny run's data."""
+    """Returns the data of the tiny run."""
     return Data(tiny_parts)
 
 
-def assert_equal(ours: Batch, theirs: Batch) -> None:
+def assert_equal(batch: Batch, other: Batch) -> None:
     """Every tensor of two batches is the same."""
-    assert ours.segments.lengths == theirs.segments.lengths
+    assert batch.segments.lengths == other.segments.lengths
     for name in ("input_ids", "position_ids", "tiles", "image_positions", "image_sources", "target_positions"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+        torch.testing.assert_close(getattr(batch, name), getattr(other, name), rtol=0, atol=0)
     for name in ("target_ids", "target_sources", "target_samples", "target_weights"):
-        torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
+        torch.testing.assert_close(getattr(batch, name), getattr(other, name), rtol=0, atol=0)
 
 
 def test_a_step_is_the_same_samples_for_any_ranks(data: Data) -> None:
-    """The samples of a step are a function of data, batch size, seed and step; ranks share them, each sample once, in
-    as many rows each. Budgets have no say either."""
+    """The samples of a step are a function of data, batch size, seed and step. The ranks share them, each sample once
+    and with the same number of rows; budgets change nothing."""
     for step in range(data.planner().num_steps):
         expected = samples_of_step(step, len(data.table), 13, data.config.seed, 1.0)
         for num_ranks in (1, 2, 3, 4, 7):
             plans = [data.planner(rank, num_ranks).plan(step) for rank in range(num_ranks)]
-            dealt = [int(sample) for plan in plans for row in plan.rows for sample in row]
-            assert sorted(dealt) == sorted(expected.tolist())
+            assignment = [int(sample) for plan in plans for row in plan.rows for sample in row]
+            assert sorted(assignment) == sorted(expected.tolist())
             assert len({len(plan.rows) for plan in plans}) == 1
             for plan in plans:
                 np.testing.assert_array_equal(plan.samples, expected)
                 assert plan.divisor == plan.num_supervised == data.table.rows["supervised"][expected].sum()
 
 
-def test_an_epoch_meets_every_sample_once(data: Data) -> None:
-    """One epoch's steps are every kept sample, in an order that the seed decides."""
+def test_epoch_has_every_sample_once(data: Data) -> None:
+    """The steps of one epoch have every accepted sample once, in an order that depends on the seed."""
     planner = data.planner()
     met = np.concatenate([planner.plan(step).samples for step in range(planner.num_steps)])
     assert sorted(met.tolist()) == list(range(len(data.table)))
@@ -104,26 +104,26 @@ def test_an_epoch_meets_every_sample_once(data: Data) -> None:
 
 
 def test_what_was_seen_is_what_the_steps_were(data: Data) -> None:
-    """Samples, tokens and tiles before any step, of a run over several epochs, are those of all steps before it."""
+    """`count_seen` of a step is the sum over all earlier steps, over several epochs."""
     planner = data.planner(epochs=2.3)
     assert planner.num_steps * 13 > 2 * len(data.table)
     expected = np.zeros(3, dtype=np.int64)
     for step in range(planner.num_steps):
-        assert planner.seen(step).tolist() == expected.tolist()
+        assert planner.count_seen(step).tolist() == expected.tolist()
         rows = data.table.rows[planner.plan(step).samples]
         assert planner.plan(step).sizes.tolist() == [len(rows), rows["tokens"].sum(), rows["tiles"].sum()]
         expected += planner.plan(step).sizes
-    assert planner.seen(planner.num_steps).tolist() == expected.tolist()
+    assert planner.count_seen(planner.num_steps).tolist() == expected.tolist()
 
 
 def test_divisor_follows_the_weighting(data: Data) -> None:
-    """A step's loss sum is divided by its supervised tokens, or by its samples."""
+    """A step's loss sum is divided by its supervised tokens or by its samples."""
     assert data.planner(loss_weighting="sample").plan(0).divisor == 13
     assert data.planner(loss_weighting="token").plan(0).divisor == data.planner().plan(0).num_supervised
 
 
 def assert_no_padding(batch: Batch, lengths: list[int]) -> None:
-    """The row is its samples' tokens and nothing else; positions restart at each, and the bounds tile the row."""
+    """A row has the tokens of its samples only; positions restart at each sample, and the bounds cover the row."""
     T = sum(lengths)
     assert batch.input_ids.shape == batch.position_ids.shape == (1, T)
     assert batch.position_ids[0].tolist() == [position for length in lengths for position in range(length)]
@@ -133,8 +133,8 @@ def assert_no_padding(batch: Batch, lengths: list[int]) -> None:
 @settings(deadline=None, max_examples=100)
 @given(num_ranks=st.integers(1, 20), max_tokens=st.integers(512, 9000), max_tiles=st.integers(10, 200))
 def test_ranks_share_a_step(data: Data, num_ranks: int, max_tokens: int, max_tiles: int) -> None:
-    """Any ranks and budgets: each sample of a step is in one row of one rank, rows keep the budgets, and every rank has
-    as many rows."""
+    """For any ranks and budgets: each sample of a step is in one row of one rank, rows keep the budgets, and every rank
+    has the same number of rows."""
     planner = replace(data.planner(num_ranks=num_ranks), packing=PackingConfig(max_tokens, max_tiles))
     for step in (0, planner.num_steps - 1):
         plans = [replace(planner, rank=rank).plan(step) for rank in range(num_ranks)]
@@ -148,8 +148,8 @@ def test_ranks_share_a_step(data: Data, num_ranks: int, max_tokens: int, max_til
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_batches_are_the_plan(data: Data, num_ranks: int) -> None:
-    """What a rank's loader yields is the planned rows in the planned order, with the counts of the table: the tokens
-    of every sample, the supervised tokens and the source of each."""
+    """A rank's loader yields the planned rows in the planned order, with the table's tokens, supervised tokens and
+    sources."""
     for rank in range(num_ranks):
         planner = data.planner(rank, num_ranks)
         rows = [row for step in range(planner.num_steps) for row in planner.plan(step).rows]
@@ -166,8 +166,8 @@ def test_batches_are_the_plan(data: Data, num_ranks: int) -> None:
                 assert source == known["source"][sample]
 
 
-def test_a_row_with_nothing_left(data: Data) -> None:
-    """A rank that has no sample in a micro-step reads one unsupervised token and one blank tile."""
+def test_blank_row(data: Data) -> None:
+    """A rank without a sample in a micro-step reads one unsupervised token and one blank tile."""
     empty = [batch for rank in (0, 1) for batch in data.read(data.planner(rank, 2)) if not len(batch.target_ids)]
     assert len(empty) == 1
     assert (empty[0].input_ids.shape, empty[0].tiles.shape[0]) == ((1, 1), 1)
@@ -175,7 +175,7 @@ def test_a_row_with_nothing_left(data: Data) -> None:
 
 
 def test_sample_weights_sum_to_one(data: Data) -> None:
-    """Weighing by sample gives every sample the same say, however many tokens it has."""
+    """Weighing by sample gives every sample the same total weight, for any number of tokens."""
     for batch in data.read(data.planner(loss_weighting="sample")):
         sums = torch.zeros(len(batch.segments.lengths)).index_add_(0, batch.target_samples, batch.target_weights)
         torch.testing.assert_close(sums, torch.ones_like(sums))
@@ -183,17 +183,17 @@ def test_sample_weights_sum_to_one(data: Data) -> None:
 
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_workers_change_nothing(data: Data, num_workers: int) -> None:
-    """Any number of reading processes yields the same batches in the same order, from any step on."""
+    """Any number of workers yields the same batches in the same order, from any step on."""
     planner = data.planner(1, 2)
     alone = data.read(planner)
     for first_step in (0, 2):
         skipped = sum(len(planner.plan(step).rows) for step in range(first_step))
-        for ours, theirs in zip(data.read(planner, num_workers, first_step), alone[skipped:], strict=True):
-            assert_equal(ours, theirs)
+        for batch, other in zip(data.read(planner, num_workers, first_step), alone[skipped:], strict=True):
+            assert_equal(batch, other)
 
 
 def broken(config: RunConfig, tmp_path: Path, damage: Any) -> Data:
-    """The run over one source whose third picture's bytes are damaged after they were counted."""
+    """A run on one source whose third image is damaged after it was counted."""
     from data_recipes.store import reader as store_module
 
     root = tmp_path / "stores"
@@ -206,31 +206,31 @@ def broken(config: RunConfig, tmp_path: Path, damage: Any) -> Data:
 
     def damaged(index: int) -> store_module.StoredSample:
         sample = read(index)
-        return replace(sample, pictures=tuple(map(damage, sample.pictures))) if sample.id == name else sample
+        return replace(sample, images=tuple(map(damage, sample.images))) if sample.id == name else sample
 
     data.mixture.sample = damaged  # type: ignore[method-assign]
     return data
 
 
 def cut_off(picture: bytes) -> bytes:
-    """The first half."""
+    """The first half of the bytes."""
     return picture[: len(picture) // 2]
 
 
 def bad_checksum(picture: bytes) -> bytes:
-    """A PNG whose pixel data do not fit their checksum."""
+    """A PNG whose pixel data do not match their checksum."""
     place = picture.index(b"IDAT") + 12
     return picture[:place] + bytes([picture[place] ^ 255]) + picture[place + 1 :]
 
 
 def no_picture(_: bytes) -> bytes:
-    """Something else."""
+    """Bytes that are not an image."""
     return b"<html>not found</html>"
 
 
 def other_size(_: bytes) -> bytes:
-    """A sound picture, but not the one that was counted."""
-    shown = tiny_samples(2)[1].pictures[0]
+    """A valid image of another size than was counted."""
+    shown = tiny_samples(2)[1].images[0]
     assert isinstance(shown, bytes)
     return shown
 
@@ -239,15 +239,15 @@ def other_size(_: bytes) -> bytes:
     ("damage", "num_workers"),
     [(cut_off, 0), (bad_checksum, 0), (no_picture, 0), (other_size, 0), (cut_off, 1)],
 )
-def test_broken_picture_names_its_sample(tiny_parts: RunConfig, tmp_path: Path, damage: Any, num_workers: int) -> None:
-    """A picture that cannot be read any more stops the run with the sample's id and source: no sample is replaced."""
+def test_broken_image_names_its_sample(tiny_parts: RunConfig, tmp_path: Path, damage: Any, num_workers: int) -> None:
+    """An image that cannot be read any more stops the run with the sample's id and source; no sample is replaced."""
     data = broken(tiny_parts, tmp_path, damage)
     with pytest.raises(SampleError, match="sample '000002' of source fragile"):
         data.read(data.planner(), num_workers)
 
 
 class FailingReads:
-    """`os.pread` on a file system that fails the first reads of each process."""
+    """An `os.pread` that fails the first reads of each process."""
 
     def __init__(self, num_failures: int) -> None:
         self.left = num_failures
@@ -262,7 +262,7 @@ class FailingReads:
 
 @pytest.fixture
 def rank_log(tmp_path: Path) -> Iterator[Path]:
-    """The file that a rank and its workers log to."""
+    """The log file of a rank and its workers."""
     handler = logging.FileHandler(tmp_path / "rank_000.log")
     logging.getLogger().addHandler(handler)
     yield tmp_path / "rank_000.log"
@@ -271,24 +271,22 @@ def rank_log(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_failed_read_is_tried_again(
-    data: Data, rank_log: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int
-) -> None:
-    """Reads that a file system fails for a while change nothing but the rank's log, which names the sample."""
+def test_failed_read_is_retried(data: Data, rank_log: Path, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
+    """Temporary read failures change nothing except the rank's log, which names the sample."""
     expected = data.read(data.planner())
     monkeypatch.setattr(loader, "_FIRST_PAUSE_S", 0.001)
     monkeypatch.setattr(os, "pread", FailingReads(3))
-    for ours, theirs in zip(data.read(data.planner(), num_workers), expected, strict=True):
-        assert_equal(ours, theirs)
+    for batch, other in zip(data.read(data.planner(), num_workers), expected, strict=True):
+        assert_equal(batch, other)
     lines = rank_log.read_text().splitlines()
     assert len(lines) == 3
     for line in lines:
-        assert re.fullmatch(r"sample '\d+' of source tiny_\w+ could not be read \(.*\); trying again in 0\.0 s", line)
+        assert re.fullmatch(r"sample '\d+' of source tiny_\w+ could not be read \(.*\); retrying in 0\.0 s", line)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_read_that_fails_for_good_stops_the_run(data: Data, monkeypatch: pytest.MonkeyPatch, num_workers: int) -> None:
-    """After the last try the run stops with the sample's id, and the pauses have grown."""
+    """After the last attempt the run stops with the sample's id; the pauses increase."""
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     monkeypatch.setattr(os, "pread", FailingReads(10**9))
@@ -297,10 +295,8 @@ def test_read_that_fails_for_good_stops_the_run(data: Data, monkeypatch: pytest.
     assert pauses == ([] if num_workers else [0.5, 1.0, 2.0])
 
 
-def test_damaged_picture_is_not_tried_again(
-    tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the file system read as it is stays damaged: no pause, no second read."""
+def test_damaged_image_is_not_retried(tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Damaged data are not read again."""
     monkeypatch.setattr(time, "sleep", lambda _: pytest.fail("it waited"))
     data = broken(tiny_parts, tmp_path, cut_off)
     with pytest.raises(SampleError, match="sample '000002'"):
@@ -308,12 +304,12 @@ def test_damaged_picture_is_not_tried_again(
 
 
 def test_a_step_is_planned_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loader, ahead, and the trainer, behind, ask for the same plan: it is dealt once, and forgotten in time."""
-    monkeypatch.setattr(loader, "_MOST_REMEMBERED", 4)
-    dealt: list[int] = []
+    """The loader, ahead, and the trainer need the same plan: it is computed once, and the cache is bounded."""
+    monkeypatch.setattr(loader, "_MAX_CACHED_PLANS", 4)
+    assignment: list[int] = []
 
     def counted(*args: Any, **kwargs: Any) -> RowAssignment:
-        dealt.append(1)
+        assignment.append(1)
         return assign_rows(*args, **kwargs)
 
     monkeypatch.setattr(loader, "assign_rows", counted)
@@ -324,38 +320,38 @@ def test_a_step_is_planned_once(data: Data, monkeypatch: pytest.MonkeyPatch) -> 
         loaded += [planner.plan(number) for number in itertools.islice(ahead, 1)]
         assert planner.plan(step) is loaded[step]
         assert len(planner._recent) <= 4
-    assert len(dealt) == planner.num_steps
+    assert len(assignment) == planner.num_steps
     other = replace(planner, seed=planner.seed + 1)
     assert not np.array_equal(other.plan(0).samples, planner.plan(0).samples)
 
 
-def test_table_of_other_data_is_found_out(data: Data) -> None:
-    """A sample that encodes to other numbers than the table's stops the run, with both and the way out."""
+def test_table_of_other_data_is_an_error(data: Data) -> None:
+    """A sample whose lengths differ from the table stops the run with both numbers and the fix."""
     rows = np.array(data.table.rows)
     rows["supervised"][5] += 1
     wrong = replace(data.table, rows=rows)
     planner = replace(data.planner(), table=wrong)
-    with pytest.raises(SampleError, match=r"sample .* of source tiny_.*was counted as .*encodes to.*delete it"):
+    with pytest.raises(SampleError, match=r"sample .* of source tiny_.*has .*but the length table counts.*remove"):
         data.read(planner)
 
 
 def test_first_sample_is_as_prepared(data: Data) -> None:
-    """The pixels and ids that a batch holds are the processor's own for that sample."""
+    """The pixels and ids of a batch are those of the processor."""
     planner = data.planner()
     batch, row = data.read(planner)[0], planner.plan(0).rows[0]
     stored = data.mixture.sample(int(data.table.rows["sample"][row[0]]))
-    example = data.processor.encode(stored.messages, stored.sizes_hw, stored.pictures)
+    example = data.processor.encode(stored.messages, stored.sizes_hw, stored.images)
     length = example.layout.num_tokens
     assert batch.input_ids[0, :length].tolist() == example.layout.ids.tolist()
     np.testing.assert_array_equal(batch.tiles[: len(example.tiles)], example.tiles)
 
 
-def test_workers_end_when_their_rank_says_so(data: Data) -> None:
-    """A worker that is asked to stop by anybody but its rank reads on; one that its rank ends is gone at once."""
+def test_workers_end_with_a_sigterm_of_their_rank(data: Data) -> None:
+    """A worker ignores stop signals of other processes, and ends when its rank sends SIGTERM."""
     earlier = set(multiprocessing.active_children())
     planner = replace(data.planner(), stage=replace(data.config.stage, epochs=50.0))
     reading = replace(data.config.data, workers=1, prefetch=1)
-    stream = batches(planner, data.mixture, data.processor, range(planner.num_steps), reading, pin_memory=False)
+    stream = make_batches(planner, data.mixture, data.processor, range(planner.num_steps), reading, pin_memory=False)
     next(stream)
     [worker] = set(multiprocessing.active_children()) - earlier
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -1,4 +1,4 @@
-"""Owns the proofs about `data.local_dir` in a run: one process of a node copies, the others wait, all read the copy."""
+"""Tests of `data.local_dir` in a run: one process of a node copies, the others wait, and all read the copy."""
 
 import multiprocessing
 from dataclasses import replace
@@ -10,26 +10,26 @@ from data_recipes.mixture.mixture import Mixture
 from data_recipes.schema.sample import DataError
 from data_recipes.store import local_copy
 from train.config.schema import RunConfig
-from train.data.local_stores import local_stores
+from train.data.local_stores import prepare_local_stores
 from train.distributed.world import Launch
 
 
 def with_local_dir(config: RunConfig, folder: Path) -> RunConfig:
-    """The run, reading from a local disk."""
+    """Returns the run with a local disk."""
     return replace(config, data=replace(config.data, local_dir=str(folder)))
 
 
 def test_without_a_local_dir_nothing_is_copied(tiny_parts: RunConfig) -> None:
-    """Stores are read where they lie."""
-    assert local_stores(tiny_parts, Launch(0, 0, 1)) == {}
+    """Without it, stores are read from their folder."""
+    assert prepare_local_stores(tiny_parts, Launch(0, 0, 1)) == {}
 
 
 def test_one_process_copies_and_the_others_wait(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """Two processes of one node end with the same places, and only the first wrote there."""
+    """Two processes of one node return the same paths, and only the first writes."""
     config = with_local_dir(tiny_parts, tmp_path)
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        second = pool.apply_async(local_stores, (config, Launch(1, 1, 2)))
-        first = pool.apply_async(local_stores, (config, Launch(0, 0, 2)))
+        second = pool.apply_async(prepare_local_stores, (config, Launch(1, 1, 2)))
+        first = pool.apply_async(prepare_local_stores, (config, Launch(0, 0, 2)))
         places = first.get(60)
         assert second.get(60) == places
     assert set(places) == set(config.mixture.sources)
@@ -48,12 +48,12 @@ def test_trouble_of_another_node_is_printed_there(
     rank: int,
     printed: bool,
 ) -> None:
-    """Rank 0 prints what ends a run; a full disk of the second node would be told by nobody else."""
+    """Rank 0 prints only its own error, so a full disk on the second node is printed there."""
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(local_copy, "_copy_file", full)
     with pytest.raises(DataError, match=r"could not be copied to .*No space left.*data\.local_dir=null"):
-        local_stores(with_local_dir(tiny_parts, tmp_path), Launch(rank, 0, 16))
+        prepare_local_stores(with_local_dir(tiny_parts, tmp_path), Launch(rank, 0, 16))
     assert ("No space left" in capsys.readouterr().err) == printed

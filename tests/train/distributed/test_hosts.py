@@ -1,5 +1,5 @@
-"""Owns the proofs about launchers over several hosts: two agents that know each other by address alone, one rank each,
-give what two ranks of one agent give.
+"""Launchers over several hosts: two agents that share only an address, with one rank each, give the result of one agent
+with two ranks.
 """
 
 import shutil
@@ -19,14 +19,14 @@ OPTIONS = ("stage.init_from=null", "max_steps=2", "save.every=0")
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def agents(launcher: str, folder: Path) -> list[list[str]]:
-    """The launcher's command lines on two hosts, which here are two names of this machine."""
+    """The launcher's command lines on two hosts, here two names of this machine."""
     port = free_port()
     if launcher == "torchrun":
         meeting = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}"]
@@ -54,7 +54,7 @@ def agents(launcher: str, folder: Path) -> list[list[str]]:
 
 @pytest.fixture
 def ssh_port(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """An ssh server of this user's on the loopback, which pdsh is told how to enter without a password."""
+    """An ssh server on the loopback interface, which pdsh enters without a password."""
     server, missing = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin"), shutil.which("pdsh") is None
     if server is None or missing:
         pytest.skip("there is no ssh server or no pdsh here (Debian: apt-get install openssh-server pdsh)")

@@ -1,5 +1,5 @@
-"""Owns the proof that hosts which lose each other both end, in time and with a sentence: two network namespaces, each
-with a rank, and a link between them that is cut.
+"""Hosts that lose their connection both end within the timeout and report it: two network namespaces with one rank
+each, and a link between them that is cut.
 """
 
 import os
@@ -24,7 +24,7 @@ ADDRESSES = ("10.123.45.1", "10.123.45.2")
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[list[str], list[str]]]:
-    """Two network namespaces with a cable between them: their names, and those of the cable's ends."""
+    """Two network namespaces with a link between them: their names, and those of the link's ends."""
     if shutil.which("ip") is None:
         pytest.skip("no network namespace can be made here: there is no `ip`")
     spaces = [f"llava_next_{os.getpid()}_{number}" for number in (0, 1)]
@@ -44,7 +44,7 @@ def hosts() -> Iterator[tuple[list[str], list[str]]]:
                 pytest.skip(f"no network namespaces here: ip {' '.join(command)}: {done.stderr.strip()}")
         yield spaces, links
     finally:
-        for space in spaces:  # the cable goes with them
+        for space in spaces:  # and the link with them
             subprocess.run(["ip", "netns", "delete", space], capture_output=True, check=False)
         assert not [space for space in spaces if Path("/run/netns", space).exists()]
 
@@ -54,8 +54,8 @@ def hosts() -> Iterator[tuple[list[str], list[str]]]:
 def test_hosts_that_lose_each_other(
     run_config: RunConfig, tmp_path: Path, hosts: tuple[list[str], list[str]], stage: int
 ) -> None:
-    """Both ranks end within the timeout after the cut, each saying who waits for whom, where, and since when it gave
-    up; without a cut, the same two hosts finish the run. A cut-off run goes on."""
+    """Both ranks end within the timeout after the cut, and each reports which rank waits, in which step, and that it
+    gave up; without a cut the same two hosts finish the run. A run that was cut off is resumed."""
     config = replace(run_config, engine=zero(stage), timeout_s=TIMEOUT_S, save=replace(run_config.save, every=1))
     config = with_stage(config, epochs=3.0)  # 10 steps
     args = (config, *hosts, ADDRESSES[0])
@@ -63,10 +63,10 @@ def test_hosts_that_lose_each_other(
     took_s = time.time() - float((config.run_dir / "cut").read_text())
     assert [each.exit_code for each in ended] == [1, 1], ended
     assert took_s < TIMEOUT_S + 15
-    said = disasters.told(config)
+    reported = disasters.told(config)
     wait = r"ranks wait for one another in step \d+.* \(the network between them, or a collective .*\)"
     late = r"rank \d \(node\d\) has been in step \d+.* for \d+ s.*"
-    assert re.match(rf"({wait}|{late}); rank \d \(node\d\) gave up", said["reason"]), said
+    assert re.match(rf"({wait}|{late}); rank \d \(node\d\) gave up", reported["reason"]), reported
     for rank, each in enumerate(ended):  # on the terminal or in its log, each side has its own
         log = each.output + (config.run_dir / "log" / f"rank_00{rank}.log").read_text()
         assert re.search(rf"rank {rank} \(node{rank}\) gave up", log), log

@@ -1,4 +1,4 @@
-"""Owns the proofs about who a process is: ranks, addresses and ports out of what launchers leave in the environment."""
+"""Ranks, addresses and ports are read from the variables that launchers set."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ STEP = {
     "SLURM_LOCALID": "3",
     "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.9",
 }
-"""What srun gives a task."""
+"""Variables of a task of srun."""
 BATCH = {"SLURM_JOB_ID": "4711", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "16"}
-"""What a batch script, and a shell of salloc, have: no step."""
+"""Variables of a batch script and of a shell of salloc: there is no step."""
 TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
 
 
@@ -35,7 +35,7 @@ TORCHRUN = {"RANK": "2", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}
 def test_ranks_from_the_environment(
     environment: Mapping[str, str], expected: Launch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A program in a batch script, outside of srun, is alone: it must not wait for ranks that nobody starts."""
+    """A program in a batch script, outside of srun, is the only rank: it must not wait for others."""
     for name in {*STEP, *BATCH, *TORCHRUN}:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -54,12 +54,12 @@ def test_ranks_from_the_environment(
     ],
 )
 def test_first_host_of_a_nodelist(nodes: str, first: str) -> None:
-    """Slurm's shortened lists begin with the node of rank 0."""
+    """Slurm's compressed lists begin with the node of rank 0."""
     assert first_host(nodes) == first
 
 
 def test_the_head_is_the_first_node_of_the_step() -> None:
-    """Not the host where srun was started, which may be a login node; that one only where the name says nothing."""
+    """Not the host where srun was started, which may be a login node, unless the node's name cannot be resolved."""
     assert slurm_head({}) is None
     assert slurm_head(STEP) == "localhost"
     assert slurm_head(STEP | {"SLURM_STEP_NODELIST": "no-such-host-[1-2].invalid"}) == "10.0.0.9"

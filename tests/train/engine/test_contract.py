@@ -1,9 +1,9 @@
-"""Owns the collective contract: whatever the ranks' rows hold, every rank issues the same collectives in one order, and
+"""The collective contract: whatever the ranks' rows hold, every rank issues the same collectives in the same order, and
 the run learns what one rank learns without ZeRO.
 
-A rank that issues another collective waits for ever, and so do all the others. Rows are unlike over ranks and
-micro-steps, blank ones among them, in a first step, after ZeRO-3 has learned its order, after an evaluation and after a
-resume; the settings are a table in which every two values of two factors meet.
+Otherwise all ranks wait forever. Rows differ over ranks and micro-steps, with blank ones among them, in a first step,
+after ZeRO-3 has recorded its order, after an evaluation and after a resume. The settings are a table that covers every
+pair of values of two factors.
 """
 
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ from train.config.rules import check_values
 from train.config.schema import ConfigError, EvaluateConfig, RunConfig
 
 TIMEOUT_S = 40
-"""A collective that waits longer is a hang; each rank then reports what it issued up to there."""
+"""A collective that waits longer is a hang; each rank then reports the collectives that it has issued."""
 LORA = {
     "vision_tower": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),
     "language_model": LoraConfig(rank=4, alpha=8.0, targets=("q_proj", "v_proj", "down_proj")),
@@ -47,7 +47,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """The settings of a run: ranks, ZeRO stage, where it resumes, and how and what it trains (see `FACTORS`)."""
+    """The settings of a run: ranks, ZeRO stage, stage of the resume, and what it trains (see `FACTORS`)."""
 
     size: int
     stage: int
@@ -66,7 +66,7 @@ class Case:
 
 
 def covering() -> Iterator[Case]:
-    """Cases in which every two values of two factors meet that can: each has the most pairs that are new."""
+    """Cases that cover every possible pair of values of two factors; each next one covers the most missing pairs."""
     possible = [case for case in map(Case, *zip(*product(*FACTORS.values()), strict=True)) if case.is_possible]
     missing = {pair for case in possible for pair in case.pairs}
     while missing:
@@ -83,7 +83,7 @@ QUICK = (
 
 
 def _engine(stage: int, offload: bool) -> dict[str, Any]:
-    """As `zero`; and at ZeRO-3 weights are freed after each use, as those of a model that does not fit are."""
+    """As `zero`, and at ZeRO-3 weights are freed after each use, as for a model that does not fit."""
     engine = zero(stage)
     if stage == 3:
         engine["zero_optimization"] |= {"stage3_max_live_parameters": 4_000, "stage3_max_reuse_distance": 2_000}
@@ -104,7 +104,7 @@ def _config(base: RunConfig, case: Case, stage: int) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def base(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """The tiny run with some samples held out, and questions that it is asked."""
+    """The tiny run with held-out samples and questions."""
     folder = tmp_path_factory.mktemp("contract")
     mixture, store_root = tiny_mixture(folder / "data", 40, holdout=5)
     return replace(
@@ -119,18 +119,18 @@ def base(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
 
 @pytest.fixture(scope="module")
 def references(start_ranks: StartRanks, base: RunConfig) -> dict[str, Report]:
-    """By what trains: the same steps on one rank, without ZeRO, recompute and resume."""
-    found = {}
+    """The same steps on one rank, without ZeRO, recompute and resume, by the trained parts."""
+    reports = {}
     for trains in FACTORS["trains"]:
         case = Case(1, 0, "", False, "nothing", trains)
         config = replace(_config(base, case, 0), name=f"reference_{trains}")
-        [found[trains]] = start_ranks(1).run(contract_cases.run_phases, config, None, TIMEOUT_S)
-        assert not found[trains].error
-    return found
+        [reports[trains]] = start_ranks(1).run(contract_cases.run_phases, config, None, TIMEOUT_S)
+        assert not reports[trains].error
+    return reports
 
 
 def _run(ranks: Ranks, config: RunConfig, resumed: RunConfig | None, timeout_s: int = TIMEOUT_S) -> list[Report]:
-    """The reports of all ranks, once their collectives were found to be the same."""
+    """The reports of all ranks, after a check that their collectives are the same."""
     reports: list[Report] = ranks.run(contract_cases.run_phases, config, resumed, timeout_s, timeout_s=8.0 * timeout_s)
     try:
         for phases in zip(*(report.phases for report in reports), strict=False):
@@ -138,13 +138,13 @@ def _run(ranks: Ranks, config: RunConfig, resumed: RunConfig | None, timeout_s: 
             for rank, other in enumerate(phases[1:], start=1):
                 assert other.name == first.name
                 both = zip(first.collectives, other.collectives, strict=False)
-                unlike = [(at, *pair) for at, pair in enumerate(both) if pair[0] != pair[1]]
-                assert not unlike[:1], f"{first.name}: rank 0 {first.kinds}, rank {rank} {other.kinds}"
+                different = [(index, *pair) for index, pair in enumerate(both) if pair[0] != pair[1]]
+                assert not different[:1], f"{first.name}: rank 0 {first.kinds}, rank {rank} {other.kinds}"
                 numbers = len(first.collectives), len(other.collectives)
                 assert numbers[0] == numbers[1], f"{first.name}: rank 0 {first.kinds}, rank {rank} {other.kinds}"
         assert [report.error for report in reports] == [""] * len(reports)
     except AssertionError:
-        ranks.close()  # they wait for one another
+        ranks.close()  # they wait for each other
         raise
     return reports
 
@@ -154,9 +154,9 @@ def _assert_learns_the_same(reports: list[Report], expected: Report) -> None:
     values = {phase.name: phase.values for phase in expected.phases}
     seen = {phase.name: phase.values for phase in reports[0].phases if phase.values}
     assert seen.keys() == values.keys()
-    for name, found in seen.items():
-        assert found[0] == pytest.approx(values[name][0], rel=1e-5), name
-        assert found == pytest.approx(values[name], rel=1e-4), name
+    for name, of_phase in seen.items():
+        assert of_phase[0] == pytest.approx(values[name][0], rel=1e-5), name
+        assert of_phase == pytest.approx(values[name], rel=1e-4), name
     assert relative_difference(reports[0].after, expected.after) < 1e-4
     moved = [
         {name: run.after[name] - expected.before[name] for name in run.after if not name.endswith("k_proj.bias")}
@@ -166,10 +166,10 @@ def _assert_learns_the_same(reports: list[Report], expected: Report) -> None:
 
 
 @pytest.mark.parametrize("case", [*QUICK, *(pytest.param(each, marks=pytest.mark.full) for each in TABLE)], ids=str)
-def test_unlike_rows_issue_the_same_collectives(
+def test_different_rows_issue_the_same_collectives(
     start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], request: Any, case: Case
 ) -> None:
-    """On every rank, in every phase: kind, group, sizes and types; and what is learned is the reference's."""
+    """Kind, group, sizes and types are equal on all ranks in every phase; the run learns what the reference learns."""
     number = (case.stage + 1) % 4 if case.resumes_at == "another stage" else case.stage
     name = f"case_{[*QUICK, *TABLE].index(case)}_{request.node.callspec.indices['case']}"
     config = replace(_config(base, case, case.stage), name=name)
@@ -181,7 +181,7 @@ def test_unlike_rows_issue_the_same_collectives(
             kinds = [phase.kinds for phase in phases]
             assert any("blank" in of_rank for of_rank in kinds)
             assert all(len(set(of_ranks)) > 1 for of_ranks in zip(*kinds, strict=True))
-    if case.stage == 3:  # else nothing would have been gathered whose order matters
+    if case.stage == 3:  # parameters are gathered, so the order matters
         learned = next(phase for phase in reports[0].phases if phase.name == "learned trace")
         assert sum("all_gather" in each.kind or "allgather" in each.kind for each in learned.collectives) > 30
     _assert_learns_the_same(reports, references[case.trains])
@@ -192,7 +192,7 @@ def test_unlike_rows_issue_the_same_collectives(
 def test_compiled_blocks_issue_the_same_collectives(
     start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], recompute: str
 ) -> None:
-    """Both parts by torch.compile at ZeRO-2: rows of new lengths are compiled by each rank when it meets them."""
+    """Both parts with torch.compile at ZeRO-2: each rank compiles for a new row length when it occurs."""
     case = Case(2, 2, "the same stage", False, recompute, "all")
     config = replace(
         _config(base, case, case.stage), name=f"compiled_{recompute}", compile=("vision_tower", "language_model")
@@ -202,18 +202,18 @@ def test_compiled_blocks_issue_the_same_collectives(
 
 
 def test_compile_is_refused_at_zero_3(base: RunConfig) -> None:
-    """Six blocks reach torch.compile's limit there (two make 60 graphs, and 8 at ZeRO-2): refused."""
+    """It is refused because six blocks reach torch.compile's limit (two make 60 graphs, and 8 at ZeRO-2)."""
     config = replace(base, compile=("language_model",))
     check_values(config)
     with pytest.raises(ConfigError, match=r"compile=\[language_model\] .*ZeRO stage 3.*compile=\[\], or engine=zero2"):
         check_values(replace(config, engine=_engine(3, False)))
 
 
-def test_every_pair_of_values_meets() -> None:
-    """In some case of the table, unless the pair is impossible."""
-    met = set().union(*(case.pairs for case in TABLE))
-    for (one, values), (other, others) in combinations(FACTORS.items(), 2):
+def test_every_pair_of_values_is_covered() -> None:
+    """A case of the table has it, unless the pair is impossible."""
+    covered = set().union(*(case.pairs for case in TABLE))
+    for (first, values), (second, others) in combinations(FACTORS.items(), 2):
         for pair in product(values, others):
-            possible = {(one, pair[0]), (other, pair[1])} != {("stage", 0), ("offload", True)}
-            assert (((one, pair[0]), (other, pair[1])) in met) == possible, pair
+            is_possible = {(first, pair[0]), (second, pair[1])} != {("stage", 0), ("offload", True)}
+            assert (((first, pair[0]), (second, pair[1])) in covered) == is_possible, pair
     assert len(TABLE) < 20

@@ -1,4 +1,4 @@
-"""Owns the proofs about DeepSpeed's compiled op: built once by one process, never waited for in silence or for ever."""
+"""DeepSpeed's compiled op is built once, by one process; waiting for it is announced and limited."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache; the environment is put back afterwards."""
+    """An empty cache; the environment is restored afterwards."""
     monkeypatch.setenv("LLAVA_NEXT_CACHE", str(tmp_path))
     for name in ("TORCH_EXTENSIONS_DIR", "PATH"):
         monkeypatch.setenv(name, os.environ.get(name, ""))
@@ -28,14 +28,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def builds(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Takes the place of the compiler; one entry a build."""
-    done: list[float] = []
-    monkeypatch.setattr(deepspeed_ops, "_compile", lambda timeout_s, _: done.append(timeout_s))
-    return done
+    """Replaces the compiler; one entry per build."""
+    timeouts: list[float] = []
+    monkeypatch.setattr(deepspeed_ops, "_compile", lambda timeout_s, _: timeouts.append(timeout_s))
+    return timeouts
 
 
 def test_built_once(builds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    """The first start builds and says so; later ones find it, say nothing, and torch is told where it lies."""
+    """The first start builds and prints a line; later ones print nothing, and torch's extension folder is set."""
     deepspeed_ops.ensure_built(timeout_s=5)
     assert "compiling" in capsys.readouterr().err
     deepspeed_ops.ensure_built(timeout_s=5)
@@ -45,8 +45,8 @@ def test_built_once(builds: list[float], capsys: pytest.CaptureFixture[str]) -> 
     assert os.environ["PATH"].split(os.pathsep)[0] == str(Path(sys.executable).parent)
 
 
-def test_stale_lock_is_thrown_away(builds: list[float]) -> None:
-    """The lock file that a killed build left behind is gone before the next one starts: it would wait for ever."""
+def test_a_stale_lock_is_removed(builds: list[float]) -> None:
+    """The lock file of a killed build is removed before the next build, which would wait for it forever."""
     lock = deepspeed_ops.extensions_folder() / deepspeed_ops._OP / "lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -55,9 +55,24 @@ def test_stale_lock_is_thrown_away(builds: list[float]) -> None:
     assert len(builds) == 1
 
 
+def test_each_environment_has_its_own(builds: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch compiles again where the paths of its headers differ: an environment elsewhere builds into its own folder,
+    once, and the first one's stays as it is."""
+    assert not deepspeed_ops.is_built()
+    deepspeed_ops.ensure_built(timeout_s=5)
+    assert deepspeed_ops.is_built()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(sys, "prefix", "/another/environment")
+        assert not deepspeed_ops.is_built()
+        deepspeed_ops.ensure_built(timeout_s=5)
+        assert deepspeed_ops.is_built()
+    deepspeed_ops.ensure_built(timeout_s=5)
+    assert len(builds) == 2
+
+
 @contextmanager
 def another_process(folder: Path, lives_s: float, finishes: bool) -> Iterator[None]:
-    """A process that holds the build's lock for a while, and then has built, or has died."""
+    """A process that holds the build's lock for a while, and then has built the op or has died."""
     marker = folder / f"{deepspeed_ops._OP}.built"
     script = (
         "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.flock(file, fcntl.LOCK_EX)\n"
@@ -73,29 +88,29 @@ def another_process(folder: Path, lives_s: float, finishes: bool) -> Iterator[No
 
 
 def test_second_process_waits(builds: list[float], capsys: pytest.CaptureFixture[str]) -> None:
-    """While another process builds, this one says that it waits, and then uses what was built."""
+    """While another process builds, this one prints that it waits, and then uses the result."""
     with another_process(deepspeed_ops.extensions_folder(), 1.0, finishes=True):
         deepspeed_ops.ensure_built(timeout_s=30)
     assert builds == []
     assert "waiting for another process" in capsys.readouterr().err
 
 
-def test_builder_that_died_is_followed(builds: list[float]) -> None:
-    """The lock of a process dies with it: the one that waited builds."""
+def test_a_dead_builder_is_replaced(builds: list[float]) -> None:
+    """The lock is released when its process dies, and the waiting process builds."""
     with another_process(deepspeed_ops.extensions_folder(), 0.5, finishes=False):
         deepspeed_ops.ensure_built(timeout_s=30)
     assert len(builds) == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_compiler_that_outlives_its_starter_is_waited_for(
+def test_a_compiler_that_outlives_its_parent_is_waited_for(
     cache: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    """A start that is killed leaves its compiler at work, and two at once would take each other's files; one that is
-    asked to end takes it along."""
+    """A killed start leaves its compiler running, and two compilers would overwrite each other's files; after SIGTERM
+    the compiler is ended too."""
     trace = cache / "trace"
     build = (
-        f"import time; f = open({str(trace)!r}, 'a'); print('in', file=f, flush=True); time.sleep(3); "
+        f"import time; f = open({str(trace)!r}, 'a'); print('in', file=f, flush=True); time.sleep(1); "
         "print('out', file=f)"
     )
     first = f"import train.engine.deepspeed_ops as o; o._BUILD = {build!r}; o.ensure_built()"
@@ -114,8 +129,8 @@ def test_a_compiler_that_outlives_its_starter_is_waited_for(
     assert trace.read_text().split() == expected[number]
 
 
-def test_waiting_ends(builds: list[float]) -> None:
-    """A build that takes too long in another process is an error that says where to look."""
+def test_waiting_is_limited(builds: list[float]) -> None:
+    """A build that takes too long in another process is an error that names its lock file."""
     started = time.monotonic()
     with (
         another_process(deepspeed_ops.extensions_folder(), 60.0, finishes=True),
@@ -123,26 +138,26 @@ def test_waiting_ends(builds: list[float]) -> None:
             deepspeed_ops.OpBuildError, match=r"another process has been compiling .* for 1 s; see .*build\.flock"
         ),
     ):
-        deepspeed_ops.ensure_built(timeout_s=1.0, say=False)
+        deepspeed_ops.ensure_built(timeout_s=1.0, verbose=False)
     assert time.monotonic() - started < 10
     assert builds == []
 
 
-def test_failed_build_is_told_and_tried_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler's last words are in the error, nothing counts as built, and the lock is free again."""
+def test_a_failed_build_is_reported_and_repeated(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has the compiler's last lines, nothing counts as built, and the lock is free."""
     monkeypatch.setattr(
         deepspeed_ops, "_BUILD", "import sys; print('fatal error: Python.h: no such file'); sys.exit(1)"
     )
     for _ in range(2):
         with pytest.raises(deepspeed_ops.OpBuildError, match=r"(?s)C\+\+ compiler and Python's headers.*Python\.h"):
-            deepspeed_ops.ensure_built(timeout_s=60, say=False)
+            deepspeed_ops.ensure_built(timeout_s=60, verbose=False)
     assert not list(deepspeed_ops.extensions_folder().glob("*.built"))
     with (deepspeed_ops.extensions_folder() / "build.flock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def test_endless_build_is_ended(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiler that hangs is killed with everything that it started."""
+def test_an_endless_build_is_killed(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that hangs is killed with its child processes."""
     monkeypatch.setattr(
         deepspeed_ops,
         "_BUILD",
@@ -150,7 +165,7 @@ def test_endless_build_is_ended(cache: Path, monkeypatch: pytest.MonkeyPatch) ->
         f"open({str(cache / 'child')!r}, 'w').write(str(p.pid)); time.sleep(60)",
     )
     with pytest.raises(deepspeed_ops.OpBuildError, match="did not compile within 2 s"):
-        deepspeed_ops.ensure_built(timeout_s=2.0, say=False)
+        deepspeed_ops.ensure_built(timeout_s=2.0, verbose=False)
     time.sleep(0.2)
     stat = Path("/proc") / (cache / "child").read_text() / "stat"
     assert not stat.exists() or stat.read_text().split()[2] == "Z"

@@ -1,4 +1,4 @@
-"""Owns the proofs about groups and rates: the schedule is transformers' own, the table the live optimizer's."""
+"""Parameter groups and learning rates: the schedule is that of transformers, and the table that of the optimizer."""
 
 from typing import Any
 
@@ -12,25 +12,25 @@ from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import part_of, set_trained_parts
 from tests.train.cases import RATES, with_stage
 from train.config.schema import RunConfig, StageConfig
-from train.engine.optimizer import format_part_table, parameter_groups, part_table, schedule_factor, set_rates
+from train.engine.optimizer import adamw, format_part_table, parameter_groups, part_table, schedule_factor, set_rates
 
 
 def stage(**changes: Any) -> StageConfig:
-    """A stage whose values do not matter, with these changes."""
+    """A stage with arbitrary values and these changes."""
     values: dict[str, Any] = {"name": "s", "learning_rates": RATES, "batch_size": 1, "max_length": 8, **changes}
     return StageConfig(**values)
 
 
 @pytest.fixture(scope="module")
 def model(tiny_parts: RunConfig) -> LlavaNext:
-    """A tiny model of random weights."""
+    """A tiny model with random weights."""
     return build_model(read_backbone(tiny_parts.model), dtype=torch.float32, seed=0)
 
 
 @pytest.mark.parametrize(("num_steps", "ratio"), [(1, 0.0), (7, 0.0), (10, 0.03), (101, 0.1), (40, 0.5)])
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
 def test_schedule_is_transformers_own(schedule: Any, num_steps: int, ratio: float) -> None:
-    """At every step the rate is the one that transformers' scheduler of that name gives."""
+    """At every step the rate is that of transformers' scheduler of the same name."""
     warmup = -int(-num_steps * ratio // 1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     if schedule == "cosine":
@@ -45,19 +45,19 @@ def test_schedule_is_transformers_own(schedule: Any, num_steps: int, ratio: floa
 
 
 def test_groups_are_by_part_and_decay(model: LlavaNext, tiny_parts: RunConfig) -> None:
-    """Every trained parameter is in one group, of its own part; matrices decay, biases and vectors never do."""
+    """Every trained parameter is in one group of its part; matrices decay, biases and vectors do not."""
     chosen = with_stage(tiny_parts, learning_rates={**RATES, "image_newline": 2.0e-3}, weight_decay=0.1).stage
     set_trained_parts(model, chosen.rates)
     groups = parameter_groups(model, chosen)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    found: list[str] = []
+    in_groups: list[str] = []
     for group in groups:
         for parameter in group["params"]:
             assert part_of(names[id(parameter)]) == group["part"]
             assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
             assert group["peak_lr"] == chosen.rates[group["part"]]
-            found.append(names[id(parameter)])
-    assert sorted(found) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
+            in_groups.append(names[id(parameter)])
+    assert sorted(in_groups) == sorted(name for name, p in model.named_parameters() if p.requires_grad)
     assert [group["name"] for group in groups] == [
         "vision_tower.decay",
         "vision_tower.no_decay",
@@ -67,20 +67,20 @@ def test_groups_are_by_part_and_decay(model: LlavaNext, tiny_parts: RunConfig) -
         "language_model.decay",
         "language_model.no_decay",
     ]
-    assert {name for name in found if name.endswith("bias") or "norm" in name} <= {
+    assert {name for name in in_groups if name.endswith("bias") or "norm" in name} <= {
         names[id(p)] for group in groups if not group["weight_decay"] for p in group["params"]
     }
 
 
 def test_newline_follows_the_projector_unless_named() -> None:
-    """image_newline has the projector's rate by default, its own where it is named, and none without a projector."""
+    """image_newline has the projector's rate by default, its own rate if it is named, and none without a projector."""
     assert stage().rates["image_newline"] == RATES["projector"]
     assert stage(learning_rates={**RATES, "image_newline": 1.0e-5}).rates["image_newline"] == 1.0e-5
     assert stage(learning_rates={"language_model": 1.0e-5}).rates == {"language_model": 1.0e-5}
 
 
 def test_set_rates_writes_the_live_groups(model: LlavaNext, tiny_parts: RunConfig) -> None:
-    """The factor scales each part's own peak, in every group of it, and the rates are returned by part."""
+    """The factor scales each part's peak rate in all its groups, and the rates are returned by part."""
     set_trained_parts(model, tiny_parts.stage.rates)
     optimizer = torch.optim.AdamW(parameter_groups(model, tiny_parts.stage))
     rates = set_rates(optimizer.param_groups, 0.25)
@@ -91,7 +91,7 @@ def test_set_rates_writes_the_live_groups(model: LlavaNext, tiny_parts: RunConfi
 
 @pytest.mark.parametrize("trained", [("projector",), ("projector", "language_model"), PARTS])
 def test_part_table_shows_the_live_optimizer(model: LlavaNext, trained: tuple[str, ...]) -> None:
-    """Every part is shown with its parameters and its rate as the optimizer has it; a part in no group is frozen."""
+    """Every part has its parameters and its rate in the optimizer; a part without a group is frozen."""
     chosen = stage(learning_rates=dict.fromkeys(trained, 0.0001))
     set_trained_parts(model, chosen.rates)
     optimizer = torch.optim.AdamW(parameter_groups(model, chosen))
@@ -105,3 +105,12 @@ def test_part_table_shows_the_live_optimizer(model: LlavaNext, trained: tuple[st
     for group in optimizer.param_groups:
         group["peak_lr"] = 7.0
     assert {row.peak_rate for row in part_table(model, optimizer)} <= {7.0, None}
+
+
+def test_betas_and_eps_are_the_stages(model: LlavaNext, tiny_parts: RunConfig) -> None:
+    """AdamW gets the configuration's values, and torch's defaults without them."""
+    set_trained_parts(model, tiny_parts.stage.rates)
+    optimizer = adamw(model, with_stage(tiny_parts, betas=(0.8, 0.95), eps=1e-6).stage)
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.95), 1e-6)}
+    optimizer = adamw(model, tiny_parts.stage)
+    assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.9, 0.999), 1e-8)}

@@ -1,5 +1,5 @@
-"""Owns the proof that ranks which differ at the start do not train: another value of a tensor, another view of the
-shared folder, or another outcome of the start ends the run on every rank, with the rank's name.
+"""Ranks that differ at the start do not train: another value of a tensor, another view of the shared folder or another
+result of the start ends the run on every rank, and the message names the rank.
 """
 
 import time
@@ -17,15 +17,15 @@ from train.engine.replica_checksums import tensor_sums
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8])
-def test_a_sum_sees_one_flipped_bit(dtype: torch.dtype) -> None:
-    """Of any value of any type; and equal tensors have equal sums, whatever their layout."""
+def test_one_flipped_bit_changes_a_checksum(dtype: torch.dtype) -> None:
+    """Of any value of any data type; equal tensors have equal checksums, whatever their memory layout."""
     numbers = torch.arange(60).reshape(5, 12).to(dtype)
     [expected] = tensor_sums([numbers]).tolist()
     assert tensor_sums([numbers.t().contiguous().t()]).tolist() == [expected]
-    for place in (0, 29, 59):
+    for index in (0, 29, 59):
         for bit in (0, 7):
             changed = numbers.clone()
-            changed.view(-1).view(torch.uint8)[place * numbers.element_size()] ^= 1 << bit
+            changed.view(-1).view(torch.uint8)[index * numbers.element_size()] ^= 1 << bit
             assert tensor_sums([changed]).tolist() != [expected]
 
 
@@ -42,29 +42,29 @@ def test_a_sum_sees_one_flipped_bit(dtype: torch.dtype) -> None:
 def test_a_changed_tensor_stops_the_start(
     start_ranks: StartRanks, run_config: RunConfig, stage: int, name: str
 ) -> None:
-    """One value of one tensor of rank 1 (without a name: of a module that ZeRO-3 has gathered): every rank says so."""
+    """Every rank reports one changed value of a tensor of rank 1 (no name: of a module that ZeRO-3 has gathered)."""
     config = replace(run_config, engine=zero(stage))
-    told = start_ranks(2).run(replica_cases.start_with_a_changed_tensor, config, 1, name)
-    assert told[0] == told[1]
-    assert "rank(s) 1 hold other values" in told[0]
-    assert (name or "hf.") in told[0]
+    messages = start_ranks(2).run(replica_cases.start_with_a_changed_tensor, config, 1, name)
+    assert messages[0] == messages[1]
+    assert "rank(s) 1 hold other values" in messages[0]
+    assert (name or "hf.") in messages[0]
 
 
 def test_a_lagging_folder_is_waited_for(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Rank 1 sees the newest checkpoint a second after rank 0 does: both go on from it, and it is not called damaged.
-    Where it never sees it, both stop with its name."""
+    """Rank 1 sees the newest checkpoint a second after rank 0: both resume from it, and it is not marked as damaged. If
+    rank 1 never sees it, both stop with its name."""
     ranks = start_ranks(2)
     whole = ranks.run(cases.train, replace(run_config, name="whole"))[0]
     ranks.run(cases.train_up_to, run_config, 1)
     ranks.run(cases.train_up_to_and_see, run_config, 2)
     folder = run_config.run_dir / "checkpoints"
-    names = sorted(place.name for place in folder.iterdir())
+    names = sorted(checkpoint.name for checkpoint in folder.iterdir())
     assert names == ["step_000001", "step_000002"]
-    told = ranks.run(replica_cases.resume_where_a_folder_lags, run_config, 1, names[-1], 3600.0, 1.0)
-    assert told[0] == told[1]
-    assert "not on rank 1" in told[0]
-    assert names[-1] in told[0]
-    assert sorted(place.name for place in folder.iterdir()) == names
+    messages = ranks.run(replica_cases.resume_where_a_folder_lags, run_config, 1, names[-1], 3600.0, 1.0)
+    assert messages[0] == messages[1]
+    assert "not on rank 1" in messages[0]
+    assert names[-1] in messages[0]
+    assert sorted(checkpoint.name for checkpoint in folder.iterdir()) == names
     started = time.monotonic()
     resumed = ranks.run(replica_cases.resume_where_a_folder_lags, run_config, 1, names[-1], 1.0, 60.0)
     assert time.monotonic() - started > 1
@@ -74,13 +74,13 @@ def test_a_lagging_folder_is_waited_for(start_ranks: StartRanks, run_config: Run
     assert not list(folder.glob("*.damaged"))
 
 
-def test_unlike_starts_stop_every_rank(start_ranks: StartRanks) -> None:
-    """With both values, and the ranks that differ from rank 0."""
-    told = start_ranks(2).run(replica_cases.compare_unlike_starts, {0: 4, 1: 8})
-    assert told[0] == told[1]
-    assert "first step: rank(s) 1 have 8, rank 0 has 4" in told[0]
+def test_different_starts_stop_every_rank(start_ranks: StartRanks) -> None:
+    """The message has both values and the ranks that differ from rank 0."""
+    messages = start_ranks(2).run(replica_cases.compare_unlike_starts, {0: 4, 1: 8})
+    assert messages[0] == messages[1]
+    assert "first step: rank(s) 1 have 8, rank 0 has 4" in messages[0]
 
 
 def test_rank_0_reads_for_all(start_ranks: StartRanks) -> None:
-    """Its value, and its error, are every rank's."""
+    """Every rank gets its value, or raises its error."""
     assert start_ranks(2).run(replica_cases.unlike_errors) == [(0, "of rank 0")] * 2

@@ -1,4 +1,4 @@
-"""Owns the proofs about steps that must not be applied: they are not, at any ZeRO stage, and the policy decides."""
+"""Steps that must not be applied are skipped at any ZeRO stage, and `skip_non_finite` limits how many."""
 
 import json
 import math
@@ -11,7 +11,6 @@ from tests.train.cases import zero
 from tests.train.conftest import StartRanks
 from tests.train.faults import FAULTY_STEP, Fault
 from train.config.schema import RunConfig
-from train.supervision.stop_signal import StopSignal
 
 QUICK = {("gradient", 1, 0), ("gradient", 2, 2), ("loss", 2, 3)}
 
@@ -28,8 +27,8 @@ QUICK = {("gradient", 1, 0), ("gradient", 2, 2), ("loss", 2, 3)}
 def test_a_step_that_is_not_finite_is_left_out(
     start_ranks: StartRanks, run_config: RunConfig, fault: Fault, size: int, stage: int
 ) -> None:
-    """Where skip_non_finite allows it, no weight and no moment changes in that step, the samples are written down, and
-    the run goes on; every rank decides alike."""
+    """If skip_non_finite allows it, no weight and no moment changes in that step, its samples are recorded, and the run
+    goes on; every rank decides alike."""
     config = replace(run_config, engine=zero(stage), skip_non_finite=1)
     for seen in start_ranks(size).run(faults.run_with_faulty_step, config, fault):
         assert seen.ended == ""
@@ -49,36 +48,25 @@ def test_a_step_that_is_not_finite_is_left_out(
 
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.full)])
 def test_one_too_many_ends_the_run(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
-    """The first one ends the run by default, with what, where, key and samples; those before a restart count."""
+    """By default the first one ends the run, and the message has the cause, the step, the key and the samples; steps
+    that were skipped before a restart count."""
     config = replace(run_config, engine=zero(stage))
     seen = start_ranks(1).run(faults.run_with_faulty_step, config, "gradient")[0]
     assert seen.applied == [True]
-    assert "step 1: the gradient is not finite; the step was not applied, and 0 such steps may be" in seen.ended
-    assert "left out (skip_non_finite)" in seen.ended
+    assert "step 1: the gradient is not finite; the step was not applied, and skip_non_finite=0 allows" in seen.ended
     assert "Its samples: tiny_" in seen.ended
     allowed = replace(config, name="allowed", skip_non_finite=3)
-    assert "3 such steps may be" in start_ranks(1).run(faults.run_with_faulty_step, allowed, "loss", 3)[0].ended
+    assert "skip_non_finite=3 allows" in start_ranks(1).run(faults.run_with_faulty_step, allowed, "loss", 3)[0].ended
 
 
 def test_out_of_memory_says_which_row(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Which step and row, how large it is, and the settings that make it smaller and change nothing that is learned."""
+    """The message has step, row and size, and the settings that make it smaller and change nothing that is learned."""
     ended = start_ranks(1).run(faults.run_with_faulty_step, run_config, "memory")[0].ended
     for text in (
         "OutOfMemory: step 1, micro-step 0: a row of ",
         "Lower packing.max_tokens (640; at least stage.max_length, 512) or packing.max_tiles (24)",
         "set recompute=[language_model]",
         "engine=zero3",
-        "It said: Tried to allocate 2.00 GiB",
+        "Tried to allocate 2.00 GiB",
     ):
         assert text in ended, ended
-
-
-def test_a_second_request_ends_at_once() -> None:
-    """Signals that come together are one request; a later one does not wait for the step."""
-    stop = StopSignal()
-    stop._on_signal(15, None)
-    stop._on_signal(15, None)
-    assert stop.asked
-    stop._asked_at -= 2 * StopSignal.SAME_REQUEST_S
-    with pytest.raises(KeyboardInterrupt):
-        stop._on_signal(15, None)

@@ -1,4 +1,4 @@
-"""Owns the model that the tests of train/evaluate/ share."""
+"""Fixtures of the tests of train/evaluate/."""
 
 import pytest
 
@@ -7,5 +7,5 @@ from tests.train.evaluate.learned import Learned, learn
 
 @pytest.fixture(scope="session")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
-    """An export that knows three of four answers."""
+    """An export that has learned three of four answers."""
     return learn(tmp_path_factory.mktemp("learned"))

@@ -1,4 +1,4 @@
-"""A tiny model that has learned the answers of three of four pictures by heart, as an export."""
+"""A tiny model that has memorized the answers for three of four images, as an export."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ ANSWERS = ("red", "blue", "a cat", "no")
 
 @dataclass(frozen=True)
 class Learned:
-    """The export, and what it was made from."""
+    """The export, and its parts."""
 
     export: Path
     config: ModelConfig
@@ -30,21 +30,21 @@ class Learned:
 
 
 def sample(number: int) -> StoredSample:
-    """A picture with one question, whose answer is the number's."""
+    """Returns an image with one question, whose answer depends on the number."""
     messages = (Message("user", "<image>\nWhat is it?"), Message("assistant", ANSWERS[number]))
     picture = encoded_picture(number, SIZE_HW)
     return StoredSample(str(number), "shapes", messages, (SIZE_HW,), (picture,), (str(number),))
 
 
 def learn(folder: Path) -> Learned:
-    """Trains it; a few seconds."""
+    """Trains the model; takes a few seconds."""
     torch.set_num_threads(1)
     config = tiny_model(folder, tower="clip")
     backbone = read_backbone(config)
     model = build_model(backbone, dtype=torch.float32, seed=0)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
     samples = [sample(number) for number in range(len(ANSWERS))]
-    examples = [processor.encode(s.messages, s.sizes_hw, s.pictures) for s in samples[:3]]
+    examples = [processor.encode(s.messages, s.sizes_hw, s.images) for s in samples[:3]]
     batch = collate(examples, tile=backbone.tile, patches_per_tile=backbone.patches_per_side**2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""Free answers do not depend on their batch; a foreign prompt is refused; what was cut off is told."""
+"""Tests of free answers: they do not depend on their batch, other prompts are rejected, and cut answers are marked."""
 
 import shutil
 from dataclasses import replace
@@ -17,14 +17,15 @@ from train.evaluate.image_questions import Question
 
 
 def _answers(learned: Learned, batch_size: int, max_new_tokens: int = 12, export: Path | None = None) -> list[Answer]:
-    """Questions of unlike lengths about pictures of unlike shapes, so that batches are padded and tiles differ."""
+    """Answers questions of different lengths about images of different shapes, so that batches are padded and tiles
+    differ."""
     samples, questions = list(learned.samples), []
     for number, size_hw in enumerate(SIZES_HW):
         picture = encoded_picture(50 + number, size_hw)
-        samples.append(replace(samples[0], id=f"shape {number}", sizes_hw=(size_hw,), pictures=(picture,)))
-    for number, one in enumerate(samples):
+        samples.append(replace(samples[0], id=f"shape {number}", sizes_hw=(size_hw,), images=(picture,)))
+    for number, item in enumerate(samples):
         text = "What is it?" if number < 4 else "What is it, " + "and what " * (number % 4) + "else?"
-        questions.append(Question(one.source, number, text, one.messages[1].text))
+        questions.append(Question(item.source, number, text, item.messages[1].text))
     stock = StockModel(
         export or learned.export,
         learned.processor,
@@ -32,11 +33,11 @@ def _answers(learned: Learned, batch_size: int, max_new_tokens: int = 12, export
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    return stock.answers(samples, questions, "exact_match")
+    return stock.generate_answers(samples, questions, "exact_match")
 
 
 def test_answers_do_not_depend_on_their_batch(learned: Learned) -> None:
-    """Padded on the left and together, or alone: the same texts, in the order of the questions."""
+    """Padded on the left in a batch, or alone: the same texts, in the order of the questions."""
     alone, together = _answers(learned, 1), _answers(learned, 5)
     assert together == alone
     assert [answer.id for answer in alone[:4]] == ["0", "1", "2", "3"]
@@ -44,24 +45,24 @@ def test_answers_do_not_depend_on_their_batch(learned: Learned) -> None:
     assert len({answer.answer for answer in alone}) > 2
 
 
-def test_an_answer_that_is_cut_off_is_told(learned: Learned) -> None:
-    """One token is enough for no answer and its end."""
+def test_cut_answer_is_marked(learned: Learned) -> None:
+    """With one token, every answer is marked as cut."""
     assert all(answer.is_cut for answer in _answers(learned, 4, max_new_tokens=1))
     assert not any(answer.is_cut for answer in _answers(learned, 4)[:3])
 
 
 def test_another_prompt_is_refused(learned: Learned, tmp_path: Path) -> None:
-    """A chat template that says one word more than the training did."""
+    """A chat template with one more word than the training is an error."""
     export = tmp_path / "export"
     shutil.copytree(learned.export, export)
     file = export / "chat_template.jinja"
     file.write_text(file.read_text() + "{{ 'Well, ' }}")
-    with pytest.raises(ModelError, match="renders another prompt than training did"):
+    with pytest.raises(ModelError, match="renders another prompt than the training"):
         _answers(learned, 4, export=export)
 
 
 def test_a_template_that_begins_the_text_itself(tmp_path: Path) -> None:
-    """Vicuna's writes <s>, and so does its tokenizer: together that is another prompt than training's."""
+    """If both Vicuna's template and its tokenizer add <s>, the prompt differs from the training's."""
     config = tiny_model(tmp_path, template="vicuna_v1", kind="metaspace")
     backbone = read_backbone(config)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
@@ -69,4 +70,4 @@ def test_a_template_that_begins_the_text_itself(tmp_path: Path) -> None:
     stock = StockModel(tmp_path / "export", processor, torch.device("cpu"), batch_size=2, max_new_tokens=1)
     samples = [sample(number) for number in range(2)]
     questions = [Question("shapes", number, "What is it?", "red") for number in range(2)]
-    assert len(stock.answers(samples, questions, "exact_match")) == 2
+    assert len(stock.generate_answers(samples, questions, "exact_match")) == 2

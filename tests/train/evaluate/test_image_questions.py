@@ -1,4 +1,4 @@
-"""What counts as right is what stock `generate` answers; the figures add up."""
+"""Tests of the accuracy of image questions: it agrees with stock `generate`, and the numbers are consistent."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -18,30 +18,30 @@ from train.evaluate.answers import StockModel
 from train.evaluate.image_questions import (
     Question,
     answer_all,
+    extract_questions,
     filter_by_length,
-    questions_of,
+    read_single_image_samples,
     summarize,
-    with_one_picture,
 )
-from train.validation.held_out import of_mixture
+from train.validation.held_out import list_mixture_samples
 
 
 def test_a_hit_is_what_generate_answers(learned: Learned) -> None:
-    """Teacher-forced hits are exactly the questions whose truth stock `generate` answers, right ones and wrong ones."""
+    """Teacher-forced hits are exactly the questions whose truth stock `generate` answers."""
     processor, samples = learned.processor, learned.samples
     _, model = read_hf(learned.export, learned.config)
-    questions = [question for n, s in enumerate(samples) for question in questions_of("shapes", [s], 9, 9)]
+    questions = [question for n, s in enumerate(samples) for question in extract_questions("shapes", [s], 9, 9)]
     questions = [replace(question, sample=n) for n, question in enumerate(questions)]
     right, other = answer_all(model, processor, samples, questions)
     stock = StockModel(learned.export, processor, torch.device("cpu"), batch_size=1, max_new_tokens=24)
-    answers = [answer.answer for answer in stock.answers(samples, questions, "none")]
+    answers = [answer.answer for answer in stock.generate_answers(samples, questions, "none")]
     assert [answer == truth for answer, truth in zip(answers, ANSWERS, strict=True)] == right.tolist()
     assert right.tolist() == [True, True, True, False]
     assert not other.any()  # every answer differs, so another sample's picture leads to another answer
 
 
 def test_figures_add_up() -> None:
-    """Shares are of all questions, and the interval of the difference holds the difference."""
+    """Shares refer to all questions, and the interval contains the difference."""
     questions = [Question("s", n // 2, "q", "no" if n % 4 else "yes") for n in range(40)]
     right = np.array([n % 10 != 0 for n in range(40)])
     other = np.array([n % 2 == 0 for n in range(40)])
@@ -54,36 +54,38 @@ def test_figures_add_up() -> None:
     assert accuracy.difference == pytest.approx(accuracy.right_picture - accuracy.other_picture)
 
 
-def test_questions_are_asked_on_their_own(tmp_path: Path) -> None:
-    """Only held-out samples with one picture are asked about, each turn as a question without a placeholder."""
+def test_questions_are_asked_one_at_a_time(tmp_path: Path) -> None:
+    """Only held-out samples with one image are used, each turn as a question without a placeholder."""
     mixture_config, store_root = tiny_mixture(tmp_path, 20, holdout=5)
     mixture = Mixture.open(mixture_config, store_root)
-    held_out = {source: with_one_picture(samples, 9) for source, samples in of_mixture(mixture).items()}
-    trained = {h for n in range(mixture.num_samples) for h in mixture.sample(n).picture_hashes}
+    held_out = {
+        source: read_single_image_samples(samples, 9) for source, samples in list_mixture_samples(mixture).items()
+    }
+    trained = {h for n in range(mixture.num_samples) for h in mixture.sample(n).image_hashes}
     assert set(held_out) == {"tiny_pictures"}
     samples = held_out["tiny_pictures"]
     assert samples
-    assert all(len(sample.pictures) == 1 and not set(sample.picture_hashes) & trained for sample in samples)
-    questions = questions_of("tiny_pictures", samples, limit=4, per_picture=2)
+    assert all(len(sample.images) == 1 and not set(sample.image_hashes) & trained for sample in samples)
+    questions = extract_questions("tiny_pictures", samples, limit=4, per_picture=2)
     assert len(questions) <= 4
     assert all("<image>" not in question.text and question.truth for question in questions)
 
 
-def test_the_form_of_answer_is_asked_for_each_time() -> None:
-    """It stands with a conversation's first question only, and every question is asked on its own."""
+def test_form_of_answer_is_appended_to_every_question() -> None:
+    """The instruction of a conversation's first question is appended to every question."""
     turns = [f"<image>\nWhich is highest?\n{SHORT_ANSWER}", "2016", "Which is lowest?", "2011"]
     messages = tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns))
-    asked = questions_of("charts", [replace(sample(0), messages=messages)], limit=9, per_picture=9)
+    asked = extract_questions("charts", [replace(sample(0), messages=messages)], limit=9, per_picture=9)
     assert [question.text.split("\n") for question in asked] == [
         ["Which is highest?", SHORT_ANSWER],
         ["Which is lowest?", SHORT_ANSWER],
     ]
 
 
-def test_questions_too_long_for_another_picture_are_counted(learned: Learned) -> None:
-    """A question is asked with another's picture too, so it has to fit with the largest of them."""
+def test_questions_too_long_for_another_image_are_counted(learned: Learned) -> None:
+    """A question is also asked with another image, so it must fit with the largest one."""
     small, large = replace(learned.samples[0], sizes_hw=((31, 90),)), learned.samples[1]
-    short, long = questions_of("shapes", [small], 9, 9)[0], Question("shapes", 0, "Which?", "a long truth " * 20)
+    short, long = extract_questions("shapes", [small], 9, 9)[0], Question("shapes", 0, "Which?", "a long truth " * 20)
     whole = [Message("user", f"<image>\n{long.text}"), Message("assistant", long.truth)]
     just_enough = learned.processor.layout(whole, small.sizes_hw).num_tokens
     processor = Processor(learned.processor.tokenizer, replace(learned.processor.config, max_length=just_enough))

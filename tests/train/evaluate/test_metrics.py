@@ -1,4 +1,4 @@
-"""Each metric against worked examples of the paper or program that published it."""
+"""Tests of the metrics with worked examples of the papers and programs that published them."""
 
 import random
 
@@ -21,14 +21,14 @@ PIX2STRUCT = [
 
 
 def test_every_name_of_a_yaml_has_its_metric() -> None:
-    """What a source may name is what can be computed."""
-    assert set(metrics.BY_NAME) == set(METRICS)
+    """Every metric that a source may name exists."""
+    assert set(metrics.METRICS_BY_NAME) == set(METRICS)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("anls", 47.5), ("relaxed_accuracy", 62.5)])
 def test_pix2struct_examples(name: str, expected: float) -> None:
-    """The means that pix2struct's own test expects."""
-    scores = [metrics.BY_NAME[name](answer, [truth]) or 0.0 for answer, truth in PIX2STRUCT]
+    """The means are those of pix2struct's own test."""
+    scores = [metrics.METRICS_BY_NAME[name](answer, [truth]) or 0.0 for answer, truth in PIX2STRUCT]
     assert 100 * sum(scores) / len(scores) == pytest.approx(expected)
 
 
@@ -45,13 +45,13 @@ def test_pix2struct_examples(name: str, expected: float) -> None:
     ],
 )
 def test_anls(answer: str, truths: list[str], expected: float) -> None:
-    """The nearest truth counts, and nothing below a half."""
+    """The nearest truth counts, and similarities below one half are 0."""
     assert metrics.anls(answer, truths) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("people", "expected"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_vqa_accuracy_of_ten_people(people: int, expected: float) -> None:
-    """The values of visualqa.org's formula, averaged over the ten ways of leaving one person out."""
+    """The values are those of visualqa.org's formula, averaged over the ten ways to leave one annotator out."""
     truths = ["red"] * people + [f"other {number}" for number in range(10 - people)]
     assert metrics.vqa_accuracy("Red", truths) == pytest.approx(expected)
 
@@ -71,12 +71,13 @@ def test_vqa_accuracy_of_ten_people(people: int, expected: float) -> None:
     ],
 )
 def test_vqa_normalisation(text: str, expected: str) -> None:
-    """As GT-Vision-Lab/VQA's vqaEval.py does it: punctuation, then number words, articles and contractions."""
-    assert metrics.vqa_normalized(text) == expected
+    """The normalization is that of GT-Vision-Lab/VQA's vqaEval.py: punctuation, number words, articles and
+    contractions."""
+    assert metrics.normalize_vqa_answer(text) == expected
 
 
 def test_a_single_truth_counts_whole() -> None:
-    """A training set keeps one answer of the ten."""
+    """With a single truth, as in training sets, a match gives 1."""
     assert metrics.vqa_accuracy("the red one", ["red 1"]) == 1.0
     assert metrics.vqa_accuracy("blue", ["red"]) == 0.0
 
@@ -86,7 +87,7 @@ def test_a_single_truth_counts_whole() -> None:
     [("105", "100", 1), ("105.1", "100", 0), ("-95", "-100", 1), ("0", "0", 1), ("0.0", "0", 0), ("Yes", "yes", 1)],
 )
 def test_relaxed_accuracy(answer: str, truth: str, expected: int) -> None:
-    """Five per cent of the truth, its ends included; a truth of zero has no five per cent."""
+    """The tolerance is 5 % of the truth, inclusive; a truth of zero has no tolerance."""
     assert metrics.relaxed_accuracy(answer, [truth]) == expected
 
 
@@ -107,19 +108,19 @@ def test_relaxed_accuracy(answer: str, truth: str, expected: int) -> None:
     ],
 )
 def test_options(answer: str, letter: str) -> None:
-    """The letter that was chosen; no letter is never right."""
+    """The chosen letter is compared; an answer without a letter is wrong."""
     assert metrics.options(answer, ["B"]) == (letter == "B")
     assert metrics.options(answer, ["C"]) == 0.0
 
 
 @pytest.mark.parametrize(("a", "b", "distance"), [("kitten", "sitting", 3), ("flaw", "lawn", 2), ("", "abc", 3)])
 def test_edit_distance_of_known_pairs(a: str, b: str, distance: int) -> None:
-    """Textbook pairs, both ways."""
+    """Textbook pairs, in both directions."""
     assert metrics.edit_distance(a, b) == metrics.edit_distance(b, a) == distance
 
 
 def test_edit_distance_is_the_tables() -> None:
-    """The running minimum gives what the table gives cell by cell."""
+    """The row-wise computation equals that cell by cell."""
     rng = random.Random(0)
     for _ in range(200):
         a, b = ("".join(rng.choice("abc ") for _ in range(rng.randrange(12))) for _ in range(2))
@@ -132,7 +133,8 @@ def test_edit_distance_is_the_tables() -> None:
 
 
 def test_edit_similarity() -> None:
-    """One minus Donut's normalised distance: of the longer text, case counted, white space collapsed."""
+    """One minus Donut's normalized distance: relative to the longer text, case-sensitive, with collapsed white
+    space."""
     assert metrics.edit_similarity("The  quick\nfox", ["The quick fox"]) == 1.0
     assert metrics.edit_similarity("the", ["The"]) == pytest.approx(2 / 3)
     assert metrics.edit_similarity("", [""]) == 1.0
@@ -150,22 +152,22 @@ def test_edit_similarity() -> None:
     ],
 )
 def test_grounding_iou(answer: str, expected: float) -> None:
-    """Areas by hand; the first box of the answer counts."""
+    """Areas computed by hand; the first box of the answer counts."""
     assert metrics.grounding_iou(answer, ["[0.000,0.000,1.000,1.000]"]) == pytest.approx(expected)
 
 
-def test_a_truth_without_a_box_is_not_scored() -> None:
-    """Sources that describe regions and find them have both kinds of questions."""
+def test_truth_without_a_box_has_no_score() -> None:
+    """A truth without a box has no score."""
     assert metrics.grounding_iou("[0,0,1,1]", ["A red hat."]) is None
 
 
 @pytest.mark.parametrize(("answer", "expected"), [("Blue.", 1.0), (" blue ", 1.0), ("light blue", 0.0)])
 def test_exact_match(answer: str, expected: float) -> None:
-    """Case, outer white space and a final period do not count."""
+    """Case, surrounding white space and a final period are ignored."""
     assert metrics.exact_match(answer, ["blue"]) == expected
 
 
 def test_none_scores_nothing() -> None:
-    """A caption is judged by its loss alone."""
+    """The metric none has no score; captions are evaluated by their loss only."""
     assert metrics.score("none", "a", ["a"]) is None
     assert metrics.score("exact_match", "a", ["a"]) == 1.0

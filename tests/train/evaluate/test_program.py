@@ -1,4 +1,4 @@
-"""The program: a run and a directory of a model alike, figures, answers and tables; what it refuses."""
+"""Tests of `python -m train.evaluate` on a run and on a model directory: results, answers, tables and errors."""
 
 import json
 from dataclasses import replace
@@ -21,7 +21,7 @@ from tests.train.cases import tiny_run, with_stage
 from tests.train.evaluate.learned import ANSWERS, Learned
 from train.config.compose import to_yaml
 from train.evaluate.__main__ import main
-from train.evaluate.evaluated_model import of_directory
+from train.evaluate.evaluated_model import load_directory
 
 
 def _result(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -33,9 +33,9 @@ def _result(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 def test_a_run_is_evaluated_from_its_folder(
     tmp_path: Path, mode: ImageMode, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From config.yaml, export and stores alone come a loss, a score and accuracies for every source, and accuracies of
-    all together; also where the model saw single views, and the stock processor has to make the same prompt of them.
-    The loss is the model's own over the held-out samples one by one."""
+    """From config.yaml, export and stores come a loss, a score and accuracies for every source, and accuracies over
+    all; also with single views, where the stock processor must render the same prompt. The loss equals the model's on
+    the held-out samples one by one."""
     model_config = tiny_model(tmp_path / "models")
     mixture_config, store_root = tiny_mixture(tmp_path / "data", 16, holdout=6)
     config = with_stage(tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs"), image_mode=mode)
@@ -59,7 +59,7 @@ def test_a_run_is_evaluated_from_its_folder(
     total = tokens = 0.0
     for number in mixture.heldout("tiny_pictures"):
         held_out = mixture.heldout_sample("tiny_pictures", number)
-        example = processor.encode(held_out.messages, held_out.sizes_hw, held_out.pictures)
+        example = processor.encode(held_out.messages, held_out.sizes_hw, held_out.images)
         batch = collate([example], tile=backbone.tile, patches_per_tile=backbone.patches_per_side**2)
         loss = LossSums(*model(batch))
         total, tokens = total + loss.by_source.item(), tokens + loss.tokens_by_source.item()
@@ -70,9 +70,9 @@ def test_a_run_is_evaluated_from_its_folder(
 def test_a_directory_is_evaluated_on_stores(
     learned: Learned, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Without a run, template, geometry and normalisation come from the directory; scores are the right answers' share,
-    the stores' metrics are used unless others are named, and text alone has a loss."""
-    samples = [Sample(sample.id, sample.messages, sample.pictures, f"shapes:{sample.id}") for sample in learned.samples]
+    """Without a run, template, geometry and normalization come from the directory; scores are the share of right
+    answers, the stores' metrics are used unless others are chosen, and text-only sources have a loss."""
+    samples = [Sample(sample.id, sample.messages, sample.images, f"shapes:{sample.id}") for sample in learned.samples]
     write_store(tmp_path / "shapes", SourceInfo("shapes", "messages_jsonl", "shapes", metric="anls"), samples)
     tiny_store(tmp_path, "chats", tiny_samples(3, pictures=False))
     out = tmp_path / "figures.json"
@@ -90,20 +90,24 @@ def test_a_directory_is_evaluated_on_stores(
 
 
 @pytest.mark.parametrize("mode", get_args(ImageMode))
-def test_a_directory_says_how_its_images_are_shown(tmp_path: Path, mode: ImageMode) -> None:
-    """Without a run, images are encoded in the mode that the directory's processor has."""
+def test_image_mode_is_read_from_the_directory(tmp_path: Path, mode: ImageMode) -> None:
+    """Without a run, images are encoded in the mode of the directory's processor."""
     backbone = read_backbone(tiny_model(tmp_path / "models", "siglip"))
     processor = backbone.processor(template=None, image_mode=mode, max_length=512)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
     store = tiny_store(tmp_path, "tiny", tiny_samples(3))
-    subject = of_directory(tmp_path / "export", [store], torch.device("cpu"), num=1, seed=0, chosen={})
-    found, trained = subject.processor.config, processor.config
-    assert (found.image_mode, found.pad_colour) == (mode, trained.pad_colour)
-    assert (found.tile, found.patches_per_side, found.grids) == (trained.tile, trained.patches_per_side, trained.grids)
+    subject = load_directory(tmp_path / "export", [store], torch.device("cpu"), num=1, seed=0, chosen={})
+    actual, trained = subject.processor.config, processor.config
+    assert (actual.image_mode, actual.pad_colour) == (mode, trained.pad_colour)
+    assert (actual.tile, actual.patches_per_side, actual.grids) == (
+        trained.tile,
+        trained.patches_per_side,
+        trained.grids,
+    )
 
 
 def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:
-    """The same seed asks the same questions in the same order; another asks others."""
+    """The same seed draws the same questions in the same order; another seed draws others."""
     tiny_store(tmp_path, "tiny", tiny_samples(30))
     asked: list[list[dict[str, Any]]] = []
     for seed in (0, 0, 1):
@@ -118,20 +122,20 @@ def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{folder}"], "is no run folder"),
-        (["{export}"], "name what it is asked about, --store STORE"),
+        (["{folder}"], "not a run folder"),
+        (["{export}"], "pass prepared sources with --store STORE"),
         (["{export}", "--store", "{folder}/nothing"], "no complete store at"),
         (
             ["{export}", "--store", "{folder}/tiny", "--metric", "tiny=bleu"],
-            "there is no such metric; known: exact_match",
+            "unknown metric; available: exact_match",
         ),
-        (["{export}", "--store", "{folder}/tiny", "--metric", "tony=anls"], "no such source; there are tiny"),
+        (["{export}", "--store", "{folder}/tiny", "--metric", "tony=anls"], "unknown source; available: tiny"),
     ],
 )
-def test_mistakes_are_told(
+def test_invalid_arguments_are_errors(
     learned: Learned, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
-    """In a sentence with the way out, exit code 2."""
+    """Errors are one sentence with the fix, and exit code 2."""
     tiny_store(tmp_path, "tiny", tiny_samples(3, pictures=False))
     named = [argument.format(folder=tmp_path, export=learned.export) for argument in arguments]
     assert main(named) == 2

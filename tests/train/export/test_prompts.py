@@ -1,4 +1,6 @@
-"""An export renders the prompt of the training, whoever adds the beginning-of-sequence token of its tokenizer."""
+"""Tests that an export renders the prompt of the training, whether or not its tokenizer adds the beginning-of-sequence
+token.
+"""
 
 import json
 import shutil
@@ -13,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokeniz
 
 from llava_next.config import ModelConfig
 from llava_next.formats.hugging_face import write_hf
-from llava_next.inputs.chat_template import adds_bos, set_post_processor, template_of
+from llava_next.inputs.chat_template import is_bos_added, set_post_processor, template_from_tokenizer
 from llava_next.model.build import build_model, read_backbone, read_tokenizer
 from tests.oracles import real_tokenizers
 from tests.tiny import tiny_model
@@ -26,7 +28,7 @@ BOS_TEMPLATES = ("vicuna_v1", "mistral_instruct", "llava_llama_3")
 
 
 def _run_with_export(config: RunConfig, model: ModelConfig) -> Path:
-    """The folder of a run that has written its export, with random weights."""
+    """Returns the folder of a run that has written its export, with random weights."""
     config = replace(config, model=model)
     backbone = read_backbone(model)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
@@ -37,7 +39,7 @@ def _run_with_export(config: RunConfig, model: ModelConfig) -> Path:
 
 
 def _prompts(stock: Any, image: Image.Image) -> list[list[int]]:
-    """Ids by each way of calling a processor."""
+    """Returns the ids by each way to call a processor."""
     words = {"type": "text", "text": QUESTION}
     text = stock.apply_chat_template(
         [{"role": "user", "content": [{"type": "image"}, words]}], add_generation_prompt=True
@@ -51,10 +53,10 @@ def _prompts(stock: Any, image: Image.Image) -> list[list[int]]:
 def test_a_tokenizer_that_adds_the_token_is_exported(
     run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], template: str
 ) -> None:
-    """The program verifies the export, whose prompts hold the token once however they are made; in the authors' layout
-    the tokenizer adds it and the chat template does not print it."""
+    """The program verifies the export, whose prompts have the token once in every way of calling; in the authors'
+    layout the tokenizer adds it and the chat template does not print it."""
     model = tiny_model(tmp_path / "parts", template=template, kind="metaspace")
-    assert adds_bos(read_tokenizer(model.language_model.tokenizer_path))
+    assert is_bos_added(read_tokenizer(model.language_model.tokenizer_path))
     run_dir = _run_with_export(run_config, model)
     out = tmp_path / "out"
     assert main([str(run_dir), "--out", str(out)]) == 0, capsys.readouterr().err
@@ -75,11 +77,12 @@ def test_a_tokenizer_that_adds_the_token_is_exported(
 def test_an_export_of_before_is_corrected(
     run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A directory whose chat template prints the token and whose tokenizer adds it: its copy adds none."""
+    """A directory whose chat template prints the token and whose tokenizer adds it too: the copy's tokenizer adds
+    none."""
     model = tiny_model(tmp_path / "parts", template="vicuna_v1", kind="metaspace")
     old = _run_with_export(run_config, model) / "export"
     tokenizer = AutoTokenizer.from_pretrained(old)
-    set_post_processor(tokenizer, adds_bos=True)
+    set_post_processor(tokenizer, add_bos=True)
     tokenizer.backend_tokenizer.save(str(old / "tokenizer.json"))
     settings = json.loads((old / "tokenizer_config.json").read_text())
     del settings["padding_side"], settings["add_bos_token"]
@@ -93,7 +96,7 @@ def test_an_export_of_before_is_corrected(
 
 
 def test_answers_in_a_batch_are_those_of_one_by_one(run_config: RunConfig, tmp_path: Path) -> None:
-    """A stock pipeline that pads as the exported tokenizer says, with prompts of unlike lengths."""
+    """A stock pipeline that pads as the exported tokenizer does, with prompts of different lengths."""
     model_config = tiny_model(tmp_path / "parts", template="vicuna_v1", kind="metaspace")
     export = _run_with_export(run_config, model_config) / "export"
     stock, model = AutoProcessor.from_pretrained(export), AutoModelForImageTextToText.from_pretrained(export)
@@ -106,8 +109,8 @@ def test_answers_in_a_batch_are_those_of_one_by_one(run_config: RunConfig, tmp_p
 
     def answers(images: list[Image.Image], texts: list[str]) -> list[list[int]]:
         inputs = stock(images=images, text=texts, padding=True, return_tensors="pt")
-        found = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
-        return found[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
+        result = model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+        return result[:, inputs["input_ids"].shape[1] :].tolist()  # type: ignore[no-any-return]
 
     alone = [answers([image], [text])[0] for image, text in zip(images, texts, strict=True)]
     assert answers(images, texts) == alone
@@ -115,12 +118,12 @@ def test_answers_in_a_batch_are_those_of_one_by_one(run_config: RunConfig, tmp_p
 
 @pytest.mark.parametrize("name", ["vicuna", "mistral"])
 def test_a_published_directory_is_prompted_as_its_processor_does(tmp_path: Path, name: str) -> None:
-    """The released Hugging Face checkpoints: the chat template prints no token, the tokenizer adds it. `template:
-    tokenizer` opens samples with it; beside a language model alone, whose tokenizer renders without it, it does not."""
+    """In released Hugging Face checkpoints the chat template prints no token and the tokenizer adds it. `template:
+    tokenizer` starts samples with it; with a plain language model, whose tokenizer renders without it, it does not."""
     tokenizer = real_tokenizers.tokenizer(name)
     tokenizer.save_pretrained(tmp_path / "plain")
     again = AutoTokenizer.from_pretrained(tmp_path / "plain")
-    set_post_processor(again, adds_bos=True)
+    set_post_processor(again, add_bos=True)
     again.chat_template = (
         "{% for message in messages %}{{ message['role'].upper() + ': ' + message['content'] }}"
         "{{ '</s>' if message['role'] == 'assistant' else ' ' }}{% endfor %}"
@@ -129,5 +132,5 @@ def test_a_published_directory_is_prompted_as_its_processor_does(tmp_path: Path,
     again.save_pretrained(tmp_path / "model")
     shutil.copytree(tmp_path / "model", tmp_path / "whole")
     (tmp_path / "whole" / "processor_config.json").write_text("{}")
-    assert not template_of(read_tokenizer(str(tmp_path / "model"))).bos
-    assert template_of(read_tokenizer(str(tmp_path / "whole"))).bos
+    assert not template_from_tokenizer(read_tokenizer(str(tmp_path / "model"))).bos
+    assert template_from_tokenizer(read_tokenizer(str(tmp_path / "whole"))).bos

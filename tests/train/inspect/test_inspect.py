@@ -1,4 +1,4 @@
-"""What `python -m train.inspect` shows is what the model sees; no text of the data gets out of its place."""
+"""The pages of `python -m train.inspect` show what the model sees, and texts of the data remain text."""
 
 import io
 import json
@@ -34,7 +34,7 @@ from train.config.compose import to_yaml
 from train.config.schema import RunConfig
 from train.inspect.__main__ import main
 from train.inspect.drawing import canvas_of, side_for
-from train.inspect.prompt import answers_of, pieces_of
+from train.inspect.prompt import split_prompt, split_turns
 
 MESSAGES = (
     Message("user", "<image><image>\nIs this é, 中 or 🙂?"),
@@ -57,21 +57,21 @@ def _processor(
 @pytest.mark.parametrize("kind", ["bytes", "metaspace"])
 @pytest.mark.parametrize("template", ["chatml", "vicuna_v1"])
 def test_pieces_are_the_whole_prompt(tmp_path: Path, kind: TokenizerName, template: str) -> None:
-    """Put together they are the rendered text, characters of several tokens included; every token is in one piece, and
-    as many are supervised as count in the loss."""
+    """Joined, they are the rendered text, with characters of several tokens; every token is in exactly one piece, and
+    the supervised tokens are those of the loss."""
     processor = _processor(tmp_path, kind, template)
     layout = processor.layout(MESSAGES, SIZES_HW[1:3])
-    pieces = pieces_of(layout, processor.tokenizer)
+    pieces = split_prompt(layout, processor.tokenizer)
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop == layout.num_tokens
-    assert [piece.num_tokens for piece in pieces if piece.picture is not None] == [
+    assert [piece.stop - piece.start for piece in pieces if piece.image is not None] == [
         image.num_tokens for image in layout.images
     ]
     rendered = "".join(segment.text for segment in processor.template.render(MESSAGES)).replace("<image>", "")
     bos = processor.tokenizer.bos_token if processor.template.bos else ""
     assert _without_spaces("".join(piece.text for piece in pieces)) == _without_spaces(bos + rendered)
-    assert sum(piece.num_tokens for piece in pieces if piece.supervised) == layout.num_supervised
-    answers = ["".join(pieces[number].text for number in run).strip() for run in answers_of(pieces)]
+    assert sum(piece.stop - piece.start for piece in pieces if piece.is_supervised) == layout.num_supervised
+    answers = ["".join(p.text for p in run).strip() for run, is_answer in split_turns(pieces) if is_answer]
     assert answers == [f"It is 🙂.{processor.template.end}", f"Yes.{processor.template.end}"]
 
 
@@ -80,28 +80,28 @@ def _without_spaces(text: str) -> str:
 
 
 def test_bytes_that_are_no_character_are_shown(tmp_path: Path) -> None:
-    """A tokenizer with byte tokens can be given ids that no text has; every one of them still has its place."""
+    """Ids of byte tokens that no text has are in pieces too."""
     processor = _processor(tmp_path, "metaspace")
     number = processor.tokenizer.convert_tokens_to_ids("<0xE4>")
     ids = np.array([number, number, 400, number, 401, number], dtype=np.int32)
     layout = SampleLayout(ids, np.full(6, IGNORE), (), processor.image_token_id)
-    pieces = pieces_of(layout, processor.tokenizer)
+    pieces = split_prompt(layout, processor.tokenizer)
     assert [piece.start for piece in pieces] == [0, *(piece.stop for piece in pieces[:-1])]
     assert pieces[-1].stop == 6
 
 
 @pytest.mark.parametrize("size_hw", SIZES_HW)
 @pytest.mark.parametrize("mode", ["anyres", "pad", "square", "squash"])
-def test_edges_and_kept_part_are_the_pixels_own(tmp_path: Path, size_hw: tuple[int, int], mode: ImageMode) -> None:
-    """Of a white picture, the canvas is white inside the edge that is drawn and padding outside, and what is kept holds
-    all of the picture that tokens show."""
+def test_edges_and_kept_part_match_the_pixels(tmp_path: Path, size_hw: tuple[int, int], mode: ImageMode) -> None:
+    """The canvas of a white image is white inside the drawn edge and padding outside, and the kept box holds all of the
+    image that tokens represent."""
     processor = _processor(tmp_path, mode=mode)
-    white = _white_picture(size_hw)
+    white = _white_image(size_hw)
     messages = (Message("user", "<image>"), Message("assistant", "White."))
     example = processor.encode(messages, [size_hw], [white])
     (image,) = example.layout.images
     canvas = canvas_of(image, example.tiles, white, processor.config)
-    top, left, bottom, right = canvas.picture
+    top, left, bottom, right = canvas.image
     outside = np.ones(canvas.pixels.shape[:2], dtype=bool)
     outside[top:bottom, left:right] = False
     assert (canvas.pixels[top + 1 : bottom - 1, left + 1 : right - 1] > 240).all()
@@ -118,20 +118,20 @@ def test_edges_and_kept_part_are_the_pixels_own(tmp_path: Path, size_hw: tuple[i
         assert np.array_equal(canvas.pixels[top:bottom, left:right], example.tiles[0])
     elif mode == "squash":
         assert np.array_equal(canvas.pixels, example.tiles[0])
-        assert canvas.picture == canvas.kept == (0, 0, TILE, TILE)
+        assert canvas.image == canvas.kept == (0, 0, TILE, TILE)
     else:
         assert np.array_equal(canvas.pixels, example.tiles[0])
         assert not outside.any() or (canvas.pixels[outside].mean() < 200)
 
 
-def _white_picture(size_hw: tuple[int, int]) -> bytes:
+def _white_image(size_hw: tuple[int, int]) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (size_hw[1], size_hw[0]), "white").save(stream, "PNG")
     return stream.getvalue()
 
 
-def test_many_pictures_are_embedded_smaller() -> None:
-    """Twenty times as many pictures are not twenty times the bytes, up to a size at which nothing could be seen."""
+def test_many_images_are_embedded_smaller() -> None:
+    """Twenty times as many images are not twenty times the bytes, down to a least size."""
     sides = [side_for(number) for number in (0, 1, 16, 300, 100_000)]
     assert sides == sorted(sides, reverse=True)
     assert 300 * side_for(300) ** 2 < 2 * 16 * side_for(16) ** 2
@@ -142,7 +142,7 @@ def test_many_pictures_are_embedded_smaller() -> None:
 
 
 class _Page(HTMLParser):
-    """What a browser makes of a page: its tags, their attributes, and its text."""
+    """A parsed page: its tags, their attributes, and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -162,13 +162,13 @@ class _Page(HTMLParser):
     @property
     def samples(self) -> list[str]:
         """The ids of the samples, in order."""
-        heads = self.html.split("<h3>")[1:]
+        heads = self.html.partition('</h2>\n<p class="faint key"')[2].split("<h3>")[1:]
         return [head.partition("</h3>")[0].rpartition(" : ")[2] for head in heads]
 
 
 @pytest.fixture
 def program(tiny_parts: RunConfig, tmp_path: Path) -> Program:
-    """For its folder of YAML files."""
+    """The program, whose folder of YAML files is used."""
     return Program(tiny_parts, tmp_path)
 
 
@@ -187,10 +187,10 @@ def look(program: Program, tmp_path: Path) -> Callable[..., _Page]:
 
 
 def test_hostile_texts_stay_text(look: Callable[..., _Page], tmp_path: Path) -> None:
-    """Question, answer, id, and what was left out: nothing of it becomes a tag, an attribute or a request."""
+    """Question, answer, id, and what was left out never become a tag, an attribute or a request."""
     evil = "\"'><script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)></mark></style>\u202e\x00"
-    picture = encoded_picture(1, (40, 40))
-    good = Sample(f"id{evil}", (Message("user", f"<image>{evil}"), Message("assistant", evil)), (picture,), evil)
+    image = encoded_picture(1, (40, 40))
+    good = Sample(f"id{evil}", (Message("user", f"<image>{evil}"), Message("assistant", evil)), (image,), evil)
     empty = Sample(f"bad{evil}", (Message("user", evil), Message("assistant", " ")), (), f"place{evil}")
     long = Sample(f"long{evil}", (Message("user", evil * 20), Message("assistant", "x")), (), "long")
     store = tmp_path / "stores" / "evil"
@@ -211,11 +211,11 @@ def test_hostile_texts_stay_text(look: Callable[..., _Page], tmp_path: Path) -> 
     assert "default-src 'none'" in page.html
     assert "empty_answer: 1" in page.text
     assert "too_long: 1" in page.text
-    assert "has no place in this stage: too_long" in page.text
+    assert "rejected by this stage: too_long" in page.text
 
 
-def test_a_store_is_drawn_from_by_seed(look: Callable[..., _Page], tmp_path: Path) -> None:
-    """The same page for the same seed, other samples for another; named ones in the order they are named."""
+def test_samples_of_a_store_are_drawn_by_seed(look: Callable[..., _Page], tmp_path: Path) -> None:
+    """The same seed gives the same page, another seed other samples; named samples are in the order of their names."""
     store = tiny_store(tmp_path / "stores", "tiny_pictures", tiny_samples(30))
     first, again = look(store, "--num", "5"), look(store, "--num", "5")
     assert first.html == again.html
@@ -225,15 +225,15 @@ def test_a_store_is_drawn_from_by_seed(look: Callable[..., _Page], tmp_path: Pat
     assert look(store, "--ids", *named).samples == ["000017", "000003"]
 
 
-def test_the_counts_are_the_processors(look: Callable[..., _Page], tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """A sample's line says what the processor says, and each of its two pictures has its drawing and its tiles."""
+def test_counts_are_those_of_the_processor(look: Callable[..., _Page], tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """The counts of a sample are the processor's, and each of its two images has its drawing and its tiles."""
     sample = tiny_samples(5)[4]
     page = look(tiny_store(tmp_path / "stores", "one", [sample]))
     backbone = read_backbone(tiny_parts.model)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
     sizes = [SIZES_HW[(4 + number) % len(SIZES_HW)] for number in range(2)]
     layout = processor.layout(sample.messages, sizes)
-    assert f"{layout.num_tokens} tokens · {sum(i.num_tokens for i in layout.images)} of pictures" in page.text
+    assert f"{layout.num_tokens} tokens · {sum(i.num_tokens for i in layout.images)} of images" in page.text
     assert f"{layout.num_supervised} supervised · {layout.num_tiles} tiles" in page.text
     assert [value for name, value in page.attributes if name == "href" and value[0] == "#"] == [
         f"#s0p{index}" for index, image in enumerate(layout.images) for _ in range(image.num_tiles - 1)
@@ -244,14 +244,14 @@ def test_the_counts_are_the_processors(look: Callable[..., _Page], tiny_parts: R
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 2, with what is wrong and the way out."""
+    """Exit code 2, with the mistake and its fix."""
     mixture, store_root = tiny_mixture(tmp_path / "data", 8)
     config = tiny_run(tiny_model(tmp_path / "models"), mixture, store_root, tmp_path)
     run = tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(to_yaml(replace(config, data=replace(config.data, length_workers=1))))
     store = store_root / "tiny_pictures"
-    for arguments, said in (
+    for arguments, message in (
         ([tmp_path / "none"], "is neither a prepared source"),
         ([store_root], "inside it there are tiny_chats, tiny_pictures"),
         ([store, "--step", "1"], "--step 1: .* is a prepared source, and steps are a run's"),
@@ -266,11 +266,11 @@ def test_a_mistake_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert error.count("\n") == 1
-        assert re.search(said, error), error
+        assert re.search(message, error), error
 
 
-def test_other_data_than_the_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Stores that were made anew have other samples at a step, and the page would not say so."""
+def test_data_that_differs_from_the_runs_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stores that were prepared again may have other samples at a step."""
     mixture, store_root = tiny_mixture(tmp_path / "data", 8)
     run = tmp_path / "run"
     run.mkdir()

@@ -1,4 +1,4 @@
-"""A replayed step is the step: its samples, its ranks, its loss; whose weights were taken is said."""
+"""A replayed step has the samples, the ranks and the loss of the step, and the page names the weights."""
 
 import json
 import re
@@ -11,10 +11,10 @@ import pytest
 from tests.ranks import Ranks
 from tests.tiny import tiny_model
 from tests.train import cases
+from train.checkpoint.saved_weights import Weights, choose_weights
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig, SaveConfig
 from train.inspect.__main__ import main
-from train.inspect.replay import Weights, choose_weights
 
 Start = Callable[[int], Ranks]
 
@@ -27,18 +27,18 @@ def test_a_step_is_replayed(
     zero_stage: int,
     weighting: str,
 ) -> None:
-    """The first step, from fresh weights, and a later one, from a checkpoint of two ranks, each sample alone on one
-    process: the loss that was logged, and the samples and rows that the ranks had."""
+    """The first step, from initial weights, and a later one, from a checkpoint of two ranks: each sample alone on one
+    process gives the logged loss, and the page has the samples and rows of the ranks."""
     config = cases.with_stage(run_config, loss_weighting=weighting)
     config = replace(config, engine=cases.zero(zero_stage), save=SaveConfig(every=2, keep=2))
     records = start_ranks(2).run(cases.train, config, 3)
     run_dir = config.run_dir
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    for step, origin in ((0, "fresh parts"), (2, "checkpoint")):
+    for step, origin in ((0, "initial parts"), (2, "checkpoint")):
         assert main([str(run_dir), "--step", str(step), "--loss"]) == 0
-        said = capsys.readouterr().out
-        assert f"weights exactly as before step {step}: {origin}" in said
-        replayed, logged = map(float, re.findall(r"([\d.]+) (?:replayed|logged)", said))
+        output = capsys.readouterr().out
+        assert f"weights exactly as before step {step}: {origin}" in output
+        replayed, logged = map(float, re.findall(r"([\d.]+) (?:replayed|logged)", output))
         assert replayed == pytest.approx(logged, abs=1e-5)
         assert logged == pytest.approx(records[0].losses[step], abs=1e-6)
         page = (run_dir / "inspect" / f"step_{step:06d}.html").read_text()
@@ -56,21 +56,21 @@ def test_a_step_is_replayed(
 def test_a_head_that_is_the_embedding_is_replayed(
     start_ranks: Start, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], zero_stage: int
 ) -> None:
-    """A checkpoint may name the shared tensor twice, once, or not as its own: the replayed loss is the logged one."""
+    """However a checkpoint names the shared tensor, the replayed loss is the logged one."""
     model = tiny_model(tmp_path / "models", tied=True)
     config = replace(run_config, model=model, engine=cases.zero(zero_stage), save=SaveConfig(every=2, keep=2))
     records = start_ranks(1).run(cases.train, config, 3)
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
     assert main([str(config.run_dir), "--step", "2", "--loss"]) == 0
-    said = capsys.readouterr().out
-    assert "weights exactly as before step 2: checkpoint" in said
-    replayed, _ = map(float, re.findall(r"([\d.]+) (?:replayed|logged)", said))
+    output = capsys.readouterr().out
+    assert "weights exactly as before step 2: checkpoint" in output
+    replayed, _ = map(float, re.findall(r"([\d.]+) (?:replayed|logged)", output))
     assert replayed == pytest.approx(records[0].losses[2], abs=1e-5)
 
 
 def test_the_last_step_is_the_default_one(run_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """That of metrics.jsonl, a line that a kill cut off left out; the first where nothing was logged; and the page says
-    what was logged around it."""
+    """The last of metrics.jsonl without a line that a kill cut off, or the first where nothing was logged; the page
+    shows the logged loss around it."""
     run_dir = run_config.run_dir
     run_dir.mkdir(parents=True)
     (run_dir / "config.yaml").write_text(to_yaml(run_config))
@@ -82,7 +82,7 @@ def test_the_last_step_is_the_default_one(run_config: RunConfig, capsys: pytest.
     page = (run_dir / "inspect" / "step_000002.html").read_text()
     assert "train/loss 3.5" in page
     assert "<h2>1 of 13 samples</h2>" in page
-    assert "logged loss, from 3.5000 to 5.5000" in page
+    assert "from 3.5000 to 5.5000" in page
     capsys.readouterr()
 
 
@@ -102,7 +102,7 @@ def test_the_last_step_is_the_default_one(run_config: RunConfig, capsys: pytest.
 def test_weights_are_the_newest_before_the_step(
     checkpoints: list[int], result: int | None, step: int, expected: int
 ) -> None:
-    """A checkpoint at or before it; without one, what is nearest of the first weights and the later ones."""
-    found = [Weights(0), *(Weights(number, Path("checkpoints") / str(number)) for number in checkpoints)]
-    found += [Weights(result, Path("export"))] if result is not None else []
-    assert choose_weights(found, step).step == expected
+    """A checkpoint at or before it; without one, the nearest of the first weights and the later ones."""
+    weights = [Weights(0), *(Weights(number, Path("checkpoints") / str(number)) for number in checkpoints)]
+    weights += [Weights(result, Path("export"))] if result is not None else []
+    assert choose_weights(weights, step).step == expected

@@ -1,4 +1,4 @@
-"""Owns the proofs about profiled steps: the chosen ones and no others are in the files, and nothing learned changes."""
+"""Tests of the profiler: the files have exactly the selected steps, and nothing that is learned changes."""
 
 import gzip
 import json
@@ -14,20 +14,20 @@ from train.config.schema import ProfileConfig, RunConfig
 
 
 def traced(folder: Path, name: str) -> list[dict[str, Any]]:
-    """The events of a trace."""
+    """Returns the events of a trace."""
     with gzip.open(folder / "profile" / f"{name}.json.gz") as file:
         return list(json.load(file)["traceEvents"])
 
 
 def steps_in(events: list[dict[str, Any]]) -> list[int]:
-    """The steps that a trace spans."""
+    """Returns the steps that a trace contains."""
     names = {event["name"] for event in events if str(event.get("name", "")).startswith("step ")}
     return sorted(int(name.removeprefix("step ")) for name in names)
 
 
 def test_chosen_steps_are_profiled_on_rank_0(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """Two ranks, two of four steps: one trace that has these and their matrix products, and a table of operations. The
-    losses are those of a run without it."""
+    """Two ranks, two of four steps: one trace with these steps and their matrix products, and a table of operations.
+    The losses are those of a run without the profiler."""
     plain = start_ranks(2).run(cases.train, replace(run_config, name="plain"))[0]
     config = replace(run_config, profile=ProfileConfig((1, 2)))
     assert start_ranks(2).run(cases.train, config)[0].losses == plain.losses
@@ -42,8 +42,8 @@ def test_chosen_steps_are_profiled_on_rank_0(start_ranks: StartRanks, run_config
 
 @pytest.mark.full
 def test_a_run_may_begin_and_end_between_the_steps(start_ranks: StartRanks, run_config: RunConfig) -> None:
-    """A run that goes on may profile other steps than the one before it. It starts with those that are left, and where
-    the last one never comes, what was seen until the end is written."""
+    """A resumed run may profile other steps than the one before. It starts with the remaining ones, and if the last one
+    is never reached, the trace is written at the end."""
     start_ranks(1).run(cases.train_up_to, run_config, 2)
     config = replace(run_config, profile=ProfileConfig((1, 50)))
     start_ranks(1).run(cases.train, config)

@@ -1,4 +1,4 @@
-"""Owns the proofs about a run's numbers: every step once in metrics.jsonl, whatever was cut off or run again."""
+"""Tests of the run log: every step is once in metrics.jsonl, after kills and resumes too."""
 
 import json
 import time
@@ -16,24 +16,24 @@ VALUES = {"train/loss": 1.23456789012, "lr/projector": 1e-3, "perf/tokens_per_s"
 
 
 def logged(config: RunConfig, first: int, last: int, *, is_main: bool = True) -> None:
-    """Steps `first` to `last` - 1 of a run, with an answer after every second one."""
+    """Logs steps `first` to `last` - 1 of a run, with an answer after every second one."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
     log = RunLog(config, is_main=is_main, first_step=first, num_steps=9)
     for step in range(first, last):
         if step % 2:
-            log.answers(step, [Answer("chats", "0007", "Why?", f"since {first}", "Därum", (5, 6))])
-        log.step(step, {**VALUES, "run": float(first)})
-    log.say("a sentence")
+            log.log_answers(step, [Answer("chats", "0007", "Why?", f"since {first}", "Därum", (5, 6))])
+        log.log_step(step, {**VALUES, "run": float(first)})
+    log.info("a sentence")
     log.close()
 
 
 def lines(config: RunConfig, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    """A file of lines as values."""
+    """Returns the lines of a JSON lines file."""
     return [json.loads(line) for line in (config.run_dir / name).read_text().splitlines()]
 
 
 def test_steps_that_run_again_replace_their_lines(run_config: RunConfig) -> None:
-    """A run that resumes drops the lines from its first step on, and a line that a kill cut off."""
+    """A resumed run removes the lines from its first step on, and a line that a kill cut off."""
     logged(run_config, 0, 6)
     path = run_config.run_dir / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 6, "train/lo')
@@ -45,11 +45,11 @@ def test_steps_that_run_again_replace_their_lines(run_config: RunConfig) -> None
 
 
 def test_answers_to_steps_that_run_again_replace_theirs(run_config: RunConfig) -> None:
-    """As the numbers of those steps do, also where the resumed run asks nothing any more."""
+    """The same holds for answers, also if the resumed run generates none."""
     logged(run_config, 0, 6)
     logged(run_config, 3, 8)
-    told = [(line["step"], line["answer"]) for line in lines(run_config, "answers.jsonl")]
-    assert told == [(1, "since 0"), (3, "since 3"), (5, "since 3"), (7, "since 3")]
+    message = [(line["step"], line["answer"]) for line in lines(run_config, "answers.jsonl")]
+    assert message == [(1, "since 0"), (3, "since 3"), (5, "since 3"), (7, "since 3")]
     line = lines(run_config, "answers.jsonl")[0]
     assert (line["source"], line["id"], line["question"], line["truth"]) == ("chats", "0007", "Why?", "Därum")
     RunLog(run_config, is_main=True, first_step=4, num_steps=9).close()
@@ -57,21 +57,21 @@ def test_answers_to_steps_that_run_again_replace_theirs(run_config: RunConfig) -
 
 
 def test_fresh_start_leaves_no_old_line(run_config: RunConfig) -> None:
-    """A run that starts afresh in an old folder has only its own steps."""
+    """A new run in an old folder has only its own steps."""
     logged(run_config, 0, 6)
     logged(run_config, 0, 2)
     assert [line["step"] for line in lines(run_config)] == [0, 1]
 
 
 def test_only_rank_0_writes(run_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """Other ranks write no file and say nothing."""
+    """Other ranks write no file and print nothing."""
     logged(run_config, 0, 2, is_main=False)
     assert not (run_config.run_dir / "metrics.jsonl").exists()
     assert capsys.readouterr().err == ""
 
 
 def test_every_thins_the_terminal_only(run_config: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    """`log.every` says how often a line is printed; the file has every step."""
+    """`log.every` affects the terminal only; the file has every step."""
     logged(replace(run_config, log=LogConfig(every=3)), 0, 7)
     printed = [line for line in capsys.readouterr().err.splitlines() if line.strip().startswith("step ")]
     assert len(lines(run_config)) == 7
@@ -79,17 +79,17 @@ def test_every_thins_the_terminal_only(run_config: RunConfig, capsys: pytest.Cap
 
 
 def test_numbers_are_strict_json(run_config: RunConfig) -> None:
-    """A NaN or Inf does not make a line that other programs cannot read."""
+    """NaN and Inf are written as valid JSON."""
     run_config.run_dir.mkdir(parents=True)
     log = RunLog(run_config, is_main=True, first_step=0, num_steps=1)
-    log.step(0, {**VALUES, "train/grad_norm": float("nan")})
+    log.log_step(0, {**VALUES, "train/grad_norm": float("nan")})
     log.close()
     text = (run_config.run_dir / "metrics.jsonl").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 
 
 def test_a_kill_while_lines_are_dropped_loses_none(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The shorter file takes the place of the longer one when it is whole."""
+    """The shorter file replaces the longer one only when it is complete."""
     logged(run_config, 0, 6)
 
     def killed(*_: object) -> None:
@@ -106,8 +106,8 @@ def test_a_kill_while_lines_are_dropped_loses_none(run_config: RunConfig, monkey
 
 
 def test_tensorboard_has_every_step_once(run_config: RunConfig) -> None:
-    """Its readers, given the files of a run that was killed and resumed twice, find each step once and the values of
-    the last time; without the option there is no file."""
+    """TensorBoard's readers find each step once, with the latest values, after a kill and two resumes; without the
+    option there is no file."""
     accumulator = pytest.importorskip(
         "tensorboard.backend.event_processing.event_accumulator", reason="./scripts/setup.sh --extras tensorboard"
     )
@@ -116,17 +116,17 @@ def test_tensorboard_has_every_step_once(run_config: RunConfig) -> None:
     config = replace(run_config, log=LogConfig(tensorboard=True))
     for first, last in ((0, 6), (4, 5), (3, 8)):
         logged(config, first, last)
-    found = accumulator.EventAccumulator(str(config.run_dir / "tensorboard")).Reload()
-    assert sorted(found.Tags()["scalars"]) == sorted([*VALUES, "run"])
-    read = {key: [(event.step, event.value) for event in found.Scalars(key)] for key in (*VALUES, "run")}
+    result = accumulator.EventAccumulator(str(config.run_dir / "tensorboard")).Reload()
+    assert sorted(result.Tags()["scalars"]) == sorted([*VALUES, "run"])
+    read = {key: [(event.step, event.value) for event in result.Scalars(key)] for key in (*VALUES, "run")}
     assert read["run"] == [*((step, 0.0) for step in range(3)), *((step, 3.0) for step in range(3, 8))]
     assert [value for _, value in read["train/loss"]] == pytest.approx([line["train/loss"] for line in lines(config)])
 
 
 @pytest.mark.full
-def test_wandb_goes_on(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Offline, a run is written into the run's folder, without an account or a network. A resumed one is the same run
-    to wandb, and a step that runs again is not sent to it again."""
+def test_wandb_run_is_resumed(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Offline, a run is written to the run folder without an account or a network. A resumed run is the same run in
+    wandb, and steps that run again are not sent again."""
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -156,22 +156,22 @@ def test_wandb_goes_on(run_config: RunConfig, monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_counts_stay_whole(run_config: RunConfig) -> None:
-    """A number of tokens has all of its digits, whatever it is."""
+    """Counts of tokens keep all digits."""
     run_config.run_dir.mkdir(parents=True)
     log = RunLog(run_config, is_main=True, first_step=0, num_steps=1)
-    log.step(0, {**VALUES, "seen/tokens": 123_456_789_012})
+    log.log_step(0, {**VALUES, "seen/tokens": 123_456_789_012})
     log.close()
     assert lines(run_config)[0]["seen/tokens"] == 123_456_789_012
 
 
 def wandb_config(path: Path) -> dict[str, Any]:
-    """The configuration in a file of wandb's."""
-    updates = [one for record in wandb_records(path) if record.HasField("run") for one in record.run.config.update]
-    return {one.key: json.loads(one.value_json) for one in updates}
+    """Returns the configuration in a wandb file."""
+    updates = [entry for record in wandb_records(path) if record.HasField("run") for entry in record.run.config.update]
+    return {entry.key: json.loads(entry.value_json) for entry in updates}
 
 
 def wandb_tables(path: Path, name: str) -> list[tuple[int, list[list[Any]]]]:
-    """The tables of this name in the history of a run, with their steps; if there is none, that of its summary."""
+    """Returns the tables of this name in the history of a run with their steps, or those of its summary."""
     history = [(record.history.step.num, item) for record in wandb_records(path) for item in record.history.item]
     summary = [(0, item) for record in wandb_records(path) for item in record.summary.update]
     for items in (history, summary):
@@ -183,16 +183,16 @@ def wandb_tables(path: Path, name: str) -> list[tuple[int, list[list[Any]]]]:
 
 
 def wandb_steps(path: Path) -> list[int]:
-    """The steps in a file of wandb's, which a process of its own may still be writing."""
+    """Returns the steps in a wandb file, which another process may still be writing."""
     deadline = time.monotonic() + 60
-    while not (found := wandb_records(path)) or not found[-1].HasField("exit"):
+    while not (result := wandb_records(path)) or not result[-1].HasField("exit"):
         assert time.monotonic() < deadline, f"{path} has no end"
         time.sleep(0.2)
-    return [record.history.step.num for record in found if record.HasField("history")]
+    return [record.history.step.num for record in result if record.HasField("history")]
 
 
 def wandb_records(path: Path) -> list[Any]:
-    """Protobufs in LevelDB's log format: blocks of 32 KiB, records in pieces."""
+    """Reads protobufs in LevelDB's log format: blocks of 32 KiB with records in pieces."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     content, place, piece, records = path.read_bytes(), 7, b"", []

@@ -1,4 +1,4 @@
-"""Owns the proofs about the time formulas: FLOPs against torch's own counter, collectives and kinds by hand."""
+"""Tests of the time formulas: FLOPs against torch's counter, collectives and kinds computed by hand."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +11,7 @@ import yaml
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, LlamaConfig
 
+from data_recipes.schema.config_dir import CONFIG_DIR
 from llava_next.config import ModelConfig, VisionTowerConfig
 from llava_next.model.build import build_model, read_backbone
 from llava_next.model.flops import step_costs
@@ -18,31 +19,31 @@ from llava_next.model.parts import set_trained_parts
 from tests.llava_next.models import mixed, row
 from tests.tiny import tiny_model
 from tests.train.plan.test_memory import FACTS, setting
-from train.config.schema import CONFIG_DIR, ConfigError
+from train.config.schema import ConfigError
 from train.plan.hardware import Hardware, check_hardware
-from train.plan.hours import LINK_SHARE, communication, computing, ring, step_time
-from train.plan.rows import StepRows
+from train.plan.hours import LINK_SHARE, estimate_communication, estimate_computation, estimate_ring, estimate_step_time
+from train.plan.simulated_steps import StepRows
 
 ALL = ("vision_tower", "projector", "image_newline", "language_model")
 
 
 def hardware(name: str = "a100_80g") -> Hardware:
-    """A file of configs/hardware."""
+    """Returns a file of configs/hardware."""
     return check_hardware(yaml.safe_load((CONFIG_DIR / "hardware" / f"{name}.yaml").read_text()))
 
 
 @pytest.mark.parametrize("path", sorted((CONFIG_DIR / "hardware").glob("*.yaml")), ids=lambda path: path.stem)
 def test_hardware_files_are_valid(path: Path) -> None:
-    """All keys are there, and a file is found by the name it has inside."""
+    """Every file has all keys, and its name is the `name` in it."""
     assert hardware(path.stem).name == path.stem
 
 
 def test_bad_hardware_is_refused() -> None:
-    """With the key, the rule and the value."""
+    """The error has the key, the rule and the value."""
     good = yaml.safe_load((CONFIG_DIR / "hardware" / "cpu.yaml").read_text())
     for changes, words in (
         ({"link_gb_s": 0}, r"hardware\.link_gb_s must be above 0 and finite, got 0"),
-        ({"vision_share": 1.5}, r"hardware\.vision_share is a share of the dense rate"),
+        ({"vision_share": 1.5}, r"hardware\.vision_share is a fraction of the dense rate"),
         ({"gpus_per_node": "many"}, r"hardware\.gpus_per_node: .*'many'"),
         ({"colour": "red"}, r"hardware\.colour"),
     ):
@@ -52,7 +53,8 @@ def test_bad_hardware_is_refused() -> None:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    """A tiny model whose tower does a fifth of the work, with patches enough that its class token is little."""
+    """Returns a tiny model whose tower does a fifth of the work, with so many patches that its class token is
+    negligible."""
     folder = tmp_path_factory.mktemp("flops")
     tower = CLIPVisionConfig(
         hidden_size=96, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4, image_size=56, patch_size=7
@@ -102,20 +104,22 @@ def test_flops_are_those_that_torch_counts(model: ModelConfig, parts: tuple[str,
 
 
 def test_ring_by_hand() -> None:
-    """Seven eighths of the bytes over NVLink in a node; over the node's ports and two slow hops between two nodes."""
+    """Seven eighths of the bytes over NVLink in a node; over the node's ports, with two slow hops, between two
+    nodes."""
     node = replace(hardware(), link_gb_s=300, network_gb_s=100, link_latency_us=2, network_latency_us=6)
-    assert ring(240e9, node, 1) == pytest.approx(7 / 8 * 240 / (300 * LINK_SHARE) + 7 * 2e-6)
-    assert ring(240e9, node, 2) == pytest.approx(15 / 16 * 240 / (100 * LINK_SHARE) + 13 * 2e-6 + 2 * 6e-6)
-    assert ring(240e9, replace(node, gpus_per_node=1), 1) == 0
+    assert estimate_ring(240e9, node, 1) == pytest.approx(7 / 8 * 240 / (300 * LINK_SHARE) + 7 * 2e-6)
+    assert estimate_ring(240e9, node, 2) == pytest.approx(15 / 16 * 240 / (100 * LINK_SHARE) + 13 * 2e-6 + 2 * 6e-6)
+    assert estimate_ring(240e9, replace(node, gpus_per_node=1), 1) == 0
 
 
 def test_stage_3_sends_more_and_stage_2_every_micro_step() -> None:
-    """Once a step below stage 2, once a micro-step above; three gathers instead of two with recompute."""
+    """Gradients are sent once per step below stage 2 and once per micro-step from stage 2 on; recompute adds a third
+    gather."""
     node = replace(hardware(), link_latency_us=0)
 
     def seconds(zero: int, micro_steps: float, recompute: tuple[str, ...] = ()) -> float:
         asked = replace(setting(zero, overlap_comm=0), recompute=recompute)
-        return communication(FACTS, asked, node, micro_steps, 1.0, half=True)
+        return estimate_communication(FACTS, asked, node, micro_steps, 1.0, half=True)
 
     trained, every, share = 6700, 7000, 7 / 8 / (300e9 * LINK_SHARE)
     assert seconds(1, 4) == pytest.approx(share * (2 * 4 * trained + 2 * trained))
@@ -125,7 +129,7 @@ def test_stage_3_sends_more_and_stage_2_every_micro_step() -> None:
 
 
 def test_a_step_takes_as_long_as_its_slowest_ranks() -> None:
-    """Two micro-steps on two ranks: the kinds' means and what the slower ranks take more add up to that."""
+    """Two micro-steps on two ranks: the means of the kinds and the balance add up to the time of the slower ranks."""
     costs = step_costs(
         CLIPVisionConfig(image_size=28, patch_size=14),
         LlamaConfig(),
@@ -138,13 +142,13 @@ def test_a_step_takes_as_long_as_its_slowest_ranks() -> None:
     sums = np.array([[[100, 100**2, 2, 10], [300, 300**2, 0, 10]], [[50, 50**2, 1, 5], [50, 50**2, 1, 5]]], dtype=float)
     step = StepRows(sums, np.ones((2, 2), dtype=np.int64))
     node = replace(hardware(), gpus_per_node=2)
-    seconds, useful = computing(facts, (), step, node, half=True)
+    seconds, useful = estimate_computation(facts, (), step, node, half=True)
     slowest = sum(seconds.values()).max(axis=1).sum()  # type: ignore[union-attr]
-    time = step_time(facts, setting(2), [step], node, half=True, workers=2, save_every=0)
+    time = estimate_step_time(facts, setting(2), [step], node, half=True, workers=2, save_every=0)
     spent = sum(time.kinds[kind] for kind in ("vision", "language", "attention", "head", "recompute", "balance"))
     assert spent == pytest.approx(float(slowest))
     assert time.balance < 1
     head = 6 * 4096 * 32_064 * 30
-    each = costs.of(np.array([100, 300, 50, 50]), np.array([2, 0, 1, 1]), np.array([10, 10, 5, 5]))
+    each = costs.flops(np.array([100, 300, 50, 50]), np.array([2, 0, 1, 1]), np.array([10, 10, 5, 5]))
     assert useful == pytest.approx(each.sum() + head)
     assert time.mfu == pytest.approx(useful / (time.total * 2 * 312e12))

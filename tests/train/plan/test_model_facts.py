@@ -1,4 +1,6 @@
-"""Owns the proofs about shapes known without a download: their parameters are the published ones; disk comes first."""
+"""Tests of the known model shapes: their parameter counts are the published ones, and a directory on disk takes
+precedence.
+"""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -6,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 from transformers import AutoConfig
 
+from data_recipes.schema.config_dir import CONFIG_DIR
 from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
 from tests.tiny import tiny_model
 from train.config.compose import load
-from train.config.schema import CONFIG_DIR, RunConfig
-from train.plan.model_facts import language_shape, model_facts, read_architecture
-from train.plan.shapes import LANGUAGE_MODELS, VISION_TOWERS
+from train.config.schema import RunConfig
+from train.plan.known_model_shapes import LANGUAGE_MODELS, VISION_TOWERS
+from train.plan.model_facts import count_model, read_architecture, read_language_shape
 
 # Published parameter counts, whole models without the image token; the tower's is the card's 303.5M.
 PUBLISHED = {
@@ -33,12 +36,12 @@ CLIP_L_336 = 303_507_456
 
 
 def choices(group: str) -> set[str]:
-    """Names of the YAML files of a group."""
+    """Returns the names of the YAML files of a group."""
     return {path.stem for path in (CONFIG_DIR / "model" / group).glob("*.yaml")} - {"released"}
 
 
-def test_every_backbone_of_the_configs_is_known() -> None:
-    """A backbone that is added without its shape would have to be downloaded to be planned."""
+def test_every_backbone_in_configs_has_a_known_shape() -> None:
+    """Every backbone in configs/model has a known shape, so planning needs no download."""
     assert set(LANGUAGE_MODELS) == choices("language_model")
     assert set(VISION_TOWERS) == choices("vision_tower")
 
@@ -47,7 +50,7 @@ def test_every_backbone_of_the_configs_is_known() -> None:
 def test_shapes_have_the_published_parameters(name: str) -> None:
     """Counted from the widths: embedding and head, attention with Qwen's biases, gated MLP, norms."""
     config = AutoConfig.for_model(**LANGUAGE_MODELS[name])
-    shape = language_shape(config)
+    shape = read_language_shape(config)
     tables = 1 if config.tie_word_embeddings else 2
     block = 2 * shape.width * (shape.query + shape.key) + 3 * shape.width * shape.mlp + 2 * shape.width
     if config.model_type == "qwen2":
@@ -57,10 +60,11 @@ def test_shapes_have_the_published_parameters(name: str) -> None:
 
 @pytest.mark.full
 def test_a_model_on_the_meta_device_has_them_too() -> None:
-    """The 7B without a folder: the card's counts, rows for the image token apart, and every part trained."""
+    """The 7B without a directory has the card's counts, except for the rows of the image token, and every part is
+    trained."""
     config = load(["mixture=lcs_558k", "name=test"], folders=False)
     assert not Path(config.model.language_model.path).exists()
-    facts = model_facts(read_architecture(config.model), config)
+    facts = count_model(read_architecture(config.model), config)
     assert facts.parameters["language_model"] == PUBLISHED["vicuna_7b"] + 2 * 64 * 4096
     assert facts.parameters["projector"] == 20_979_712
     post_norm = 2 * 1024
@@ -70,11 +74,11 @@ def test_a_model_on_the_meta_device_has_them_too() -> None:
 
 
 def test_a_folder_on_disk_is_read_instead(tiny_parts: RunConfig) -> None:
-    """Frozen parts are frozen here as in a run; the tower's upper layer is apart."""
+    """Frozen parts are counted as in a run, and the tower's upper layer separately."""
     architecture = read_architecture(tiny_parts.model)
     assert hasattr(architecture, "tokenizer")
     stage = SimpleNamespace(rates={"projector": 1e-3}, max_length=512)
-    facts = model_facts(architecture, SimpleNamespace(stage=stage, model=tiny_parts.model, lora=None, seed=0))  # type: ignore[arg-type]
+    facts = count_model(architecture, SimpleNamespace(stage=stage, model=tiny_parts.model, lora=None, seed=0))  # type: ignore[arg-type]
     assert facts.language.width == 32
     assert facts.vision.layers == 2
     assert facts.upper_tower > 0
@@ -83,7 +87,7 @@ def test_a_folder_on_disk_is_read_instead(tiny_parts: RunConfig) -> None:
 
 
 def test_half_on_disk_is_enough(tmp_path: Path) -> None:
-    """A language model of one's own with its config.json alone, behind a known tower; unknown without a folder."""
+    """A language model with only its config.json, and a known tower; without a directory its shape is unknown."""
     own = tiny_model(tmp_path).language_model
     known = VisionTowerConfig("dinov2_small_70", "nowhere", tile=70)
     architecture = read_architecture(ModelConfig(own, known))

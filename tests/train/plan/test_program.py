@@ -1,4 +1,4 @@
-"""Owns the proofs about `python -m train.plan`: what it says and writes, its exit codes, where its lengths are from."""
+"""Tests of `python -m train.plan`: output, files, exit codes, and the origin of the sample lengths."""
 
 import json
 from dataclasses import replace
@@ -13,26 +13,26 @@ from llava_next.model.build import read_backbone
 from tests.train.plan.test_hours import hardware
 from train.config.schema import PackingConfig, RunConfig
 from train.data.length_table import open_table
-from train.data.loader import stage_processor
+from train.data.loader import build_processor
+from train.observability.run_folder import Run
 from train.plan.__main__ import main
 from train.plan.advice import advise
 from train.plan.estimate import StagePlanner
+from train.plan.execution_settings import read_settings
 from train.plan.hardware import Hardware
-from train.plan.model_facts import model_facts, read_architecture
-from train.plan.rows import draw_steps, largest_row
-from train.plan.sample_lengths import Population, population_of
-from train.plan.setting import setting_of
+from train.plan.model_facts import count_model, read_architecture
+from train.plan.sample_lengths import Population, load_population
+from train.plan.simulated_steps import draw_steps, largest_row
 from train.report.curves import predicted_gib
-from train.report.run_folder import Run
 
 QUICKSTART = ["experiment=quickstart", "hardware=cpu", "--samples", "1000"]
 
 
 def test_both_stages_and_all_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without weights, data or GPU: text, JSON and a picture agree, and the exit code is 0 since it fits."""
+    """Without weights, data or GPU: text, JSON and chart agree, and the exit code is 0 since it fits."""
     out, picture = tmp_path / "plan.json", tmp_path / "plan.svg"
     assert main([*QUICKSTART, "--out", str(out), "--picture", str(picture)]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     values = json.loads(out.read_text())
     assert [stage["stage"] for stage in values["stages"]] == ["align", "finetune"]
     for stage in values["stages"]:
@@ -45,28 +45,30 @@ def test_both_stages_and_all_files(tmp_path: Path, capsys: pytest.CaptureFixture
         assert set(stage["zero"]) == {"zero0", "zero1", "zero2 *", "zero3"}
         assert stage["best"]["hours"] <= asked["hours"] * 1.05
     assert values["hours"] == pytest.approx(sum(stage["asked"]["hours"] for stage in values["stages"]))
-    assert "both stages:" in said
+    assert "both stages:" in printed
     drawing = ElementTree.fromstring(picture.read_text())
     titles = [text.text for text in drawing.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "h"]
     assert titles == [
-        "align: GiB of a rank",
-        "align: seconds of a step",
-        "finetune: GiB of a rank",
-        "finetune: seconds of a step",
+        "align: GiB per rank",
+        "align: seconds per step",
+        "finetune: GiB per rank",
+        "finetune: seconds per step",
     ]
 
 
-def test_what_does_not_fit_says_what_would(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 1, the numbers, and a change that fits when it is made."""
+def test_configuration_that_does_not_fit_gets_a_change_that_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1, the numbers, and a change with which it fits."""
     out = tmp_path / "plan.json"
     small = [*QUICKSTART, "stage=finetune", "hardware.memory_gib=2.6", "--out", str(out)]
     assert main(small) == 1
-    said = capsys.readouterr().out
-    assert "does not fit: " in said
+    printed = capsys.readouterr().out
+    assert "does not fit: " in printed
     (stage,) = json.loads(out.read_text())["stages"]
     change = stage["nearest"]["change"]
     assert change
-    assert f"nearest that fits: {' '.join(change)}" in said
+    assert f"fits with the fewest changes: {' '.join(change)}" in printed
     assert main([*small, *change]) == 0
 
 
@@ -75,21 +77,21 @@ def test_what_does_not_fit_says_what_would(tmp_path: Path, capsys: pytest.Captur
     [
         (["experiment=quickstart"], r"hardware has no value; give one of a100_40g, .*cpu"),
         (["experiment=quickstart", "hardware=abacus"], "hardware=abacus: there is no such choice; the choices are"),
-        (["experiment=quickstart", "hardware=cpu", "nodes=0"], "nodes must be a whole number from 1, got 0"),
+        (["experiment=quickstart", "hardware=cpu", "nodes=0"], "nodes must be an integer of at least 1, got 0"),
         (["experiment=quickstart", "hardware=cpu", "packing.max_tokens=1"], "packing.max_tokens=1 is smaller than"),
         (["experiment=quickstart", "hardware=cpu", "stage=align"], "--samples N"),
-        (["experiment=quickstart", "hardware=cpu", "model.language_model.name=mine"], "config.json is enough"),
+        (["experiment=quickstart", "hardware=cpu", "model.language_model.name=mine"], "config.json is sufficient"),
         (["quickstart", "hardware=cpu"], "'quickstart' is no override KEY=VALUE"),
     ],
 )
-def test_mistakes_are_one_sentence(
+def test_invalid_arguments_are_one_sentence(
     arguments: list[str],
     words: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Exit code 2, as of a run."""
+    """Exit code 2, as for a run."""
     import re
 
     monkeypatch.setenv("LLAVA_NEXT_CACHE", str(tmp_path))
@@ -98,35 +100,35 @@ def test_mistakes_are_one_sentence(
 
 
 def planner_of(config: RunConfig, node: Hardware, population: Population) -> StagePlanner:
-    """A planner of a run whose directories are there."""
-    return StagePlanner(config, model_facts(read_architecture(config.model), config), population, node)
+    """Returns a planner of a run whose directories exist."""
+    return StagePlanner(config, count_model(read_architecture(config.model), config), population, node)
 
 
 def test_lengths_are_the_runs_own_once_it_has_counted(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """Before, the published ones are taken, and that is said."""
+    """Without a length table the published lengths are used, and the plan says so."""
     store_root = tmp_path / "stores"
     store_root.symlink_to(tiny_parts.data.store_root)
     config = replace(tiny_parts, data=replace(tiny_parts.data, store_root=str(tmp_path / "nowhere")))
     architecture = read_architecture(config.model)
-    drawn = population_of(config, architecture, num_samples=500)
-    assert (drawn.num_samples, drawn.origin) == (500, "lengths as the published 779K mixture is thought to have them")
+    drawn = load_population(config, architecture, num_samples=500)
+    assert (drawn.num_samples, drawn.origin) == (500, "lengths estimated for the published 779K mixture")
     assert drawn.tokens.max() <= config.stage.max_length
     backbone = read_backbone(tiny_parts.model)
     mixture = Mixture.open(tiny_parts.mixture, store_root)
-    processor = stage_processor(backbone, tiny_parts.stage)
+    processor = build_processor(backbone, tiny_parts.stage)
     table = open_table(mixture, processor, store_root / ".lengths", is_writer=True, num_workers=1, show_progress=False)
-    counted = population_of(tiny_parts, backbone)
-    assert counted.origin.endswith("counted")
+    counted = load_population(tiny_parts, backbone)
+    assert counted.origin.startswith("lengths counted")
     assert counted.tokens.tolist() == table.rows["tokens"].tolist()
     assert counted.num_samples == len(table)
 
 
 def test_rows_are_those_of_the_run(tiny_parts: RunConfig) -> None:
-    """Every sample of the drawn steps lies in one row, and no largest row is beyond its budgets."""
+    """Every sample of the drawn steps is in one row, and the largest row is within the budgets."""
     tokens = np.array([300, 20, 40, 500, 60, 30, 200, 90] * 10)
     population = Population(tokens, tokens // 10, tokens // 100, 80, "made up")
     budgets = PackingConfig(640, 24)
-    costs = model_facts(read_architecture(tiny_parts.model), tiny_parts).costs
+    costs = count_model(read_architecture(tiny_parts.model), tiny_parts).costs
     steps = draw_steps(population, budgets, costs, num_ranks=2, batch_size=8, seed=0, count=10)
     assert sum(step.sums[..., 0].sum() for step in steps) == tokens.sum()
     assert all(step.samples.sum() == 8 for step in steps)
@@ -135,22 +137,27 @@ def test_rows_are_those_of_the_run(tiny_parts: RunConfig) -> None:
 
 
 def test_advice_fits_and_is_not_slower(tiny_parts: RunConfig) -> None:
-    """On a card too small for what is asked, the nearest setting changes least and fits; the best one is no slower."""
-    population = population_of(tiny_parts, read_architecture(tiny_parts.model), num_samples=10_000)
+    """On a card with too little memory, the nearest settings have the fewest changes and fit; the best ones are not
+    slower."""
+    population = load_population(tiny_parts, read_architecture(tiny_parts.model), num_samples=10_000)
     node = replace(hardware("rtx4090_24g"), reserved_gib=0.0)
     roomy = planner_of(tiny_parts, node, population)
-    asked = roomy.estimate(setting_of(tiny_parts, 1))
+    asked = roomy.estimate(read_settings(tiny_parts, 1))
     assert asked.fits
     assert advise(roomy, asked).nearest is not None
     tight = planner_of(tiny_parts, replace(node, memory_gib=asked.memory.total / 2**30 * 0.8), population)
-    asked = tight.estimate(setting_of(tiny_parts, 1))
+    asked = tight.estimate(read_settings(tiny_parts, 1))
     advice = advise(tight, asked)
     assert not asked.fits
     assert advice.best is not None
     assert advice.nearest is not None
     assert advice.best.fits
     assert advice.nearest.fits
-    assert 0 < len(advice.nearest.setting.words(asked.setting)) <= len(advice.best.setting.words(asked.setting))
+    assert (
+        0
+        < len(advice.nearest.settings.list_overrides(asked.settings))
+        <= len(advice.best.settings.list_overrides(asked.settings))
+    )
     assert advice.best.hours <= advice.nearest.hours * 1.05
     hopeless = planner_of(tiny_parts, replace(node, memory_gib=1e-6), population)
-    assert advise(hopeless, hopeless.estimate(setting_of(tiny_parts, 1))).nearest is None
+    assert advise(hopeless, hopeless.estimate(read_settings(tiny_parts, 1))).nearest is None

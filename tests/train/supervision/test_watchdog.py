@@ -1,4 +1,4 @@
-"""Owns the proofs about the end of a run whose ranks cannot go on: in time, and with who, where and what."""
+"""Tests of the watchdog: a run whose ranks hang or fail ends in time, with rank, step, phase, cause and samples."""
 
 import json
 import os
@@ -15,20 +15,21 @@ from tests.ranks import Ended, run_to_the_end
 from tests.train import cases
 from train.config.schema import RunConfig
 from train.data.length_table import open_table
-from train.data.loader import stage_processor
-from train.supervision.rank_progress import PHASES, Progress, RankStatus, read_statuses, stragglers
-from train.supervision.watchdog import ExitFile, _is_of_a_collective
+from train.data.loader import build_processor
+from train.supervision.rank_progress import PHASES, Progress, RankStatus, find_stragglers, read_statuses
+from train.supervision.watchdog import ExitFile, _is_collective_error
 
 TIMEOUT_S = 10.0
 
 
 def place(rank: int, step: int, micro_step: int, phase: str) -> RankStatus:
-    """A rank's place; when it came there is of no account."""
+    """Returns a status; its time does not matter."""
     return RankStatus(rank, "node1", step, micro_step, phase, since=0.0)
 
 
-def test_a_place_is_read_as_it_was_written(tmp_path: Path) -> None:
-    """Each change of phase is in the file at once; what the watch found holds for the phase in which it was found."""
+def test_status_is_read_as_written(tmp_path: Path) -> None:
+    """Each change of phase is in the file immediately; an observation applies only to the phase in which it was
+    made."""
     progress = Progress(tmp_path, rank=1)
     for step, micro_step, phase in ((-1, 0, "start"), (0, 0, "data"), (17, 12, "backward"), (123_456, 0, "save")):
         progress.enter(phase, step, micro_step)
@@ -36,38 +37,38 @@ def test_a_place_is_read_as_it_was_written(tmp_path: Path) -> None:
         assert (read.rank, read.step, read.micro_step, read.phase) == (1, step, micro_step, phase)
         assert abs(time.time() - read.since) < 1
         assert (read.waits, read.at) == (False, "")
-        progress.note(read, waits=True, at="x" * 500)
+        progress.record_observation(read, waits=True, at="x" * 500)
         [read] = read_statuses(tmp_path, 2)
         assert read.waits
         assert len((tmp_path / "rank_001.progress").read_bytes()) == 640
     for step in range(100):  # however quickly one phase follows another
-        progress.note(progress.now[0], waits=True, at="")
+        progress.record_observation(progress.current[0], waits=True, at="")
         progress.enter("data", step)
         assert not read_statuses(tmp_path, 2)[0].waits
     progress.remove()
     assert read_statuses(tmp_path, 2) == []
 
 
-def test_an_earlier_runs_place_is_forgotten(tmp_path: Path) -> None:
-    """A rank that starts anew begins at the start, and what cannot be read is left out."""
+def test_progress_of_an_earlier_run_is_removed(tmp_path: Path) -> None:
+    """A new run starts with the phase start, and a file that cannot be parsed is omitted."""
     Progress(tmp_path).enter("forward", 99, 3)
-    assert Progress(tmp_path).now[0].step == -1
+    assert Progress(tmp_path).current[0].step == -1
     (tmp_path / "rank_001.progress").write_bytes(b'{"rank": 1, "ho')
-    assert [(found.rank, found.step) for found in read_statuses(tmp_path, 3)] == [(0, -1)]
+    assert [(result.rank, result.step) for result in read_statuses(tmp_path, 3)] == [(0, -1)]
 
 
-def test_no_disk_ends_no_run(tmp_path: Path) -> None:
-    """A phase that cannot be written down is no reason to stop."""
+def test_failed_write_does_not_raise(tmp_path: Path) -> None:
+    """A failed write of the progress file does not end the run."""
     progress = Progress(tmp_path)
     assert progress._file is not None
     os.close(progress._file)
     progress.enter("forward", 3, 1)
-    progress.note(progress.now[0], waits=True, at="")
-    assert progress.now[0].step == 3
+    progress.record_observation(progress.current[0], waits=True, at="")
+    assert progress.current[0].step == 3
 
 
-def test_a_place_costs_next_to_nothing(tmp_path: Path) -> None:
-    """Three changes of phase in a micro-step take a small share of a millisecond."""
+def test_progress_is_cheap(tmp_path: Path) -> None:
+    """Three changes of phase per micro-step take a fraction of a millisecond."""
     progress = Progress(tmp_path)
     fastest = 1.0
     for _ in range(20):
@@ -82,13 +83,13 @@ AT_FORWARD = place(0, 7, 5, "forward")
 AT_AGREE = place(0, 7, 0, "agree")
 
 
-def test_a_clock_that_jumps_makes_no_rank_late(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How long a rank has stood somewhere is told by a clock that does not jump, once its watch has seen it."""
+def test_age_ignores_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the watchdog has looked, the age of a phase is measured by the monotonic clock."""
     progress, clock = Progress(tmp_path), time.time
     progress.enter("forward", 3)
     for days in (30, -30):
         monkeypatch.setattr(time, "time", lambda days=days: clock() + 86_400 * days)
-        progress.note(progress.now[0], waits=False, at="")
+        progress.record_observation(progress.current[0], waits=False, at="")
         assert read_statuses(tmp_path, 1)[0].age_s < 60
     monkeypatch.setattr(time, "time", clock)
     assert replace(place(0, 3, 0, "forward"), since=clock() + 500).age_s == 0
@@ -106,19 +107,19 @@ def test_a_clock_that_jumps_makes_no_rank_late(tmp_path: Path, monkeypatch: pyte
         "alone": ([AT_FORWARD], [0]),
     }.values(),
 )
-def test_who_is_late(places: list[RankStatus], expected: list[int]) -> None:
-    """The rank that is least far, and of those in one phase the one that does not wait for the others."""
-    assert [found.rank for found in stragglers(places)] == expected
+def test_find_stragglers(places: list[RankStatus], expected: list[int]) -> None:
+    """The ranks with the least progress, and within one phase those that do not wait for the others."""
+    assert [result.rank for result in find_stragglers(places)] == expected
 
 
-def test_a_lost_rank_is_told_from_a_fault() -> None:
-    """What gloo says when another rank did not come is no fault of the one that hears it."""
+def test_collective_errors_are_recognized() -> None:
+    """Gloo's errors about another rank are not failures of the rank that raises them."""
     heard = ("[gloo/transport/tcp/pair.cc:553] Connection closed by peer", "Application timeout caused pair closure")
-    assert [_is_of_a_collective(RuntimeError(words)) for words in (*heard, "shapes differ")] == [True, True, False]
+    assert [_is_collective_error(RuntimeError(words)) for words in (*heard, "shapes differ")] == [True, True, False]
 
 
 def test_phases_are_in_the_order_of_a_step() -> None:
-    """A rank's place grows from one phase to the next, and from row to row."""
+    """The order increases from one phase to the next, and from row to row."""
     row = [(number, phase) for number in range(3) for phase in ("data", "forward", "backward")]
     whole = [(0, phase) for phase in ("agree", "update", "evaluate", "save")]
     steps = [place(0, step, *at) for step in (0, 1) for at in (*row, *whole)]
@@ -127,8 +128,8 @@ def test_phases_are_in_the_order_of_a_step() -> None:
     assert {each.phase for each in steps} | {"start", "end"} == set(PHASES)
 
 
-def test_the_first_failure_stands(tmp_path: Path) -> None:
-    """Of the ranks of one run the first is heard; an earlier run's word is replaced."""
+def test_first_failure_is_recorded(tmp_path: Path) -> None:
+    """Only the first rank of a run writes exit.json; a file of an earlier run is replaced."""
     ExitFile(tmp_path).write(0, "finished")
     first, second = ExitFile(tmp_path), ExitFile(tmp_path)
     assert second.write(1, "rank 1 failed", rank=1)
@@ -142,31 +143,31 @@ def test_the_first_failure_stands(tmp_path: Path) -> None:
 
 
 def faulty_run(config: RunConfig, fault: str, stage: int, folder: Path) -> tuple[list[Ended], dict[str, Any], float]:
-    """Two ranks, a fault in rank 1: how they ended, exit.json, and the seconds it took after the fault."""
+    """Runs two ranks with a fault in rank 1; returns how they ended, exit.json, and the seconds since the fault."""
     config = replace(config, engine=cases.zero(stage), timeout_s=int(TIMEOUT_S))
     config = replace(config, data=replace(config.data, workers=1))
     missing = [1] if fault == "stop" else []
     ended = run_to_the_end(2, cases.run_with_fault, config, 1, fault, folder=folder, missing=missing, timeout_s=240)
-    told = json.loads((config.run_dir / "exit.json").read_text())
+    exit_info = json.loads((config.run_dir / "exit.json").read_text())
     place = json.loads((config.run_dir / "log" / "rank_001.progress").read_text().splitlines()[0])
     took_s = (config.run_dir / "exit.json").stat().st_mtime - place["since"]
-    assert told["code"] == 1
-    assert (told["rank"], told["step"], told["micro_step"], told["phase"]) == tuple(
+    assert exit_info["code"] == 1
+    assert (exit_info["rank"], exit_info["step"], exit_info["micro_step"], exit_info["phase"]) == tuple(
         place[key] for key in ("rank", "step", "micro_step", "phase")
     )
     # One rank speaks, and what it says stands in exit.json.
     assert sum(each.output.count("error: rank 1 (") for each in ended) == 1
-    assert f"error: {told['reason']}\n" in "".join(each.output for each in ended)
-    assert f", micro-step {told['micro_step']}, " in told["reason"]
-    return ended, told, took_s
+    assert f"error: {exit_info['reason']}\n" in "".join(each.output for each in ended)
+    assert f", micro-step {exit_info['micro_step']}, " in exit_info["reason"]
+    return ended, exit_info, took_s
 
 
 def tokens_of(config: RunConfig, names: list[str]) -> list[int]:
-    """The lengths of samples that are given by their names, from the length table."""
+    """Returns the lengths of samples that are given by name, from the length table."""
     from llava_next.model.build import read_backbone
 
     mixture = Mixture.open(config.mixture, Path(config.data.store_root))
-    processor = stage_processor(read_backbone(config.model), config.stage)
+    processor = build_processor(read_backbone(config.model), config.stage)
     folder = Path(config.data.store_root) / ".lengths"
     table = open_table(mixture, processor, folder, is_writer=True, num_workers=1, show_progress=False)
     texts = [mixture.text(int(row["sample"])) for row in table.rows]
@@ -174,12 +175,12 @@ def tokens_of(config: RunConfig, names: list[str]) -> list[int]:
     return [of_name[name] for name in names]
 
 
-def assert_named_samples_are_those_in_hand(config: RunConfig, told: dict[str, Any], ended: Ended) -> None:
-    """The lengths of the named samples are those that the model had before it when the fault struck."""
+def assert_named_samples_are_those_in_hand(config: RunConfig, exit_info: dict[str, Any], ended: Ended) -> None:
+    """The named samples have the lengths of those in the model when the fault happened."""
     struck = re.search(r"fault at \[(.*)\]", ended.output)
     assert struck
-    assert tokens_of(config, told["samples"]) == [int(length) for length in struck[1].split(",")]
-    assert f"its samples: {', '.join(told['samples'][:12])}" in told["reason"]
+    assert tokens_of(config, exit_info["samples"]) == [int(length) for length in struck[1].split(",")]
+    assert f"its samples: {', '.join(exit_info['samples'][:12])}" in exit_info["reason"]
 
 
 @pytest.mark.parametrize(
@@ -187,14 +188,14 @@ def assert_named_samples_are_those_in_hand(config: RunConfig, told: dict[str, An
     [("sleep", 3), *(pytest.param(*case, marks=pytest.mark.full) for case in (("sleep", 2), ("stop", 2), ("stop", 3)))],
 )
 def test_stuck_rank_ends_the_run(run_config: RunConfig, tmp_path: Path, fault: str, stage: int) -> None:
-    """A rank that hangs in its forward pass, or whose process is stopped, ends the run within `timeout_s` and some
-    seconds, named with host, step, micro-step and the samples that it had in hand; where it hung is in its log."""
-    ended, told, took_s = faulty_run(run_config, fault, stage, tmp_path)
+    """A rank that hangs in its forward pass, or whose process is suspended, ends the run within `timeout_s` and a few
+    seconds. The reason has host, step, micro-step and samples; the stack is in the rank's log."""
+    ended, exit_info, took_s = faulty_run(run_config, fault, stage, tmp_path)
     assert TIMEOUT_S - 1 < took_s < TIMEOUT_S + 10
-    assert told["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
-    assert ", forward for " in told["reason"]
-    assert f"timeout_s={TIMEOUT_S:g}" in told["reason"] or "gave up: RuntimeError" in told["reason"]
-    assert_named_samples_are_those_in_hand(run_config, told, ended[1])
+    assert exit_info["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
+    assert ", forward for " in exit_info["reason"]
+    assert f"timeout_s={TIMEOUT_S:g}" in exit_info["reason"] or "gave up: RuntimeError" in exit_info["reason"]
+    assert_named_samples_are_those_in_hand(run_config, exit_info, ended[1])
     assert ended[0].exit_code == 1
     if fault == "sleep":
         assert ended[1].exit_code == 1
@@ -203,28 +204,29 @@ def test_stuck_rank_ends_the_run(run_config: RunConfig, tmp_path: Path, fault: s
 
 @pytest.mark.full
 def test_stuck_worker_ends_the_run(run_config: RunConfig, tmp_path: Path) -> None:
-    """A process that reads for a rank and hangs: the rank ends the run, naming the samples that never came; where the
-    worker hung is in the rank's log."""
-    ended, told, took_s = faulty_run(run_config, "data", 2, tmp_path)
+    """If a loader worker hangs, the rank ends the run and names the samples; the worker's stack is in the rank's
+    log."""
+    ended, exit_info, took_s = faulty_run(run_config, "data", 2, tmp_path)
     assert took_s < TIMEOUT_S + 10
-    assert "waiting for its data for " in told["reason"]
+    assert "waiting for its data for " in exit_info["reason"]
     struck = re.search(r"fault at (\d+)", ended[1].output)
     assert struck
     text = Mixture.open(run_config.mixture, Path(run_config.data.store_root)).text(int(struck[1]))
-    assert f"{text.source}:{text.id}" in told["samples"]
+    assert f"{text.source}:{text.id}" in exit_info["samples"]
     assert [each.exit_code for each in ended] == [1, 1]
     assert "in hang" in (run_config.run_dir / "log" / "rank_001.log").read_text()
 
 
 @pytest.mark.parametrize(("fault", "stage"), [("raise", 2), pytest.param("raise", 3, marks=pytest.mark.full)])
 def test_rank_that_raises_is_named(run_config: RunConfig, tmp_path: Path, fault: str, stage: int) -> None:
-    """An error on one rank ends all of them at once, with rank, host, step, samples and cause; the others, which only
-    lost it, say nothing in the terminal."""
-    ended, told, took_s = faulty_run(run_config, fault, stage, tmp_path)
+    """An error on one rank ends all of them at once, with rank, host, step, samples and cause; the other ranks print
+    nothing in the terminal."""
+    ended, exit_info, took_s = faulty_run(run_config, fault, stage, tmp_path)
     assert took_s < TIMEOUT_S
-    words = f"rank 1 ({os.uname().nodename}) failed in step {told['step']}, micro-step {told['micro_step']}, forward: "
-    assert told["reason"].startswith(words + "ValueError: a fault on purpose; its samples: ")
-    assert_named_samples_are_those_in_hand(run_config, told, ended[1])
+    moment = f"step {exit_info['step']}, micro-step {exit_info['micro_step']}, forward"
+    start = f"rank 1 ({os.uname().nodename}) failed in {moment}: "
+    assert exit_info["reason"].startswith(start + "ValueError: a fault on purpose; its samples: ")
+    assert_named_samples_are_those_in_hand(run_config, exit_info, ended[1])
     assert "Traceback" in ended[1].output
     assert "Traceback" not in ended[0].output
     assert "gave up: RuntimeError" in (run_config.run_dir / "log" / "rank_000.log").read_text()
@@ -234,20 +236,20 @@ def test_rank_that_raises_is_named(run_config: RunConfig, tmp_path: Path, fault:
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [2, 3])
 def test_dead_rank_is_named(run_config: RunConfig, tmp_path: Path, stage: int) -> None:
-    """A rank whose process is killed: the others name it as soon as its loader's workers, who hold its connections,
-    have noticed too (they look every five seconds)."""
-    ended, told, took_s = faulty_run(run_config, "kill", stage, tmp_path)
+    """If a rank is killed, the others name it as soon as its loader workers, which hold its connections, have ended too
+    (they check every five seconds)."""
+    ended, exit_info, took_s = faulty_run(run_config, "kill", stage, tmp_path)
     assert took_s < TIMEOUT_S
-    assert told["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
-    assert "gave up: RuntimeError" in told["reason"]
-    assert_named_samples_are_those_in_hand(run_config, told, ended[1])
+    assert exit_info["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
+    assert "gave up: RuntimeError" in exit_info["reason"]
+    assert_named_samples_are_those_in_hand(run_config, exit_info, ended[1])
     assert [each.exit_code for each in ended] == [1, -9]
 
 
 def test_a_run_that_ends_well_leaves_no_progress(run_config: RunConfig, tmp_path: Path) -> None:
-    """Finished ranks take their progress files with them; exit.json says so."""
+    """Finished ranks remove their progress files; exit.json has the outcome."""
     ended = run_to_the_end(2, cases.run_with_fault, run_config, -1, "none", folder=tmp_path, timeout_s=240)
     assert [each.exit_code for each in ended] == [0, 0], ended
     assert sorted(path.name for path in (run_config.run_dir / "log").iterdir()) == ["rank_000.log", "rank_001.log"]
-    told = json.loads((run_config.run_dir / "exit.json").read_text())
-    assert told == {"code": 0, "reason": "finished", "step": 3}
+    exit_info = json.loads((run_config.run_dir / "exit.json").read_text())
+    assert exit_info == {"code": 0, "reason": "finished", "step": 3}

@@ -1,4 +1,4 @@
-"""The held-out loss: the same on any ranks, the model's own, and no trace of it in what is learned."""
+"""Tests of the held-out loss: it is the model's loss, the same on any ranks, and changes nothing that is learned."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from train.config.schema import ConfigError, EvaluateConfig, RunConfig
 
 @pytest.fixture(scope="module")
 def holding_out(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """The tiny run with seven of its pictures' samples held out."""
+    """The tiny run with seven samples with images held out."""
     mixture, store_root = tiny_mixture(tmp_path_factory.mktemp("held_out"), 40, holdout=7)
     return replace(tiny_parts, mixture=mixture, data=replace(tiny_parts.data, store_root=str(store_root)))
 
@@ -34,8 +34,8 @@ def _lines(config: RunConfig) -> list[dict[str, Any]]:
 def test_it_changes_nothing_that_is_learned(
     start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, size: int, stage: int
 ) -> None:
-    """With and without it: the same losses, norms and weights, bit for bit. It stands in the lines where it is due, of
-    every n-th step and the last, for the source that holds something out."""
+    """With and without it, losses, norms and weights are the same bit for bit. It is logged every n-th step and after
+    the last, for the source with held-out samples."""
     without = replace(holding_out, root=str(tmp_path / "without"), engine=zero(stage))
     watched = replace(without, root=str(tmp_path / "with"), evaluate=EvaluateConfig(every=2))
     alone = start_ranks(size).run(cases.train, without, 3)[0]
@@ -44,16 +44,16 @@ def test_it_changes_nothing_that_is_learned(
     assert seen.grad_norms == alone.grad_norms
     for name, weight in alone.after.items():
         np.testing.assert_array_equal(seen.after[name], weight)
-    found = [{key for key in line if key.startswith("eval/")} for line in _lines(watched)]
-    assert found == [set(), {"eval/tiny_pictures/loss"}, {"eval/tiny_pictures/loss"}]
+    result = [{key for key in line if key.startswith("eval/")} for line in _lines(watched)]
+    assert result == [set(), {"eval/tiny_pictures/loss"}, {"eval/tiny_pictures/loss"}]
 
 
 @pytest.mark.parametrize("weighting", ["token", "sample"])
 def test_it_is_the_loss_of_the_live_weights(
     start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, weighting: str
 ) -> None:
-    """One rank or two, with rows of unlike number: the mean over held-out samples run one by one with the weights of
-    that step, weighed as training weighs them."""
+    """On one rank or two, with different numbers of rows: the mean over held-out samples that are run one by one with
+    the weights of that step, weighed as in training."""
     config = with_stage(holding_out, loss_weighting=weighting)
     config = replace(config, evaluate=EvaluateConfig(every=1))
     for size in (1, 2):
@@ -63,7 +63,7 @@ def test_it_is_the_loss_of_the_live_weights(
 
 
 def test_nothing_held_out_is_refused(tiny_parts: RunConfig) -> None:
-    """Before torch is asked for anything."""
+    """The configuration is rejected before torch is imported."""
     from omegaconf import OmegaConf
 
     from train.config.compose import to_yaml

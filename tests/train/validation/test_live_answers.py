@@ -1,5 +1,6 @@
-"""Live answers: the same on any ranks and at any ZeRO stage, those of the export, and no trace of them in what is
-learned."""
+"""Tests of live answers: the same on any ranks and at any ZeRO stage, equal to those of the export, and without effect
+on what is learned.
+"""
 
 import json
 from collections.abc import Sequence
@@ -23,10 +24,10 @@ from tests.train.cases import Record, with_stage, zero
 from tests.train.conftest import StartRanks
 from train.config.compose import check, to_yaml
 from train.config.schema import ConfigError, EvaluateConfig, PackingConfig, RunConfig
-from train.data.loader import stage_processor
+from train.data.loader import build_processor
 from train.distributed.world import World
-from train.validation.held_out import HeldOutSample, encoded, of_mixture, of_store
-from train.validation.live_answers import Answer, LiveAnswers, live_answers
+from train.validation.held_out import HeldOutSample, encode_sample, list_mixture_samples, list_store_samples
+from train.validation.live_answers import Answer, AnswerGenerator, build_answer_generator
 
 ASKED = EvaluateConfig(every=2, answers=8, answer_tokens=7)
 RATES = {"vision_tower": 1.0e-3, "projector": 1.0e-2, "language_model": 1.0e-2}
@@ -36,7 +37,7 @@ ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
 
 @pytest.fixture(scope="module")
 def holding_out(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
-    """The tiny run with seven samples with pictures and two without held out; 38 are left for three steps."""
+    """The tiny run with seven samples with images and two without held out; 38 remain for three steps."""
     mixture, store_root = tiny_mixture(tmp_path_factory.mktemp("held_out"), 40, holdout=7)
     mixture = replace(mixture, sources={**mixture.sources, "tiny_chats": SourceShare(holdout=2)})
     config = with_stage(tiny_parts, learning_rates=RATES)
@@ -53,12 +54,13 @@ _ASKED: dict[tuple[int, int], tuple[Record, list[Answer], list[dict[str, Any]]]]
 def asked(
     start_ranks: StartRanks, config: RunConfig, root: Path, size: int, stage: int
 ) -> tuple[Record, list[Answer], list[dict[str, Any]]]:
-    """Rank 0's record of the run that is asked, its answers after the end, and answers.jsonl; each run once."""
+    """Rank 0's record of the run with live answers, its answers after the end, and answers.jsonl; each run is trained
+    once."""
     if (size, stage) not in _ASKED:
         config = replace(config, root=str(root / f"asked{size}{stage}"), engine=zero(stage), evaluate=ASKED)
-        found = start_ranks(size).run(cases.train_and_ask, config, 3)
-        assert all(answers == found[0][1] for _, answers in found)
-        _ASKED[size, stage] = (*found[0], _lines(config))
+        result = start_ranks(size).run(cases.train_and_ask, config, 3)
+        assert all(answers == result[0][1] for _, answers in result)
+        _ASKED[size, stage] = (*result[0], _lines(config))
     return _ASKED[size, stage]
 
 
@@ -69,7 +71,7 @@ def asked(
 def test_asking_changes_nothing_that_is_learned(
     start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, size: int, stage: int
 ) -> None:
-    """With and without: the same losses, norms and weights, bit for bit."""
+    """With and without live answers, losses, norms and weights are the same bit for bit."""
     config = replace(holding_out, root=str(tmp_path / "without"), engine=zero(stage))
     alone = start_ranks(size).run(cases.train, config, 3)[0]
     record, _, _ = asked(start_ranks, holding_out, tmp_path, size, stage)
@@ -87,8 +89,8 @@ def test_asking_changes_nothing_that_is_learned(
 def test_answers_are_the_same_on_any_ranks(
     start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, size: int, stage: int
 ) -> None:
-    """And at any ZeRO stage: the same ids. They stand in answers.jsonl wherever the held-out loss is due, each source
-    in its turn, and are other ones after other steps."""
+    """At any ZeRO stage too, the ids are the same. They are in answers.jsonl at every held-out loss, with alternating
+    sources, and differ between steps."""
     _, expected, _ = asked(start_ranks, holding_out, tmp_path, 1, 2)
     _, answers, lines = asked(start_ranks, holding_out, tmp_path, size, stage)
     assert answers == expected
@@ -97,16 +99,16 @@ def test_answers_are_the_same_on_any_ranks(
     assert [line["step"] for line in lines] == [1] * 8 + [2] * 8
     chats, pictures = "tiny_chats", "tiny_pictures"
     assert [line["source"] for line in lines[:8]] == [chats, pictures, chats, *[pictures] * 5]
-    said = [(answer.source, answer.id, answer.question, answer.answer, answer.truth) for answer in answers]
+    output = [(answer.source, answer.id, answer.question, answer.answer, answer.truth) for answer in answers]
     names = ("source", "id", "question", "answer", "truth")
-    assert [tuple(line[name] for name in names) for line in lines[8:]] == said
+    assert [tuple(line[name] for name in names) for line in lines[8:]] == output
     assert [line["id"] for line in lines[:8]] == [line["id"] for line in lines[8:]]
     assert [line["answer"] for line in lines[:8]] != [line["answer"] for line in lines[8:]]
 
 
 @pytest.mark.full
 def test_a_rank_without_a_question_takes_part(start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path) -> None:
-    """Two ranks, ZeRO-3, one question: the answer that it has among others."""
+    """Two ranks, ZeRO-3, one question: its answer is the same as among others."""
     _, expected, _ = asked(start_ranks, holding_out, tmp_path, 1, 2)
     config = replace(holding_out, root=str(tmp_path), engine=zero(3), evaluate=replace(ASKED, answers=1))
     for _, answers in start_ranks(2).run(cases.train_and_ask, config, 3):
@@ -114,8 +116,8 @@ def test_a_rank_without_a_question_takes_part(start_ranks: StartRanks, holding_o
 
 
 def test_a_prompt_is_the_trained_one_up_to_the_answer(holding_out: RunConfig) -> None:
-    """Its ids are those of the sample as it is trained, nothing of them supervised and all before the first answer."""
-    live = _live(holding_out, of_store(Path(holding_out.data.store_root) / "tiny_pictures", 8))
+    """Its ids are those of the training sample up to the first answer, and none is supervised."""
+    live = _live(holding_out, list_store_samples(Path(holding_out.data.store_root) / "tiny_pictures", 8))
     assert len(live.probes) == 8
     for probe in live.probes:
         text = probe.sample.text()
@@ -130,55 +132,57 @@ def test_a_prompt_is_the_trained_one_up_to_the_answer(holding_out: RunConfig) ->
     assert {probe.num_images for probe in live.probes} == {1, 2}
 
 
-def test_the_questions_are_the_datas_own(holding_out: RunConfig) -> None:
-    """The first of each source, in the order in which they are held out, the sources by turns; as many as are asked
-    for, or as there are."""
+def test_questions_are_selected_from_the_data(holding_out: RunConfig) -> None:
+    """The first questions of each source in the order of the held-out samples, alternating between sources; as many as
+    requested or available."""
     mixture = Mixture.open(holding_out.mixture, Path(holding_out.data.store_root))
     chats, pictures = (
         [mixture.heldout_text(name, number).id for number in mixture.heldout(name)]
         for name in ("tiny_chats", "tiny_pictures")
     )
-    wanted = [chats[0], pictures[0], chats[1], *pictures[1:]]
-    samples = [sample for of_source in of_mixture(mixture).values() for sample in of_source]
-    for num, expected in ((4, wanted[:4]), (8, wanted[:8]), (100, wanted)):
+    requested = [chats[0], pictures[0], chats[1], *pictures[1:]]
+    samples = [sample for of_source in list_mixture_samples(mixture).values() for sample in of_source]
+    for num, expected in ((4, requested[:4]), (8, requested[:8]), (100, requested)):
         assert [probe.id for probe in _live(holding_out, samples, num).probes] == expected
 
 
 def test_a_row_is_searched_as_each_prompt_alone(holding_out: RunConfig) -> None:
-    """Packed into one row, with room behind each prompt, every prompt gets the ids that it gets alone, by one pass over
-    prompt and answer for each token; prompts of one picture, of two and of none."""
+    """Packed into one row with space behind each prompt, every prompt gets the ids that it gets alone by one pass over
+    prompt and answer per token; for prompts with one image, two and none."""
     root = Path(holding_out.data.store_root)
-    live = _live(holding_out, [*of_store(root / "tiny_pictures", 6), *of_store(root / "tiny_chats", 2)])
+    live = _live(
+        holding_out, [*list_store_samples(root / "tiny_pictures", 6), *list_store_samples(root / "tiny_chats", 2)]
+    )
     model = build_model(read_backbone(holding_out.model), dtype=torch.float32, seed=5).eval()
     with torch.no_grad():
         for parameter in model.hf.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(5)  # at its first weights a model says the same to everything
-    answers = live.ask(model.forward, ALONE)
+    answers = live.generate(model.forward, ALONE)
     assert len({answer.ids for answer in answers}) > 4
     geometry = live.processor.config
     for probe, answer in zip(live.probes, answers, strict=True):
-        example = encoded(probe.sample, live.processor)
+        example = encode_sample(probe.sample, live.processor)
         tiles, images = example.tiles[: probe.num_tiles], example.layout.images[: probe.num_images]
-        said: list[int] = []
-        while len(said) < ASKED.answer_tokens:
-            ids = np.array([*probe.prompt, *said, 0], dtype=np.int32)
+        output: list[int] = []
+        while len(output) < ASKED.answer_tokens:
+            ids = np.array([*probe.prompt, *output, 0], dtype=np.int32)
             labels = np.where(np.arange(len(ids)) == len(ids) - 1, 0, IGNORE)
             layout = replace(example.layout, ids=ids, labels=labels, images=images)
             batch = collate([Example(layout, tiles)], tile=geometry.tile, patches_per_tile=geometry.patches_per_side**2)
-            said.append(int(model.target_logits(batch).argmax()))
-            if said[-1] in live.stop_ids:
-                said.pop()
+            output.append(int(model.target_logits(batch).argmax()))
+            if output[-1] in live.stop_ids:
+                output.pop()
                 break
-        assert answer.ids == tuple(said)
+        assert answer.ids == tuple(output)
 
 
 def test_it_ends_when_all_have_stopped(holding_out: RunConfig) -> None:
-    """A pass is told what the passes before it said; there are as many as the longest answer takes, its stop token
-    included; what follows a stop token is not part of an answer."""
-    live = _live(holding_out, of_store(Path(holding_out.data.store_root) / "tiny_pictures", 8))
+    """There are as many passes as the longest answer has tokens, with its stop token; tokens after a stop token are not
+    part of an answer."""
+    live = _live(holding_out, list_store_samples(Path(holding_out.data.store_root) / "tiny_pictures", 8))
     stop = live.stop_ids[0]
-    told = {
+    message = {
         0: [105, 106, stop],
         1: [stop],
         2: [107, stop],
@@ -195,30 +199,32 @@ def test_it_ends_when_all_have_stopped(holding_out: RunConfig) -> None:
         assert next_ids
         firsts = batch.target_positions - passes
         for place, first in zip(row, firsts.tolist(), strict=True):
-            before = (told[place] + [111] * 9)[:passes]
+            before = (message[place] + [111] * 9)[:passes]
             assert batch.input_ids[0, first + 1 : first + 1 + passes].tolist() == before
         passes += 1
-        return torch.tensor([(told[place] + [111] * 9)[passes - 1] for place in row])
+        return torch.tensor([(message[place] + [111] * 9)[passes - 1] for place in row])
 
     (row,) = live.rows
-    assert [answer.ids for answer in live.ask(forward, ALONE)] == [
-        tuple(told[place][:-1]) for place in range(len(live.probes))
+    assert [answer.ids for answer in live.generate(forward, ALONE)] == [
+        tuple(message[place][:-1]) for place in range(len(live.probes))
     ]
     assert passes == 4
 
 
-def _live(config: RunConfig, samples: Sequence[HeldOutSample], num: int = 8) -> LiveAnswers:
-    """Questions about samples, in one row."""
+def _live(config: RunConfig, samples: Sequence[HeldOutSample], num: int = 8) -> AnswerGenerator:
+    """Returns a generator of answers to questions about samples, in one row."""
     backbone = read_backbone(config.model)
-    processor = stage_processor(backbone, config.stage)
+    processor = build_processor(backbone, config.stage)
     packing, costs = PackingConfig(max_tokens=4096, max_tiles=96), StepCosts(tile=1.0, token=1.0, pair=0.0)
-    return live_answers(samples, replace(ASKED, answers=num), backbone, processor, packing, costs)
+    return build_answer_generator(samples, replace(ASKED, answers=num), backbone, processor, packing, costs)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_export_says_the_same(start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, stage: int) -> None:
-    """What the live model answered at the end is what stock `generate` says with the run's export, in greedy search."""
+def test_export_gives_the_same_answers(
+    start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, stage: int
+) -> None:
+    """The answers after the last step equal those of stock `generate` with the run's export, in greedy search."""
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
     from llava_next.inputs.anyres import decode
@@ -227,13 +233,13 @@ def test_the_export_says_the_same(start_ranks: StartRanks, holding_out: RunConfi
     start_ranks(2).run(cases.train_and_write, config)
     lines = _lines(config)[-8:]
     mixture = Mixture.open(config.mixture, Path(config.data.store_root))
-    live = _live(config, [sample for of_source in of_mixture(mixture).values() for sample in of_source])
+    live = _live(config, [sample for of_source in list_mixture_samples(mixture).values() for sample in of_source])
     export = config.run_dir / "export"
     stock = LlavaNextForConditionalGeneration.from_pretrained(export, dtype=torch.float32).eval()
     processor = AutoProcessor.from_pretrained(export)
     for probe, line in zip(live.probes, lines, strict=True):
         inputs: dict[str, Any] = {"input_ids": torch.from_numpy(probe.prompt.astype(np.int64))[None]}
-        pictures = [decode(picture) for picture in probe.sample.read().pictures[: probe.num_images]]
+        pictures = [decode(picture) for picture in probe.sample.read().images[: probe.num_images]]
         if pictures:
             inputs |= processor.image_processor(pictures, return_tensors="pt")
         ids = stock.generate(**inputs, max_new_tokens=ASKED.answer_tokens, do_sample=False)[0, len(probe.prompt) :]
@@ -241,11 +247,11 @@ def test_the_export_says_the_same(start_ranks: StartRanks, holding_out: RunConfi
 
 
 def test_answers_without_an_evaluation_are_refused(holding_out: RunConfig) -> None:
-    """They would never be asked."""
+    """The configuration is rejected, since the questions would never be asked."""
     from omegaconf import OmegaConf
 
     config = replace(holding_out, evaluate=EvaluateConfig(answers=4))
     with pytest.raises(
-        ConfigError, match=r"evaluate\.answers=4 questions are asked .* evaluate\.every=0 is never; set"
+        ConfigError, match=r"evaluate\.answers=4 questions are asked .* evaluate\.every=0 means never; set"
     ):
         check(OmegaConf.create(to_yaml(config)), folders=False)  # type: ignore[arg-type]

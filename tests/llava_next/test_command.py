@@ -1,0 +1,75 @@
+"""The command `llava-next`: it runs the programs, starts ranks, and refuses in one sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run(*arguments: str, cwd: Path = ROOT, **env: str) -> "subprocess.CompletedProcess[str]":
+    """`python -m llava_next`, with this checkout on Python's path."""
+    return subprocess.run(
+        [sys.executable, "-m", "llava_next", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_help_lists_the_commands() -> None:
+    """Alone it prints the same to a user who made a mistake."""
+    helped, alone = run("--help"), run()
+    assert (helped.returncode, alone.returncode) == (0, 2)
+    assert helped.stdout == alone.stdout
+    assert all(f"  {verb} " in helped.stdout for verb in ("train", "plan", "prepare", "export", "chat", "accept"))
+
+
+def test_program_gets_its_arguments_and_returns_its_exit_code(tmp_path: Path) -> None:
+    """A mistake in a key is the program's own sentence and exit code 2, from any folder."""
+    ended = run("train", "max_stesp=3", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert "max_stesp" in ended.stderr
+    assert run("plan", "--help", cwd=tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["trian"], ["train", "--nproc"], ["train", "--nproc", "two"], ["train", "--nproc=0"], ["plan", "--nproc", "2"]],
+    ids=" ".join,
+)
+def test_mistake_is_one_line(arguments: list[str]) -> None:
+    """With the word that is wrong, and exit code 2."""
+    ended = run(*arguments)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith("error: ")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_foreign_module_is_named(tmp_path: Path) -> None:
+    """A `train.py` in the user's folder hides the package `train`: one sentence with both places."""
+    (tmp_path / "train.py").write_text("raise RuntimeError\n")
+    ended = run("train", "name=x", cwd=tmp_path)
+    assert ended.returncode == 2
+    assert str(tmp_path / "train.py") in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_ranks_are_started(tmp_path: Path) -> None:
+    """--nproc 2 runs the program in two processes, and a `train.py` in the user's folder does not get in their way."""
+    (tmp_path / "train.py").write_text("raise RuntimeError\n")
+    ended = subprocess.run(
+        [sys.executable, "-P", "-m", "llava_next", "accept", "--nproc", "2", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("usage: ") == 2

@@ -1,0 +1,132 @@
+"""The step benchmarks run on a tiny model, and fail where a competitor has done other work."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.tiny import tiny_tokenizer
+
+Bench = Callable[[str], Any]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny one of Vicuna's kind."""
+    return tiny_tokenizer(tmp_path_factory.mktemp("bench") / "tokenizer", "metaspace")
+
+
+def tiny_job(bench: Bench, **changes: Any) -> Any:
+    """Two steps of four samples."""
+    job = bench("training_step.job").Job(samples_per_step=4, num_steps=2, max_tokens=400)
+    return replace(job, **changes)
+
+
+@pytest.mark.full
+def test_step_bench(
+    bench: Bench, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours and stock have equal first losses; on other samples the benchmark fails and names the competitor."""
+    pytest.importorskip("accelerate")
+    step, runs = bench("training_step.on_cpu"), bench("training_step.competitors")
+    materials = bench("training_step.materials")
+    with materials.prepared(materials.SHAPES["tiny"], tokenizer, tiny_job(bench)) as job:
+        outcomes = runs.run_all([step.OURS, step.STOCK_4], job)
+        records = Path(job.folder) / "raw" / "records.json"
+        changed = json.loads(records.read_text())
+        changed[0]["conversations"][1]["value"] = changed[1]["conversations"][1]["value"] + " red"
+        records.write_text(json.dumps(changed))
+        others = {"ours": outcomes["ours"], **runs.run_all([step.STOCK_4], job)}
+    ours, stock = outcomes["ours"], outcomes["stock-4"]
+    assert ours.losses == pytest.approx(stock.losses, rel=1e-4)
+    assert ours.num_supervised == stock.num_supervised
+    with pytest.raises(runs.BenchError, match="stock-4"):
+        runs.check_same_work(others)
+
+    answers = {"ours": ours, "stock-4": stock}
+    monkeypatch.setattr(runs.Competitor, "run", lambda self, job: answers[self.name])
+    arguments = ["--shape", "tiny", "--quick", "--threads", "1", "--only", "ours", "stock-4"]
+    arguments += ["--tokenizer", str(tokenizer), "--out", str(tmp_path)]
+    assert bench("step").main(["cpu", *arguments]) == 0
+    assert "peak memory, stock at batch 4" in capsys.readouterr().out
+    results = json.loads((tmp_path / "step.json").read_text())["results"]
+    assert [goal["what"] for goal in results["goals"]] == [goal.what for goal in step.GOALS[:2]]
+    assert 0 < results["competitors"]["ours"]["share_of_gemm"] < 1
+    answers["stock-4"] = others["stock-4"]
+    assert bench("step").main(["cpu", *arguments]) == 1
+    assert "stock-4" in capsys.readouterr().err
+
+
+def test_different_work_is_an_error(bench: Bench) -> None:
+    """A loss that differs by more than the tolerance, that is no number, or that is a mean of other tokens."""
+    runs, outcome = bench("training_step.competitors"), bench("training_step.job").Outcome
+    reference = outcome(losses=[10.0, 9.0], num_supervised=[7, 8])
+    runs.check_same_work({"ours": reference, "theirs": outcome(losses=[10.0009, 5.0], num_supervised=[7, 8])})
+    for losses, counts in (([10.002, 9.0], [7, 8]), ([float("nan"), 9.0], [7, 8]), ([10.0, 9.0], [7, 9])):
+        with pytest.raises(runs.BenchError, match="theirs"):
+            runs.check_same_work({"ours": reference, "theirs": outcome(losses=losses, num_supervised=counts)})
+
+
+def test_a_competitor_that_fails_ends_the_bench(bench: Bench, tmp_path: Path) -> None:
+    """The end of its output is in the error."""
+    runs = bench("training_step.competitors")
+    with pytest.raises(runs.BenchError, match=r"stock-3 ended with exit code 1:[\s\S]*model"):
+        runs.Competitor("stock-3", "stock", batch=3).run(tiny_job(bench, folder=str(tmp_path)))
+
+
+@pytest.mark.full
+def test_gpu_bench_without_a_gpu(bench: Bench, tokenizer: Path, tmp_path: Path) -> None:
+    """The whole program on a tiny model: first losses compared, MFU of the given rate."""
+    pytest.importorskip("accelerate")
+    arguments = ["--device", "cpu", "--tiny", "--samples", "4", "--steps", "3", "--batches", "2", "--workers", "0"]
+    arguments += ["--threads", "1", "--max-tokens", "400", "--peak-tflops", "1", "--variants", "plain", "--profile"]
+    assert bench("step").main(["gpu", *arguments, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]) == 0
+    competitors = json.loads((tmp_path / "gpu.json").read_text())["results"]["competitors"]
+    assert list(competitors) == ["ours, plain", "stock, batch 2"]
+    assert 0 < competitors["ours, plain"]["mfu"] < 1
+    assert 0 < competitors["ours, plain"]["tower_share_of_time"] < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.full
+def test_gpu_bench_on_a_gpu(bench: Bench, tokenizer: Path, tmp_path: Path) -> None:
+    """The same on a device: bf16, varlen attention, worker processes."""
+    arguments = ["--tiny", "--samples", "4", "--steps", "3", "--batches", "2", "--workers", "1", "--max-tokens", "400"]
+    arguments += ["--peak-tflops", "100", "--profile", "--tokenizer", str(tokenizer), "--out", str(tmp_path)]
+    assert bench("step").main(["gpu", *arguments]) == 0
+
+
+@pytest.mark.full
+def test_the_authors_trainer_does_the_same_work(bench: Bench) -> None:
+    """Their first loss equals ours, with both towers frozen."""
+    runs, step = bench("training_step.competitors"), bench("training_step.on_cpu")
+    materials = bench("training_step.materials")
+    tokenizer = bench("train.engine.deepspeed_ops").cache_root() / "tokenizer_vicuna"
+    if step.AUTHORS_4.missing_requirement or not tokenizer.is_dir():
+        pytest.skip(step.AUTHORS_4.missing_requirement or f"there is no {tokenizer}")
+    with materials.prepared(materials.SHAPES["tiny"], tokenizer, tiny_job(bench)) as job:
+        runs.check_same_work(runs.run_all([step.OURS_FROZEN, step.AUTHORS_4], job))
+
+
+def test_layers_that_fit_on_a_card(bench: Bench) -> None:
+    """More memory fits more layers, longer rows fewer; an 80 GB card fits about a third of a 7B."""
+    gpu, large = bench("training_step.on_gpu"), bench("training_step.materials").SHAPES["large"]
+    on_80 = gpu.layers_that_fit(80e9, 8192, large)
+    assert 8 <= on_80 <= 14
+    assert gpu.layers_that_fit(141e9, 8192, large) > on_80 > gpu.layers_that_fit(80e9, 16384, large)
+    assert gpu.layers_that_fit(80e9, 8192, large, recompute=True) > on_80
+    assert gpu.result_name("NVIDIA H100 80GB HBM3") == "gpu_h100"
+    assert gpu.result_name("NVIDIA H100 PCIe") == "gpu_h100_pcie"
+    assert gpu.result_name("NVIDIA T4") == "gpu"
+
+
+def test_samples_are_drawn_alike(bench: Bench) -> None:
+    """The same seed gives the same bytes, another seed others; what is not accepted is not drawn."""
+    draw = bench("training_step.drawn_samples").draw_samples
+    samples = [draw(3, seed, lambda messages, size: size[1] > size[0], shrink=8) for seed in (0, 0, 1)]
+    assert samples[0] == samples[1] != samples[2]
+    with pytest.raises(ValueError, match="0 of 1"):
+        draw(1, 0, lambda messages, size: False)

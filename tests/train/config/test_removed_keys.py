@@ -1,0 +1,58 @@
+"""The config.yaml of an earlier version is read; a removed key on a command line is refused with what to write."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train.cases import earlier_yaml
+from train.config.compose import load, load_yaml, to_yaml
+from train.config.removed_keys import EARLIER_VALUES, REMOVED_KEYS, upgraded
+from train.config.schema import ConfigError, RunConfig
+
+EARLIER = Path(__file__).with_name("earlier_config.yaml")
+"""The quickstart's second stage with `linear=onednn elementwise=fused`, as commit 8fd9703 wrote it."""
+
+
+def test_the_config_of_an_earlier_version_is_read() -> None:
+    """Its removed keys are dropped, the keys that it lacks have the values of that time, and all others are kept."""
+    config = load_yaml(EARLIER)
+    assert (config.name, config.stage.name, config.attention) == ("quickstart", "finetune", "sdpa")
+    assert (config.stage.betas, config.stage.eps) == ((0.9, 0.999), 1e-8)
+    now, then = yaml.safe_load(to_yaml(config)), yaml.safe_load(EARLIER.read_text())
+    assert set(then) - set(now) == set(REMOVED_KEYS)
+    assert {f"stage.{key}" for key in set(now["stage"]) - set(then["stage"])} == set(EARLIER_VALUES)
+    assert set(now) <= set(then)
+    assert {key: now[key] for key in now if key != "stage"} == {key: then[key] for key in now if key != "stage"}
+
+
+def test_the_tests_write_it_alike(run_config: RunConfig) -> None:
+    """`earlier_yaml`, which tests of whole runs use, has the keys of the real file."""
+    written, real = yaml.safe_load(earlier_yaml(run_config)), yaml.safe_load(EARLIER.read_text())
+    assert (set(written), set(written["stage"])) == (set(real), set(real["stage"]))
+
+
+def test_upgrading_changes_nothing_else() -> None:
+    """A file of this version stays as it is, the argument too; a damaged one is left to its reader."""
+    now = {"seed": 1, "stage": {"betas": [0.8, 0.9], "eps": 1e-6}}
+    assert upgraded(now) == now
+    then = {"linear": "auto", "stage": {"name": "align"}}
+    assert upgraded(then) == {"stage": {"name": "align", "betas": [0.9, 0.999], "eps": 1e-8}}
+    assert then == {"linear": "auto", "stage": {"name": "align"}}
+    assert upgraded({"stage": "none"}) == {"stage": "none"}
+
+
+@pytest.mark.parametrize("key", REMOVED_KEYS)
+@pytest.mark.parametrize("sign", ["", "+"])
+def test_a_removed_key_is_refused(key: str, sign: str) -> None:
+    """With what to write instead, however it is given."""
+    with pytest.raises(ConfigError, match=rf"^{key}: this key was removed; leave it out"):
+        load(["experiment=quickstart", f"{sign}{key}=auto"], folders=False)
+
+
+def test_a_removed_key_in_a_yaml_file_is_refused(tmp_path: Path) -> None:
+    """An experiment of the user's own that names it gets the same sentence."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nname: mine\nlinear: onednn\n")
+    with pytest.raises(ConfigError, match="linear: this key was removed; leave it out"):
+        load(["experiment=mine", "mixture=quickstart_finetune"], config_dir=str(tmp_path), folders=False)

@@ -1,0 +1,102 @@
+"""The shapes of the language models and vision towers in configs/model, for planning without a download.
+
+Each entry has the keys of the published config.json that determine the shapes; a directory on disk takes precedence. A
+test builds each model on the meta device and compares the number of parameters with the published one.
+"""
+
+from typing import Any
+
+
+def _decoder(model_type: str, vocabulary: int, width: int, mlp: int, layers: int, heads: int, **more: Any) -> dict:
+    return {
+        "model_type": model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "tie_word_embeddings": False,
+        **more,
+    }
+
+
+def _qwen(vocabulary: int, width: int, mlp: int, layers: int, heads: int, **more: Any) -> dict:
+    return _decoder("qwen2", vocabulary, width, mlp, layers, heads, max_position_embeddings=32_768, **more)
+
+
+def _tower(model_type: str, width: int, mlp: int, layers: int, heads: int, tile: int, act: str) -> dict:
+    return {
+        "model_type": model_type,
+        "hidden_size": width,
+        "intermediate_size": mlp,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": tile,
+        "patch_size": 14,
+        "hidden_act": act,
+    }
+
+
+def _dinov2(width: int, layers: int, heads: int) -> dict:
+    return {
+        "model_type": "dinov2",
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "image_size": 518,
+        "patch_size": 14,
+        "mlp_ratio": 4,
+    }
+
+
+_SMOLLM2 = _decoder(
+    "llama", 49_152, 576, 1536, 30, 9, num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192
+)
+
+LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
+    # lmsys/vicuna-7b-v1.5 and -13b-v1.5
+    "vicuna_7b": _decoder("llama", 32_000, 4096, 11_008, 32, 32, max_position_embeddings=4096),
+    "vicuna_13b": _decoder("llama", 32_000, 5120, 13_824, 40, 40, max_position_embeddings=4096),
+    # mistralai/Mistral-7B-Instruct-v0.2
+    "mistral_7b": _decoder(
+        "mistral", 32_000, 4096, 14_336, 32, 32, num_key_value_heads=8, max_position_embeddings=32_768,
+        sliding_window=None,
+    ),
+    # NousResearch/Nous-Hermes-2-Yi-34B
+    "hermes_yi_34b": _decoder(
+        "llama", 64_000, 7168, 20_480, 60, 56, num_key_value_heads=8, max_position_embeddings=4096
+    ),
+    # meta-llama/Meta-Llama-3-8B-Instruct
+    "llama3_8b": _decoder("llama", 128_256, 4096, 14_336, 32, 32, num_key_value_heads=8, max_position_embeddings=8192),
+    # Qwen/Qwen1.5-*-Chat, Qwen/Qwen2-7B-Instruct
+    "qwen1_5_0_5b": _qwen(151_936, 1024, 2816, 24, 16, tie_word_embeddings=True),
+    "qwen1_5_7b": _qwen(151_936, 4096, 11_008, 32, 32),
+    "qwen1_5_14b": _qwen(152_064, 5120, 13_696, 40, 40),
+    "qwen1_5_32b": _qwen(152_064, 5120, 27_392, 64, 40, num_key_value_heads=8),
+    "qwen1_5_72b": _qwen(152_064, 8192, 24_576, 80, 64),
+    "qwen1_5_110b": _qwen(152_064, 8192, 49_152, 80, 64, num_key_value_heads=8),
+    "qwen2_7b": _qwen(152_064, 3584, 18_944, 28, 28, num_key_value_heads=4),
+    # HuggingFaceTB/SmolLM2-135M-Instruct, and six of its layers (scripts/quickstart/assets.py)
+    "smollm2_135m": _SMOLLM2,
+    "quickstart": {**_SMOLLM2, "num_hidden_layers": 6},
+}  # fmt: skip
+
+VISION_TOWERS: dict[str, dict[str, Any]] = {
+    # openai/clip-vit-large-patch14-336
+    "clip_vit_l_336": _tower("clip_vision_model", 1024, 4096, 24, 16, 336, "quick_gelu"),
+    # google/siglip-so400m-patch14-384
+    "siglip_so400m_384": _tower("siglip_vision_model", 1152, 4304, 27, 16, 384, "gelu_pytorch_tanh"),
+    # facebook/dinov2-large and -small
+    "dinov2_large": _dinov2(1024, 24, 16),
+    "dinov2_small_112": _dinov2(384, 12, 6),
+    "dinov2_small_70": _dinov2(384, 12, 6),
+}
+
+QWEN_TOKENS = 151_647
+"""Tokens of Qwen's tokenizers with the image token: fewer than the rows of the embedding, which does not grow."""
+
+
+def count_tokens(shape: dict[str, Any]) -> int:
+    """Returns the number of tokens with the image token, which Qwen's padded embedding has space for; others grow."""
+    return QWEN_TOKENS if shape["model_type"] == "qwen2" else int(shape["vocab_size"]) + 1
