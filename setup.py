@@ -13,5 +13,4 @@ config_packages = {
 setup(
     packages=[*find_packages(include=["llava_next*", "data_recipes*", "train*"]), *config_packages],
     package_dir=config_packages,
-    package_data={name: ["*.yaml"] for name in config_packages},
 )

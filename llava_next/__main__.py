@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a program in this process, or several ranks of it in place of this process. Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if not given or given[0] in ("-h", "--help"):
-        print(_usage())
+        _show(_usage())
         return 0 if given else _EXIT_USAGE
     if given[0] == "--version":
-        print(_version())
+        _show(_version())
         return 0
     verb, *rest = given
     if verb not in _PROGRAMS:
@@ -103,6 +103,14 @@ def _usage() -> str:
             "llava-next COMMAND --help describes a command's arguments. --nproc N starts N ranks of train or accept.",
         ]
     )
+
+
+def _show(text: str) -> None:
+    """Prints a text; a reader that has ended, as with `| head`, is no error."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _version() -> str:

@@ -8,7 +8,7 @@
 # the first start (about 2.5 GB), because it needs other versions than training. `--store` asks the first question of
 # every sample with images and compares answers by exact match: scripts/lmms_eval/tasks.
 #
-# LLAVA_NEXT_CACHE   folder of the environment (default: ~/.cache/llava_next)
+# LLAVA_NEXT_CACHE   folder of the environment (default: llava_next in $XDG_CACHE_HOME or ~/.cache)
 # LMMS_EVAL_PYTHON   Python 3.11 or 3.12 for the environment (default: the first of python3.11 python3.12 python3)
 # TORCH_CPU_INDEX    index of CPU wheels of torch, used without a GPU where pip would install a CUDA build
 set -euo pipefail
@@ -19,7 +19,8 @@ ROOT=$PWD
 PINS=(lmms-eval==0.7.3 transformers==5.23.0 torchvision==0.28.0 decord==0.6.0 filelock==3.32.7)
 TORCH=torch==2.13.0
 STAMP=$(printf '%s\n' "${PINS[@]}" "$TORCH")
-ENV=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}/lmms_eval_env
+source scripts/cache_root.sh
+ENV=$LLAVA_NEXT_CACHE/lmms_eval_env
 NAME=lmms_eval
 source scripts/separate_environment.sh
 

@@ -11,7 +11,7 @@
 # files of it, at a commit and with hashes given below. Where GitHub cannot be reached and a file is not given, the
 # fixtures that need it are left as they are. The programs are in tests/oracles/authors.
 #
-# LLAVA_NEXT_CACHE     folder of the assets and the environment (default: ~/.cache/llava_next)
+# LLAVA_NEXT_CACHE     folder of the assets and the environment (default: llava_next in $XDG_CACHE_HOME or ~/.cache)
 # LLAVA_NEXT_TRAIN_PY  a copy of llava/train/train.py of LLaVA-VL/LLaVA-NeXT, if there is one
 # LLAVA_NEXT_SIGLIP_PY a copy of llava/model/multimodal_encoder/siglip_encoder.py
 # ORACLE_PYTHON        Python 3.11 or 3.12 for the environment (default: the first of python3.11 python3.12)
@@ -33,7 +33,8 @@ AUTHORS=(llava-torch==1.2.2.post1)
 LATER=(transformers==4.40.2 tokenizers==0.19.1 jinja2==3.1.6 markupsafe==3.0.4)
 TORCH=torch==2.13.0
 STAMP=$(printf '%s\n' "${PINS[@]}" "${AUTHORS[@]}" "${LATER[@]}" "$TORCH")
-CACHE=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}
+source scripts/cache_root.sh
+CACHE=$LLAVA_NEXT_CACHE
 ENV=$CACHE/oracle_env
 NAME=oracles
 source scripts/separate_environment.sh
@@ -47,7 +48,7 @@ case ${1:-} in
 esac
 
 mkdir -p "$CACHE"
-export LLAVA_NEXT_CACHE=$CACHE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES="" TRANSFORMERS_VERBOSITY=error
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false CUDA_VISIBLE_DEVICES="" TRANSFORMERS_VERBOSITY=error
 
 # ------------------------------------------------------------------------------------------------ tokenizers, code
 

@@ -5,7 +5,7 @@
 #
 #   ./scripts/quickstart.sh
 #
-# LLAVA_NEXT_CACHE   folder of the fetched assets (default: ~/.cache/llava_next)
+# LLAVA_NEXT_CACHE   folder of the fetched assets (default: llava_next in $XDG_CACHE_HOME or ~/.cache)
 # For scripts/setup.sh: PYTHON, LLAVA_NEXT_PYTHON, TORCH_BUILD, TORCH_CPU_INDEX
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -22,7 +22,7 @@ STORES=$OUT/stores
 DONE=$OUT/steps.tsv # one line per finished step: title, seconds, command; summary.py reads the seconds
 NUM_STEPS=11
 
-export LLAVA_NEXT_CACHE=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}
+source scripts/cache_root.sh
 # No hub, no account, and the CPU also on machines with a GPU, so that results are the same everywhere.
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=${WANDB_MODE:-offline} TOKENIZERS_PARALLELISM=false
 export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu

@@ -30,4 +30,5 @@ half=$(($(nproc) / 2))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((half < 1 ? 1 : half > 8 ? 8 : half))}
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=${WANDB_MODE:-disabled} TOKENIZERS_PARALLELISM=false
 
-exec python -m pytest -m "$marks" --durations=15 "$@"
+# -rs: the reason of every skipped test, which has the command that makes it run.
+exec python -m pytest -m "$marks" --durations=15 -rs "$@"

@@ -7,7 +7,7 @@
 # It does nothing if the environment exists with these versions (2.5 GB, scripts/vllm_env_requirements.txt).
 # On GPUs, serve with your own vLLM: `vllm serve EXPORT`.
 #
-# LLAVA_NEXT_CACHE   folder of the environment (default: ~/.cache/llava_next)
+# LLAVA_NEXT_CACHE   folder of the environment (default: llava_next in $XDG_CACHE_HOME or ~/.cache)
 # VLLM_PYTHON        Python 3.11 or 3.12 for the environment (default: the first of python3.11 python3.12 python3)
 # TORCH_CPU_INDEX    index of CPU wheels of torch, used where pip would install a CUDA build
 set -euo pipefail
@@ -16,7 +16,8 @@ cd "$(dirname "$0")/.."
 PINS=scripts/vllm_env_requirements.txt
 TORCH=torch==2.13.0
 STAMP=$(printf '%s\n' "$TORCH" "$(grep -v '^#' "$PINS")")
-ENV=${LLAVA_NEXT_CACHE:-$HOME/.cache/llava_next}/vllm_env
+source scripts/cache_root.sh
+ENV=$LLAVA_NEXT_CACHE/vllm_env
 NAME=vllm_env
 source scripts/separate_environment.sh
 

@@ -26,7 +26,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in gpu_items:
-        item.add_marker(pytest.mark.skip(reason="needs a CUDA device; there is none here"))
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA device: on a machine with one, run pytest -m gpu"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -14,6 +14,7 @@ has passed, 1 if one has failed or was not run, and 2 if the command line is inv
 """
 
 import argparse
+import math
 import socket
 import sys
 import time
@@ -23,6 +24,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_recipes.schema.arguments import path_argument
+from data_recipes.schema.console import run_program
 from train.acceptance.check_report import (
     Check,
     format_verdict,
@@ -135,13 +138,16 @@ def _check_usage(options: argparse.Namespace, out: Path, num_ranks: int) -> None
         raise ConfigError(f"--out {out} is not empty; give a new or empty folder")
     if not 1 <= options.own_ranks <= num_ranks:
         raise ConfigError(f"--own-ranks must be from 1 to {num_ranks}, the number of ranks, got {options.own_ranks}")
-    if options.minutes <= 0 or options.timeout_s < 1:
+    if not 0 < options.minutes < math.inf or options.timeout_s < 1:
         raise ConfigError(f"--minutes and --timeout-s must be above 0, got {options.minutes} and {options.timeout_s}")
     if options.hardware_base is not None:
         select_base_hardware(options.hardware_base, "", 0.0)
     if options.overrides:
         load(["name=own", *options.overrides], str(options.config_dir) if options.config_dir else None)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out} cannot be created: {error.strerror}; give another folder") from error
 
 
 def _check_shared(out: Path, ranks: "Ranks") -> None:
@@ -181,7 +187,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "python -m train.accept", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="of python -m train: also check this configuration")
-    parser.add_argument("--out", type=Path, help="a new folder on a file system that all nodes share")
+    parser.add_argument("--out", type=path_argument, help="a new folder on a file system that all nodes share")
     parser.add_argument("--quick", action="store_true", help="fewer checks: one ZeRO stage, links, the hardware file")
     parser.add_argument(
         "--minutes", type=float, default=30.0, help="time limit; later phases are reported as not run (30)"
@@ -193,9 +199,13 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--own-ranks", type=int, default=1, help="number of ranks that all ranks are compared with for "
                         "your own configuration (1)")  # fmt: skip
-    parser.add_argument("--config-dir", type=Path, help="a folder with additional YAML files, for the overrides")
+    parser.add_argument(
+        "--config-dir", type=path_argument, help="a folder of further YAML files, which take precedence, for overrides"
+    )
     parser.add_argument("--anonymous", action="store_true", help="remove host names and paths from the report")
-    parser.add_argument("--table", type=Path, nargs="+", help="only print a Markdown table of these reports or folders")
+    parser.add_argument(
+        "--table", type=path_argument, nargs="+", help="only print a Markdown table of these reports or folders"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_intermixed_args(arguments)
     if options.out is None and not options.table:
@@ -204,4 +214,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -23,7 +23,8 @@ from train.config.schema import RunConfig
 from train.data.length_table import LengthTable, check_budgets, open_table
 from train.data.loader import Planner, build_processor, make_blank_row
 from train.data.local_stores import prepare_local_stores
-from train.distributed.world import Launch, World
+from train.distributed.launch import Launch
+from train.distributed.world import World
 from train.engine.deepspeed_engine import start_engine
 from train.engine.replica_checksums import compare_starts
 from train.engine.sharded_model import build
@@ -113,6 +114,7 @@ def open_data(config: RunConfig, launch: Launch) -> RunData:
         is_writer=launch.is_main,
         num_workers=config.data.length_workers,
         show_progress=launch.is_main,
+        fallbacks=(config.run_dir / "lengths",),  # the stores may belong to another user
     )
     check_budgets(table, config.packing)
     return RunData(backbone, processor, mixture, table)

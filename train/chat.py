@@ -5,6 +5,8 @@ lines are ignored.
 """
 
 import argparse
+import io
+import math
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -23,6 +25,8 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from data_recipes.schema.arguments import path_argument
+from data_recipes.schema.console import run_program
 from llava_next.config import ModelError
 from llava_next.inputs.anyres import decode
 from llava_next.inputs.chat_template import should_add_special_tokens
@@ -100,6 +104,7 @@ class Chat:
         Raises:
             ModelError: the conversation has no position left for an answer.
         """
+        question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are not UTF-8
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
         if conversation.image is not None and not conversation.turns:
             content.insert(0, {"type": "image"})
@@ -157,6 +162,8 @@ def read_image(path: Path) -> Image.Image:
     """
     try:
         return decode(path.read_bytes())
+    except UnidentifiedImageError as error:
+        raise ModelError(f"{path} cannot be read as an image: its format is unknown") from error
     except (OSError, Image.DecompressionBombError) as error:
         raise ModelError(f"{path} cannot be read as an image: {error}") from error
 
@@ -173,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print_answer(chat, conversation, options.ask)
         else:
             _read_questions(chat, conversation)
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         return report_mistake(error)
     return 0
 
@@ -181,6 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _read_questions(chat: Chat, conversation: Conversation) -> None:
     """Reads lines until the end of the input. An error in one line is printed, and the next line is read."""
     is_interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if is_interactive:
         print(_HELP)
     while True:
@@ -218,19 +227,19 @@ def _print_answer(chat: Chat, conversation: Conversation, question: str) -> None
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.chat", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "export", type=Path, metavar="EXPORT", help="a run folder, its export/, or any LLaVA-NeXT directory"
+        "export", type=path_argument, metavar="EXPORT", help="a run folder, its export/, or any LLaVA-NeXT directory"
     )
-    parser.add_argument("image", type=Path, metavar="IMAGE", nargs="?", help="the image to ask about")
+    parser.add_argument("image", type=path_argument, metavar="IMAGE", nargs="?", help="the image to ask about")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and exit")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum length of an answer (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 selects greedy decoding (%(default)s)")
     options = parser.parse_args(arguments)
     if options.max_new_tokens < 1:
         parser.error(f"--max-new-tokens {options.max_new_tokens}: must be at least 1")
-    if options.temperature < 0:
-        parser.error(f"--temperature {options.temperature}: must be 0 or more")
+    if not 0 <= options.temperature < math.inf:
+        parser.error(f"--temperature {options.temperature}: must be a finite number of at least 0")
     return options
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

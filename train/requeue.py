@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 
+from data_recipes.schema.console import run_program
 from train.__main__ import compose
 from train.config.exit_codes import EXIT_FAILED, EXIT_USAGE, report_mistake
 from train.config.schema import ConfigError
@@ -23,7 +24,7 @@ def main() -> int:
     """Reads the configuration as the run does, prints the decision, and returns the exit code."""
     try:
         config = compose()
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         return report_mistake(error)
     if config is None:
         return EXIT_USAGE
@@ -63,4 +64,4 @@ def _list_saved_steps(folder: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -5,15 +5,17 @@ The initial weights come from the newest valid checkpoint, else from `init_from`
 
 import json
 import logging
-import shutil
+import os
 import time
 from contextlib import closing
 from datetime import UTC, datetime
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from data_recipes.mixture.mixture import Mixture
+from llava_next.file_access import write_problem
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.processor import Processor
@@ -21,17 +23,19 @@ from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.towers import stock_unsupported_reason
 from train.assemble import RunData, assemble, open_data
-from train.config.compose import to_yaml
-from train.config.schema import RunConfig
+from train.config.compose import to_yaml, with_absolute_paths
+from train.config.schema import ConfigError, RunConfig
 from train.data.length_table import LengthTable
 from train.data.loader import Planner, build_processor, make_batches
+from train.distributed.launch import Launch
 from train.distributed.versions import versions
-from train.distributed.world import Launch, World, barrier, start
+from train.distributed.world import World, barrier, broadcast_from_main, start
 from train.engine import deepspeed_ops
 from train.engine.deepspeed_engine import gathered
 from train.engine.optimizer import format_part_table, part_table
 from train.observability.run_log import LEGEND, RunLog, start_logging
-from train.supervision import preflight
+from train.observability.wandb_run import check_wandb
+from train.supervision import flight_recorder, preflight
 from train.supervision.rank_progress import list_sample_names
 from train.supervision.watchdog import Watchdog
 from train.trainer import Trainer
@@ -47,12 +51,10 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
     The caller destroys the process group, because only the caller knows whether the other ranks still take part.
     Errors of the parts propagate; `__main__` maps them to exit codes.
     """
-    run_dir = config.run_dir
-    run_dir.mkdir(parents=True, exist_ok=True)
-    start_logging(launch, run_dir)
     deadline_s = time.monotonic() + 60 * config.time_limit_min if config.time_limit_min else float("inf")
     with watchdog:
-        world = _start_world(config, launch)
+        world = _start_world(config, launch, watchdog)
+        broadcast_from_main(world, partial(check_wandb, config))
         data = open_data(config, launch)
         if config.preflight == "only":
             parts = assemble(config, world, data, resumes=False)
@@ -61,6 +63,7 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
         parts = assemble(config, world, data)
         model, planner, engine, first_step = parts.model, parts.planner, parts.engine, parts.first_step
         watchdog.get_sample_names = partial(list_sample_names, planner, data.mixture)
+        _check_overwrite(config, first_step, planner.num_steps)
         if world.is_main:  # after the resume: a start that is refused must not change the run folder
             _write_data_summary(config, data.mixture, data.table)
             _append_start(config, world, data.table, first_step, parts.origin)
@@ -95,7 +98,9 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
                     live_answers=live_answers,
                 ).run(first_step, last_step)
             watchdog.progress.enter("end", last_step - 1)
-            if last_step == planner.num_steps:
+            if first_step == planner.num_steps and (config.run_dir / config.stage.result).is_dir():
+                log.info(f"{config.run_dir / config.stage.result} is complete: this run has finished before")
+            elif last_step == planner.num_steps:
                 _write_result(config, model, data.backbone, world, log)
             else:
                 log.info(
@@ -105,14 +110,60 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
         barrier(world)
 
 
-def _start_world(config: RunConfig, launch: Launch) -> World:
-    """Builds the DeepSpeed ops where they are needed, creates the process group, and runs the pre-flight checks."""
+def _open_run_dir(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
+    """Takes the run folder and starts logging into it.
+
+    Raises:
+        ConfigError: it cannot be written.
+        RunActiveError: another run is active in it.
+    """
+    try:
+        config.run_dir.mkdir(parents=True, exist_ok=True)
+        watchdog.open_folder()
+        start_logging(launch, config.run_dir)
+    except OSError as error:
+        path = Path(os.fsdecode(error.filename)) if error.filename is not None else config.run_dir
+        raise ConfigError(
+            f"root={config.root} with name={config.name}: {write_problem(path, error)}; set root= to a folder that can "
+            "be written"
+        ) from error
+
+
+def _start_world(config: RunConfig, launch: Launch, watchdog: Watchdog) -> World:
+    """Creates the process group, takes the run folder, and runs the pre-flight checks.
+
+    Rank 0 takes the folder first. The others touch nothing in it before they have met rank 0, since another run may be
+    active there.
+    """
+    if launch.is_main:
+        _open_run_dir(config, launch, watchdog)
     if config.device != "cuda" and not torch.cuda.is_available():
         deepspeed_ops.ensure_built(verbose=launch.local_rank == 0)
+    if config.device != "cpu" and torch.cuda.is_available():
+        flight_recorder.configure(os.environ, config.run_dir / "log")
+    watchdog.progress.enter("join", -1)
     world = start(config, launch)
+    watchdog.progress.enter("start", -1)
+    if not launch.is_main:
+        _open_run_dir(config, launch, watchdog)
     if config.preflight != "off":
         preflight.run_checks(config, world)
     return world
+
+
+def _check_overwrite(config: RunConfig, first_step: int, num_steps: int) -> None:
+    """Refuses to replace the result of a run that has finished in this folder.
+
+    Raises:
+        ConfigError: there is one, and this run would train further steps.
+    """
+    result = config.run_dir / config.stage.result
+    if first_step < num_steps and result.is_dir() and not config.overwrite:
+        trained = f"its checkpoints end at step {first_step}" if first_step else "it has no checkpoint"
+        raise ConfigError(
+            f"{result} exists: a run has finished in this folder, and {trained} of {num_steps}; choose another name=, "
+            "or overwrite=true to train again and replace it"
+        )
 
 
 def build_validation(
@@ -141,7 +192,7 @@ def build_validation(
 def _write_data_summary(config: RunConfig, mixture: Mixture, table: LengthTable) -> None:
     """Writes config.yaml, data.json and quarantine.jsonl into the run folder."""
     run_dir = config.run_dir
-    (run_dir / "config.yaml").write_text(to_yaml(config))
+    (run_dir / "config.yaml").write_text(to_yaml(with_absolute_paths(config)))
     summary = {
         "data_fingerprint": table.fingerprint,
         "mixture_fingerprint": mixture.fingerprint,
@@ -210,11 +261,10 @@ def _write_result(config: RunConfig, model: LlavaNext, backbone: Backbone, world
     """Writes connector/ or export/. Every rank must call it, since the parameters may be partitioned."""
     started = time.monotonic()
     target = config.run_dir / config.stage.result
+    attachments = (config.run_dir / "data.json",)  # the data fingerprints stay with the weights
     if config.stage.result == "connector":
-        write_connector(model, backbone, target if world.is_main else None, gathered)
+        write_connector(model, backbone, target if world.is_main else None, gathered, attachments=attachments)
     else:
         processor = build_processor(backbone, config.stage)
-        write_hf(model, backbone, processor, target if world.is_main else None, gathered)
-    if world.is_main:  # the data fingerprints stay with the weights
-        shutil.copyfile(config.run_dir / "data.json", target / "data.json")
+        write_hf(model, backbone, processor, target if world.is_main else None, gathered, attachments=attachments)
     log.info(f"wrote {target} ({time.monotonic() - started:.1f} s)")

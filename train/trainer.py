@@ -4,6 +4,7 @@ A step sets the learning rates, runs forward and backward on this rank's rows, a
 update, logs, and evaluates, saves or stops where that is due. What a step computes depends only on its number.
 """
 
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +18,17 @@ from llava_next.inputs.batch import Batch
 from llava_next.model.llava_next import LossSums
 from train.checkpoint import resume
 from train.checkpoint.saver import Saver
-from train.config.compose import to_yaml
+from train.config.compose import to_yaml, with_absolute_paths
 from train.config.schema import RunConfig
 from train.data.loader import Planner, StepPlan
-from train.distributed.world import World, all_reduce_step_state, is_out_of_memory
+from train.distributed.device_copies import to_device, to_host
+from train.distributed.world import World, all_gather_objects, all_reduce_step_state, is_out_of_memory
 from train.engine.deepspeed_engine import release_gathered
 from train.engine.optimizer import schedule_factor, set_rates
 from train.engine.step_guard import StepGuard
 from train.observability.profiler import StepProfiler
 from train.observability.run_log import RunLog
+from train.observability.slow_ranks import ForwardTimer, SlowRanks
 from train.observability.step_metrics import StepMetrics, StepOutcome
 from train.supervision.rank_progress import Progress
 from train.supervision.step_errors import StepCheck, StepError
@@ -82,6 +85,7 @@ class Trainer:
         self.guard = StepGuard(engine, config)
         self.check = StepCheck(config, world, planner, mixture, log.info, num_skipped)
         self.metrics = StepMetrics(mixture.source_names, world)
+        self.forward_timer = ForwardTimer(world.device)
         self.saver = Saver(config.run_dir / "checkpoints", world, config.save)
         self._frozen, self._deadline_s = frozen or {}, deadline_s
         self._save_s = 0.0
@@ -99,6 +103,7 @@ class Trainer:
         """
         num_steps = self.planner.num_steps
         seen = self.planner.count_seen(first_step)
+        slow_ranks = SlowRanks(all_gather_objects(self.world, socket.gethostname()), self.log.info)
         with self.stop_signal, self._finish_save_on_error():
             for step in range(first_step, last_step):
                 factor = schedule_factor(step, num_steps, self.config.stage)
@@ -109,8 +114,10 @@ class Trainer:
                 done = step + 1
                 seen = seen + plan.sizes
                 self.profiler.end_step(step, is_last=outcome.agreement.stop or done == last_step)
-                evaluated = {} if outcome.agreement.stop else self._evaluate(done, last_step)
+                ends_early = outcome.agreement.stop and done < last_step
+                evaluated = {} if ends_early else self._evaluate(done, last_step)
                 values = self.metrics.compute(plan, outcome) | {f"lr/{part}": rate for part, rate in rates.items()}
+                values |= slow_ranks.update(outcome.agreement.local_s)
                 values |= dict(zip(("seen/samples", "seen/tokens", "seen/tiles"), seen.tolist(), strict=True))
                 if self._save_s:
                     values["perf/save_s"], self._save_s = self._save_s, 0.0  # of the save after the previous step
@@ -119,7 +126,7 @@ class Trainer:
                     self.saver.commit()
                 if outcome.agreement.stop or self._is_save_due(done, last_step):
                     self.save(done)
-                if outcome.agreement.stop and done < last_step:
+                if ends_early:
                     self.saver.wait()
                     raise Interrupted(done, "" if self.stop_signal.is_requested else self._describe_time_limit())
             self.saver.wait()
@@ -155,13 +162,14 @@ class Trainer:
             sums[:num_sources] += loss.by_source
             sums[num_sources:] += loss.tokens_by_source
         self.progress.enter("agree", plan.step)
-        host_sums = sums.cpu()
+        host_sums = to_host(sums)
         agreement = all_reduce_step_state(
             self.world,
             host_sums,
             stop=self.stop_signal.is_requested or time.monotonic() > self._deadline_s,
             sealed=self.saver.is_ready_to_commit,
             seconds=time.monotonic() - started - waited,
+            local_s=waited + self.forward_timer.read(),
         )
         self.check.check_counts(plan, agreement.sums[num_sources:])
         non_finite = torch.nonzero(~torch.isfinite(agreement.sums[:num_sources]))[:, 0].tolist()
@@ -183,7 +191,7 @@ class Trainer:
         state = resume.make_run_state(
             step, self.planner.table.fingerprint, self.config, self.world, self.engine, self._frozen
         )
-        self._save_s = self.saver.write(self.engine, state, to_yaml(self.config))
+        self._save_s = self.saver.write(self.engine, state, to_yaml(with_absolute_paths(self.config)))
 
     @contextmanager
     def _finish_save_on_error(self) -> Iterator[None]:
@@ -195,9 +203,10 @@ class Trainer:
             raise
 
     def _forward_backward(self, plan: StepPlan, micro_step: int, batch: Batch) -> LossSums:
-        batch = batch.to(self.world.device)
+        batch = to_device(batch, self.world.device)
         self.progress.enter("forward", plan.step, micro_step)
-        loss = LossSums(*self.engine(batch))
+        with self.forward_timer.measure():
+            loss = LossSums(*self.engine(batch))
         self.progress.enter("backward", plan.step, micro_step)
         self.engine.backward(loss.total * (self.world.size / plan.divisor))
         return loss

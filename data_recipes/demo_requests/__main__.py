@@ -30,6 +30,9 @@ from data_recipes.demo_requests.request_files import BatchOptions, BatchWriter, 
 from data_recipes.demo_requests.screen import find_personal_data, has_unsafe_term, read_unsafe_terms, strip_metadata
 from data_recipes.raw.image_files import ImageError, load_image
 from data_recipes.raw.json_records import iter_records
+from data_recipes.schema.arguments import count_argument, path_argument, positive_argument, text_argument
+from data_recipes.schema.console import run_program
+from data_recipes.schema.file_access import describe_error
 from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError
 
 
@@ -40,24 +43,32 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     steps = parser.add_subparsers(dest="step", required=True)
     collect_step = steps.add_parser("collect", help="write requests for a stronger model")
-    collect_step.add_argument("--logs", type=Path, required=True, help="folder with the demo's logs")
-    collect_step.add_argument("--out", type=Path, required=True, help="output folder")
-    collect_step.add_argument("--model", required=True, help="name of the answering model, as used by the service")
-    collect_step.add_argument("--max-tokens", type=int, default=1024, help="maximum length of an answer (%(default)s)")
+    collect_step.add_argument("--logs", type=path_argument, required=True, help="folder with the demo's logs")
+    collect_step.add_argument("--out", type=path_argument, required=True, help="output folder")
+    collect_step.add_argument(
+        "--model", type=text_argument, required=True, help="name of the answering model, as used by the service"
+    )
+    collect_step.add_argument(
+        "--max-tokens", type=positive_argument, default=1024, help="maximum length of an answer (%(default)s)"
+    )
     collect_step.add_argument(
         "--pictures", choices=("inline", "path"), default="inline", help="how requests contain images"
     )
     collect_step.add_argument(
-        "--unsafe-terms", type=Path, help="text file with one term per line; requests with any are dropped"
+        "--unsafe-terms", type=path_argument, help="text file with one term per line; requests with any are dropped"
     )
-    collect_step.add_argument("--limit", type=int, help="maximum number of requests, selected by hash")
-    collect_step.add_argument("--max-mib", type=int, default=190, help="maximum size of a request file (%(default)s)")
+    collect_step.add_argument("--limit", type=positive_argument, help="maximum number of requests, selected by hash")
     collect_step.add_argument(
-        "--max-requests", type=int, default=50_000, help="maximum requests per file (%(default)s)"
+        "--max-mib", type=count_argument, default=190, help="maximum size of a request file (%(default)s)"
+    )
+    collect_step.add_argument(
+        "--max-requests", type=positive_argument, default=50_000, help="maximum requests per file (%(default)s)"
     )
     answer_step = steps.add_parser("answer", help="convert the answers to LLaVA JSON")
-    answer_step.add_argument("--out", type=Path, required=True, help="output folder of `collect`")
-    answer_step.add_argument("--answers", type=Path, nargs="+", required=True, help="answer files of the service")
+    answer_step.add_argument("--out", type=path_argument, required=True, help="output folder of `collect`")
+    answer_step.add_argument(
+        "--answers", type=path_argument, nargs="+", required=True, help="answer files of the service"
+    )
     return parser.parse_args(argv)
 
 
@@ -71,6 +82,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_answers(options.out, options.answers)
     except DataError as error:
         print(f"demo_requests: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"demo_requests: {describe_error(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         print(f"demo_requests: {error}", file=sys.stderr)
@@ -210,4 +224,4 @@ def _write_dropped(path: Path, dropped: Sequence[DroppedRequest], summary: str) 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

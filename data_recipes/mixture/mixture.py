@@ -30,8 +30,8 @@ from data_recipes.schema.source import read_yaml, reject_unknown_keys
 from data_recipes.store.reader import Store, StoredSample, StoredText
 
 
-def read_mixture(configs: Path, name: str) -> MixtureConfig:
-    """Read and validate `configs/mixture/<name>.yaml` without Hydra.
+def read_mixture(configs: Path | Sequence[Path], name: str) -> MixtureConfig:
+    """Read and validate `mixture/<name>.yaml`, of the first of the folders that has it, without Hydra.
 
     Raises:
         DataError: the file does not exist, or it has unknown keys or invalid values.

@@ -25,6 +25,10 @@ from data_recipes.prepare.shared_files import read_group
 from data_recipes.prepare.slices import make_slice_writer, merge_slices, read_slices
 from data_recipes.prepare.work_list import WorkItem, estimate_group_space, plan_work, report_up_to_date
 from data_recipes.raw.image_pool import ImagePool
+from data_recipes.schema.arguments import output_folder, path_argument, text_argument
+from data_recipes.schema.config_dir import CONFIG_DIR, describe_replaced
+from data_recipes.schema.console import run_program
+from data_recipes.schema.file_access import describe_error
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_source
 from data_recipes.store.durable import exclusive_lock
@@ -54,6 +58,7 @@ class Arguments:
     max_rejects: float | None
     slice: Slice
     merge: int | None
+    config_dir: Path | None
     configs: Path
 
 
@@ -63,10 +68,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         prog="python -m data_recipes.prepare", description="Prepare stores from raw files."
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--mixture", help="prepare every source of configs/mixture/NAME.yaml")
+    what.add_argument("--mixture", type=text_argument, help="prepare every source of configs/mixture/NAME.yaml")
     what.add_argument("--source", nargs="+", default=[], help="prepare these sources of configs/source/*.yaml")
-    parser.add_argument("--raw", type=Path, required=True, help="folder that contains the raw folders")
-    parser.add_argument("--stores", type=Path, required=True, help="output folder, with one store per source")
+    parser.add_argument("--raw", type=path_argument, required=True, help="folder that contains the raw folders")
+    parser.add_argument("--stores", type=_stores_argument, required=True, help="output folder of the stores")
     cores = len(os.sched_getaffinity(0))
     parser.add_argument("--workers", type=int, default=cores, help="processes that decode images (%(default)s)")
     parser.add_argument("--strict", action="store_true", help="stop at the first invalid record")
@@ -85,7 +90,18 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         help="prepare slice K of N only, for array jobs",
     )
     part.add_argument("--merge", type=int, metavar="N", help="merge N slices per source to stores, and remove them")
-    parser.add_argument("--configs", type=Path, default=Path("configs"), help="folder of the YAML files (%(default)s)")
+    parser.add_argument(
+        "--config-dir",
+        type=path_argument,
+        metavar="MINE",
+        help="a folder of further YAML files (MINE/mixture/*.yaml, MINE/source/*.yaml), which take precedence",
+    )
+    parser.add_argument(
+        "--configs",
+        type=path_argument,
+        default=CONFIG_DIR,
+        help="folder of YAML files, instead of the shipped ones",
+    )
     arguments = Arguments(**vars(parser.parse_args(argv)))
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers}: must be at least 1")
@@ -112,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "a worker process was killed, probably because the machine ran out of memory. Try fewer --workers. "
             f"{resume_hint}.",
         )
+    except PermissionError as error:
+        return _fail(2, f"{describe_error(error)}. {resume_hint} after resolving the error.")
     except OSError as error:
         return _fail(1, f"{error}. {resume_hint} after resolving the error.")
     except KeyboardInterrupt:
@@ -130,11 +148,10 @@ def prepare(arguments: Arguments) -> None:
         RejectedError: too many records are invalid.
         OSError: the disk is full or failing.
     """
-    if not arguments.configs.is_dir():
-        raise DataError(f"no folder {arguments.configs}: run from the repository, or set --configs.")
-    config = read_mixture(arguments.configs, arguments.mixture) if arguments.mixture else None
+    configs = _list_config_folders(arguments)
+    config = read_mixture(configs, arguments.mixture) if arguments.mixture else None
     names = sorted({*config.sources, *config.exclude}) if config else list(dict.fromkeys(arguments.source))
-    sources = [read_source(arguments.configs, name) for name in names]
+    sources = [read_source(configs, name) for name in names]
     if arguments.max_rejects is not None:
         sources = [replace(source, max_reject_share=arguments.max_rejects) for source in sources]
     work = plan_work(sources, arguments.raw, arguments.stores, arguments.slice, arguments.merge)
@@ -156,6 +173,21 @@ def prepare(arguments: Arguments) -> None:
         mixture = Mixture.open(config, arguments.stores)
         summary.print_mixture(mixture, arguments.stores)
         print(f"written: {write_manifest(mixture, arguments.stores)}/manifest.json, .md, .tex, .bib")
+
+
+def _list_config_folders(arguments: Arguments) -> list[Path]:
+    """Return the folders of YAML files, the first with precedence, and print which files it replaces."""
+    folders = [arguments.configs]
+    if arguments.config_dir is not None:
+        folders.insert(0, arguments.config_dir)
+    for option, folder in (("--config-dir", arguments.config_dir), ("--configs", arguments.configs)):
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"{option}: there is no folder {folder}.")
+    if arguments.config_dir is not None:
+        replaced = describe_replaced(arguments.config_dir, ("mixture", "source"), arguments.configs)
+        if replaced:
+            print(replaced, flush=True)
+    return folders
 
 
 def _prepare_group(
@@ -221,10 +253,18 @@ def _parse_slice(text: str) -> Slice:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _stores_argument(text: str) -> Path:
+    stores = output_folder(text)
+    for name, kind in (("config.yaml", "the folder of a run"), ("manifest.json", "a store itself")):
+        if (stores / name).is_file():
+            raise argparse.ArgumentTypeError(f"{text} is {kind} (it has a {name}); name the folder of all stores")
+    return stores
+
+
 def _fail(code: int, message: str) -> int:
     print(f"prepare: {message}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

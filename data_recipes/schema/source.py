@@ -165,8 +165,8 @@ def find_reader(source: str, reader: str, function: str = "samples") -> Callable
     return loaded  # type: ignore[no-any-return]
 
 
-def read_source(configs: Path, name: str) -> SourceInfo:
-    """Read and validate `configs/source/<name>.yaml`.
+def read_source(configs: Path | Sequence[Path], name: str) -> SourceInfo:
+    """Read and validate `source/<name>.yaml`, of the first of the folders that has it.
 
     Raises:
         DataError: the file does not exist, or it has unknown keys or invalid values.
@@ -222,22 +222,25 @@ def reject_unknown_keys(
             raise DataError(f"{origin}: unknown key {key!r}; {listed}")
 
 
-def read_yaml(configs: Path, group: str, name: str) -> dict[str, Any]:
-    """Read the mapping in `configs/<group>/<name>.yaml`.
+def read_yaml(configs: Path | Sequence[Path], group: str, name: str) -> dict[str, Any]:
+    """Read the mapping in `<group>/<name>.yaml`, of the first of the folders that has it.
 
     Raises:
         DataError: the file does not exist (the message lists the known names), is not valid YAML, or is not a mapping.
     """
-    known = sorted(path.stem for path in (configs / group).glob("*.yaml"))
-    if name not in known:
+    folders = [configs / group] if isinstance(configs, Path) else [folder / group for folder in configs]
+    paths = {path.stem: path for folder in reversed(folders) for path in folder.glob("*.yaml")}
+    if name not in paths:
+        known = sorted(paths)
         listed = f"{_suggest(name, known)} Known: {', '.join(known) or 'none'}."
-        raise DataError(f"there is no {group} {name!r} in {configs / group}.{listed}")
+        raise DataError(f"there is no {group} {name!r} in {' or '.join(map(str, folders))}.{listed}")
+    path = paths[name]
     try:
-        values = yaml.safe_load((configs / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise DataError(f"{configs / group / name}.yaml is not valid YAML: {' '.join(str(error).split())}") from error
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
-        raise DataError(f"{configs / group / name}.yaml must be a mapping of keys to values.")
+        raise DataError(f"{path} must be a mapping of keys to values.")
     return values
 
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_recipes.schema.file_access import describe_error
 from data_recipes.schema.sample import DataError
 from data_recipes.store.durable import sync_folder
 from data_recipes.store.reader import Store, read_manifest
@@ -85,6 +86,8 @@ def copy_stores(copies: Sequence[LocalCopy], on_bytes: Callable[[int], object], 
         DataError: there is not enough disk space, a store is damaged, or the disk fails. Files that were copied are
             kept, and the next call continues with the others.
     """
+    if all(copy.is_complete for copy in copies):
+        return  # the folder may belong to another user, who has copied them
     root = copies[0].path.parent
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -95,8 +98,8 @@ def copy_stores(copies: Sequence[LocalCopy], on_bytes: Callable[[int], object], 
                 _copy(copy, pool, on_bytes)
     except OSError as error:
         raise DataError(
-            f"the stores could not be copied to {root} ({error}). Resolve the error and start again, which continues "
-            "the copy, or read the stores from their original location (data.local_dir=null)"
+            f"the stores could not be copied to {root} ({describe_error(error)}). Resolve the error and start again, "
+            "which continues the copy, or read the stores from their original location (data.local_dir=null)"
         ) from error
 
 

@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
+from data_recipes.schema.file_access import describe_denied
 from data_recipes.schema.sample import DataError, Message
 from data_recipes.store.images import StoreImages
 
@@ -62,11 +63,17 @@ class StoredSample:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Read the manifest of a complete store; returns None if there is none or if its format version differs."""
+    """Read the manifest of a complete store; returns None if there is none or if its format version differs.
+
+    Raises:
+        DataError: it exists and this process may not read it.
+    """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
         return None
+    except PermissionError as error:
+        raise DataError(describe_denied(path) or str(error)) from error
     return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
 
 
@@ -85,8 +92,8 @@ class Store:
         """Open the store at `path`.
 
         Raises:
-            DataError: it is missing, incomplete, damaged or has another format version. The message has the command
-                that prepares it.
+            DataError: it is missing, incomplete, damaged or has another format version, with the command that prepares
+                it; or this process may not read it, with the file and its owner.
         """
         path = Path(path)
         command = f"python -m data_recipes.prepare --source {path.name} --raw RAW_ROOT --stores {path.parent}"
@@ -100,7 +107,8 @@ class Store:
             num_rows = (len(store._samples), len(store._images))
         except (OSError, KeyError, ValueError) as error:
             raise DataError(
-                f"the store at {path} is damaged ({error}). Remove it and prepare it again: {command}"
+                describe_denied(path)
+                or f"the store at {path} is damaged ({error}). Remove it and prepare it again: {command}"
             ) from error
         if num_rows != (manifest["num_samples"], manifest["num_pictures"]):
             raise DataError(

@@ -8,13 +8,12 @@ projector, and only its shapes are compared.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from llava_next.config import ModelError, ProjectorKind
@@ -28,8 +27,10 @@ from llava_next.formats.tensors import (
     from_tensor,
     no_gather,
     read_plain_tensors,
+    write_safetensors,
 )
 from llava_next.model.build import Backbone
+from llava_next.model.checkpoint_config import read_json
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
 
@@ -41,7 +42,14 @@ _AUTHORS_PREFIX = re.compile(r"^(?:(?:module|base_model|model)\.)+")
 """Prefixes of tensor names in the authors' files, which depend on DDP and LoRA."""
 
 
-def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, gather: Gather = no_gather) -> None:
+def write_connector(
+    model: LlavaNext,
+    backbone: Backbone,
+    target: Path | None,
+    gather: Gather = no_gather,
+    *,
+    attachments: Sequence[Path] = (),
+) -> None:
     """Writes the projector and the newline vector with the contract that the next stage checks.
 
     Args:
@@ -49,8 +57,9 @@ def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, g
         backbone: the configuration that the contract records.
         target: the directory; None on ranks that only take part in gathering.
         gather: completes partitioned parameters.
+        attachments: files that are copied into the directory.
     """
-    with atomic_directory(target) as folder:
+    with atomic_directory(target, attachments) as folder:
         tensors = {}
         for name, parameter in _connector_parameters(model).items():
             with gather([parameter]):
@@ -58,7 +67,7 @@ def write_connector(model: LlavaNext, backbone: Backbone, target: Path | None, g
                     tensors[name] = parameter.detach().cpu().clone().contiguous()
         if folder is None:
             return
-        save_file(tensors, folder / _TENSORS, metadata={"format": "pt"})
+        write_safetensors(tensors, folder / _TENSORS)
         contract = {
             **_identity(backbone),
             "image_newline_trained": bool(model.hf.model.image_newline.requires_grad),
@@ -85,7 +94,7 @@ def read_connector(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[
             differs from the contract's.
         SafetensorError, OSError, KeyError, json.JSONDecodeError: a file is damaged.
     """
-    contract = json.loads((source / CONTRACT).read_text())
+    contract = read_json(source / CONTRACT)
     for key, value in _identity(backbone).items():
         if key not in contract and key in _LATER_KEYS:
             continue

@@ -30,6 +30,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
+from llava_next.file_access import permission_problem
 from llava_next.formats.atomic import atomic_directory
 from llava_next.formats.merge_adapters import merge_adapters
 from llava_next.formats.tensor_names import NEWLINE, SECOND_LAYER, published_name
@@ -57,7 +58,13 @@ _SHARED_KEYS = (
 
 
 def write_hf(
-    model: LlavaNext, backbone: Backbone, processor: Processor, target: Path | None, gather: Gather = no_gather
+    model: LlavaNext,
+    backbone: Backbone,
+    processor: Processor,
+    target: Path | None,
+    gather: Gather = no_gather,
+    *,
+    attachments: Sequence[Path] = (),
 ) -> None:
     """Writes the model as a directory that stock transformers loads.
 
@@ -67,10 +74,11 @@ def write_hf(
         processor: its template becomes the chat template.
         target: the directory; None on ranks that only take part in gathering.
         gather: completes partitioned parameters.
+        attachments: files that are copied into the directory.
     """
     keep = target is not None
     tensors = published_tensors(model, backbone, processor.config.image_mode, gather, keep=keep)
-    with atomic_directory(target) as folder:
+    with atomic_directory(target, attachments) as folder:
         write_hf_folder(tensors, backbone, processor, folder)
 
 
@@ -316,7 +324,7 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
     try:
         stock, loading_info = AutoModelForImageTextToText.from_pretrained(source, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"transformers cannot load {source}: {error}") from error
+        raise ModelError(permission_problem(source) or f"transformers cannot load {source}: {error}") from error
     require_all_weights_loaded(loading_info, str(source))
     model = wrap_stock_model(stock, config, source)
     tower = replace(config.vision_tower, feature_layer=model.hf.config.vision_feature_layer)

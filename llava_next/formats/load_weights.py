@@ -17,6 +17,7 @@ from torch import nn
 from transformers import LlavaConfig
 
 from llava_next.config import ModelError, ProjectorKind
+from llava_next.file_access import permission_problem
 from llava_next.formats.connector import CONTRACT, MM_PROJECTOR, read_connector, read_mm_projector
 from llava_next.formats.hugging_face import check_identity
 from llava_next.formats.tensor_names import (
@@ -37,6 +38,7 @@ from llava_next.model.checkpoint_config import (
     is_original,
     original_projector_kind,
     projector_kind,
+    read_json,
 )
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
@@ -76,9 +78,9 @@ def read_weights(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[di
         ModelError: `source` contains neither a connector nor a model, a file is damaged, or a tensor or a setting does
             not agree with the model.
     """
-    if source.is_file():
-        return read_mm_projector(model, backbone, source)
     with _read_errors_as_model_errors(source):
+        if source.is_file():
+            return read_mm_projector(model, backbone, source)
         if (source / CONTRACT).is_file():
             return read_connector(model, backbone, source)
         if (source / MM_PROJECTOR).is_file():
@@ -86,9 +88,11 @@ def read_weights(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[di
             return read_mm_projector(model, backbone, source / MM_PROJECTOR)
         if (source / "config.json").is_file():
             return _read_model(model, backbone, source)
+    inside = [name for name in ("connector", "export") if (source / name).is_dir()]
+    fix = f"name {source / inside[0]}" if inside else "run stage=align first"
     raise ModelError(
         f"stage.init_from={source} contains neither a connector ({CONTRACT} or {MM_PROJECTOR}) nor a model "
-        "(config.json); run stage=align first, or initialize the parts with stage.init_from=null"
+        f"(config.json); {fix}, or initialize the parts with stage.init_from=null"
     )
 
 
@@ -97,8 +101,11 @@ def _read_errors_as_model_errors(source: Path) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError, json.JSONDecodeError, KeyError) as error:
+        denied = permission_problem(source)
         raise ModelError(
-            f"stage.init_from={source} cannot be read, a file in it is damaged or missing: {error}"
+            f"stage.init_from: {denied}"
+            if denied
+            else f"stage.init_from={source} cannot be read, a file in it is damaged or missing: {error}"
         ) from error
 
 
@@ -112,7 +119,7 @@ def _check_no_model_beside_connector(source: Path) -> None:
 
 
 def _read_model(model: LlavaNext, backbone: Backbone, source: Path) -> tuple[dict[str, LazyTensor], str]:
-    config = json.loads((source / "config.json").read_text())
+    config = read_json(source / "config.json")
     if is_original(config):
         kind, title = original_projector_kind(config, source), f"model from {source} in the authors' layout"
         tensors = {original_to_published_name(name, kind): tensor for name, tensor in read_folder(source).items()}
@@ -218,7 +225,7 @@ def _keep_tower(
         return []
     tower = backbone.config.vision_tower
     if tower.weights != "pretrained":
-        published = json.loads((source / "config.json").read_text()).get("mm_vision_tower")
+        published = read_json(source / "config.json").get("mm_vision_tower")
         raise ModelError(
             f"{source} does not contain a vision tower and model.vision_tower.weights={tower.weights} loads none; use "
             f"the pretrained tower that it was trained with ({published})"

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from llava_next.config import ModelError
+from llava_next.file_access import follow_umask, permission_problem
 
 SHARD_BYTES = 4 * 10**9
 """Default maximum size of a safetensors file."""
@@ -115,11 +116,22 @@ def write_shards(tensors: Sequence[LazyTensor], folder: Path | None, shard_bytes
             if folder is not None and value is not None:
                 loaded[tensor.name] = value.contiguous()
         if folder is not None:
-            save_file(loaded, folder / file_name, metadata={"format": "pt"})
+            write_safetensors(loaded, folder / file_name)
     if folder is not None and len(shards) > 1:
         total = sum(tensor.num_bytes for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+
+
+def write_safetensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    """Writes tensors to one file, whose permissions follow the umask.
+
+    Args:
+        tensors: contiguous tensors in memory, by name.
+        path: the file; an existing one is replaced.
+    """
+    save_file(dict(tensors), path, metadata={"format": "pt"})
+    follow_umask(path)
 
 
 def _shards(tensors: Sequence[LazyTensor], shard_bytes: int) -> Iterator[list[LazyTensor]]:
@@ -144,7 +156,10 @@ def read_folder(source: Path) -> dict[str, LazyTensor]:
     """
     files = sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
     if not files:
-        raise ModelError(f"{source} has a config.json but no weights (neither *.safetensors nor pytorch_model*.bin)")
+        raise ModelError(
+            permission_problem(source)
+            or f"{source} has a config.json but no weights (neither *.safetensors nor pytorch_model*.bin)"
+        )
     _check_shards(source, files)
     tensors: dict[str, LazyTensor] = {}
     for path in files:
@@ -225,6 +240,9 @@ def read_plain_tensors(path: Path, alternative: str) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # a damaged or malicious file can raise any exception
         imported = re.search(r"GLOBAL (\S+)", str(error))
+        denied = permission_problem(path) if isinstance(error, PermissionError) else ""
+        if denied:
+            raise ModelError(f"stage.init_from: {denied}") from None
         if imported:
             problem = f"imports {imported[1]}, which weight files do not need; no code was executed"
         elif isinstance(error, pickle.UnpicklingError):

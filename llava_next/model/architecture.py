@@ -11,6 +11,7 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, LlavaNextConfig, PretrainedConfig
 
 from llava_next.config import ModelConfig, ModelError
+from llava_next.file_access import permission_problem
 from llava_next.model.checkpoint_config import PROJECTOR_ACTS, is_original, language_model_config_values, read_json
 from llava_next.model.language_models import check_language_model_supported, check_rope, override_rope
 from llava_next.model.towers import num_prefix_tokens, prepare_tower_config
@@ -137,7 +138,8 @@ def read_config(path: str, overrides: dict[str, Any], key: str) -> PretrainedCon
         else:
             config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{key}.path: cannot read the config.json in {path}: {error}") from error
+        reason = permission_problem(Path(path)) or f"cannot read the config.json in {path}: {error}"
+        raise ModelError(f"{key}.path: {reason}") from error
     if key == LANGUAGE_MODEL:
         config = getattr(config, "text_config", config)
     replace_keys(config, overrides, key)

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
+from llava_next.file_access import permission_problem
 from llava_next.inputs.chat_template import is_bos_added, set_post_processor
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
 from llava_next.inputs.processor import Processor
@@ -118,7 +120,8 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.language_model.tokenizer: cannot read a tokenizer in {path}: {error}") from error
+        reason = permission_problem(Path(path)) or f"cannot read a tokenizer in {path}: {error}"
+        raise ModelError(f"model.language_model.tokenizer: {reason}") from error
     if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False
@@ -227,7 +230,8 @@ def _language_model(backbone: Backbone, dtype: torch.dtype) -> Any:
             config.path, config=text, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.language_model.path: cannot read the weights in {config.path}: {error}") from error
+        reason = permission_problem(Path(config.path)) or f"cannot read the weights in {config.path}: {error}"
+        raise ModelError(f"model.language_model.path: {reason}") from error
     finally:
         text.vocab_size = size
     require_all_weights_loaded(loading_info, f"model.language_model.path={config.path}")
@@ -280,7 +284,8 @@ def _vision_tower(backbone: Backbone, dtype: torch.dtype) -> nn.Module:
             config.path, config=native, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model.vision_tower.path: cannot read the weights in {config.path}: {error}") from error
+        reason = permission_problem(Path(config.path)) or f"cannot read the weights in {config.path}: {error}"
+        raise ModelError(f"model.vision_tower.path: {reason}") from error
     require_all_weights_loaded(loading_info, f"model.vision_tower.path={config.path}")
     if vision.image_size == native.image_size:
         return tower

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from llava_next.config import IMAGE_PROCESSOR_FILES, Grid, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig
+from llava_next.file_access import permission_problem
 from llava_next.inputs.anyres import grids_from_pinpoints
 
 ARCHITECTURES = {
@@ -57,7 +58,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read {path}: {error}") from error
+        raise ModelError(permission_problem(path) or f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ModelError(f"{path} does not contain a JSON object")
     return content

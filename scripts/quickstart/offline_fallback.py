@@ -25,6 +25,15 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def write_tensors(tensors: Tensors, folder: Path) -> None:
+    """Writes `model.safetensors`. Its mode follows the umask, as that of the other files; safetensors makes it 0600."""
+    path = folder / "model.safetensors"
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def dinov2_tensors(onnx_file: Path) -> Tensors:
     """The DINOv2-small backbone inside a larger ONNX graph, under its published tensor names.
 
@@ -53,7 +62,7 @@ def dinov2_tensors(onnx_file: Path) -> Tensors:
 
 def write_dinov2(onnx_file: Path, folder: Path) -> None:
     """Writes DINOv2-small as a directory that `Dinov2Model.from_pretrained` loads."""
-    save_file(dinov2_tensors(onnx_file), folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(dinov2_tensors(onnx_file), folder)
     shutil.copytree(DINOV2_CONFIGS, folder, dirs_exist_ok=True)
 
 
@@ -127,7 +136,7 @@ def write_smollm2(gguf_file: Path, folder: Path, layers: tuple[int, ...] | None 
             if entry.name.endswith(f"attn_{part}.weight"):
                 value = _halves_from_pairs(value, num_heads)
         tensors[name] = np.ascontiguousarray(value)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(tensors, folder)
     config = _llama_config(fields)
     write_json(folder / "config.json", config | ({"num_hidden_layers": len(layers)} if layers else {}))
     ids = {f"{name}_token_id": fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos")}

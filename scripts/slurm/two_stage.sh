@@ -10,6 +10,9 @@
 # Prints the two job ids. Submitted again, each stage continues from its last checkpoint; a finished one ends at once.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+for variable in $(compgen -e SLURM_); do # of the job or the shell of salloc that this script may run in
+    [[ $variable == SLURM_CONF ]] || unset "$variable"
+done
 source scripts/slurm/site.sh
 
 options=()
@@ -26,7 +29,7 @@ shift
 
 # submit STAGE [options of sbatch] -- arguments: submits the stage with its arguments, without their prefix.
 submit() {
-    local stage=$1 argument arguments=() options=()
+    local stage=$1 argument arguments=() options=() has_stage=
     shift
     while [[ $1 != -- ]]; do
         options+=("$1")
@@ -39,7 +42,10 @@ submit() {
             *) arguments+=("$argument") ;;
         esac
     done
-    [[ " ${arguments[*]}" == *" stage="* ]] || arguments+=("stage=$stage")
+    for argument in "${arguments[@]}"; do
+        [[ $argument == stage=* ]] && has_stage=1
+    done
+    [[ -n $has_stage ]] || arguments+=("stage=$stage")
     sbatch --parsable --job-name="$stage" "${options[@]}" scripts/slurm/train.sbatch "${arguments[@]}"
 }
 

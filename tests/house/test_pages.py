@@ -149,11 +149,11 @@ def check_launcher(words: list[str]) -> None:
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        assert get_args_parser().parse_args(words[1:]).training_script in ("train", "train.accept")
+        assert get_args_parser().parse_args(words[1:]).training_script in ("train", "train.accept", "train.evaluate")
     if words[0] == "deepspeed":
         from deepspeed.launcher.runner import parse_args
 
-        assert parse_args(words[1:]).user_script in ("train", "train.accept")
+        assert parse_args(words[1:]).user_script in ("train", "train.accept", "train.evaluate")
 
 
 def check_arguments(words: list[str], configs: Path) -> None:

@@ -1,6 +1,5 @@
 """Fixtures of the tests of `llava_next`: one thread, tiny backbones, and real assets if they are present."""
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from llava_next.cache_root import cache_root
 from llava_next.config import ModelConfig, ProjectorKind
 from llava_next.model.build import Backbone, read_backbone
 from tests.tiny import TokenizerName, TowerName, tiny_model
@@ -48,11 +48,9 @@ def make_backbone(tmp_path_factory: pytest.TempPathFactory) -> MakeBackbone:
 
 
 def _asset(name: str) -> Path:
-    root = os.environ.get("LLAVA_NEXT_CACHE")
-    if root is None:
-        pytest.skip("LLAVA_NEXT_CACHE is not set: the quickstart's assets are not here")
-    if not (folder := Path(root) / name).is_dir():
-        pytest.skip(f"the quickstart's asset {name} is not in LLAVA_NEXT_CACHE")
+    folder = cache_root() / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent; fetch it: python scripts/quickstart/assets.py")
     return folder
 
 

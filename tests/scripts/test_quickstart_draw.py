@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageDraw
 
+from llava_next.cache_root import cache_root
+
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "quickstart"))
 
 import assets
@@ -197,7 +199,7 @@ def test_missing_assets_are_named_with_the_command(tmp_path: Path, capsys: pytes
 
 
 def _cache() -> Path:
-    cache = assets.default_cache()
+    cache = cache_root()
     known = {asset.name: asset for asset in assets.ASSETS}
     missing = [n for n in assets.SETS["quickstart"] if not assets.is_complete(cache, known[n])]
     if missing:

@@ -6,6 +6,7 @@ prepared.
 import hashlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -104,10 +105,10 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     subprocess.run([CLUSTER_SCRIPT, "stop", folder], check=True, timeout=60)
 
 
-@pytest.fixture
-def cluster_with_gpus(tmp_path: Path) -> Iterator[Cluster]:
+@pytest.fixture(scope="module")
+def cluster_with_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Slurm cluster whose two nodes have two simulated GPUs each."""
-    folder = tmp_path / "lab"
+    folder = tmp_path_factory.mktemp("lab_with_gpus")
     subprocess.run([CLUSTER_SCRIPT, "start", folder], check=True, timeout=60, env={**os.environ, "LAB_GPUS": "2"})
     yield Cluster(folder)
     subprocess.run([CLUSTER_SCRIPT, "stop", folder], check=True, timeout=60)
@@ -219,26 +220,118 @@ def test_failed_and_cancelled_jobs_are_not_started_again(cluster: Cluster, code:
     assert "is requeued" not in cluster.output(job)
 
 
+STAND_IN = """
+import os
+from train.distributed.launch import read_launch
+launch, gpus = read_launch(), os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+cpus, step_gpus = os.environ["SLURM_CPUS_PER_TASK"], os.environ.get("SLURM_GPUS_ON_NODE")
+print(f"task rank={launch.rank} local={launch.local_rank} size={launch.size} cpus={cpus} gpus={gpus} of {step_gpus}")
+"""
+ALL_GPUS = [f"rank={rank} local={rank % 2} size=4 cpus=2 gpus=0,1 of 2" for rank in range(4)]
+BOUND_GPUS = [f"rank={rank} local={rank % 2} size=4 cpus=2 gpus={rank % 2} of 2" for rank in range(4)]
+OTHER_JOB = ("-N1", "--ntasks-per-node=1", "--gpus-per-task=1", "--cpus-per-task=1", "--mem=100M", "--array=1-1")
+
+
+def stand_in_for_training(cluster: Cluster) -> dict[str, str]:
+    """Variables with which train.sbatch starts a program that prints rank, CPUs and GPUs of its task."""
+    (cluster.folder / "stand_in.py").write_text(STAND_IN)
+    path = os.pathsep.join([str(cluster.folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {"LLAVA_NEXT_PROGRAM": "stand_in", "PYTHONPATH": path}
+
+
+def printed_tasks(cluster: Cluster, job: str) -> list[str]:
+    """What the tasks of a job have printed; the job must succeed."""
+    assert cluster.ended(job)["ExitCode"] == "0:0", cluster.output(job)
+    lines = cluster.output(job).splitlines()
+    return sorted(line.removeprefix("task ") for line in lines if line.startswith("task "))
+
+
+def submit_from(cluster: Cluster, start: str, *command: str, **more: str) -> str:
+    """Runs a command that submits a job: in a login shell, a shell of salloc, a batch script, or a step of one."""
+    if start == "login":
+        return cluster.run(*command, **more)
+    if start == "salloc":
+        options = [option for option in OTHER_JOB if "array" not in option]
+        return cluster.run("salloc", "--quiet", *options, *command, **more)
+    script = cluster.folder / "other_job.sh"
+    srun = "srun --ntasks=1 " if start == "step" else ""
+    script.write_text(f"#!/bin/bash\ncd {ROOT}\n{srun}{shlex.join(command)}\n")
+    outer = cluster.run("sbatch", "--parsable", f"--output={cluster.folder}/%A.out", *OTHER_JOB, str(script), **more)
+    assert cluster.ended(outer)["ExitCode"] == "0:0", cluster.output(outer)
+    return cluster.output(outer).strip()
+
+
+@pytest.mark.parametrize("start", ["login", "salloc", "job", "step"])
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        (("-N2",), ["0 0 4 0,1", "1 1 4 0,1", "2 0 4 0,1", "3 1 4 0,1"]),
-        (("-N2", "--gpus-per-node=2"), ["0 0 4 0,1", "1 1 4 0,1", "2 0 4 0,1", "3 1 4 0,1"]),
-        (("-N1", "--oversubscribe", "--gpus-per-node=1", "--cpus-per-task=1", "--mem=1G"), ["0 0 1 0"]),
+        (("-N2",), ALL_GPUS),
+        (("-N2", "--gpus-per-node=2"), ALL_GPUS),
+        (("-N1", "--ntasks-per-node=1"), ["rank=0 local=0 size=1 cpus=4 gpus=0,1 of 2"]),
+        (("-N1", "--oversubscribe", "--gpus-per-node=1", "--mem=1G"), ["rank=0 local=0 size=1 cpus=1 gpus=0 of 1"]),
+        (("-N2", "--ntasks=4", "--gpus-per-task=1", "--cpus-per-task=2"), ALL_GPUS),
     ],
-    ids=["whole nodes", "asked for", "a part of a node"],
+    ids=["whole nodes", "GPUs given", "tasks given", "part of a node", "GPUs per task"],
 )
-def test_a_task_for_each_gpu(cluster_with_gpus: Cluster, options: tuple[str, ...], expected: list[str]) -> None:
-    """Rank, local rank, number of ranks and the GPUs that it sees, of every task: all of its node's, for the local rank
-    to choose from, also where the job did not ask for GPUs but has whole nodes."""
-    python = cluster_with_gpus.folder / "python"
-    shown = "task $SLURM_PROCID $SLURM_LOCALID $SLURM_STEP_NUM_TASKS ${CUDA_VISIBLE_DEVICES-none}"
-    python.write_text(f'#!/bin/bash\necho "{shown}"\n')
+def test_ranks_do_not_depend_on_where_a_job_is_submitted(
+    cluster_with_gpus: Cluster, start: str, options: tuple[str, ...], expected: list[str]
+) -> None:
+    """One task per GPU or the number that is requested, each with all GPUs of its node, also where the submitting
+    shell has the variables of another job: of one task, one CPU, one GPU, and an array."""
+    command = ["sbatch", "--parsable", f"--output={cluster_with_gpus.folder}/%j.out", *options]
+    environment = stand_in_for_training(cluster_with_gpus)
+    job = submit_from(cluster_with_gpus, start, *command, str(SLURM / "train.sbatch"), "name=x", **environment)
+    # A job of one GPU has either of the node's.
+    assert [task.replace("gpus=1 of 1", "gpus=0 of 1") for task in printed_tasks(cluster_with_gpus, job)] == expected
+
+
+@pytest.mark.parametrize("binding", ["--gpus-per-task=1", "--gpu-bind=map_gpu:0,1"])
+def test_tasks_with_one_visible_gpu_each(cluster_with_gpus: Cluster, tmp_path: Path, binding: str) -> None:
+    """A site's options for srun bind GPUs to tasks, as `srun --gpus-per-task` in a shell of salloc does."""
+    environment = stand_in_for_training(cluster_with_gpus)
+    shutil.copytree(SLURM, tmp_path / "scripts" / "slurm")
+    (tmp_path / "scripts" / "slurm" / "site.sh").write_text(f"SITE_SRUN=({binding})\n")
+    script = ("env", "-C", str(tmp_path), "sbatch", "--parsable", f"--output={cluster_with_gpus.folder}/%j.out")
+    job = cluster_with_gpus.run(*script, "-N2", "scripts/slurm/train.sbatch", "name=x", **environment)
+    assert printed_tasks(cluster_with_gpus, job) == BOUND_GPUS
+    step = ("srun", "--ntasks=4", "--cpus-per-task=2", "--gpus-per-task=1", sys.executable, "-m", "stand_in")
+    output = cluster_with_gpus.run("salloc", "--quiet", "-N2", "--exclusive", *step, **environment)
+    assert sorted(line.removeprefix("task ") for line in output.splitlines()) == BOUND_GPUS
+
+
+def test_a_shell_of_salloc_runs_the_batch_script(cluster_with_gpus: Cluster) -> None:
+    """The script without sbatch takes the shell's own allocation, with stale variables of other launchers."""
+    stale = {"RANK": "3", "WORLD_SIZE": "8", "MASTER_PORT": "1", "SLURM_STEP_ID": "7", "SLURM_NTASKS_PER_NODE": "1"}
+    command = ("salloc", "--quiet", "-N2", "--exclusive", str(SLURM / "train.sbatch"), "name=x")
+    output = cluster_with_gpus.run(*command, **stand_in_for_training(cluster_with_gpus), **stale)
+    assert sorted(line[5:] for line in output.splitlines() if line.startswith("task ")) == ALL_GPUS
+
+
+def test_a_merge_that_an_array_job_submits(cluster_with_gpus: Cluster) -> None:
+    """The merge is no slice, although it inherits the variables of an array; an array's own task is one."""
+    python = cluster_with_gpus.folder / "arguments"
+    python.write_text('#!/bin/bash\necho "task $*"\n')
     python.chmod(0o755)
-    job = cluster_with_gpus.submit("train.sbatch", "name=x", options=options, LLAVA_NEXT_PYTHON=str(python))
-    assert cluster_with_gpus.ended(job)["ExitCode"] == "0:0"
-    lines = cluster_with_gpus.output(job).splitlines()
-    assert sorted(line.removeprefix("task ") for line in lines if line.startswith("task ")) == expected
+    command = ["sbatch", "--parsable", f"--output={cluster_with_gpus.folder}/%j.out", str(SLURM / "prepare.sbatch")]
+    more = {"LLAVA_NEXT_PYTHON": str(python)}
+    merge = submit_from(cluster_with_gpus, "job", *command, "--merge", "3", **more)
+    assert printed_tasks(cluster_with_gpus, merge) == ["-m data_recipes.prepare --workers 4 --merge 3"]
+    command[2:2] = ["--array=3-3", "--cpus-per-task=2"]
+    one = submit_from(cluster_with_gpus, "step", *command, **more)
+    assert printed_tasks(cluster_with_gpus, one) == ["-m data_recipes.prepare --workers 2 --slice 3/3"]
+
+
+def test_arguments_with_spaces_reach_both_stages(tmp_path: Path) -> None:
+    """Each argument as it is; one that only mentions `stage=` selects no stage, and inherited variables are unset."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text('#!/bin/bash\nprintf "<%s>" "$@" "${SLURM_NTASKS-none}" >&2; echo >&2; echo 7\n')
+    sbatch.chmod(0o755)
+    env = {**os.environ, "PATH": f"{tmp_path}{os.pathsep}{PATH}", "SLURM_NTASKS": "1"}
+    command = [str(SLURM / "two_stage.sh"), "-N2", "--", "name=a stage=b", "finetune:stage=llava/finetune"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60)
+    align, finetune = done.stderr.splitlines()
+    assert align.endswith("<name=a stage=b><stage=align><none>")
+    assert finetune.endswith("<name=a stage=b><stage=llava/finetune><none>")
 
 
 def test_an_array_prepares_what_one_program_prepares(cluster: Cluster, tmp_path: Path) -> None:

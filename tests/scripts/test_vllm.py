@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from data_recipes.schema.sample import Message
+from llava_next.cache_root import cache_root
 from llava_next.config import ImageMode
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.batch import Batch
@@ -27,7 +28,6 @@ from tests.house.pages import commands
 from tests.llava_next.models import row
 from tests.oracles import real_tokenizers
 from tests.tiny import SIZES_HW, TowerName, encoded_picture, tiny_model
-from train.engine.deepspeed_ops import cache_root
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = cache_root() / "vllm_env"

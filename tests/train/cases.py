@@ -77,6 +77,10 @@ def aligning(config: RunConfig, **changes: Any) -> RunConfig:
     return with_stage(config, **(values | changes))
 
 
+LATER_KEYS = ("join_timeout_s", "overwrite", "allow_idle_gpus")
+"""Keys of a run that commit 8fd9703 did not have; a run without them has their defaults."""
+
+
 def earlier_yaml(config: RunConfig) -> str:
     """The config.yaml of a run as commit 8fd9703 wrote it: with keys that were removed, without those that are new."""
     import yaml
@@ -84,6 +88,8 @@ def earlier_yaml(config: RunConfig) -> str:
     from train.config.compose import to_yaml
 
     values = yaml.safe_load(to_yaml(config))
+    for key in LATER_KEYS:
+        del values[key]
     del values["stage"]["betas"], values["stage"]["eps"]
     return str(yaml.safe_dump(values | {"linear": "auto", "elementwise": "auto"}, sort_keys=False))
 
@@ -149,7 +155,8 @@ def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
     """The parts of a run on this rank; ends the engine on exit. `goes_on`: resume from its newest valid checkpoint, if
     any."""
     from train.assemble import assemble, open_data
-    from train.distributed.world import read_launch, start
+    from train.distributed.launch import read_launch
+    from train.distributed.world import start
 
     launch = read_launch()
     data = open_data(config, launch)
@@ -313,6 +320,23 @@ def relative_difference(actual: dict[str, Array], expected: dict[str, Array]) ->
     difference = sum(float(np.square(actual[name].astype(np.float64) - expected[name]).sum()) for name in actual)
     size = sum(float(np.square(expected[name].astype(np.float64)).sum()) for name in actual)
     return float(np.sqrt(difference / size))
+
+
+def train_with_slow_rank(config: RunConfig, rank: int, seconds: float) -> None:
+    """Trains while one rank sleeps for these seconds in each forward pass; the window of slow ranks is two steps."""
+    from unittest.mock import patch
+
+    from llava_next.model.llava_next import LlavaNext
+
+    forward = LlavaNext.forward
+
+    def slow(self: LlavaNext, *args: Any, **kwargs: Any) -> Any:
+        if int(os.environ["RANK"]) == rank:
+            time.sleep(seconds)
+        return forward(self, *args, **kwargs)
+
+    with patch("train.observability.slow_ranks.WINDOW", 2), patch.object(LlavaNext, "forward", slow):
+        train(config)
 
 
 def train_and_write(config: RunConfig) -> Record:
@@ -599,12 +623,14 @@ def run_with_fault(config: RunConfig, rank: int, fault: str) -> int:
     """The program from its checked configuration on, with a fault in one rank; returns the exit code.
 
     `data`: the worker of its loader sleeps for ever over a picture. The others are the model's, at its row of number
-    `FAULTY_ROW`: it sleeps, the process is stopped or killed, or something raises.
+    `FAULTY_ROW`: it sleeps, the process is stopped or killed, or something raises. `device`: it sleeps, while the other
+    ranks wait in the same row for a device that never becomes ready.
     """
     from data_recipes.mixture.mixture import Mixture
     from llava_next.model.llava_next import LlavaNext
     from train.__main__ import execute
-    from train.distributed.world import read_launch
+    from train.distributed.device_copies import to_host
+    from train.distributed.launch import read_launch
 
     if read_launch().rank == rank and fault == "data":
 
@@ -613,11 +639,13 @@ def run_with_fault(config: RunConfig, rank: int, fault: str) -> int:
             time.sleep(3600)
 
         _at_call(Mixture, "sample", 12, hang)
+    elif fault == "device" and read_launch().rank != rank:
+        _at_call(LlavaNext, "forward", FAULTY_ROW, lambda _: to_host(_NeverReady()))  # type: ignore[arg-type]
     elif read_launch().rank == rank:
 
         def strike(batch: Any) -> None:
             print("fault at", list(batch.segments.lengths), flush=True)
-            if fault == "sleep":
+            if fault in ("sleep", "device"):
                 time.sleep(3600)
             elif fault == "raise":
                 raise ValueError("a fault on purpose")
@@ -626,6 +654,13 @@ def run_with_fault(config: RunConfig, rank: int, fault: str) -> int:
 
         _at_call(LlavaNext, "forward", FAULTY_ROW, strike)
     return execute(config)
+
+
+class _NeverReady:
+    """A stand-in for a tensor whose device waits for other ranks: its copy to the host does not return."""
+
+    def cpu(self) -> None:
+        time.sleep(3600)
 
 
 def _at_call(owner: Any, name: str, number: int, strike: Any) -> None:
@@ -645,7 +680,7 @@ def _at_call(owner: Any, name: str, number: int, strike: Any) -> None:
 
 def sleep_for_ever(stuck: int) -> None:
     """Hangs on one rank."""
-    from train.distributed.world import read_launch
+    from train.distributed.launch import read_launch
 
     if read_launch().rank == stuck:
         time.sleep(3600)

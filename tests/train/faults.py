@@ -1,7 +1,7 @@
 """Steps and saves with faults, for ranks to run. The assertions are in the tests."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
@@ -9,7 +9,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
-from tests.train.cases import Parts, built, weights
+from tests.train.cases import Parts, Record, built, train_parts, weights
 from train.config.schema import RunConfig
 
 Fault = Literal["gradient", "loss", "memory"]
@@ -64,6 +64,26 @@ def run_with_faulty_step(config: RunConfig, fault: Fault, num_skipped: int = 0) 
         finally:
             log.close()
     return seen
+
+
+def train_with_faulty_first_step(config: RunConfig, fault: Fault, stop_after: int | None = None) -> Record:
+    """Trains; the last rank has a fault in step 0. `stop_after`: the run is stopped in that step, and saves."""
+    from train.data.loader import StepPlan
+    from train.observability.step_metrics import StepOutcome
+    from train.trainer import Interrupted, Trainer
+
+    train_step = Trainer.train_step
+    with built(config) as parts:
+
+        def faulty(self: Trainer, plan: StepPlan) -> StepOutcome:
+            has_it = plan.step == 0 and parts.world.rank == parts.world.size - 1
+            with _faulty(parts, fault) if has_it else _sound():
+                return train_step(self, plan)
+
+        seen: list[Record] = []
+        with patch.object(Trainer, "train_step", faulty), suppress(Interrupted):
+            train_parts(parts, 0, parts.planner.num_steps, stop_after=stop_after, seen=seen)
+        return seen[0]
 
 
 def start_again(config: RunConfig) -> tuple[int, int]:

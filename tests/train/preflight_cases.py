@@ -24,8 +24,9 @@ def verdict(config: RunConfig, fault: str, elsewhere: Path) -> str:
     """
     from dataclasses import replace
 
+    from train.distributed.launch import read_launch
     from train.distributed.versions import versions
-    from train.distributed.world import read_launch, start
+    from train.distributed.world import start
     from train.supervision import preflight
 
     world, home = start(config, read_launch()), Path.cwd()

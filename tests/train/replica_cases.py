@@ -25,7 +25,7 @@ def start_with_a_changed_tensor(config: RunConfig, rank: int, name: str) -> str:
     import deepspeed
     import torch
 
-    from train.distributed.world import read_launch
+    from train.distributed.launch import read_launch
     from train.engine.replica_checksums import ReplicaError, tensor_sums
 
     initialize = deepspeed.initialize
@@ -67,7 +67,7 @@ def resume_where_a_folder_lags(config: RunConfig, rank: int, hidden: str, lag_s:
     or the error's message."""
     from train.checkpoint import atomic_folder
     from train.config.schema import ConfigError
-    from train.distributed.world import read_launch
+    from train.distributed.launch import read_launch
 
     is_whole, began_s = atomic_folder.is_complete, time.monotonic()
 

@@ -28,7 +28,7 @@ from train.data.loader import build_processor
 from train.export.__main__ import main
 from train.plan.model_facts import count_model
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="peft is not installed: ./scripts/setup.sh --extras lora")
 
 LORA = {
     "vision_tower": LoraConfig(rank=2, alpha=4.0, targets=("q_proj", "v_proj")),

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.tiny import HostilePickle, tiny_vision_tower
-from tests.train.launch import Program, finish, kill_all, ranks_of
+from tests.train.launch import LAUNCHERS, ROOT, Program, finish, kill_all, ranks_of
 from train.config.compose import load_yaml
 from train.config.schema import RunConfig
 
@@ -165,10 +166,12 @@ def uninterrupted(program: Program) -> list[float]:
 
 @pytest.mark.full
 @pytest.mark.parametrize("whole_group", [False, True], ids=["process", "group"])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT], ids=lambda number: number.name
+)
 def test_asked_to_stop(program: Program, uninterrupted: list[float], number: signal.Signals, whole_group: bool) -> None:
-    """SIGTERM, Slurm's SIGUSR1 and Ctrl-C, sent to the program or (as a terminal and a scheduler do) to all of its
-    processes: a checkpoint, exit code 75, and the same command resumes with the losses of an uninterrupted run."""
+    """SIGTERM, Slurm's SIGUSR1, SIGHUP and Ctrl-C, sent to the program or (as a terminal and a scheduler do) to all of
+    its processes: a checkpoint, exit code 75, and the same command resumes with the losses of an uninterrupted run."""
     name = f"stopped_{number.name}_{whole_group}"
     process = program.start("plain", f"name={name}", *LONG)
     program.wait_for_step(process, name, 3)
@@ -188,6 +191,35 @@ def test_asked_to_stop(program: Program, uninterrupted: list[float], number: sig
     assert code == 0, output
     assert f"at step {done}" in output
     assert losses(program.metrics(name)) == uninterrupted
+
+
+@pytest.mark.full
+def test_closed_terminal(program: Program) -> None:
+    """If its terminal is closed, a run saves and exits with 75, although nothing that it prints can be written."""
+    terminal, side = os.openpty()
+    process = subprocess.Popen(
+        program.command("plain", "name=hung_up", *LONG), cwd=ROOT, preexec_fn=lambda: os.login_tty(side)
+    )
+    os.close(side)
+    while len(program.metrics("hung_up")) <= 2:
+        os.read(terminal, 65536)  # returns what the run has written
+    os.close(terminal)
+    assert process.wait(60) == 75
+    done = len(program.metrics("hung_up"))
+    folder = program.root / "hung_up" / "finetune"
+    assert json.loads((folder / "exit.json").read_text())["code"] == 75
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [f"step_{done:06d}"]
+
+
+@pytest.mark.full
+def test_nohup_goes_on(program: Program, uninterrupted: list[float]) -> None:
+    """A run that has inherited SIGHUP as ignored goes on after a hangup, at its start and in its steps."""
+    process = program.start("plain", "name=nohup", *LONG, agent=["nohup", *LAUNCHERS["plain"]])
+    program.wait_for_step(process, "nohup", 2)
+    os.killpg(process.pid, signal.SIGHUP)
+    code, output = finish(process)
+    assert code == 0, output
+    assert losses(program.metrics("nohup")) == uninterrupted
 
 
 @pytest.mark.full

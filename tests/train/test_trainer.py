@@ -157,6 +157,23 @@ def test_metrics_add_up(start_ranks: StartRanks, run_config: RunConfig) -> None:
     assert 0 < lines[0]["perf/balance"] <= 1
 
 
+def test_slow_rank_is_named(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """A rank that is slow in its forward passes is in the metrics, although in backward passes the others wait for
+    it."""
+    start_ranks(2).run(cases.train_with_slow_rank, run_config, 1, 0.05)
+    lines = [json.loads(line) for line in (run_config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["perf/slowest_rank"] for line in lines] == [1] * 4
+    assert all(line["perf/slowest_excess"] > 0.1 for line in lines)
+
+
+def test_a_run_that_ends_early_has_the_rates_of_the_whole_run(start_ranks: StartRanks, run_config: RunConfig) -> None:
+    """The schedule depends on the stage's steps, not on the step after which this run ends (`max_steps`)."""
+    start_ranks(1).run(cases.train, run_config, 2)
+    lines = [json.loads(line) for line in (run_config.run_dir / "metrics.jsonl").read_text().splitlines()]
+    peak = run_config.stage.rates["projector"]
+    assert [line["lr/projector"] for line in lines] == pytest.approx([peak, peak * (1 + np.cos(np.pi / 4)) / 2])
+
+
 @pytest.mark.parametrize(
     ("size", "stage"), [(2, 2), (2, 3), *(pytest.param(1, s, marks=pytest.mark.full) for s in (0, 1, 2, 3))]
 )

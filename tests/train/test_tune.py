@@ -70,7 +70,7 @@ def test_a_finished_model_is_tuned_further(
     """It starts with exactly those weights and uses those grids; the result is a model of the same kind with changed
     weights; fully or with adapters."""
     if lora:
-        pytest.importorskip("peft")
+        pytest.importorskip("peft", reason="peft is not installed: ./scripts/setup.sh --extras lora")
     published, model = finished(tmp_path)
     # The authors' layout names its tower; what it holds of it replaces the tower's own weights.
     tower = replace(published.vision_tower, weights="random") if layout == "original" else None

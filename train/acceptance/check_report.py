@@ -124,8 +124,15 @@ def replace_texts(value: Any, replacements: Mapping[str, str]) -> Any:
 
 
 def list_report_files(paths: Sequence[Path]) -> list[Path]:
-    """Returns the given files, and the JSON files of the given folders sorted by name."""
-    return [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    """Returns the given files, and the JSON files of the given folders sorted by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
+    if not files:
+        raise ValueError(f"there are no reports (*.json) in {', '.join(map(str, paths))}")
+    return files
 
 
 def format_verified_table(files: Sequence[Path]) -> str:

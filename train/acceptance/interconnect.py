@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.distributed.world import read_launch, set_environment
+from train.distributed.launch import read_launch
+from train.distributed.world import set_environment
 
 _LATENCY_BYTES = 2**13
 """Bytes per rank of the message that the latency is measured with."""
@@ -33,12 +34,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     options = parser.parse_args()
     launch = read_launch()
-    set_environment(launch)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cpu")
     if on_gpu:
         device = torch.device("cuda", launch.local_rank if torch.cuda.device_count() > 1 else 0)
         torch.cuda.set_device(device)
+    set_environment(launch, device)
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=120))
     hosts: list[Any] = [None] * launch.size
     dist.all_gather_object(hosts, socket.gethostname())

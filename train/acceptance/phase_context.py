@@ -217,6 +217,7 @@ class PhaseContext:
             "stage.init_from=null",
             "save.every=0",
             f"timeout_s={self.timeout_s}",
+            "allow_idle_gpus=true",
             f"device={'cuda' if self.device.is_gpu else 'cpu'}",
         ]
 

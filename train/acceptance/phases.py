@@ -180,7 +180,7 @@ def run_resume(context: PhaseContext, *, name: str, engine: str) -> PhaseResult:
 def run_user_configuration(context: PhaseContext, *, overrides: Sequence[str], num_ranks: int) -> PhaseResult:
     """Runs three steps of the user's configuration on all ranks and on `num_ranks`, and compares them."""
     names = {"own": context.ranks.size, "own_fewer": num_ranks}
-    common = [f"root={context.out / 'runs'}", "max_steps=3", "save.every=0", "log.wandb=off"]
+    common = [f"root={context.out / 'runs'}", "max_steps=3", "save.every=0", "log.wandb=off", "allow_idle_gpus=true"]
     for name, size in names.items():
         result = context.run(name, ["train", *overrides, *common, f"name={name}"], size, limit_s=900.0)
         if not result.succeeded:

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from train.config.schema import ConfigError
-from train.distributed.world import Launch, free_port, read_launch, set_environment
+from train.distributed.launch import Launch, free_port, read_launch
+from train.distributed.world import set_environment
 
 _Value = TypeVar("_Value")
 
@@ -95,7 +97,7 @@ def join_ranks(timeout_s: float) -> Ranks:
         timeout_s: timeout of all collectives of the group, in seconds.
     """
     launch = read_launch()
-    set_environment(launch)
+    set_environment(launch, torch.device("cpu"))
     dist.init_process_group("gloo", rank=launch.rank, world_size=launch.size, timeout=timedelta(seconds=timeout_s))
     store = PrefixStore("accept", distributed_c10d._get_default_store())
     hosts: list[Any] = [None] * launch.size

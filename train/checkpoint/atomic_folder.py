@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from llava_next.formats.atomic import PARTIAL, replace_directory, sync_directory
+from llava_next.formats.atomic import PARTIAL, replace_directory, sync_path
 
 _SUMS = "sums.json"
 
@@ -60,7 +60,7 @@ def commit(partial: Path, num_ranks: int) -> Path:
     for rank in range(num_ranks):
         _rank_sums(partial, rank).unlink(missing_ok=True)
     for folder in sorted({path.parent for path in partial.rglob("*")}, reverse=True):  # the innermost first
-        sync_directory(folder)
+        sync_path(folder)
     place = place_of(partial)
     replace_directory(place)  # one may exist from before the run went back to an earlier checkpoint
     return place

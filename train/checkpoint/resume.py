@@ -25,7 +25,7 @@ from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import part_of
 from train.checkpoint import saver as checkpoint
 from train.checkpoint.saver import RunState
-from train.checkpoint.universal import ParameterStates, copy_weights, open_states, set_states
+from train.checkpoint.universal import ParameterStates, copy_weights, open_initial_states, open_states, set_states
 from train.config.compose import read_written, to_yaml
 from train.config.schema import ConfigError, RunConfig
 from train.distributed.versions import versions
@@ -39,8 +39,8 @@ NON_SEMANTIC_KEYS = (
     *("engine", "packing", "device", "precision", "attention", "recompute", "compile"),
     *("liger", "deterministic", "max_steps"),
     # Logging, saving, supervision and the like.
-    *("recipe", "log", "evaluate", "save", "data", "timeout_s", "time_limit_min", "skip_non_finite", "preflight"),
-    *("profile", "resume_allow"),
+    *("recipe", "log", "evaluate", "save", "data", "timeout_s", "join_timeout_s", "time_limit_min", "skip_non_finite"),
+    *("preflight", "profile", "resume_allow", "overwrite", "allow_idle_gpus"),
     # Paths; the content is covered by the data fingerprint and by the sha256 of the frozen parameters.
     *("root", "name", "mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),
     "model.vision_tower.path",
@@ -96,7 +96,7 @@ def hash_frozen_parts(model: LlavaNext, world: World) -> dict[str, str]:
     frozen = [
         from_tensor(name, weight.detach()) for name, weight in model.named_parameters() if not weight.requires_grad
     ]
-    hashes = hash_tensors(frozen, num_threads=min(8, os.cpu_count() or 1)) if world.is_main else {}
+    hashes = hash_tensors(frozen, num_threads=min(8, len(os.sched_getaffinity(0)))) if world.is_main else {}
     return all_gather_objects(world, hashes)[0]
 
 
@@ -171,7 +171,7 @@ class Resumption:
             folder, _ = engine.load_checkpoint(str(self.path), tag=checkpoint.ENGINE, load_module_strict=False)
             if folder is None:
                 raise ResumeError(f"DeepSpeed found no checkpoint in {self.path}")
-        else:
+        elif self.state.updates:
             _init_optimizer_states(engine, blank)
             set_states(engine, self.states, world)
             # One step tensor per parameter: AdamW would increment a shared one once per group.
@@ -198,7 +198,8 @@ class Resumption:
         if not may_differ and (len(fresh) != len(self.state.groups) or named != self.state.groups):
             raise ResumeError(f"{self.path}: optimizer groups {self.state.groups} were saved, this run has {fresh}")
         counts = _update_counts(engine)
-        if counts != {self.state.updates}:
+        # Without an update, for example after a first step that was not applied, the optimizer may have no state yet.
+        if counts != {self.state.updates} and (counts or self.state.updates):
             raise ResumeError(
                 f"{self.path}: the optimizer counts {sorted(counts)} updates after loading; expected "
                 f"{self.state.updates}"
@@ -237,7 +238,8 @@ def open_checkpoint(
     names = [name for group in _group_names(model, config) for name in group]
     # The token makes the name unique: a rank may still see the folder of a killed conversion.
     scratch = path.with_name(f"{path.name}.universal_{token}")
-    with open_states(path / checkpoint.ENGINE, scratch, world, state.layout["zero_stage"], names) as states:
+    open_saved = open_states if state.updates else open_initial_states
+    with open_saved(path / checkpoint.ENGINE, scratch, world, state.layout["zero_stage"], names) as states:
         copy_weights(model, states)
         yield Resumption(path, state, states)
         barrier(world)  # before the converted files are removed
@@ -278,7 +280,9 @@ def _init_optimizer_states(engine: deepspeed.DeepSpeedEngine, blank: Batch) -> N
 
 
 def _update_counts(engine: deepspeed.DeepSpeedEngine) -> set[int]:
-    return {int(state["step"]) for state in engine.basic_optimizer.state.values()}
+    """Returns the updates that the optimizer counts for its parameters; empty before the first one."""
+    # After a step that was not applied, DeepSpeed may leave empty states.
+    return {int(state["step"]) for state in engine.basic_optimizer.state.values() if state}
 
 
 def _describe_group(group: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llava_next.config import ModelError
+from llava_next.file_access import permission_problem
 from llava_next.model.llava_next import LlavaNext
 from train.checkpoint import saver as checkpoint
 from train.checkpoint.trained_weights import trained_weights
@@ -42,5 +43,7 @@ def load_checkpoint(model: LlavaNext, folder: Path) -> None:
     try:
         state = {name: tensor.value() for name, tensor in trained_weights(model, folder).items()}
     except (OSError, RuntimeError, KeyError, ValueError) as error:
-        raise ModelError(f"the weights in {folder} cannot be read by one process: {error}") from error
+        raise ModelError(
+            permission_problem(folder, depth=2) or f"the weights in {folder} cannot be read by one process: {error}"
+        ) from error
     model.load_state_dict(state, strict=False)

@@ -23,6 +23,7 @@ from typing import Any
 import deepspeed
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
+from llava_next.file_access import permission_problem
 from llava_next.formats.atomic import PARTIAL, REMOVED, partial_path, retire_directory
 from train.checkpoint import atomic_folder
 from train.config.schema import ConfigError, SaveConfig
@@ -199,10 +200,14 @@ def latest_valid(folder: Path, world: World) -> Path | None:
     Rank 0 lists the checkpoints. A damaged one is logged and renamed to `NAME.damaged`, and the previous one is tried.
 
     Raises:
-        ConfigError: a rank does not see a checkpoint that rank 0 sees; the message names the rank and its host.
+        ConfigError: a rank does not see a checkpoint that rank 0 sees, with the rank and its host; or a rank may not
+            read a file of one, which is then not considered damaged.
     """
 
     def recover_and_list() -> list[Path]:
+        denied = permission_problem(folder)
+        if denied:
+            raise ConfigError(denied)
         _commit_sealed(folder)
         remove_unfinished(folder)
         return list_complete(folder)
@@ -212,6 +217,9 @@ def latest_valid(folder: Path, world: World) -> Path | None:
         damage = [text for text in all_gather_objects(world, corrupt_files(path, world.rank, world.size)) if text]
         if not damage:
             return path
+        denied = [text for text in all_gather_objects(world, permission_problem(path, depth=2)) if text]
+        if denied:
+            raise ConfigError(denied[0])
         if world.is_main:
             logger.warning("checkpoint %s is damaged (%s); trying the previous one", path, "; ".join(damage[:3]))
             renamed = path.with_name(path.name + ".damaged")

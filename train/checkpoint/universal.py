@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -23,9 +23,11 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import nn
 
 from train.config.schema import ConfigError
+from train.distributed.quiet_libraries import muted_stdout
 from train.distributed.world import World, heartbeat_mtime, wait_for
 
 FP32 = "fp32"
@@ -78,6 +80,40 @@ class UnpartitionedStates(ParameterStates):
         state = self._weights[name] if key == FP32 else self._states[self._numbers[name]][key]
         assert isinstance(state, torch.Tensor)
         return state.flatten()
+
+
+class InitialStates(ParameterStates):
+    """The weights of a checkpoint whose optimizer has made no update, and so has no moments.
+
+    Args:
+        weights: float32 weights by live name.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor]) -> None:
+        self._weights = weights
+
+    def tensor(self, name: str, key: str) -> torch.Tensor:
+        """See `ParameterStates.tensor`; only the key `fp32`."""
+        assert key == FP32
+        return self._weights[name].flatten()
+
+
+@contextmanager
+def open_initial_states(
+    engine_folder: Path, scratch: Path, world: World, zero_stage: int, names: list[str]
+) -> Iterator[ParameterStates]:
+    """Context manager that opens the weights of a checkpoint without an update. DeepSpeed cannot convert such a one.
+
+    Rank 0 alone has them, as `copy_weights` needs. Arguments are those of `open_states`; nothing is written.
+    """
+    weights: Mapping[str, torch.Tensor] = {}
+    if zero_stage == 0:
+        yield UnpartitionedStates(engine_folder / "mp_rank_00_model_states.pt", names)
+        return
+    if world.is_main:
+        with muted_stdout():
+            weights = get_fp32_state_dict_from_zero_checkpoint(str(engine_folder.parent), tag=engine_folder.name)
+    yield InitialStates(weights)
 
 
 @contextmanager

@@ -5,23 +5,32 @@ The configuration's class is an argument, so that this file does not depend on i
 
 import difflib
 import re
+import shlex
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import get_args, get_type_hints
 
 import pydantic
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
+from data_recipes.schema.config_dir import CONFIG_DIR
 from data_recipes.schema.mixture_config import SourceShare
 from llava_next.config import PARTS, LoraConfig
 from train.config.removed_keys import explain_removed
 
 
-def explain_composition(text: str, config: type) -> str:
+def explain_composition(text: str, config: type, overrides: Sequence[str] = ()) -> str:
     """Hydra's or OmegaConf's message as one sentence with the key and the fix.
 
     Args:
         text: the message.
         config: the dataclass whose fields are the known keys.
+        overrides: of the command line, to name the one that cannot be parsed.
     """
+    if "override_grammar" in text:
+        return _explain_syntax(text, overrides)
+    text = _without_hints(text)
     unknown = re.search(r"Could not override '([^']+)'", text) or re.search(r"full_key: (\S+)", text)
     if unknown and ("not in struct" in text or "Could not override" in text):
         return _unknown_key(unknown.group(1), config)
@@ -32,12 +41,59 @@ def explain_composition(text: str, config: type) -> str:
     )
     if choice:
         group, _, name = choice.group(1).rpartition("/")
+        for override in overrides:  # a name may have a slash
+            if override.lstrip("+").replace("=", "/", 1) == choice.group(1):
+                group, _, name = override.lstrip("+").partition("=")
         known = ", ".join((choice.group(2) or "").split())
         return f"{group}={name}: there is no such choice" + (f"; the choices are {known}" if known else "")
+    reference = re.search(r"Interpolation key '([^']+)' not found\s+full_key: (\S+)", text)
+    if reference:
+        other, key = reference.groups()
+        return f"{key} refers to {other}, which has no value; set {other}=VALUE"
+    groups = [override for override in overrides if override.endswith("=null")]
+    groups = [override for override in groups if (CONFIG_DIR / override.lstrip("+").removesuffix("=null")).is_dir()]
+    if "Config group override must be a string" in text and groups:
+        return f"{groups[-1].lstrip('+')}: this group of YAML files needs a choice; name one, or leave it out"
     missing = re.search(r"Missing mandatory value: (\S+)", text)
     if missing:
         return f"{missing.group(1)} has no value; set it on the command line as {missing.group(1)}=VALUE"
     return " ".join(text.split())
+
+
+def _explain_syntax(text: str, overrides: Sequence[str]) -> str:
+    """Names the override that Hydra cannot parse, and how it is quoted."""
+    parser = OverridesParser.create()
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            continue
+        try:
+            parser.parse_override(override)
+        except HydraException:
+            escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+            quoted = f"{key}='{escaped}'"
+            quoted = f'"{quoted}"' if not set(quoted) & set('"$`\\!') else shlex.quote(quoted)
+            return (
+                f"{override!r} cannot be parsed; quote a value with special characters for the shell and for Hydra: "
+                f"{quoted}"
+            )
+    if "" in overrides:
+        return "an argument is empty; write KEY=VALUE"
+    word = re.search(r"Error parsing override '(.*?)'\s", text, re.DOTALL)
+    if word:
+        return f"{word.group(1)!r} is no override KEY=VALUE; `python -m train --help` lists choices and options"
+    return _without_hints(text)
+
+
+def _without_hints(text: str) -> str:
+    """The reason in Hydra's or argparse's message: without traceback, usage and links."""
+    if "Traceback (most recent call last)" in text:
+        errors = re.findall(r"^[\w.]*(?:Error|Exception)\w*: .*(?:\n(?! ).*|\n  in .*)*", text, re.MULTILINE)
+        text = errors[-1].partition(": ")[2] if errors else text.rstrip().rpartition("\n")[2]
+    if "usage: " in text and ": error: " in text:
+        text = text.rpartition(": error: ")[2]
+    text = re.sub(r"See https://hydra\.cc\S+ for details\.?", "", text)
+    return re.sub(r"Set the environment variable HYDRA_FULL_ERROR=1 for a complete stack trace\.?", "", text).strip()
 
 
 def _unknown_key(key: str, config: type) -> str:
@@ -98,4 +154,7 @@ def explain_invalid(error: pydantic.ValidationError, config: type) -> str:
     if first["type"] in ("missing", "missing_argument"):
         return f"{key} has no value; set it in the YAML, or as +{key}=VALUE"
     rule = first["msg"][0].lower() + first["msg"][1:]
-    return f"{key}: {rule.replace('input should', 'the value should')}, got {first['input']!r}"
+    sentence = f"{key}: {rule.replace('input should', 'the value should')}, got {first['input']!r}"
+    if first["type"] == "string_type" and isinstance(first["input"], int | float):
+        sentence += f"; a text that looks like a number or a truth value is quoted: \"{key}='{first['input']}'\""
+    return sentence

@@ -1,6 +1,11 @@
 """The exit codes of `python -m train` and of the other programs, and how they report a user's mistake."""
 
+import errno
+import os
 import sys
+from pathlib import Path
+
+from llava_next.file_access import permission_problem, write_problem
 
 EXIT_FAILED = 1
 """A run or a check failed."""
@@ -13,7 +18,23 @@ EXIT_AT_ONCE = 130
 
 
 def report_mistake(error: Exception | str, *, is_main: bool = True) -> int:
-    """Prints a user's mistake to stderr on the main rank, and returns EXIT_USAGE."""
+    """Prints a user's mistake to stderr on the main rank, and returns EXIT_USAGE.
+
+    Raises:
+        OSError: it is one, but neither of denied permission nor of a read-only file system.
+    """
+    if isinstance(error, OSError):
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise error
+        error = describe_denied(error)
     if is_main:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)  # a path may have line breaks
     return EXIT_USAGE
+
+
+def describe_denied(error: OSError) -> str:
+    """Returns a sentence with the path, its owner and the fix for a file that may not be read or written."""
+    if error.filename is None:
+        return str(error)
+    path = Path(os.fsdecode(error.filename))
+    return permission_problem(path, depth=0) or write_problem(path, error)

@@ -6,13 +6,15 @@ raised as a `ConfigError` with the key, the rule, the value and the fix.
 
 import importlib.util
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from llava_next.config import PARTS, LoraConfig, ModelError, check_grids, check_lora, check_peft
 from llava_next.inputs.conversation import check_template_name
-from train.config.schema import ConfigError, RunConfig, StageConfig
+from train.config.schema import ConfigError, LogConfig, RunConfig, StageConfig
+from train.config.wandb_mode import wandb_mode
 
 _ENGINE_OWNED = {
     "optimizer": "stage.learning_rates (an optimizer block would silently replace the rate of every part)",
@@ -83,11 +85,16 @@ _ZERO_REFUSED = {
 }
 
 
+_MAX_NAME_BYTES = 200
+"""File systems allow 255 for a file's name; temporary files have suffixes."""
+
+
 def check_values(config: RunConfig) -> None:
     """Raises ConfigError for a value out of its range, or for two values that contradict each other."""
     _check_rates(config.stage)
     _check_numbers(config)
     _check_names(config)
+    _check_wandb(config.log)
     _check_row_budgets(config)
     if config.evaluate.every and not any(share.holdout for share in config.mixture.sources.values()):
         raise ConfigError(
@@ -143,10 +150,14 @@ def _check_numbers(config: RunConfig) -> None:
         ("skip_non_finite", config.skip_non_finite, 0),
         ("log.every", config.log.every, 1),
         ("timeout_s", config.timeout_s, 1),
+        ("join_timeout_s", config.join_timeout_s, 1),
         ("max_steps", config.max_steps, 1),
     ):
         if value is not None and value < minimum:
             raise ConfigError(f"{key} must be at least {minimum}, got {value}")
+    for key, number, maximum in (("seed", config.seed, 2**63 - 1), ("timeout_s", config.timeout_s, 10**9)):
+        if number > maximum:
+            raise ConfigError(f"{key} must be at most {maximum}, got {number}")
     steps = config.profile.steps
     if steps and not (len(steps) == 2 and 0 <= steps[0] <= steps[1]):
         raise ConfigError(f"profile.steps is [first, last] with 0 <= first <= last, or [], got {list(steps)}")
@@ -172,6 +183,8 @@ def _check_numbers(config: RunConfig) -> None:
 
 
 def _check_names(config: RunConfig) -> None:
+    _check_folder_name("name", config.name)
+    _check_folder_name("stage.name", config.stage.name, nested=False)
     for key, template in (
         ("stage.template", config.stage.template),
         ("model.language_model.template", config.model.language_model.template),
@@ -182,6 +195,39 @@ def _check_names(config: RunConfig) -> None:
             check_template_name(template)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
+
+
+def _check_wandb(log: LogConfig) -> None:
+    """The project's name is one that wandb accepts. wandb itself would refuse it after the model has been built."""
+    project = log.wandb_project
+    if log.wandb == "off":
+        return
+    if not project or len(project) > _MAX_WANDB_PROJECT or set(project) & set(_NOT_IN_WANDB_PROJECT):
+        raise ConfigError(
+            f"log.wandb_project must have 1 to {_MAX_WANDB_PROJECT} characters and none of {_NOT_IN_WANDB_PROJECT}, "
+            f"got {project!r}; an entity is set by the environment variable WANDB_ENTITY"
+        )
+
+
+_MAX_WANDB_PROJECT = 128
+_NOT_IN_WANDB_PROJECT = "/\\#?%:"
+
+
+def _check_folder_name(key: str, name: str, *, nested: bool = True) -> None:
+    """The run's folder is root/name/stage.name: inside root, and with a name that can be printed in one line."""
+    reason = ""
+    if not name.strip() or name != name.strip():
+        reason = "is empty, or begins or ends with a space"
+    elif not name.isprintable():
+        reason = "has a line break or another character that cannot be printed"
+    elif name.startswith("/") or {"", ".", ".."} & set(name.split("/")) or ("/" in name and not nested):
+        reason = "does not name a folder inside root"
+    elif max(len(part.encode()) for part in name.split("/")) > _MAX_NAME_BYTES:
+        reason = f"is longer than {_MAX_NAME_BYTES} bytes"
+    if reason:
+        raise ConfigError(
+            f"{key}={name!r} {reason}; the run's folder is root/name/stage.name, for example {key}=llava_7b"
+        )
 
 
 def _check_row_budgets(config: RunConfig) -> None:
@@ -298,12 +344,25 @@ def check_folders(config: RunConfig) -> None:
             f"data.local_dir: there is no folder {local_dir} on this machine; name one on its own disk, or null to "
             "read the stores from data.store_root"
         )
+    _check_root(config)
     if config.stage.init_from is not None:
         _check_start(Path(config.stage.init_from))
 
 
+def _check_root(config: RunConfig) -> None:
+    """The folder of the run exists or can be created, and can be written."""
+    nearest = next(path for path in (config.run_dir, *config.run_dir.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ConfigError(f"root: {nearest} is a file, and {config.run_dir} would be inside it; choose another root")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"root: {nearest} cannot be written by this user, and {config.run_dir} is to be in it; choose another root"
+        )
+
+
 def check_installed(config: RunConfig) -> None:
-    """Raises ConfigError for an optional package that the configuration needs and that is not installed."""
+    """Raises ConfigError for an optional package that is needed and not installed, or for an unknown WANDB_MODE."""
+    wandb_mode(config.log)
     if config.log.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise ConfigError(
             "log.tensorboard=true needs the package tensorboard, which is not installed; run ./scripts/setup.sh "

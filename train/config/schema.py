@@ -165,12 +165,15 @@ class RunConfig:
     compile: tuple[Literal["vision_tower", "language_model"], ...] = ()
     liger: bool = False
     deterministic: bool = False
+    allow_idle_gpus: bool = False
     timeout_s: int = 1800
+    join_timeout_s: int = 300
     preflight: Literal["auto", "only", "off"] = "auto"
     max_steps: int | None = None
     time_limit_min: float | None = None
     skip_non_finite: int = 0
     resume_allow: tuple[str, ...] = ()
+    overwrite: bool = False
     recipe: str | None = None
     """The source of the stage's numbers. Recipe files and the program set it, not the user."""
 

@@ -8,11 +8,12 @@ for the model or have no supervised token are rejected here, counted by reason, 
 import gc
 import hashlib
 import json
+import logging
 import os
 import shutil
 import socket
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -24,9 +25,12 @@ from tqdm import tqdm
 from data_recipes.mixture.mixture import Mixture
 from data_recipes.raw.image_pool import exit_with_parent
 from llava_next.config import ModelError
+from llava_next.file_access import write_problem
 from llava_next.inputs.processor import Processor, SampleRejected
 from train.config.schema import ConfigError, PackingConfig
 from train.distributed.world import heartbeat_mtime, wait_for
+
+logger = logging.getLogger(__name__)
 
 ROW = np.dtype([("sample", "<i8"), ("tokens", "<i4"), ("supervised", "<i4"), ("tiles", "<i4"), ("source", "<i2")])
 """One accepted sample: its number in the mixture, its lengths, and the number of its source."""
@@ -86,27 +90,34 @@ def open_table(
     is_writer: bool,
     num_workers: int,
     show_progress: bool,
+    fallbacks: Sequence[Path] = (),
 ) -> LengthTable:
     """Opens the table of a mixture and a processor; the writer builds it if there is none.
 
     Args:
         folder: of all tables; each has a subfolder named after its fingerprint.
         is_writer: whether this process builds a missing table; other processes wait for it.
-        num_workers: processes that count; 0 uses one per core.
+        num_workers: processes that count; 0 uses one per core that this process may use.
         show_progress: show a progress bar.
+        fallbacks: folders for a missing table if `folder` cannot be written, in this order.
 
     Raises:
-        ConfigError: every sample, or every sample of a source, was rejected.
+        ConfigError: no folder can be written; or every sample, or every sample of a source, was rejected.
         ModelError: a stored sample's placeholders and images differ in number; the message names it.
         TimeoutError: the writer's heartbeat stopped.
     """
     fingerprint = data_fingerprint(mixture, processor)
-    path = folder / fingerprint[:16]
-    if not _is_complete(path):
-        if is_writer:
-            _write(mixture, processor, path, fingerprint, num_workers or os.cpu_count() or 1, show_progress)
-        else:
-            wait_for(lambda: _is_complete(path), lambda: heartbeat_mtime(_heartbeat(path)), what=f"length table {path}")
+    paths = [each / fingerprint[:16] for each in (folder, *fallbacks)]
+    if is_writer and not any(map(_is_complete, paths)):
+        path = _first_writable(paths)
+        _write(mixture, processor, path, fingerprint, num_workers or len(os.sched_getaffinity(0)), show_progress)
+    else:
+        wait_for(
+            lambda: any(map(_is_complete, paths)),
+            lambda: [_last_sign(path) for path in paths],
+            what=f"length table {' or '.join(map(str, paths))}",
+        )
+        path = next(filter(_is_complete, paths))
     content = json.loads((path / "table.json").read_text())
     rows = np.load(path / "rows.npy", mmap_mode="r")
     if not len(rows):
@@ -155,8 +166,43 @@ def _check_all_sources_have_samples(mixture: Mixture, table: LengthTable) -> Non
     )
 
 
+def _first_writable(paths: Sequence[Path]) -> Path:
+    """Returns the first path whose directory can be written, with a warning if it is not the first.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    problems = []
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            probe = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.probe")
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            problems.append(write_problem(path.parent, error))
+            continue
+        if problems:
+            logger.warning("the length table is written to %s: %s", path.parent, "; ".join(problems))
+        return path
+    raise ConfigError(
+        f"the length table of the mixture cannot be stored: {'; '.join(problems)}; make data.store_root writable, or "
+        "start once as its owner, which writes the table"
+    )
+
+
 def _is_complete(path: Path) -> bool:
-    return (path / "table.json").is_file()
+    try:
+        return (path / "table.json").is_file()
+    except PermissionError:  # a folder that another user has closed
+        return False
+
+
+def _last_sign(path: Path) -> int | None:
+    try:
+        return heartbeat_mtime(_heartbeat(path))
+    except OSError:
+        return None
 
 
 def _heartbeat(path: Path) -> Path:

@@ -256,7 +256,7 @@ def _unchanged(batch: Any) -> Any:
 def _start_worker(_: int) -> None:
     # The terminal, torchrun and Slurm send stop signals to every process of a run. The rank still needs batches to
     # finish its step, so a worker only ends on a SIGTERM from its rank, or when the rank has ended.
-    for number in (signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     gc.freeze()  # a collection would write to the pages that are shared with the parent process

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from data_recipes.schema.sample import DataError
 from data_recipes.store.local_copy import LocalCopy, copy_stores, count_copy_bytes
 from train.config.schema import RunConfig
-from train.distributed.world import Launch, heartbeat_mtime, wait_for
+from train.distributed.launch import Launch
+from train.distributed.world import heartbeat_mtime, wait_for
 
 logger = logging.getLogger(__name__)
 

@@ -124,17 +124,17 @@ def is_started_by_launcher(env: Mapping[str, str]) -> bool:
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
+    """A free port of this host."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 def slurm_head(env: Mapping[str, str]) -> str | None:
-    """The host of rank 0 of a Slurm step, for all its tasks; None outside of one.
+    """The host of rank 0 of a Slurm step, the same in all its tasks; None outside of a step.
 
-    It is the first of the step's nodes. Where their names resolve to nothing (containers, networks without DNS) it is
-    the address that srun was started at, which is that node's when a batch script has started it.
+    It is the first of the step's nodes. If its name cannot be resolved (containers, networks without DNS), it is the
+    address where srun was started, which is that node's if a batch script has started it.
     """
     nodes = env.get("SLURM_STEP_NODELIST")
     if not nodes:
@@ -148,7 +148,7 @@ def slurm_head(env: Mapping[str, str]) -> str | None:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's list of nodes: `gpu[007-009,12],x1` begins with gpu007 (containers have no scontrol)."""
+    """The first host of Slurm's node list, gpu007 of `gpu[007-009,12],x1`. Parsed here: containers have no scontrol."""
     return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
 
 

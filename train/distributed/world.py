@@ -4,10 +4,9 @@ The environment variables of torchrun, the deepspeed launcher or Slurm's srun ar
 """
 
 import os
-import re
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -18,24 +17,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from train.config.schema import RunConfig
+from train.distributed.allocation import check_idle_gpus, count_gpus_on_node
+from train.distributed.host_limits import raise_open_files_limit
+from train.distributed.launch import Launch, check_port, meeting_point
 from train.distributed.quiet_libraries import muted_stdout
 
-JOIN_TIMEOUT_S = 300
-"""Seconds that ranks wait for each other at the start; later collectives have `timeout_s`."""
 _Value = TypeVar("_Value")
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Rank and number of ranks as the launcher sets them, before there is a process group."""
-
-    rank: int
-    local_rank: int
-    size: int
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
 
 
 @dataclass(frozen=True)
@@ -57,37 +44,31 @@ class World:
         return self.rank == 0
 
 
-def read_launch() -> Launch:
-    """Rank and size from the environment: torchrun's and deepspeed's variables, else Slurm's, else one process.
-
-    A batch script and a shell of `salloc` have Slurm's job variables too; only a task of `srun` has a step's.
-    """
-    env = os.environ
-    if "RANK" in env:
-        return Launch(int(env["RANK"]), int(env.get("LOCAL_RANK", 0)), int(env.get("WORLD_SIZE", 1)))
-    if "SLURM_STEP_ID" in env and "SLURM_PROCID" in env:
-        size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", 1)))
-        return Launch(int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", 0)), size)
-    return Launch(0, 0, 1)
-
-
 def start(config: RunConfig, launch: Launch) -> World:
     """Joins the process group, with a finite timeout, and chooses device and precision.
 
     Raises:
+        ConfigError: GPUs of the Slurm job would be idle (`check_idle_gpus`).
         RuntimeError: the ranks did not meet, or a rank has no device (`choose_device`).
     """
     if config.deterministic:
         # cuBLAS reads its workspace size at its first use; torch documents two sizes that are deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    raise_open_files_limit()
     device = choose_device(config, launch)
-    set_environment(launch)
+    check_idle_gpus(launch.size, device.type, allowed=config.allow_idle_gpus)
+    set_environment(launch, device)
     timeout = timedelta(seconds=config.timeout_s)
     # At its timeout NCCL aborts the process and names no rank: `watchdog.py` has to report first.
     nccl_timeout = timeout + timedelta(seconds=60)
     if not dist.is_initialized():
-        _join(device, launch, min(config.timeout_s, JOIN_TIMEOUT_S))
+        check_port(launch, os.environ)
+        _join(device, launch, min(config.timeout_s, config.join_timeout_s))
+        if device.type == "cuda":
+            # NCCL connects in the first collective, which no timeout of the line above covers. The watchdog limits it.
+            dist.all_reduce(torch.zeros(1, device=device))
+            torch.cuda.synchronize(device)
         # Between steps ranks may wait longer for each other than at the start.
         distributed_c10d._get_default_store().set_timeout(timeout)
         distributed_c10d._set_pg_timeout(nccl_timeout if device.type == "cuda" else timeout)
@@ -99,14 +80,24 @@ def start(config: RunConfig, launch: Launch) -> World:
     return World(launch.rank, launch.local_rank, launch.size, device, dtype, host_group)
 
 
-def set_environment(launch: Launch) -> None:
-    """Sets the variables that torch and DeepSpeed read at the start, unless the launcher has set them."""
-    env = os.environ
-    env.setdefault("RANK", str(launch.rank))
-    env.setdefault("LOCAL_RANK", str(launch.local_rank))
-    env.setdefault("WORLD_SIZE", str(launch.size))
-    env.setdefault("MASTER_ADDR", slurm_head(env) or "127.0.0.1")
-    env.setdefault("MASTER_PORT", str(slurm_port(env) if launch.size > 1 else free_port()))
+def set_environment(launch: Launch, device: torch.device) -> None:
+    """Sets the variables that torch and DeepSpeed read at the start.
+
+    LOCAL_RANK is the index of the device among those that this process sees, since DeepSpeed takes it for that: a task
+    with one visible GPU has the local rank 3 for its launcher, and `cuda:0`.
+
+    Raises:
+        ConfigError: the ranks have no address where they meet, or its port is in use.
+    """
+    address, port = meeting_point(launch, os.environ)
+    local_rank = launch.local_rank if device.index is None else device.index
+    os.environ |= {
+        "RANK": str(launch.rank),
+        "LOCAL_RANK": str(local_rank),
+        "WORLD_SIZE": str(launch.size),
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+    }
 
 
 def choose_device(config: RunConfig, launch: Launch) -> torch.device:
@@ -118,7 +109,7 @@ def choose_device(config: RunConfig, launch: Launch) -> torch.device:
     device_type = config.device
     if device_type == "auto":
         device_type = "cuda" if torch.cuda.is_available() else "cpu"
-        if device_type == "cpu" and int(os.environ.get("SLURM_GPUS_ON_NODE", 0)):
+        if device_type == "cpu" and count_gpus_on_node():
             raise RuntimeError(
                 f"Slurm allocated GPUs on {socket.gethostname()}, and torch sees none there: check `nvidia-smi` and "
                 "torch's build on that node, exclude it (--exclude), or start with device=cpu"
@@ -152,9 +143,9 @@ def _join(device: torch.device, launch: Launch, timeout_s: float) -> None:
     except (dist.DistError, RuntimeError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RuntimeError(
-            f"{launch.size} ranks did not meet at {address} within {timeout_s:.0f} s: start that many ranks, and check "
-            "that every node reaches this address (MASTER_ADDR; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the "
-            f"network) ({error})"
+            f"{launch.size} ranks did not meet at {address} within {timeout_s:.0f} s ({launch}, "
+            f"{socket.gethostname()}): start that many ranks, and check that every node reaches this address "
+            f"(MASTER_ADDR; GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the network) ({error})"
         ) from error
 
 
@@ -172,16 +163,20 @@ class StepState:
         sums: losses and counts, summed over ranks.
         stop: whether a rank was asked to stop.
         sealed: whether every rank's files of a checkpoint are on the disk.
-        slowest_s: the largest time of a rank, in seconds.
+        slowest_s: the largest time of a rank in forward and backward passes, in seconds.
+        local_s: the time of each rank that does not depend on the others, in seconds.
     """
 
     sums: torch.Tensor
     stop: bool
     sealed: bool
     slowest_s: float
+    local_s: tuple[float, ...] = ()
 
 
-def all_reduce_step_state(world: World, sums: torch.Tensor, *, stop: bool, sealed: bool, seconds: float) -> StepState:
+def all_reduce_step_state(
+    world: World, sums: torch.Tensor, *, stop: bool, sealed: bool, seconds: float, local_s: float = 0.0
+) -> StepState:
     """The one collective of a step besides the engine's: sums, stop requests and times in one message.
 
     Args:
@@ -189,16 +184,18 @@ def all_reduce_step_state(world: World, sums: torch.Tensor, *, stop: bool, seale
         stop: whether this rank was asked to stop; true on all ranks if it is true on one.
         sealed: whether this rank's files of a checkpoint are on the disk; true if it is true on all ranks.
         seconds: this rank's time in the step's forward and backward passes; the largest is returned.
+        local_s: this rank's time that does not depend on the other ranks, in seconds.
     """
-    slots = torch.zeros(world.size, dtype=torch.float64)
-    slots[world.rank] = seconds
+    slots = torch.zeros(2, world.size, dtype=torch.float64)
+    slots[0, world.rank], slots[1, world.rank] = seconds, local_s
     flags = torch.tensor([float(stop), float(sealed)], dtype=torch.float64)
-    message = torch.cat([sums.to(torch.float64), flags, slots])
+    message = torch.cat([sums.to(torch.float64), flags, slots.flatten()])
     if world.size > 1:
         dist.all_reduce(message, group=world.host_group)
     num = len(sums)
     num_stop, num_sealed = message[num : num + 2].tolist()
-    return StepState(message[:num], num_stop > 0, num_sealed == world.size, float(message[num + 2 :].max()))
+    all_s, all_local_s = message[num + 2 :].view(2, world.size).tolist()
+    return StepState(message[:num], num_stop > 0, num_sealed == world.size, max(all_s), tuple(all_local_s))
 
 
 def all_gather_objects(world: World, value: _Value) -> list[_Value]:
@@ -285,40 +282,3 @@ def _gpu_index(local_rank: int, num_gpus: int) -> int:
             "start as many ranks per node as it has GPUs"
         )
     return local_rank
-
-
-def free_port() -> int:
-    """A free port of this host."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def slurm_head(env: Mapping[str, str]) -> str | None:
-    """The host of rank 0 of a Slurm step, the same in all its tasks; None outside of a step.
-
-    It is the first of the step's nodes. If its name cannot be resolved (containers, networks without DNS), it is the
-    address where srun was started, which is that node's if a batch script has started it.
-    """
-    nodes = env.get("SLURM_STEP_NODELIST")
-    if not nodes:
-        return None
-    head = first_host(nodes)
-    try:
-        socket.getaddrinfo(head, None)
-    except OSError:
-        return env.get("SLURM_LAUNCH_NODE_IPADDR", head)
-    return head
-
-
-def first_host(nodes: str) -> str:
-    """The first host of Slurm's node list, gpu007 of `gpu[007-009,12],x1`. Parsed here: containers have no scontrol."""
-    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", nodes).split(",")[0]
-
-
-def slurm_port(env: Mapping[str, str]) -> int:
-    """A port that differs between jobs on one node and between steps of a job, below Linux's ephemeral ports.
-
-    Every task of an array has its own job id.
-    """
-    return 15000 + (int(env.get("SLURM_JOB_ID", 0)) + 1009 * int(env.get("SLURM_STEP_ID", 0))) % 15000

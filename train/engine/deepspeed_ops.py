@@ -17,6 +17,8 @@ from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 
+from llava_next.cache_root import writable_cache_root
+
 _OP = "deepspeed_shm_comm"
 _BUILD = (
     "from deepspeed.accelerator import get_accelerator;"
@@ -45,6 +47,9 @@ def ensure_built(timeout_s: float = 900.0, *, verbose: bool = True) -> None:
     if is_built():
         return
     folder.mkdir(parents=True, exist_ok=True)
+    reason = writable_cache_root()[1]
+    if reason and verbose:
+        print(f"DeepSpeed's CPU op is compiled in {folder}: {reason}", file=sys.stderr, flush=True)
     with _locked(folder / "build.flock", timeout_s, verbose) as lock:
         if is_built():
             return
@@ -69,12 +74,6 @@ def _marker() -> Path:
     return extensions_folder() / f"{_OP}.built"
 
 
-def cache_root() -> Path:
-    """The folder of files that can be made again: $LLAVA_NEXT_CACHE, or llava_next in the user's cache."""
-    named = os.environ.get("LLAVA_NEXT_CACHE")
-    return Path(named) if named else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "llava_next"
-
-
 def extensions_folder() -> Path:
     """The folder of compiled ops for these versions of torch, DeepSpeed and Python, in this environment.
 
@@ -82,7 +81,7 @@ def extensions_folder() -> Path:
     environments of the same versions would undo each other's work at every start, outside of the lock.
     """
     key = f"{version('torch')} {version('deepspeed')} {sys.version} {sys.prefix}"
-    return cache_root() / "ops" / sha256(key.encode()).hexdigest()[:16]
+    return writable_cache_root()[0] / "ops" / sha256(key.encode()).hexdigest()[:16]
 
 
 def _compile(timeout_s: float, lock: int) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from train.config.schema import RunConfig
+from train.distributed.device_copies import to_host
 from train.engine.deepspeed_engine import zero_stage
 
 _NUM_AT_ONCE = 2**18
@@ -61,6 +62,8 @@ class StepGuard:
         self._engine.step()
         overflow = bool(getattr(self._engine.optimizer, "overflow", False))
         total_norm = self._norm if self._clips_here else self._engine.get_global_grad_norm()
+        if isinstance(total_norm, torch.Tensor):
+            total_norm = to_host(total_norm)
         norm = float(total_norm) if total_norm is not None else float("nan")
         return Update(not (self._skipped or overflow), norm, self._norms_by_part(norm))
 
@@ -73,7 +76,7 @@ class StepGuard:
             dist.all_reduce(squares)
         # DeepSpeed's hook sees clipped gradients; its formula is inverted.
         factor = 1.0 if self._clips_here else max(1.0, (norm + 1e-6) / self._clip_norm)
-        return {part: factor * square**0.5 for part, square in zip(parts, squares.tolist(), strict=True)}
+        return {part: factor * square**0.5 for part, square in zip(parts, to_host(squares).tolist(), strict=True)}
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -81,7 +84,7 @@ class StepGuard:
         if self._clips_here:
             norm = torch.stack(list(self._squares.values())).sum() ** 0.5
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
-            self._norm = float(norm)
+            self._norm = float(to_host(norm))
         if self._refuse or (self._clips_here and not self._norm < float("inf")):
             self._skipped = True
             # AdamW skips parameters without a gradient. DeepSpeed's buffers are restored afterwards.

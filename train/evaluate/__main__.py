@@ -11,7 +11,7 @@ import gc
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,25 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from data_recipes.schema.arguments import count_argument, output_file, path_argument, positive_argument
+from data_recipes.schema.console import run_program
 from data_recipes.schema.sample import DataError
 from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
 from llava_next.model.flops import step_costs
 from llava_next.model.towers import stock_unsupported_reason
-from train.config.exit_codes import report_mistake
-from train.config.schema import ConfigError
+from train.config.exit_codes import EXIT_FAILED, report_mistake
+from train.config.schema import ConfigError, PackingConfig
 from train.distributed.quiet_libraries import quiet_libraries
 from train.evaluate.answers import LOSS_ONLY_HINT, Answer, StockModel
 from train.evaluate.evaluated_model import EvaluatedModel, load_directory, load_run
+from train.evaluate.evaluation_ranks import (
+    EvaluationError,
+    EvaluationRanks,
+    describe_row_budgets,
+    explain_out_of_memory,
+    join_ranks,
+)
 from train.evaluate.image_questions import (
     Accuracy,
     Question,
@@ -44,16 +53,34 @@ from train.validation.held_out import HeldOutSet, build_held_out
 _Hits = tuple[list[Question], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 """Questions, and whether each was answered exactly with the right and with the other image, bool [num_questions]."""
 
+_QuestionsBySource = dict[str, tuple[list[StoredSample], list[Question], int]]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; returns the exit code."""
+    """Runs the program on this rank; returns the exit code."""
     options = _parse(arguments)
     quiet_libraries(on_cpu=not torch.cuda.is_available())
+    is_main = True
     try:
-        result, answers = evaluate(options)
-    except (ConfigError, ModelError, DataError) as error:
-        return report_mistake(error)
-    out: Path = options.out or _get_default_out(options.path)
+        out: Path = options.out or output_file(str(_get_default_out(options.path)))
+        with join_ranks() as ranks:
+            is_main = ranks.is_main
+            result, answers = evaluate(options, ranks)
+    except argparse.ArgumentTypeError as error:
+        return report_mistake(f"{error}; give a file for the results with --out", is_main=is_main)
+    except (ConfigError, ModelError, DataError, OSError) as error:
+        return report_mistake(error, is_main=is_main)
+    except EvaluationError as error:
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return EXIT_FAILED
+    if is_main:
+        _write_results(out, result, answers)
+    return 0
+
+
+def _write_results(out: Path, result: dict[str, Any], answers: list[Answer]) -> None:
+    """Writes the results and the answers, and prints the tables."""
     out.parent.mkdir(parents=True, exist_ok=True)
     answers_path = out.with_suffix(".answers.jsonl")
     _write(answers_path, "".join(json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in answers))
@@ -62,39 +89,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for answer in result["generated"]:
         print(f"  {answer['source']}: {answer['text']!r} -> {answer['answer']!r} (truth {answer['truth']!r})")
     print(f"wrote {out} and {answers_path}")
-    return 0
 
 
-def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[Answer]]:
-    """Evaluates the model.
+def evaluate(options: argparse.Namespace, ranks: EvaluationRanks) -> tuple[dict[str, Any], list[Answer]]:
+    """Evaluates the model. Every rank must call it.
 
     Returns:
         All results as plain values, and every answer.
 
     Raises:
         ConfigError, ModelError, DataError: the model, a store or a metric does not exist, or they do not match.
+        EvaluationError: a row or a batch did not fit into memory.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     is_run = _is_run(options.path)
     load = load_run if is_run else load_directory
     chosen = dict(pair.split("=", 1) for pair in options.metric)
-    evaluated = load(options.path, options.store, device, num=options.num, seed=options.seed, chosen=chosen)
+    evaluated = ranks.run(
+        lambda: load(options.path, options.store, ranks.device, num=options.num, seed=options.seed, chosen=chosen)
+    )
+    evaluated = replace(evaluated, packing=_read_budgets(options, evaluated.packing))
     reason = stock_unsupported_reason(evaluated.backbone.hf_config.vision_config)
     if reason is not None and options.generate != 0:
         raise ModelError(f"stock transformers cannot run {evaluated.export}: {reason}; {LOSS_ONLY_HINT}")
-    losses, held_out = _compute_losses(evaluated)
-    questions_by_source: dict[str, tuple[list[StoredSample], list[Question], int]] = {}
+    losses, held_out = _compute_losses(evaluated, ranks)
+    questions_by_source = ranks.run(lambda: _select_questions(evaluated, held_out, options))
     hits: dict[str, _Hits] = {}
-    for source in evaluated.samples:
-        accepted = [sample for sample in held_out.samples if sample.source == source]
-        samples = read_single_image_samples(accepted, options.limit)
-        questions, num_unasked = filter_by_length(
-            evaluated.processor, samples, extract_questions(source, samples, options.limit, options.per_picture)
-        )
-        questions_by_source[source] = samples, questions, num_unasked
+    for source, (samples, questions, _) in questions_by_source.items():
         if questions:
-            hits[source] = (questions, *answer_all(evaluated.model, evaluated.processor, samples, questions))
-    answers = _generate_answers(evaluated, questions_by_source, device, options)
+            args = (evaluated.model, evaluated.processor, samples, questions, evaluated.packing, ranks)
+            hits[source] = (questions, *answer_all(*args))
+    answers = _generate_answers(evaluated, questions_by_source, ranks, options)
     reports = [
         SourceReport(
             source,
@@ -112,7 +136,12 @@ def evaluate(options: argparse.Namespace) -> tuple[dict[str, Any], list[Answer]]
     return make_result(header, reports, _summarize_all(list(hits.values()))), every
 
 
-def _compute_losses(evaluated: EvaluatedModel) -> tuple[dict[str, dict[str, Any]], HeldOutSet]:
+def _read_budgets(options: argparse.Namespace, packing: PackingConfig) -> PackingConfig:
+    """Returns the budgets of a row: those of the command line, else those of the model's run."""
+    return PackingConfig(options.max_tokens or packing.max_tokens, options.max_tiles or packing.max_tiles)
+
+
+def _compute_losses(evaluated: EvaluatedModel, ranks: EvaluationRanks) -> tuple[dict[str, dict[str, Any]], HeldOutSet]:
     """Returns the number of samples, the number of supervised tokens and the loss by source, and the held-out set."""
     model, names = evaluated.model, list(evaluated.samples)
     model.num_sources = len(names)
@@ -125,10 +154,19 @@ def _compute_losses(evaluated: EvaluatedModel) -> tuple[dict[str, dict[str, Any]
         trains_tower=False,
         trains_language_model=False,
     )
-    held_out = build_held_out(
-        evaluated.samples, names, evaluated.processor, evaluated.packing, costs, per_sample=evaluated.per_sample
+    held_out = ranks.run(
+        lambda: build_held_out(
+            evaluated.samples, names, evaluated.processor, evaluated.packing, costs, per_sample=evaluated.per_sample
+        )
     )
-    sums = held_out.compute_sums(model, model.hf.model.image_newline.device)
+
+    def compute(row: Sequence[int]) -> torch.Tensor:
+        with explain_out_of_memory(f"a row of {len(row)} held-out samples", describe_row_budgets(evaluated.packing)):
+            return held_out.compute_row_sums(row, model, ranks.device)
+
+    sums = torch.zeros(3, len(names), dtype=torch.float64)
+    for row_sums in ranks.map(compute, held_out.rows, description="held-out loss", unit="row"):
+        sums += row_sums
     losses = held_out.compute_losses(sums)
     counts = sums[1:].long().tolist()
     return {
@@ -137,10 +175,25 @@ def _compute_losses(evaluated: EvaluatedModel) -> tuple[dict[str, dict[str, Any]
     }, held_out
 
 
+def _select_questions(
+    evaluated: EvaluatedModel, held_out: HeldOutSet, options: argparse.Namespace
+) -> _QuestionsBySource:
+    """Returns the samples with one image, their questions, and the number of questions that are too long."""
+    questions_by_source: _QuestionsBySource = {}
+    for source in evaluated.samples:
+        accepted = [sample for sample in held_out.samples if sample.source == source]
+        samples = read_single_image_samples(accepted, options.limit)
+        questions, num_unasked = filter_by_length(
+            evaluated.processor, samples, extract_questions(source, samples, options.limit, options.per_picture)
+        )
+        questions_by_source[source] = samples, questions, num_unasked
+    return questions_by_source
+
+
 def _generate_answers(
     evaluated: EvaluatedModel,
-    questions_by_source: dict[str, tuple[list[StoredSample], list[Question], int]],
-    device: torch.device,
+    questions_by_source: _QuestionsBySource,
+    ranks: EvaluationRanks,
     options: argparse.Namespace,
 ) -> dict[str, list[Answer]]:
     """Returns free answers to the first questions of each source. The packed model is freed for the stock one."""
@@ -149,14 +202,16 @@ def _generate_answers(
         return {}
     evaluated.model.to("meta")
     gc.collect()
-    if device.type == "cuda":
+    if ranks.device.type == "cuda":
         torch.cuda.empty_cache()
-    stock = StockModel(
-        evaluated.export,
-        evaluated.processor,
-        device,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
+    stock = ranks.run(
+        lambda: StockModel(
+            evaluated.export,
+            evaluated.processor,
+            ranks,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+        )
     )
     return {
         source: stock.generate_answers(samples, questions[:num], evaluated.metrics[source])
@@ -191,25 +246,35 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "path",
-        type=Path,
+        type=path_argument,
         metavar="RUN|EXPORT",
         help="a run folder with an export/, or a LLaVA or LLaVA-NeXT directory in the Hugging Face layout",
     )
     parser.add_argument(
         "--store",
-        type=Path,
+        type=path_argument,
         action="append",
         default=[],
         metavar="STORE",
         help="a prepared source (can be repeated); for a run, instead of its held-out samples",
     )
     parser.add_argument("--num", type=int, default=512, help="maximum number of samples per source (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the samples of --store (%(default)s)")
+    parser.add_argument(
+        "--seed", type=count_argument, default=0, help="seed for drawing the samples of --store (%(default)s)"
+    )
     parser.add_argument("--limit", type=int, default=600, help="maximum number of questions per source (%(default)s)")
     parser.add_argument("--per-picture", type=int, default=4, help="questions per image (%(default)s)")
     parser.add_argument("--generate", type=int, help="free answers per source (default: all; 0: none)")
     parser.add_argument("--batch-size", type=int, default=8, help="questions per batch (%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="maximum length of a free answer (%(default)s)")
+    parser.add_argument(
+        "--max-tokens", type=positive_argument, help="tokens of a row (default: the run's packing, or 8192)"
+    )
+    parser.add_argument(
+        "--max-tiles", type=positive_argument, help="image tiles of a row (default: the run's packing, or 48)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive_argument, default=128, help="maximum length of a free answer (%(default)s)"
+    )
     parser.add_argument(
         "--metric",
         action="append",
@@ -219,12 +284,14 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output_file,
         help="the file for the results (default: RUN/evaluation.json or outputs/evaluate/EXPORT.json); the answers are "
         "written next to it, as .answers.jsonl",
     )
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_args(arguments)
-    for name, least in (("num", 1), ("limit", 1), ("per_picture", 1), ("generate", 0), ("batch_size", 1)):
+    positive = ("num", "limit", "per_picture", "batch_size", "max_tokens", "max_tiles")
+    for name, least in (*((name, 1) for name in positive), ("generate", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
@@ -235,4 +302,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -3,13 +3,11 @@
 For every question, the prompt of the stock processor is compared with that of the training.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from data_recipes.schema.sample import Message
@@ -18,6 +16,7 @@ from llava_next.config import ModelError
 from llava_next.inputs.anyres import decode
 from llava_next.inputs.chat_template import should_add_special_tokens
 from llava_next.inputs.processor import Processor
+from train.evaluate.evaluation_ranks import EvaluationRanks, explain_out_of_memory
 from train.evaluate.image_questions import Question
 from train.evaluate.metrics import score
 
@@ -53,24 +52,24 @@ class StockModel:
     Args:
         export: directory in the Hugging Face layout.
         processor: processor of the training, whose prompts the stock processor must reproduce.
-        device: device of the model; on a CPU the weights are converted to float32.
+        ranks: on whose devices the model is; on a CPU the weights are converted to float32.
         batch_size: questions per batch, which is padded on the left.
         max_new_tokens: maximum length of an answer.
     """
 
     def __init__(
-        self, export: Path, processor: Processor, device: torch.device, *, batch_size: int, max_new_tokens: int
+        self, export: Path, processor: Processor, ranks: EvaluationRanks, *, batch_size: int, max_new_tokens: int
     ) -> None:
-        dtype = "auto" if device.type == "cuda" else torch.float32
-        self._export, self._processor, self._device = export, processor, device
+        dtype = "auto" if ranks.device.type == "cuda" else torch.float32
+        self._export, self._processor, self._ranks = export, processor, ranks
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
         self._stock = AutoProcessor.from_pretrained(export)
-        self._model = AutoModelForImageTextToText.from_pretrained(export, dtype=dtype).to(device).eval()
+        self._model = AutoModelForImageTextToText.from_pretrained(export, dtype=dtype).to(ranks.device).eval()
 
     def generate_answers(
         self, samples: Sequence[StoredSample], questions: Sequence[Question], metric: str
     ) -> list[Answer]:
-        """Returns greedy answers in the order of the questions, scored with a metric.
+        """Returns greedy answers in the order of the questions, scored with a metric. Every rank must call it.
 
         Questions of similar length share a batch, which reduces padding. In float32 the answers do not depend on the
         batches; in half precision the rounding does.
@@ -80,22 +79,25 @@ class StockModel:
 
         Raises:
             ModelError: the stock processor renders another prompt than the training.
+            EvaluationError: a batch did not fit into memory.
         """
         lengths = [len(self._encode_prompt(samples, question)) for question in questions]
         order = sorted(range(len(questions)), key=lambda number: (-lengths[number], number))
+        chunks = [order[start : start + self._batch_size] for start in range(0, len(order), self._batch_size)]
+
+        def answer(chunk: Sequence[int]) -> list[tuple[str, bool]]:
+            what = f"a batch of {len(chunk)} questions with prompts of up to {lengths[chunk[0]]:,} tokens"
+            with explain_out_of_memory(what, f"--batch-size ({self._batch_size})"):
+                return self._generate(samples, [questions[number] for number in chunk])
+
+        texts = self._ranks.map(answer, chunks, description="answers", unit="batch")
         answers: dict[int, Answer] = {}
-        with tqdm(total=len(order), desc="answers", unit="question", file=sys.stderr) as bar:
-            for start in range(0, len(order), self._batch_size):
-                chunk = order[start : start + self._batch_size]
-                texts = self._generate(samples, [questions[number] for number in chunk])
-                for number, (text, is_cut) in zip(chunk, texts, strict=True):
-                    question = questions[number]
-                    value = score(metric, text, [question.truth])
-                    sample_id = samples[question.sample].id
-                    answers[number] = Answer(
-                        question.source, sample_id, question.text, question.truth, text, value, is_cut
-                    )
-                bar.update(len(chunk))
+        for chunk, of_chunk in zip(chunks, texts, strict=True):
+            for number, (text, is_cut) in zip(chunk, of_chunk, strict=True):
+                question = questions[number]
+                value = score(metric, text, [question.truth])
+                sample_id = samples[question.sample].id
+                answers[number] = Answer(question.source, sample_id, question.text, question.truth, text, value, is_cut)
         return [answers[number] for number in range(len(questions))]
 
     @torch.no_grad()
@@ -111,7 +113,7 @@ class StockModel:
             add_special_tokens=should_add_special_tokens(self._stock.tokenizer, prompts[0]),
         )
         self._check_prompts(samples, questions, inputs["input_ids"], inputs["attention_mask"])
-        inputs = inputs.to(self._device, self._model.dtype)
+        inputs = inputs.to(self._ranks.device, self._model.dtype)
         outputs = self._model.generate(**inputs, max_new_tokens=self._max_new_tokens, do_sample=False)
         new = outputs[:, inputs["input_ids"].shape[1] :]
         stops = self._model.generation_config.eos_token_id

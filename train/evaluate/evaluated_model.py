@@ -5,7 +5,7 @@ They come from a run folder, or from a model directory and prepared sources.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import METRICS
 from data_recipes.store.reader import read_manifest
 from llava_next.config import ImageMode, LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
+from llava_next.file_access import permission_problem
 from llava_next.formats.hugging_face import read_hf, stock_image_mode
 from llava_next.inputs.conversation import FROM_TOKENIZER
 from llava_next.inputs.processor import Processor
@@ -28,7 +29,7 @@ from train.data.loader import build_processor
 from train.validation.held_out import HeldOutSample, list_mixture_samples, list_store_samples
 
 _PACKING = PackingConfig(max_tokens=8192, max_tiles=48)
-"""Budgets of a row for a model without a known run."""
+"""Budgets of a row for a model without a known run. A longer sample has a row of its own."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class EvaluatedModel:
 
     Attributes:
         export: directory in the Hugging Face layout.
-        packing: budgets of a row.
+        packing: budgets of a row; one sample or question that exceeds them has a row of its own.
         per_sample: weigh every sample equally in the loss, as `loss_weighting: sample` does.
         samples: by source.
         metrics: name of the metric of each source's answers.
@@ -111,10 +112,7 @@ def load_directory(
     backbone, model = _load(export, config, device)
     processor = backbone.processor(template=FROM_TOKENIZER, image_mode=image_mode, max_length=backbone.max_positions)
     metrics = _select_metrics({path.name: path for path in stores}, chosen)
-    longest = max(_PACKING.max_tokens, backbone.max_positions)
-    return EvaluatedModel(
-        export, backbone, model, processor, replace(_PACKING, max_tokens=longest), False, samples, metrics
-    )
+    return EvaluatedModel(export, backbone, model, processor, _PACKING, False, samples, metrics)
 
 
 def _load(export: Path, config: ModelConfig, device: torch.device) -> tuple[Backbone, LlavaNext]:
@@ -160,7 +158,9 @@ def _read_config(export: Path) -> tuple[ModelConfig, ImageMode]:
         images: Any = AutoProcessor.from_pretrained(export).image_processor
         mean, std = tuple(images.image_mean), tuple(images.image_std)
     except (OSError, ValueError, AttributeError, json.JSONDecodeError) as error:
-        raise ModelError(f"{export} is not a model directory with a processor: {error}") from error
+        raise ModelError(
+            permission_problem(export) or f"{export} is not a model directory with a processor: {error}"
+        ) from error
     image_mode = stock_image_mode(kind, images, export)
     name = export.resolve().name
     language_model = LanguageModelConfig(name, str(export), FROM_TOKENIZER)

@@ -4,15 +4,14 @@ An answer is right if greedy decoding gives exactly the truth, with its end toke
 the truth is the most likely one after the true tokens before it, so one forward pass over prompt and truth decides it.
 """
 
-import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
 
 from data_recipes.raw.questions import RESPONSE_FORMAT_PROMPTS
 from data_recipes.schema.sample import DataError, Message
@@ -20,9 +19,11 @@ from data_recipes.store.reader import StoredSample
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import Example, Processor, SampleRejected
 from llava_next.model.llava_next import LlavaNext
+from train.config.schema import PackingConfig
+from train.evaluate.evaluation_ranks import EvaluationRanks, describe_row_budgets, explain_out_of_memory
 from train.validation.held_out import HeldOutSample
 
-_IMAGES_PER_ROW = 8
+_IMAGES_PER_GROUP = 8  # that are each other's other image
 _NUM_RESAMPLES = 2000  # of the bootstrap
 
 
@@ -111,41 +112,109 @@ def _has_space(processor: Processor, question: Question, image_sample: StoredSam
     return True
 
 
+class _Use(NamedTuple):
+    """A question that is asked with an image; both are positions, in the questions and in the samples."""
+
+    question: int
+    image: int
+    is_own: bool
+
+
 def answer_all(
-    model: LlavaNext, processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question]
+    model: LlavaNext,
+    processor: Processor,
+    samples: Sequence[StoredSample],
+    questions: Sequence[Question],
+    packing: PackingConfig,
+    ranks: EvaluationRanks,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Answers every question with its own image and with another one, and returns which answers are right.
 
-    The other image is that of the next sample, so every image is used equally often in both roles. Both uses share a
-    row and therefore the tower's features.
+    The other image is that of the next sample, so every image is used equally often in both roles. Questions with one
+    image follow each other, so that they mostly share a row and therefore the tower's features. Every rank must call
+    it.
+
+    Args:
+        packing: budgets of a row.
 
     Returns:
         Whether the answers with the own and with the other image are right, bool [num_questions] each.
 
     Raises:
         DataError: an image cannot be read.
+        EvaluationError: a row did not fit into memory.
     """
-    numbers = sorted({question.sample for question in questions})
+
+    def answer(row: Sequence[_Use]) -> list[bool]:
+        examples = _encode_row(processor, samples, questions, row)
+        num_tokens = sum(example.layout.num_tokens for example in examples)
+        what = f"a row of {num_tokens:,} tokens ({len(row)} questions of source {questions[0].source})"
+        with explain_out_of_memory(what, describe_row_budgets(packing)):
+            return _answer_row(model, processor, examples, ranks.device)
+
+    rows = _pack_uses(processor, samples, questions, packing)
+    answers = ranks.map(answer, rows, description=questions[0].source, unit="row")
     right = np.zeros(len(questions), dtype=bool)
     other = np.zeros(len(questions), dtype=bool)
-    by_sample = {number: [i for i, q in enumerate(questions) if q.sample == number] for number in numbers}
-    for chunk in tqdm(list(_split_into_chunks(numbers)), desc=questions[0].source, unit="row", file=sys.stderr):
-        examples: list[Example] = []
-        targets: list[tuple[npt.NDArray[np.bool_], int]] = []
-        encoded: dict[int, Example] = {}
-        for position, number in enumerate(chunk):
-            for image, hits in ((number, right), (chunk[(position + 1) % len(chunk)], other)):
-                for index in by_sample[number]:
-                    examples.append(_encode_question(processor, samples[image], questions[index], encoded, image))
-                    targets.append((hits, index))
-        config = processor.config
-        batch = collate(examples, tile=config.tile, patches_per_tile=config.patches_per_side**2)
-        hit = model.score(batch.to(model.hf.model.image_newline.device)).hits.cpu()
-        missed = torch.zeros(len(examples), dtype=torch.long)
-        missed.index_add_(0, batch.target_samples, (~hit).long())
-        for (hits, index), wrong in zip(targets, missed.tolist(), strict=True):
-            hits[index] = wrong == 0
+    for row, hits in zip(rows, answers, strict=True):
+        for use, is_hit in zip(row, hits, strict=True):
+            (right if use.is_own else other)[use.question] = is_hit
     return right, other
+
+
+def _pack_uses(
+    processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question], packing: PackingConfig
+) -> list[list[_Use]]:
+    """Assigns the questions, each with both images, to rows within the budgets, image by image.
+
+    A question that exceeds a budget alone has a row of its own. Tiles of an image count once in a row.
+    """
+    rows: list[list[_Use]] = [[]]
+    num_tokens = num_tiles = 0
+    images: set[int] = set()
+    for use in _list_uses(questions):
+        layout = processor.layout(_make_messages(questions[use.question]), samples[use.image].sizes_hw)
+        new_tiles = 0 if use.image in images else layout.num_tiles
+        exceeds = num_tokens + layout.num_tokens > packing.max_tokens or num_tiles + new_tiles > packing.max_tiles
+        if rows[-1] and exceeds:
+            rows.append([])
+            num_tokens, num_tiles, images, new_tiles = 0, 0, set(), layout.num_tiles
+        rows[-1].append(use)
+        num_tokens, num_tiles = num_tokens + layout.num_tokens, num_tiles + new_tiles
+        images.add(use.image)
+    return rows
+
+
+def _list_uses(questions: Sequence[Question]) -> list[_Use]:
+    """Returns every question with its own image and with the next sample's, sorted by image."""
+    by_sample: dict[int, list[int]] = {}
+    for index, question in enumerate(questions):
+        by_sample.setdefault(question.sample, []).append(index)
+    uses = []
+    for group in _split_into_groups(sorted(by_sample)):
+        for position, number in enumerate(group):
+            uses += [_Use(index, number, True) for index in by_sample[number]]
+            uses += [_Use(index, group[(position + 1) % len(group)], False) for index in by_sample[number]]
+    return sorted(uses, key=lambda use: (use.image, not use.is_own, use.question))
+
+
+def _encode_row(
+    processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question], row: Sequence[_Use]
+) -> list[Example]:
+    encoded: dict[int, Example] = {}
+    return [_encode_question(processor, samples[use.image], questions[use.question], encoded, use.image) for use in row]
+
+
+def _answer_row(
+    model: LlavaNext, processor: Processor, examples: Sequence[Example], device: torch.device
+) -> list[bool]:
+    """Returns for each example whether every token of the truth is the most likely one."""
+    config = processor.config
+    batch = collate(examples, tile=config.tile, patches_per_tile=config.patches_per_side**2)
+    hit = model.score(batch.to(device)).hits.cpu()
+    missed = torch.zeros(len(examples), dtype=torch.long)
+    missed.index_add_(0, batch.target_samples, (~hit).long())
+    return [wrong == 0 for wrong in missed.tolist()]
 
 
 def summarize(questions: Sequence[Question], right: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> Accuracy:
@@ -193,9 +262,9 @@ def _make_messages(question: Question) -> tuple[Message, Message]:
     return Message("user", f"<image>\n{question.text}"), Message("assistant", question.truth)
 
 
-def _split_into_chunks(numbers: Sequence[int]) -> Iterator[list[int]]:
-    """Yields groups of samples for one row. Only a single sample in total forms a group of one."""
-    bounds = list(range(0, len(numbers), _IMAGES_PER_ROW))
+def _split_into_groups(numbers: Sequence[int]) -> Iterator[list[int]]:
+    """Yields groups of samples that exchange images. Only a single sample in total forms a group of one."""
+    bounds = list(range(0, len(numbers), _IMAGES_PER_GROUP))
     if len(bounds) > 1 and len(numbers) - bounds[-1] < 2:
         bounds.pop()
     for start, stop in zip(bounds, [*bounds[1:], len(numbers)], strict=True):

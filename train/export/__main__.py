@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from data_recipes.schema.arguments import output_folder, path_argument, positive_size, text_argument
+from data_recipes.schema.console import run_program
 from llava_next.config import ModelError
 from llava_next.formats.atomic import atomic_directory
 from llava_next.formats.original import original_tensors, write_original_folder
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         out = options.out or _get_default_out(source, options.format)
         _check_out(out, source)
         checks = export(source, out, options)
-    except (ConfigError, ModelError, SaveFormatError) as error:
+    except (ConfigError, ModelError, SaveFormatError, OSError) as error:
         return report_mistake(error)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"wrote {out} ({size / 2**30:.2f} GiB, {time.monotonic() - started:.0f} s) from {source.description}")
@@ -97,21 +99,21 @@ def _check_out(out: Path, source: ExportedModel) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.export", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("source", type=Path, help="a run (its export/, or its newest checkpoint), a checkpoint "
-                        "(RUN/checkpoints/step_000500), or a Hugging Face directory")  # fmt: skip
+    parser.add_argument("source", type=path_argument, help="a run (its export/, or its newest checkpoint), a "
+                        "checkpoint (RUN/checkpoints/step_000500), or a Hugging Face directory")  # fmt: skip
     parser.add_argument("--format", choices=("hf", "original"), default="hf", help="hf: for transformers and vLLM; "
                         "original: for SGLang and the authors' code")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="keep", help="dtype of the weights; keep: as is. "
                         "fp32 reads the optimizer's fp32 copies of a bf16 run")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="the directory to write (default: RUN/exports/STEP_FORMAT)")
+    parser.add_argument("--out", type=output_folder, help="the directory to write (default: RUN/exports/STEP_FORMAT)")
     parser.add_argument(
-        "--shard-gb", type=float, default=4.0, help="maximum size of a file in GB, which bounds the memory use"
+        "--shard-gb", type=positive_size, default=4.0, help="maximum size of a file in GB, which bounds the memory use"
     )
-    parser.add_argument("--vision-tower", help="with --format original: the tower's directory or hub name, from which "
-                        "servers read its config (default: that of the run)")  # fmt: skip
+    parser.add_argument("--vision-tower", type=text_argument, help="with --format original: the tower's directory or "
+                        "hub name, from which servers read its config (default: that of the run)")  # fmt: skip
     parser.add_argument("--no-verify", action="store_true", help="do not verify the files that are read and written")
     return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

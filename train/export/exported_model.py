@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
 
 from llava_next.config import PARTS, ImageMode, ModelError
+from llava_next.file_access import permission_problem
 from llava_next.formats.hugging_face import (
     stock_image_mode,
     to_stock_tensors,
@@ -155,6 +156,11 @@ def open_model(path: Path, dtype: torch.dtype | None, *, verify: bool = True) ->
             return _open_checkpoint(path, dtype, verify)
         if (path / "config.json").is_file():
             return _open_folder(path, dtype, _load_run_config(path))
+        if (path / "contract.json").is_file():
+            raise ConfigError(
+                f"{path} is a connector, which holds the projector only: train from it with stage.init_from={path}, "
+                "or export the run of the next stage"
+            )
         if not (path / "config.yaml").is_file():
             raise ConfigError(
                 f"{path} is neither a run folder (config.yaml), a checkpoint (run_state.json) nor a Hugging Face "
@@ -177,7 +183,9 @@ def open_model(path: Path, dtype: torch.dtype | None, *, verify: bool = True) ->
                 f"{path}: the kernel refuses to map a file that is larger than this host's memory and swap; allow it "
                 f"with `sysctl vm.overcommit_memory=1` (mapping uses no memory), or export on another host: {error}"
             ) from error
-        raise ModelError(f"{path} cannot be read; a file is damaged or missing: {error}") from error
+        raise ModelError(
+            permission_problem(path, depth=3) or f"{path} cannot be read; a file is damaged or missing: {error}"
+        ) from error
 
 
 def _load_run_config(folder: Path) -> RunConfig | None:
@@ -221,9 +229,12 @@ def _verify_files(path: Path) -> str:
     """Verifies the sha256 of a checkpoint's files; returns a sentence that says so.
 
     Raises:
-        ConfigError: a file is damaged; the message names the first one and other checkpoints.
+        ConfigError: a file is damaged, with the first one and other checkpoints; or it may not be read, with its owner.
     """
     damage = checkpoint.corrupt_files(path)
+    denied = permission_problem(path, depth=2) if damage else ""
+    if denied:
+        raise ConfigError(denied)
     if damage:
         others = [str(other) for other in checkpoint.list_complete(path.parent) if other.resolve() != path.resolve()]
         available = f"available: {', '.join(reversed(others))}" if others else f"there is none in {path.parent}"
@@ -274,6 +285,8 @@ def _open_frozen_parts(
 
 def _open_folder(folder: Path, dtype: torch.dtype | None, config: RunConfig | None) -> ExportedModel:
     stock_config = json.loads((folder / "config.json").read_text())
+    if not isinstance(stock_config, dict):
+        raise ConfigError(f"{folder / 'config.json'} is not the configuration of a model: it holds no keys")
     if is_original(stock_config) or stock_config.get("model_type") not in ("llava", "llava_next"):
         raise ConfigError(
             f"{folder} is not a Hugging Face llava or llava_next directory (model_type "

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from data_recipes.schema.arguments import count_argument, output_file, path_argument
+from data_recipes.schema.console import run_program
 from data_recipes.schema.sample import DataError
 from llava_next.config import ModelError
 from train.config.compose import load_yaml
@@ -36,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if replayed:
             print(replayed.format_table())
         values = page_values(subject, options.num, replayed)
-    except (ConfigError, ModelError, DataError) as error:
+    except (ConfigError, ModelError, DataError, OSError) as error:
         return report_mistake(error)
     write_page(options.out or out, "samples.html", **values)
     return 0
@@ -78,17 +80,17 @@ def _refuse(path: Path, reason: str, **options: object) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.inspect", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("path", type=Path, metavar="STORE|RUN", help="a prepared source, or the folder of a stage")
+    add("path", type=path_argument, metavar="STORE|RUN", help="a prepared source, or the folder of a stage")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="of a store: model and stage, as for training")
-    add("--like", type=Path, metavar="RUN", help="of a store: model and stage of this run instead")
-    add("--config-dir", help="a folder of further YAML files, as for training")
+    add("--like", type=path_argument, metavar="RUN", help="of a store: model and stage of this run instead")
+    add("--config-dir", help="a folder of further YAML files, which take precedence, as for training")
     add("--step", type=int, help="of a run: counted from 0 as in metrics.jsonl (default: its last)")
     ids = "these samples (ID or SOURCE:ID); of a run, --step then only chooses the weights of --loss"
     add("--ids", nargs="+", default=[], metavar="ID", help=ids)
     add("--num", type=int, help=f"at most so many on the page (default: of a store {_NUM_OF_STORE}, of a run all)")
-    add("--seed", type=int, default=0, help="draws the samples of a store (%(default)s)")
+    add("--seed", type=count_argument, default=0, help="draws the samples of a store (%(default)s)")
     add("--loss", action="store_true", help="run the samples alone, and sort them by their loss")
-    add("--out", type=Path, help="the page (default: RUN/inspect/step_N.html, outputs/inspect/STORE.html)")
+    add("--out", type=output_file, help="the page (default: RUN/inspect/step_N.html, outputs/inspect/STORE.html)")
     options = parser.parse_intermixed_args(arguments)
     if options.num is not None and options.num < 1:
         parser.error(f"--num {options.num}: at least 1 sample is needed")
@@ -96,4 +98,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -17,7 +17,8 @@ from llava_next.model.build import build_model
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
 from llava_next.model.parts import set_trained_parts
-from train.distributed.world import Launch, choose_device, choose_dtype
+from train.distributed.launch import Launch
+from train.distributed.world import choose_device, choose_dtype
 from train.inspect.sample_set import Subject, encode
 
 

@@ -17,6 +17,7 @@ from data_recipes.mixture.order import epoch_permutation
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import DataError
 from data_recipes.store.reader import Store, StoredSample, StoredText
+from llava_next.cache_root import temporary_cache
 from llava_next.inputs.processor import Example, Processor, SampleRejected
 from llava_next.model.build import Backbone, build_meta_model, read_backbone
 from llava_next.model.llava_next import LlavaNext
@@ -147,7 +148,15 @@ def open_run(run_dir: Path, step: int | None, *, ids: Sequence[str], seed: int) 
     mixture = Mixture.open(config.mixture, store_root)
     workers, is_shown = config.data.length_workers, sys.stderr.isatty()
     folder = store_root / ".lengths"
-    table = open_table(mixture, processor, folder, is_writer=True, num_workers=workers, show_progress=is_shown)
+    table = open_table(
+        mixture,
+        processor,
+        folder,
+        is_writer=True,
+        num_workers=workers,
+        show_progress=is_shown,
+        fallbacks=(run_dir / "lengths", temporary_cache() / "lengths"),
+    )
     saved = run.data.get("data_fingerprint", table.fingerprint)
     if saved != table.fingerprint:
         raise ConfigError(

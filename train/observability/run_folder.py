@@ -117,7 +117,9 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
                 str(p.parent.relative_to(folder)) for d in ("*", "*/*") for p in folder.glob(d + "/config.yaml")
             )
             hint = f"; inside it there are {', '.join(inside[:8])}" if inside else ""
-            what = "is not the folder of a stage: it holds no config.yaml" if folder.is_dir() else "does not exist"
+            what = "is not the folder of a stage: it holds no config.yaml"
+            if not folder.is_dir():
+                what = "is a file" if folder.exists() else "does not exist"
             raise ConfigError(f"{folder} {what}{hint}; name a folder such as outputs/quickstart/finetune")
         runs.append(read_run(folder, label))
         if not runs[-1].metrics:

@@ -9,15 +9,15 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from train.config.compose import to_yaml
 from train.config.schema import RunConfig
-from train.distributed.world import Launch
+from train.config.wandb_mode import wandb_mode
+from train.distributed.launch import Launch
+from train.observability.wandb_run import start_wandb
 from train.validation.live_answers import Answer
 
 _COLUMNS = (
@@ -94,11 +94,12 @@ class RunLog:
             disable=not sys.stderr.isatty(),
         )
         self._tensorboard = _start_tensorboard(config, first_step)
-        self._wandb = _start_wandb(config)
-        if self._wandb is not None:
-            self._first_unsent = _read_first_unsent(config.run_dir, first_unlogged)
-            if self._first_unsent > first_step:
-                self.info(f"wandb has steps {first_step} to {self._first_unsent - 1} already; they are not sent again")
+        self._wandb, self._first_unsent = start_wandb(config, first_unlogged)
+        mode = wandb_mode(config.log)
+        if mode != config.log.wandb:
+            self.info(f"wandb is {mode} because of WANDB_MODE in the environment (log.wandb={config.log.wandb})")
+        if self._wandb is not None and self._first_unsent > first_step:
+            self.info(f"wandb has steps {first_step} to {self._first_unsent - 1} already; they are not sent again")
 
     def info(self, text: str) -> None:
         """Writes a message to the terminal and to rank 0's log file."""
@@ -176,18 +177,6 @@ def _drop_lines_from(path: Path, first_step: int) -> int:
     return max([first_step, *(step + 1 for step in lines.values())])
 
 
-def _read_first_unsent(run_dir: Path, first_unlogged: int) -> int:
-    """Returns the first step that was never sent to wandb, and stores it.
-
-    It is stored in a file of its own, because a run that is killed twice has already removed the lines in question.
-    """
-    path = run_dir / "wandb" / "sent.json"
-    with suppress(OSError, ValueError):
-        first_unlogged = max(first_unlogged, int(json.loads(path.read_text())))
-    path.write_text(json.dumps(first_unlogged) + "\n")
-    return first_unlogged
-
-
 def _parse_step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
@@ -201,46 +190,3 @@ def _start_tensorboard(config: RunConfig, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(config.run_dir / "tensorboard"), purge_step=first_step)
-
-
-def _start_wandb(config: RunConfig) -> Any:
-    if config.log.wandb == "off":
-        return None
-    import wandb
-
-    data = _read_data_summary(config.run_dir)
-    run = wandb.init(
-        project=config.log.wandb_project,
-        name=f"{config.name}/{config.stage.name}",
-        id=f"{config.name}-{config.stage.name}".replace("/", "-"),
-        resume="allow",
-        mode=config.log.wandb,
-        dir=str(config.run_dir),
-        config={"yaml": to_yaml(config), "data": data},
-    )
-    # In the summary instead of the history: wandb accepts each step once, and the start is not a step.
-    run.summary["quarantine"] = wandb.Table(
-        columns=["source", "left out by", "reason", "samples"], data=_list_rejects(data)
-    )
-    return run
-
-
-def _read_data_summary(run_dir: Path) -> dict[str, Any]:
-    """Returns the content of data.json, or an empty dictionary where there is no such file."""
-    path = run_dir / "data.json"
-    summary: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    return summary
-
-
-def _list_rejects(data: dict[str, Any]) -> list[list[Any]]:
-    """Returns (source, rejected by, reason, number of samples) of the preparation and of the length table."""
-    rejects_by_gate = {
-        "preparing": {row["source"]: row["rejects"] for row in data.get("mixture", [])},
-        "this run": data.get("rejects_by_source", {}),
-    }
-    return [
-        [source, gate, reason, number]
-        for gate, sources in rejects_by_gate.items()
-        for source, reasons in sources.items()
-        for reason, number in reasons.items()
-    ]

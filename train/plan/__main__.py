@@ -17,7 +17,9 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
+from data_recipes.schema.arguments import output_file, positive_argument
 from data_recipes.schema.config_dir import CONFIG_DIR
+from data_recipes.schema.console import run_program
 from train.config.compose import check, compose_overrides
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError, RunConfig
@@ -32,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         stages = _compose_stages(options)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         return report_mistake(error)
     from train.distributed.quiet_libraries import quiet_libraries
 
@@ -43,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         return _plan_model_card(stages[0][1], options.out) if options.model_card else _plan(stages, options)
-    except (ConfigError, ModelError, DataError, PackingError) as error:
+    except (ConfigError, ModelError, DataError, PackingError, OSError) as error:
         return report_mistake(error)
 
 
@@ -99,7 +101,8 @@ def _check_overrides(options: argparse.Namespace) -> list[str]:
     if invalid := [override for override in overrides if "=" not in override and not override.startswith("~")]:
         raise ConfigError(f"{invalid[0]!r} is no override KEY=VALUE; `python -m train.plan --help` lists the options")
     if not _is_set(overrides, "hardware"):
-        known = ", ".join(sorted(path.stem for path in (CONFIG_DIR / "hardware").glob("*.yaml")))
+        folders = [CONFIG_DIR, *([Path(options.config_dir)] if options.config_dir else [])]
+        known = ", ".join(sorted({path.stem for folder in folders for path in (folder / "hardware").glob("*.yaml")}))
         raise ConfigError(f"hardware has no value; give one of {known} as hardware=NAME")
     return overrides
 
@@ -126,6 +129,8 @@ def _compose(overrides: list[str], config_dir: str | None) -> tuple[RunConfig, H
         added.append("+nodes=1")
     composed = compose_overrides(added, config_dir)
     OmegaConf.set_struct(composed, False)
+    if "hardware" not in composed or "nodes" not in composed:
+        raise ConfigError("hardware and nodes are needed by the planner; leave ~hardware and ~nodes out")
     hardware, nodes = OmegaConf.to_container(composed.pop("hardware")), composed.pop("nodes")
     if not isinstance(nodes, int) or isinstance(nodes, bool) or nodes < 1:
         raise ConfigError(f"nodes must be an integer of at least 1, got {nodes!r}")
@@ -142,15 +147,17 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "python -m train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="as for python -m train, and hardware=NAME nodes=N")
-    parser.add_argument("--out", type=Path, help="write all numbers to this JSON file")
-    parser.add_argument("--picture", type=Path, help="write memory and time as stacked bars to this SVG file")
-    parser.add_argument("--samples", type=int, help="number of samples in an epoch, instead of the mixture's")
+    parser.add_argument("--out", type=output_file, help="write all numbers to this JSON file")
+    parser.add_argument("--picture", type=output_file, help="write memory and time as stacked bars to this SVG file")
+    parser.add_argument(
+        "--samples", type=positive_argument, help="number of samples in an epoch, instead of the mixture's"
+    )
     parser.add_argument(
         "--model-card", action="store_true", help="compare the model card's three sizes with their plans"
     )
-    parser.add_argument("--config-dir", help="a folder with additional YAML files")
+    parser.add_argument("--config-dir", help="a folder of further YAML files, which take precedence")
     return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

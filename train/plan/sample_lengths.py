@@ -55,7 +55,7 @@ def load_population(
 
     Args:
         num_samples: number of samples in an epoch; None uses the counts of the mixture and its sources.
-        config_dir: an additional folder with YAML files of sources.
+        config_dir: a folder with further YAML files of sources, which take precedence.
 
     Raises:
         ConfigError: the number of samples of a source is unknown.
@@ -63,7 +63,7 @@ def load_population(
     population = _load_length_table(config, architecture) if num_samples is None else None
     if population is not None:
         return population
-    folders = [CONFIG_DIR, *([Path(config_dir)] if config_dir else [])]
+    folders = [*([Path(config_dir)] if config_dir else []), CONFIG_DIR]
     return draw_published(config, architecture, num_samples or count_samples(config, folders))
 
 

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_recipes.schema.arguments import output_file, path_argument
+from data_recipes.schema.console import run_program
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.html.page import write_page
@@ -22,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         runs = read_runs(options.runs)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         return report_mistake(error)
     for run in runs:
         for remark in run.remarks:
@@ -35,11 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.report", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
-    add("runs", type=Path, nargs="+", metavar="RUN", help="the folder of a stage")
+    add("runs", type=path_argument, nargs="+", metavar="RUN", help="the folder of a stage")
     samples = "at most so many questions of the evaluation, and of the training (%(default)s; 0: none)"
     add("--samples", type=int, default=12, help=samples)
     out = "the page (default: RUN/report.html; of several, in the folder that holds them all)"
-    add("--out", type=Path, help=out)
+    add("--out", type=output_file, help=out)
     options = parser.parse_args(arguments)
     if options.samples < 0:
         parser.error(f"--samples {options.samples}: must be at least 0")
@@ -47,4 +49,4 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

@@ -32,6 +32,7 @@ from train.config.compose import to_yaml
 from train.config.schema import ConfigError, PackingConfig, RunConfig
 from train.data.length_table import LengthTable
 from train.data.loader import RowDataset
+from train.distributed.host_limits import read_host_limits
 from train.distributed.versions import versions
 from train.distributed.world import World, all_gather_objects, barrier, is_out_of_memory
 from train.supervision.preflight_checks import Check, Findings, Gpu, compare_findings, format_table
@@ -88,7 +89,9 @@ def collect_findings(config: RunConfig, world: World, token: str) -> Findings:
     gpu = _gpu(world.device) if world.device.type == "cuda" else None
     all_versions = versions() | {"code": hash_code()}  # a hash of the files covers uncommitted changes too
     host = socket.gethostname()
-    return Findings(world.rank, host, all_versions, to_yaml(config), gpu, stores, errors=tuple(errors))
+    return Findings(
+        world.rank, host, all_versions, to_yaml(config), gpu, stores, 0.0, tuple(errors), read_host_limits(config)
+    )
 
 
 def hash_code() -> str:

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
+from train.distributed.host_limits import HostLimits
+
 MAX_CLOCK_SKEW_S = 10.0
 """A larger difference between clocks is reported, since file times show whether a rank is alive."""
 _MIN_FREE_SHARE = 0.5  # of a GPU's memory; with less, another process uses the GPU
+_MIN_OPEN_FILES = 1024
 _GIB = 2**30
 _FIXES = {
     "run folder": "set `root=` to a folder that all nodes share and can write",
@@ -40,6 +43,7 @@ class Findings:
         stores: fingerprints by source.
         clock: seconds since the epoch, read by all ranks at the same time.
         errors: (name of the check, message) of what failed on this rank.
+        limits: of its host.
     """
 
     rank: int
@@ -50,6 +54,7 @@ class Findings:
     stores: dict[str, str] = field(default_factory=dict)
     clock: float = 0.0
     errors: tuple[tuple[str, str], ...] = ()
+    limits: HostLimits = field(default_factory=HostLimits)
 
     @property
     def rank_name(self) -> str:
@@ -75,6 +80,7 @@ def compare_findings(findings: Sequence[Findings]) -> list[Check]:
         _check_run_folder(findings),
         _compare_stores(findings),
         _compare_clocks(findings),
+        _check_limits(findings),
     ]
 
 
@@ -168,6 +174,25 @@ def _compare_clocks(findings: Sequence[Findings]) -> Check:
     if skew_s > MAX_CLOCK_SKEW_S:  # no problem: nothing that is learned depends on it
         result += f", {last.rank_name} before {first.rank_name}: times in logs and of late ranks are off by that much"
     return Check("clocks", result)
+
+
+def _check_limits(findings: Sequence[Findings]) -> Check:
+    """Open files of each rank, and the shared memory that the ranks of a host use together."""
+    for rank in findings:
+        if rank.limits.open_files is not None and rank.limits.open_files < _MIN_OPEN_FILES:
+            problem = f"{rank.rank_name} may open at most {rank.limits.open_files} files and needs {_MIN_OPEN_FILES}"
+            return Check("limits", "", f"{problem}: raise the hard limit, `ulimit -Hn 65536`")
+        on_host = [other.limits.shared_memory_needed for other in findings if other.host == rank.host]
+        free = rank.limits.shared_memory
+        if free is not None and free < sum(on_host):
+            return Check(
+                "limits",
+                "",
+                f"{rank.rank_name}: /dev/shm has {free / _GIB:.2f} GiB free, and the workers of this host's "
+                f"{len(on_host)} rank(s) may fill {sum(on_host) / _GIB:.2f}: give a container more (docker run "
+                "--shm-size), or lower data.workers, data.prefetch or packing.max_tiles",
+            )
+    return Check("limits", "open files and shared memory suffice")
 
 
 def _find_error(name: str, findings: Sequence[Findings]) -> Check | None:

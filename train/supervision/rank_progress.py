@@ -17,6 +17,7 @@ from data_recipes.mixture.mixture import Mixture
 from train.data.loader import Planner
 
 PHASES = {
+    "join": "joining the process group",
     "start": "starting",
     "data": "waiting for its data",
     "forward": "forward",
@@ -43,7 +44,8 @@ class RankStatus:
         micro_step: from 0; meaningful in the phases of a row.
         phase: a key of `PHASES`.
         since: when the phase began.
-        waits: whether the watchdog saw the rank inside a collective.
+        waits: whether the watchdog saw the rank inside a collective, or waiting for its device.
+        waits_for_device: whether it was the device.
         at: the innermost line of the main thread that the watchdog saw.
         seen: when the watchdog looked.
         held_s: seconds that the phase had lasted then, on the monotonic clock.
@@ -56,6 +58,7 @@ class RankStatus:
     phase: str
     since: float
     waits: bool = False
+    waits_for_device: bool = False
     at: str = ""
     seen: float = 0.0
     held_s: float | None = None
@@ -91,14 +94,21 @@ class Progress:
 
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
         self._rank, self._host = rank, socket.gethostname()
-        self._path = progress_path(folder, rank) if folder else None
+        self._path: Path | None = None
         self._file: int | None = None
-        if self._path:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.unlink(missing_ok=True)  # left by an earlier run
-            self._file = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o644)
         self.enter("start", -1)
-        self.record_observation(self.current[0], waits=False, at="")
+        if folder:
+            self.open(folder)
+
+    def open(self, folder: Path) -> None:
+        """Begins to write the file, which an earlier run may have left."""
+        self._path = progress_path(folder, self._rank)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.unlink(missing_ok=True)
+        self._file = os.open(self._path, os.O_CREAT | os.O_WRONLY, 0o666)
+        status = self._current[0]
+        self.enter(status.phase, status.step, status.micro_step)
+        self.record_observation(self._current[0], waits=False, at="")
 
     @property
     def current(self) -> tuple[RankStatus, float]:
@@ -116,18 +126,20 @@ class Progress:
             f'"phase": "{phase}", "since": {status.since}}}',
         )
 
-    def record_observation(self, status: RankStatus, *, waits: bool, at: str) -> None:
+    def record_observation(self, status: RankStatus, *, waits: bool, at: str, waits_for_device: bool = False) -> None:
         """Records what the watchdog saw while the rank had this status, and syncs it to disk for other hosts.
 
         Args:
-            waits: whether the rank was inside a collective.
+            waits: whether the rank was inside a collective, or waited for its device.
             at: the innermost line of its main thread.
+            waits_for_device: whether it was the device.
         """
         current, entered_s = self._current
         held_s = round(time.monotonic() - entered_s, 3) if current == status else None
         observation = {
             "since": status.since,
             "waits": waits,
+            "waits_for_device": waits_for_device,
             "at": at[-120:],
             "seen": round(time.time(), 3),
             "held_s": held_s,
@@ -168,11 +180,13 @@ def read_statuses(folder: Path, num_ranks: int) -> list[RankStatus]:
 
 
 def find_stragglers(statuses: Sequence[RankStatus]) -> list[RankStatus]:
-    """Returns the ranks that the others wait for: those with the least progress among the ranks outside collectives.
+    """Returns the ranks that the others wait for: those with the least progress among the ranks that do not wait.
 
-    If every rank is inside a collective, returns those with the least progress of all.
+    If every rank waits, those that wait for their device come before those inside a collective: the device of a rank
+    that has reached a collective on the host has finished its part of the earlier ones.
     """
-    candidates = [status for status in statuses if not status.waits] or list(statuses)
+    candidates = [status for status in statuses if not status.waits]
+    candidates = candidates or [status for status in statuses if status.waits_for_device] or list(statuses)
     least = min(status.order for status in candidates)
     return [status for status in candidates if status.order == least]
 

@@ -13,6 +13,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -20,18 +21,23 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch.distributed as dist
 
-from train.config.exit_codes import EXIT_FAILED
-from train.distributed.world import Launch
+from train.config.exit_codes import EXIT_FAILED, EXIT_USAGE
+from train.distributed.launch import Launch, is_started_by_launcher
+from train.supervision import flight_recorder
 from train.supervision.rank_progress import Progress, RankStatus, find_stragglers, read_statuses
+from train.supervision.run_lock import RunLock
+from train.supervision.thread_location import locate_thread
 
 logger = logging.getLogger(__name__)
 
 # Without "save", which may take long; the collectives in it have timeouts of their own.
 _TIMED_PHASES = ("data", "forward", "backward", "agree", "update", "evaluate")
+_JOIN_MARGIN_S = 15.0
+_SAME_MISTAKE_S = 5  # how long another rank waits for rank 0 to report the same mistake
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MAX_NAMED_SAMPLES = 12  # in a message; exit.json lists all of them
 
@@ -64,6 +70,13 @@ class ExitFile:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "exit.json"
         self._initial_stat = self._read_stat()
+
+    def read_reason(self) -> str | None:
+        """The reason that a rank of this run has written; None if none has."""
+        with suppress(OSError, ValueError):
+            if self._read_stat() not in (None, self._initial_stat):
+                return str(json.loads(self._path.read_text())["reason"])
+        return None
 
     def write(self, code: int, reason: str, **details: Any) -> bool:
         """Writes the file unless another rank of this run has written it; returns whether this rank was the first."""
@@ -111,30 +124,57 @@ class Watchdog:
         run_dir: of the run.
         launch: rank and number of ranks.
         timeout_s: longest duration of a phase of a step, in seconds.
+        join_timeout_s: longest duration of the ranks' first meeting, in seconds.
 
     Attributes:
-        progress: this rank's progress file.
-        exit_file: of the run.
+        progress: this rank's progress, in a file once the folder is open.
+        exit_file: of the run; None until the folder is open, since another run may be active in it.
         get_sample_names: returns the samples of a status; the run sets it when the data is open.
     """
 
-    def __init__(self, run_dir: Path, launch: Launch, timeout_s: float) -> None:
+    def __init__(self, run_dir: Path, launch: Launch, timeout_s: float, join_timeout_s: float) -> None:
         self.progress = Progress(None, launch.rank)
         self.get_sample_names: Callable[[RankStatus], list[str]] = lambda status: []
-        self.exit_file = ExitFile(run_dir)
-        self._folder, self._launch, self._timeout_s = run_dir / "log", launch, timeout_s
+        self.exit_file: ExitFile | None = None
+        self._run_dir, self._folder, self._launch = run_dir, run_dir / "log", launch
+        # `_join` of world.py has the same limit, and a more specific message.
+        self._limits_s = dict.fromkeys(_TIMED_PHASES, timeout_s) | {"join": join_timeout_s + _JOIN_MARGIN_S}
+        self._timeout_s = timeout_s
         self._tick_s = min(5.0, timeout_s / 8)
+        self._launcher_pid = os.getppid() if is_started_by_launcher(os.environ) else None
+        self._lock = RunLock(run_dir)
+        self._log: TextIO = sys.stderr
         self._rank_thread = threading.get_ident()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._supervise, daemon=True, name="watchdog")
 
     def __enter__(self) -> "Watchdog":
-        self.progress = Progress(self._folder, self._launch.rank)
+        self._thread.start()
+        return self
+
+    def open_folder(self) -> None:
+        """Takes the run folder for this run. Rank 0 calls it before the ranks meet, the others afterwards.
+
+        Raises:
+            RunActiveError: another run is active in it.
+        """
+        if self._launch.is_main:
+            self._lock.acquire()
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.glob("*.progress"):  # of an earlier run, which may have had more ranks
+                path.unlink(missing_ok=True)
+        else:
+            self._lock.join()
+        self.progress.open(self._folder)
+        self.exit_file = ExitFile(self._run_dir)
         self._log = (self._folder / f"rank_{self._launch.rank:03d}.log").open("a")
         # `kill -USR2 PID` dumps the stacks of a rank, or of a worker of its loader, which inherits the handler.
         faulthandler.register(signal.SIGUSR2, file=self._log, all_threads=True)
-        self._thread.start()
-        return self
+
+    def close_folder(self) -> None:
+        """Removes this rank's progress file and gives the folder back."""
+        self.progress.remove()
+        self._lock.release(is_main=self._launch.is_main)
 
     def __exit__(self, *_: object) -> None:
         self._stopped.set()
@@ -148,22 +188,49 @@ class Watchdog:
             error: the exception; None if a phase took longer than `timeout_s`.
         """
         failure = self._make_failure(error)
-        is_first = self.exit_file.write(EXIT_FAILED, str(failure), **failure.details)
         # Logged at a level that is not shown in the terminal, where only the first rank prints.
         logger.info("%s", failure, exc_info=error)
-        if is_first:
+        if self._report(EXIT_FAILED, str(failure), **failure.details):
             if error is not None:
                 traceback.print_exception(error)
             print(f"error: {failure}", file=sys.stderr, flush=True)
         if error is None:
             self._dump_stacks()
+        if error is None or _is_collective_error(error):
+            flight_recorder.dump(self._folder, self._launch.rank, self._log)
         _exit_process(EXIT_FAILED)
 
     def exit_now(self, code: int, reason: str) -> NoReturn:
         """Ends this process without waiting for other ranks."""
-        if self.exit_file.write(code, reason):
+        if self._report(code, reason):
             print(reason, file=sys.stderr, flush=True)
         _exit_process(code)
+
+    def report_mistake(self, error: Exception) -> None:
+        """Writes and prints a user's mistake, once if all ranks have made it.
+
+        Another rank than 0 adds its rank and host: only its node may have the mistake, for example a missing folder.
+        """
+        reason = str(error)
+        if not self._launch.is_main:
+            for _ in range(_SAME_MISTAKE_S * 10):  # rank 0 is about to write the same
+                if self.exit_file is None or self.exit_file.read_reason() is not None:
+                    break
+                time.sleep(0.1)
+            if self.exit_file is not None and self.exit_file.read_reason() == reason:
+                return
+            reason = f"rank {self._launch.rank} ({socket.gethostname()}): {reason}"
+        if self._report(EXIT_USAGE, reason, step=self.progress.current[0].step) or not self._launch.is_main:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+
+    def _report(self, code: int, reason: str, **details: Any) -> bool:
+        """Writes exit.json; returns whether this rank is to print, which is the first of the run's.
+
+        Before the folder is open, one rank of each host prints.
+        """
+        if self.exit_file is None:
+            return self._launch.local_rank == 0
+        return self.exit_file.write(code, reason, **details)
 
     def _make_failure(self, error: Exception | None) -> RankFailure:
         status, _ = self.progress.current
@@ -171,16 +238,21 @@ class Watchdog:
         if error is not None and not _is_collective_error(error):
             message = f"{rank} failed in {status.description}: {_describe_error(error)}"
             return self._make_failure_with_samples(message, status)
-        trigger = f"{rank} gave up after timeout_s={self._timeout_s:g}"
+        key, limit_s = (
+            ("join_timeout_s", self._limits_s["join"] - _JOIN_MARGIN_S)
+            if status.phase == "join"
+            else ("timeout_s", self._timeout_s)
+        )
+        trigger = f"{rank} gave up after {key}={limit_s:g}"
         if error is not None:
             trigger = f"{rank} gave up: {_describe_error(error)}"
             self.progress.record_observation(status, waits=True, at=status.at)
             time.sleep(1.0)  # until the other ranks have done the same, except the one that they wait for
-        statuses = read_statuses(self._folder, self._launch.size) or [status]
+        statuses = (read_statuses(self._folder, self._launch.size) if self.exit_file else []) or [status]
         missing = sorted(set(range(self._launch.size)) - {status.rank for status in statuses})
         stragglers = find_stragglers(statuses)
         if all(straggler.waits for straggler in stragglers):
-            target, cause = "one another", " (the network between them, or a collective that not all of them entered)"
+            target, cause = "one another", _list_causes(statuses, stragglers)
             if missing:
                 target, cause = f"ranks {', '.join(map(str, missing))}, which left no progress file,", ""
             message = f"ranks wait for {target} in {stragglers[0].description}{cause}; {trigger}"
@@ -207,13 +279,19 @@ class Watchdog:
             last_tick_s = now_s
             # Dumps the stacks even if this thread is no longer scheduled.
             faulthandler.dump_traceback_later(self._timeout_s, file=self._log)
+            self._lock.touch()
+            if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
+                rank = f"rank {self._launch.rank} ({socket.gethostname()})"
+                self.exit_now(
+                    EXIT_FAILED, f"{rank} ends, because its launcher (process {self._launcher_pid}) has ended"
+                )
             status, entered_s = self.progress.current
             age_s = now_s - max(entered_s, started_s)
             if age_s > self._tick_s:
-                waits, at = _locate_thread(self._rank_thread)
-                self.progress.record_observation(status, waits=waits, at=at)
+                waits, waits_for_device, at = locate_thread(self._rank_thread)
+                self.progress.record_observation(status, waits=waits, at=at, waits_for_device=waits_for_device)
                 # A rank that has just left a collective is about to raise its error, which is more specific.
-                if age_s > self._timeout_s and status.phase in _TIMED_PHASES and previous == (status, waits):
+                if age_s > self._limits_s.get(status.phase, float("inf")) and previous == (status, waits):
                     self.abort()
                 previous = (status, waits)
 
@@ -246,14 +324,16 @@ def _describe_stragglers(stragglers: Sequence[RankStatus]) -> str:
     return text
 
 
-def _locate_thread(thread: int) -> tuple[bool, str]:
-    """Returns whether a thread is inside a collective, and its innermost line."""
-    frame = sys._current_frames().get(thread)
-    if frame is None:
-        return False, ""
-    module = frame.f_globals.get("__name__", "")
-    at = f"{'/'.join(Path(frame.f_code.co_filename).parts[-2:])}:{frame.f_lineno} in {frame.f_code.co_name}"
-    return module.startswith(("torch.distributed", "deepspeed")), at
+def _list_causes(statuses: Sequence[RankStatus], stragglers: Sequence[RankStatus]) -> str:
+    """Returns why ranks may all wait, and which of them wait for their device while the others have reached a
+    collective on the host."""
+    if not stragglers[0].waits_for_device:
+        return " (the network between them, or a collective that not all of them entered)"
+    text = " (the network between them, a collective that not all of them entered, or a device that hangs)"
+    if len(stragglers) < len(statuses):
+        names = ", ".join(f"{status.rank} ({status.host})" for status in stragglers)
+        text += f", and rank(s) {names} for their device"
+    return text
 
 
 def _is_collective_error(error: Exception) -> bool:

@@ -6,7 +6,7 @@ rows, forward only, and no weight changes.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from llava_next.model.flops import StepCosts
 from llava_next.model.llava_next import LossSums
 from train.config.schema import PackingConfig
 from train.data.packing import assign_rows
+from train.distributed.device_copies import to_device, to_host
 from train.distributed.world import World, all_gather_objects
 
 _PACKED_TOGETHER = 256
@@ -97,22 +98,21 @@ class HeldOutSet:
     per_sample: bool = False
     num_rejected: dict[str, int] = field(default_factory=dict)
 
-    def batches(self) -> Iterator[Batch]:
-        """Reads, encodes and yields this rank's rows.
+    def make_batch(self, row: Sequence[int]) -> Batch:
+        """Reads and encodes a row of `rows`.
 
         Raises:
             DataError: a sample cannot be read or encoded; the message names it.
         """
         geometry = self.processor.config
-        for row in self.rows:
-            samples = [self.samples[position] for position in row]
-            yield collate(
-                [encode_sample(sample, self.processor) for sample in samples],
-                tile=geometry.tile,
-                patches_per_tile=geometry.patches_per_side**2,
-                source_ids=[self.source_names.index(sample.source) for sample in samples],
-                per_sample=self.per_sample,
-            )
+        samples = [self.samples[position] for position in row]
+        return collate(
+            [encode_sample(sample, self.processor) for sample in samples],
+            tile=geometry.tile,
+            patches_per_tile=geometry.patches_per_side**2,
+            source_ids=[self.source_names.index(sample.source) for sample in samples],
+            per_sample=self.per_sample,
+        )
 
     def compute_metrics(
         self, forward: Callable[[Batch], Any], world: World, enter: Callable[[int], None]
@@ -140,15 +140,21 @@ class HeldOutSet:
             enter: see `compute_metrics`.
         """
         total = torch.zeros(3, len(self.source_names), dtype=torch.float64)
-        for number, (row, batch) in enumerate(zip(self.rows, self.batches(), strict=True)):
+        for number, row in enumerate(self.rows):
             enter(number)
-            with torch.no_grad():
-                loss = LossSums(*forward(batch.to(device)))
-            total[0] += loss.by_source.double().cpu()
-            total[1] += loss.tokens_by_source.double().cpu()
-            for position in row:
-                total[2, self.source_names.index(self.samples[position].source)] += 1
+            total += self.compute_row_sums(row, forward, device)
         return total
+
+    @torch.no_grad()
+    def compute_row_sums(
+        self, row: Sequence[int], forward: Callable[[Batch], Any], device: torch.device
+    ) -> torch.Tensor:
+        """Returns what `compute_sums` adds up for one row of `rows`: float64 [3, num_sources], on the CPU."""
+        loss = LossSums(*forward(to_device(self.make_batch(row), device)))
+        num_samples = torch.zeros(len(self.source_names), dtype=torch.float64)
+        for position in row:
+            num_samples[self.source_names.index(self.samples[position].source)] += 1
+        return torch.stack([to_host(loss.by_source.double()), to_host(loss.tokens_by_source.double()), num_samples])
 
     def compute_losses(self, sums: torch.Tensor) -> dict[str, float]:
         """Returns the mean loss of each source, defined as `train/loss/<source>` is.

@@ -20,6 +20,7 @@ from llava_next.inputs.processor import IGNORE, Example, Processor
 from llava_next.model.build import Backbone
 from llava_next.model.flops import StepCosts
 from train.config.schema import EvaluateConfig, PackingConfig
+from train.distributed.device_copies import to_device, to_host
 from train.distributed.world import World, all_gather_objects
 from train.validation.held_out import HeldOutSample, encode_sample, pack_rows
 
@@ -101,7 +102,7 @@ class AnswerGenerator:
         The row has space for complete answers from the start: attention is causal, so later positions have no effect,
         and compiled blocks and ZeRO-3's prefetching need passes of one shape.
         """
-        batch = self._make_batch(row).to(world.device)
+        batch = to_device(self._make_batch(row), world.device)
         first = batch.target_positions
         stops = torch.tensor(self.stop_ids, device=world.device, dtype=torch.int64)
         ids = torch.empty(len(row), 0, device=world.device, dtype=torch.int64)
@@ -110,11 +111,11 @@ class AnswerGenerator:
             next_ids = forward(replace(batch, target_positions=first + number), next_ids=True)
             batch.input_ids[0, first + number + 1] = next_ids
             ids = torch.cat([ids, next_ids[:, None]], dim=1)
-            is_unfinished = not bool(torch.isin(ids, stops).any(dim=1).all())
+            is_unfinished = not bool(to_host(torch.isin(ids, stops).any(dim=1).all()))
             # Most answers are short, and the collective costs much less than a pass.
             if not any(all_gather_objects(world, is_unfinished)):
                 break
-        return [self._cut_at_stop(answer) for answer in ids.tolist()]
+        return [self._cut_at_stop(answer) for answer in to_host(ids).tolist()]
 
     def _cut_at_stop(self, ids: list[int]) -> list[int]:
         return ids[: next((position for position, token in enumerate(ids) if token in self.stop_ids), len(ids))]

@@ -285,10 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     results: Result = {}
     measure: dict[str, Callable[[Path], Result]] = {
-        "tiles": lambda _: measure_tiles(options.images),
+        "tiles": lambda _: measure_tiles(options.pictures),
         "lengths": lambda folder: measure_lengths(options.samples, folder),
         "plan": measure_plan,
-        "loader": lambda folder: measure_loader(options.images, folder),
+        "loader": lambda folder: measure_loader(options.pictures, folder),
     }
     tables = {"tiles": tiles_table, "lengths": lengths_table, "plan": plan_table, "loader": loader_table}
     for part in options.parts:

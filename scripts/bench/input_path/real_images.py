@@ -4,7 +4,6 @@ Also stores of them, and rows of a length table of any size by `data_recipes.sch
 """
 
 import io
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from data_recipes.schema.published_mixture import SOURCES, draw_shapes
 from data_recipes.schema.sample import Message, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
+from llava_next.cache_root import cache_root
 from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
 from llava_next.inputs.anyres import ImageLayout, decode, image_layout
 from llava_next.inputs.processor import Processor
@@ -25,7 +25,7 @@ from llava_next.model.build import read_tokenizer
 from train.data.length_table import ROW
 
 TILE, PATCHES_PER_SIDE = 336, 24
-ASSETS = Path(os.environ.get("LLAVA_NEXT_CACHE") or "~/.cache/llava_next").expanduser()
+ASSETS = cache_root()
 PAGES = {"docvqa", "synthdog_en", "chartqa", "dvqa", "ai2d"}
 """Sources of scans and drawings, written as PNG; the images of all others are photographs, written as JPEG."""
 

@@ -269,7 +269,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     results: Result = {}
     if "rate" in options.parts:
-        results["rate"] = measure_rate(options.images)
+        results["rate"] = measure_rate(options.pictures)
         print(rate_table(results["rate"]), flush=True)
     if "memory" in options.parts:
         results["memory"] = measure_memory(options.records)

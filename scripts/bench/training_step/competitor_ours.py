@@ -20,8 +20,9 @@ from llava_next.model.parts import set_recompute, set_trained_parts
 from train.assemble import make_planner
 from train.config.schema import RunConfig
 from train.data.loader import StepPlan, build_processor, make_batches
+from train.distributed.launch import read_launch
 from train.distributed.quiet_libraries import quiet_libraries
-from train.distributed.world import World, destroy, read_launch, start
+from train.distributed.world import World, destroy, start
 from train.engine import deepspeed_ops
 from train.engine.deepspeed_engine import start_engine
 from train.engine.optimizer import set_rates

@@ -12,7 +12,7 @@ from typing import Any
 
 from training_step.job import Job, Outcome
 
-from train.engine.deepspeed_ops import cache_root
+from llava_next.cache_root import cache_root
 
 BENCH = Path(__file__).resolve().parents[1]
 ROOT = BENCH.parents[1]

@@ -105,7 +105,7 @@ def test_manifest_does_not_depend_on_path(stores: Path, tmp_path: Path) -> None:
 def test_latex_compiles(stores: Path, tmp_path: Path) -> None:
     """pdflatex and bibtex accept the files, where they are installed."""
     if not shutil.which("pdflatex") or not shutil.which("bibtex"):
-        pytest.skip("pdflatex and bibtex are not installed")
+        pytest.skip("pdflatex or bibtex is not installed: apt-get install texlive-latex-base texlive-binaries")
     content = describe_mixture(mixture(stores), stores)
     (tmp_path / "manifest.bib").write_text(to_bibtex(content))
     page = "\\documentclass{article}\\begin{document}" + to_latex(content)

@@ -16,6 +16,7 @@ from data_recipes.store import local_copy
 from data_recipes.store.local_copy import LocalCopy, copy_stores, count_copy_bytes
 from data_recipes.store.reader import Store
 from tests.data_recipes.raw_folders import make_image, make_sample, make_store
+from tests.permissions import public_folder, unprivileged
 
 
 @pytest.fixture
@@ -148,3 +149,19 @@ def test_missing_store(tmp_path: Path) -> None:
     """The message for a missing store says how to prepare it."""
     with pytest.raises(DataError, match=r"no complete store at .*python -m data_recipes\.prepare --source s"):
         LocalCopy.from_store(tmp_path / "stores" / "s", tmp_path / "scratch")
+
+
+def test_copies_of_another_user_are_used() -> None:
+    """Complete copies are used although nothing can be written beside them; an incomplete one is one sentence with the
+    folder, its owner and the key."""
+    with public_folder() as folder:
+        source, root = folder / "stores" / "s", folder / "scratch"
+        make_store(source, [make_sample("a", make_image(1))])
+        copy = make_copy(source, root)
+        for path in (root, root / ".lock"):
+            path.chmod(path.stat().st_mode & ~0o222)
+        with unprivileged():
+            copy_stores([copy], lambda _: None, lambda: None)
+        (copy.path / "manifest.json").unlink()
+        with pytest.raises(DataError, match=rf"{root}.*owner {root.owner()}.*data\.local_dir=null"), unprivileged():
+            copy_stores([copy], lambda _: None, lambda: None)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_recipes.writing.arrow_folder import TableWriter
 from data_recipes.writing.store_tables import RejectedError
 from data_recipes.writing.writer import write_store
 from tests.data_recipes.raw_folders import llava_record, make_image, make_sample, make_store, write_file, write_llava
+from tests.permissions import public_folder, unprivileged
 
 SOURCE = SourceInfo(name="s", reader="test", root=".", max_reject_share=1.0, licence="CC0")
 UNLISTED = ("manifest.json", "inputs.json")
@@ -240,3 +242,16 @@ def test_pickling(tmp_path: Path) -> None:
     again = pickle.loads(data)
     assert again.sample(0) == store.sample(0)
     assert np.array_equal(again.all_image_hashes(), store.all_image_hashes())
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "data"])
+def test_denied_store_is_a_permission_problem(name: str) -> None:
+    """A store of another user that may not be read is neither missing nor damaged: the file and its owner are named."""
+    with public_folder() as folder:
+        store = make_store(folder / "s", [make_sample("a", make_image(1, 12, 16))])
+        path = store.path / name if name == "manifest.json" else next(store.path.rglob("*.arrow"))
+        Store.open(store.path)
+        path.chmod(0o600 if os.geteuid() == 0 else 0)
+        with pytest.raises(DataError, match=rf"{path} exists but .*owner {path.owner()}") as error, unprivileged():
+            Store.open(store.path)
+        assert "repare it" not in str(error.value)

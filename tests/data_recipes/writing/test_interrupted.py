@@ -335,7 +335,9 @@ def small_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(disk)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
-        pytest.skip("mounting a tmpfs needs root; the file size limit below is tested instead")
+        pytest.skip(
+            "a tmpfs can only be mounted when the tests run as root; the file size limit below is tested instead"
+        )
     monkeypatch.setattr(prepare, "check_space", lambda needs, folder: "space: not checked")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)

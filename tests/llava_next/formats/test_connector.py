@@ -14,7 +14,7 @@ from llava_next.config import ModelError, ProjectorKind
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import write_hf
 from llava_next.formats.load_weights import load_weights
-from llava_next.model.build import Backbone, build_model
+from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters, set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
@@ -126,6 +126,26 @@ def test_connector_of_another_tower_is_an_error(make_backbone: MakeBackbone, tmp
     with pytest.raises(ModelError, match=r"vision_tower=tiny_clip, this model has tiny_siglip.*init_from=null"):
         load_weights(fresh, other, tmp_path / "connector")
     assert all(torch.equal(tensor, before[name]) for name, tensor in _state(fresh).items())
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        ("vision_tower", "feature_layer", -1, "feature_layer=-2, this model has -1"),
+        ("language_model", "name", "other", "language_model=tiny_llama, this model has other"),
+    ],
+    ids=("layer", "language_model"),
+)
+def test_connector_of_another_layer_or_language_model_is_an_error(
+    make_backbone: MakeBackbone, tmp_path: Path, part: str, key: str, value: object, message: str
+) -> None:
+    """The shapes agree, but the projector's inputs or outputs are others than those that it was trained on."""
+    backbone = make_backbone()
+    write_connector(_model(backbone), backbone, tmp_path / "connector")
+    config = backbone.config
+    other = read_backbone(replace(config, **{part: replace(getattr(config, part), **{key: value})}))
+    with pytest.raises(ModelError, match=f"{message}.*init_from=null"):
+        load_weights(_model(other), other, tmp_path / "connector")
 
 
 @pytest.mark.parametrize("kind", KINDS)

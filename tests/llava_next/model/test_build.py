@@ -232,6 +232,22 @@ def test_projector_has_torchs_default_initialization(make_backbone: MakeBackbone
     assert not any(parameter.is_meta for parameter in model.parameters())
 
 
+def test_newline_has_a_length_of_about_one(make_backbone: MakeBackbone) -> None:
+    """It is drawn with a standard deviation of 1 / sqrt(width), as in the authors' model."""
+    newline = build_model(make_backbone(), dtype=torch.float32, seed=0).hf.model.image_newline
+    assert newline.shape == (WIDTH,)
+    assert 0.5 < float(newline.detach().norm()) < 2
+
+
+@pytest.mark.parametrize("weights", ["random", "pretrained", "init_from"])
+def test_tied_head_is_the_embedding(tmp_path: Path, weights: Weights) -> None:
+    """They are one parameter, whatever gives the language model its weights."""
+    config = pretrained(tmp_path, tied=True)
+    config = replace(config, language_model=replace(config.language_model, weights=weights))
+    hf = build_model(read_backbone(config), dtype=torch.bfloat16, seed=0).hf
+    assert hf.lm_head.weight is hf.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("tower", TOWERS)
 def test_another_tile_resamples_positions(tmp_path: Path, tower: TowerName) -> None:
     """A larger tile has a larger position embedding with the same class token; other weights are equal, and rows

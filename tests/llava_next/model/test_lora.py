@@ -18,7 +18,7 @@ from tests.llava_next.conftest import MakeBackbone
 from tests.llava_next.models import encoded, row, stock_inputs
 from tests.tiny import TowerName
 
-pytest.importorskip("peft")
+pytest.importorskip("peft", reason="peft is not installed: ./scripts/setup.sh --extras lora")
 
 LORA = {
     "vision_tower": LoraConfig(rank=3, alpha=6.0, targets=("q_proj", "fc1")),  # layers with a bias

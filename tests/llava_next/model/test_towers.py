@@ -1,5 +1,6 @@
 """Towers of every family: patches become image tokens, and exports have published names; other towers are errors."""
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -26,7 +27,7 @@ from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import set_recompute, set_trained_parts
 from llava_next.model.towers import TOWER_FAMILIES, num_prefix_tokens, stock_unsupported_reason
 from tests.llava_next.conftest import MakeBackbone
-from tests.llava_next.models import encoded, pretrained, row, stock_inputs, stock_twin
+from tests.llava_next.models import encoded, gradients, pretrained, row, stock_inputs, stock_twin
 from tests.tiny import PATCHES_PER_SIDE, TILE, TowerName, tiny_model
 
 TOWERS: tuple[TowerName, ...] = get_args(TowerName)
@@ -84,6 +85,58 @@ def test_image_tokens_are_the_towers_patches(make_backbone: MakeBackbone, tower:
     with torch.no_grad():
         expected = twin(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
         assert float((model.target_logits(batch) - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("recompute", [(), ("vision_tower",)], ids=["", "recompute"])
+@pytest.mark.parametrize("tower", TOWERS)
+def test_features_are_the_last_hidden_state(
+    make_backbone: MakeBackbone, tower: TowerName, recompute: tuple[str, ...]
+) -> None:
+    """Features, and the gradients of a trained tower, are bitwise those of the cut tower's last hidden state as
+    `output_hidden_states` returns it."""
+    model = _model(make_backbone(tower))
+    set_trained_parts(model, ("vision_tower", "projector"))
+    set_recompute(model, recompute)
+    tiles = torch.randint(0, 256, (2, TILE, TILE, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    inner = model.hf.model
+
+    def by_hidden_states() -> torch.Tensor:
+        pixels = tiles.permute(0, 3, 1, 2) * model.tile_scale + model.tile_shift
+        states = inner.vision_tower(pixel_values=pixels, output_hidden_states=True).hidden_states[-1]
+        return inner.multi_modal_projector(states[:, model.num_prefix_tokens :])
+
+    results = []
+    for compute in (by_hidden_states, lambda: model.tile_features(tiles)):
+        model.zero_grad()
+        features = compute()
+        features.square().sum().backward()
+        results.append((features.detach(), gradients(model)))
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    assert any("vision_tower" in name for name in results[0][1])
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_frozen_tower_keeps_one_layers_output(make_backbone: MakeBackbone, tower: TowerName) -> None:
+    """Without gradients, only the output of the last layer is still in memory when the tower has run."""
+    model = _model(make_backbone(tower))
+    set_trained_parts(model, ("projector",))
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    num_in_memory: list[int] = []
+
+    def keep_reference(_: torch.nn.Module, __: Any, output: Any) -> None:
+        outputs.append(weakref.ref(output[0] if isinstance(output, tuple) else output))
+
+    layers = model.get_submodule(model.tower_layers_name)
+    assert isinstance(layers, torch.nn.ModuleList)
+    assert len(layers) > 1
+    for layer in layers:
+        layer.register_forward_hook(keep_reference)
+    model.hf.model.vision_tower.register_forward_hook(
+        lambda *_: num_in_memory.append(sum(output() is not None for output in outputs))
+    )
+    model.tile_features(torch.zeros(1, TILE, TILE, 3, dtype=torch.uint8))
+    assert len(outputs) == len(layers)
+    assert num_in_memory == [1]
 
 
 @pytest.mark.parametrize("tower", TOWERS)

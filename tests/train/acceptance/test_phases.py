@@ -14,7 +14,7 @@ from train.acceptance.phases import list_phases, run_phases
 from train.acceptance.ranks import Ranks
 from train.acceptance.row_coverage import count_kinds
 from train.config.schema import ConfigError
-from train.distributed.world import Launch
+from train.distributed.launch import Launch
 
 
 class OneProcess(Ranks):
@@ -74,6 +74,8 @@ def test_one_rank_has_no_links() -> None:
         (["--out", "{}/new", "--hardware-base", "a1000"], "a1000"),
         (["--out", "{}/new", "--own-ranks", "3"], "3"),
         (["--out", "{}/new", "--minutes", "0"], "0"),
+        (["--out", "{}/new", "--minutes", "nan"], "nan"),
+        (["--out", "{}/something/new"], "something/new cannot be created"),
         (["--out", "{}/new", "max_steps=0", "mixture=lcs_558k"], "max_steps"),
         (["--out", "{}/new", "--", "experiment=nowhere"], "nowhere"),
     ],

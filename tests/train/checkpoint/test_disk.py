@@ -35,11 +35,11 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
     place.mkdir()
     if shutil.which("mount") is None:
-        pytest.skip("no file system can be mounted here: there is no `mount`")
+        pytest.skip("no file system can be mounted here: apt-get install mount")
     command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)]
     mounted = subprocess.run(command, capture_output=True, text=True, check=False)
     if mounted.returncode:
-        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()} (run as root)")
     try:
         yield place
     finally:

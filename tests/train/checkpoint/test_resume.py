@@ -3,6 +3,7 @@ same losses on others, and a checkpoint of another configuration is rejected.
 """
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.ranks import RankError
 from tests.train import cases, faults
 from tests.train.cases import aligning, with_stage, zero
 from tests.train.conftest import StartRanks
+from train.checkpoint import resume
 from train.checkpoint import saver as checkpoint
 from train.checkpoint.resume import check_same_run
 from train.checkpoint.saver import RunState
@@ -65,6 +67,36 @@ def test_resumed_is_uninterrupted(
     assert [line["seen/samples"] for line in lines] == samples.tolist()
     for kind, each in (("tokens", "train/input_tokens"), ("tiles", "train/tiles")):
         assert [line[f"seen/{kind}"] for line in lines] == np.cumsum([line[each] for line in lines]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fault"),
+    [
+        ((1, 2), (1, 2), "loss"),
+        ((1, 3), (1, 2), "gradient"),
+        *(
+            pytest.param((2, stage), after, fault, marks=pytest.mark.full)
+            for stage in (0, 1, 2, 3)
+            for after in ((2, stage), (1, 3))
+            for fault in ("loss", "gradient")
+        ),
+    ],
+)
+def test_resume_after_a_first_step_that_was_not_applied(
+    start_ranks: StartRanks, run_config: RunConfig, before: tuple[int, int], after: tuple[int, int], fault: str
+) -> None:
+    """If the first step is not finite and the run then saves, the optimizer has no state yet: on the same ranks or on
+    others, the resumed run ends as an uninterrupted one does."""
+    config = replace(run_config, engine=zero(before[1]), skip_non_finite=1)
+    ranks = start_ranks(before[0])
+    whole = ranks.run(faults.train_with_faulty_first_step, replace(config, name="whole"), fault)[0]
+    ranks.run(faults.train_with_faulty_first_step, config, fault, 1)
+    resumed = start_ranks(after[0]).run(cases.resume_elsewhere, replace(config, engine=zero(after[1])))[0]
+    assert resumed.first_step == 1
+    assert resumed.losses == pytest.approx(whole.losses[1:], rel=0 if before == after else 1e-5)
+    assert cases.relative_difference(resumed.after, whole.after) <= (0 if before == after else 1e-5)
+    newest = checkpoint.find_newest(run_config.run_dir / "checkpoints")
+    assert newest is None or checkpoint.read_state(newest).updates == 0
 
 
 @pytest.mark.full
@@ -291,6 +323,33 @@ def test_state_is_what_a_run_needs(start_ranks: StartRanks, run_config: RunConfi
     assert {group["part"] for group in state.groups} == {"vision_tower", "projector", "image_newline", "language_model"}
     assert set(state.versions) == {"python", "torch", "deepspeed", "transformers", "code"}
     assert Path(checkpoint.config_path(place)).read_text().startswith("root:")
+
+
+def test_frozen_parts_are_hashed_on_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread per core that this process may use (affinity), not per core of the machine."""
+    numbers: list[int] = []
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    monkeypatch.setattr(resume, "all_gather_objects", lambda _, value: [value])
+
+    def record(_: object, *, num_threads: int) -> dict[str, str]:
+        numbers.append(num_threads)
+        return {}
+
+    monkeypatch.setattr(resume, "hash_tensors", record)
+    assert resume.hash_frozen_parts(torch.nn.Linear(1, 1), ALONE) == {}  # type: ignore[arg-type]
+    assert numbers == [2]
+
+
+def test_only_the_first_rank_reads_the_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint has one or two files for each rank: the other ranks open none of them before they load their own."""
+    monkeypatch.setattr(resume, "broadcast_from_main", lambda *_: (replace(SAVED, layout={"answer": "of rank 0"}), "t"))
+    monkeypatch.setattr(resume, "get_layout", lambda *_: {"answer": "of rank 0"})
+    other = replace(ALONE, rank=1, local_rank=1, size=2)
+    path = tmp_path / "not_there"  # any read would fail
+    with resume.open_checkpoint(path, None, SAVED.data_fingerprint, None, other) as resumption:  # type: ignore[arg-type]
+        assert resumption is not None
+        assert resumption.states is None
 
 
 def test_deterministic_algorithms_are_used(start_ranks: StartRanks, run_config: RunConfig) -> None:

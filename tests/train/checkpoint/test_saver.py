@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.permissions import public_folder, unprivileged
 from tests.train import cases
 from tests.train.conftest import StartRanks
 from train.checkpoint import atomic_folder
 from train.checkpoint import saver as checkpoint
 from train.checkpoint.saver import RunState, SaveError, Saver
-from train.config.schema import RunConfig, SaveConfig
+from train.config.schema import ConfigError, RunConfig, SaveConfig
 from train.distributed.world import World
 
 ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
@@ -219,3 +221,18 @@ def test_damaged_checkpoint_is_reported_and_the_previous_is_used(
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_000001", "step_000002.damaged"]
     damage(first)
     assert checkpoint.latest_valid(tmp_path, ALONE) is None
+
+
+@pytest.mark.parametrize("name", ["run_state.json", "sums.json", f"engine/{ENGINE_FILES[0]}", "."])
+def test_denied_checkpoint_is_not_damaged(name: str) -> None:
+    """A checkpoint of another user with a file that may not be read: the message names the file and its owner, and the
+    checkpoint keeps its name."""
+    with public_folder() as folder:
+        saved(folder, 1)
+        path = saved(folder, 2)
+        denied = path / name
+        denied.chmod(0o700 if os.geteuid() == 0 else 0)
+        with pytest.raises(ConfigError, match=rf"{denied} exists but .*owner {denied.owner()}"), unprivileged():
+            checkpoint.latest_valid(folder, ALONE)
+        denied.chmod(0o755)
+        assert checkpoint.latest_valid(folder, ALONE) == path

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.cases import earlier_yaml
+from tests.train.cases import LATER_KEYS, earlier_yaml
 from train.config.compose import load, load_yaml, to_yaml
 from train.config.removed_keys import EARLIER_VALUES, REMOVED_KEYS, upgraded
 from train.config.schema import ConfigError, RunConfig
@@ -22,8 +22,9 @@ def test_the_config_of_an_earlier_version_is_read() -> None:
     now, then = yaml.safe_load(to_yaml(config)), yaml.safe_load(EARLIER.read_text())
     assert set(then) - set(now) == set(REMOVED_KEYS)
     assert {f"stage.{key}" for key in set(now["stage"]) - set(then["stage"])} == set(EARLIER_VALUES)
-    assert set(now) <= set(then)
-    assert {key: now[key] for key in now if key != "stage"} == {key: then[key] for key in now if key != "stage"}
+    assert set(now) - set(then) == set(LATER_KEYS)
+    same = set(now) & set(then) - {"stage"}
+    assert {key: now[key] for key in same} == {key: then[key] for key in same}
 
 
 def test_the_tests_write_it_alike(run_config: RunConfig) -> None:

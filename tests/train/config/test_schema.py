@@ -4,6 +4,7 @@ and before torch is imported; and every rule that needs neither data nor weights
 
 import os
 import resource
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -87,10 +88,13 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], parts: 
 
 
 def test_only_rank_0_reports(tmp_path: Path) -> None:
-    """One rank prints the sentence; the others exit with the same code and no output."""
-    for environment in ({"RANK": "1"}, {"SLURM_PROCID": "3"}):
-        result = ProgramResult(tmp_path, ["experiment=quickstart", "seed=abc"], environment)
-        assert (result.code, result.stdout, result.stderr) == (2, "", "")
+    """Other ranks of its host print nothing; where no launcher ends them meanwhile, they print their rank."""
+    task = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    result = ProgramResult(tmp_path, ["experiment=quickstart", "seed=abc"], task)
+    assert (result.code, result.stdout, result.stderr) == (2, "", "")
+    result = ProgramResult(tmp_path, ["experiment=quickstart", "seed=abc"], {"RANK": "1", "WORLD_SIZE": "2"})
+    assert (result.code, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"error: rank 1 ({socket.gethostname()}): seed")
 
 
 def test_the_launchers_argument_is_removed(tmp_path: Path) -> None:

@@ -341,3 +341,40 @@ def test_old_sign_of_life_does_not_end_the_wait(tmp_path: Path) -> None:
     beat.touch()  # nor does one that stands still, however new it is
     with pytest.raises(TimeoutError):
         wait_for(lambda: False, lambda: heartbeat_mtime(beat), what="it", patience_s=0.3)
+
+
+def test_one_process_per_usable_core(tiny_parts: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`num_workers=0` counts the cores that this process may use (affinity), not those of the machine."""
+
+    class Started(Exception):
+        """The processes would start here."""
+
+    def start(num_workers: int, **_: Any) -> None:
+        raise Started(num_workers)
+
+    monkeypatch.setattr(length_table, "ProcessPoolExecutor", start)
+    monkeypatch.setattr(length_table, "_CHUNK", 4)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5, 8})
+    with pytest.raises(Started, match=r"^3$"):
+        made(mixture_of(tiny_parts), processor_of(tiny_parts), tmp_path / "tables", num_workers=0)
+
+
+def test_stores_of_another_user_have_their_table_elsewhere(
+    tiny_parts: RunConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """If the folder beside the stores cannot be written, the table is in the next one, with a warning, and other
+    processes find it there; without another folder it is one sentence."""
+    mixture, processor = mixture_of(tiny_parts), processor_of(tiny_parts)
+    (tmp_path / "a_file").touch()
+    denied, run_folder = tmp_path / "a_file" / ".lengths", tmp_path / "run" / "lengths"
+    options: dict[str, Any] = {"num_workers": 1, "show_progress": False}
+    with pytest.raises(ConfigError, match=rf"{denied} cannot be written.*data\.store_root"):
+        open_table(mixture, processor, denied, is_writer=True, **options)
+    for is_writer in (True, False):
+        table = open_table(mixture, processor, denied, is_writer=is_writer, fallbacks=(run_folder,), **options)
+        assert table.folder.parent == run_folder
+    (message,) = [record.message for record in caplog.records]
+    assert str(denied) in message
+    assert str(run_folder) in message
+    assert [path.name for path in run_folder.iterdir()] == [table.folder.name]

@@ -354,7 +354,7 @@ def test_workers_end_with_a_sigterm_of_their_rank(data: Data) -> None:
     stream = make_batches(planner, data.mixture, data.processor, range(planner.num_steps), reading, pin_memory=False)
     next(stream)
     [worker] = set(multiprocessing.active_children()) - earlier
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT):
         subprocess.run([sys.executable, "-c", f"import os; os.kill({worker.pid}, {int(number)})"], check=True)
     for _ in range(10):
         next(stream)

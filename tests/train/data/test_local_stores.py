@@ -11,7 +11,7 @@ from data_recipes.schema.sample import DataError
 from data_recipes.store import local_copy
 from train.config.schema import RunConfig
 from train.data.local_stores import prepare_local_stores
-from train.distributed.world import Launch
+from train.distributed.launch import Launch
 
 
 def with_local_dir(config: RunConfig, folder: Path) -> RunConfig:

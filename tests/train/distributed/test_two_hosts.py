@@ -26,7 +26,7 @@ ADDRESSES = ("10.123.45.1", "10.123.45.2")
 def hosts() -> Iterator[tuple[list[str], list[str]]]:
     """Two network namespaces with a link between them: their names, and those of the link's ends."""
     if shutil.which("ip") is None:
-        pytest.skip("no network namespace can be made here: there is no `ip`")
+        pytest.skip("no network namespace can be made here: apt-get install iproute2")
     spaces = [f"llava_next_{os.getpid()}_{number}" for number in (0, 1)]
     links = [f"ln{os.getpid()}_{number}" for number in (0, 1)]
     commands = [
@@ -41,7 +41,7 @@ def hosts() -> Iterator[tuple[list[str], list[str]]]:
         for command in commands:
             done = subprocess.run(["ip", *command], capture_output=True, text=True, check=False)
             if done.returncode:
-                pytest.skip(f"no network namespaces here: ip {' '.join(command)}: {done.stderr.strip()}")
+                pytest.skip(f"no network namespaces here: ip {' '.join(command)}: {done.stderr.strip()} (run as root)")
         yield spaces, links
     finally:
         for space in spaces:  # and the link with them

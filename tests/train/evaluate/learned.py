@@ -14,7 +14,10 @@ from llava_next.inputs.processor import Processor
 from llava_next.model.build import build_model, read_backbone
 from llava_next.model.llava_next import LossSums
 from tests.tiny import encoded_picture, tiny_model
+from train.distributed.world import World
+from train.evaluate.evaluation_ranks import EvaluationRanks
 
+ALONE = EvaluationRanks(World(0, 0, 1, torch.device("cpu"), torch.float32, None))
 SIZE_HW = (40, 40)
 ANSWERS = ("red", "blue", "a cat", "no")
 

@@ -11,7 +11,7 @@ from llava_next.config import ModelError
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import build_model, read_backbone
 from tests.tiny import SIZES_HW, encoded_picture, tiny_model
-from tests.train.evaluate.learned import Learned, sample
+from tests.train.evaluate.learned import ALONE, Learned, sample
 from train.evaluate.answers import Answer, StockModel
 from train.evaluate.image_questions import Question
 
@@ -29,7 +29,7 @@ def _answers(learned: Learned, batch_size: int, max_new_tokens: int = 12, export
     stock = StockModel(
         export or learned.export,
         learned.processor,
-        torch.device("cpu"),
+        ALONE,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
@@ -67,7 +67,7 @@ def test_a_template_that_begins_the_text_itself(tmp_path: Path) -> None:
     backbone = read_backbone(config)
     processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
-    stock = StockModel(tmp_path / "export", processor, torch.device("cpu"), batch_size=2, max_new_tokens=1)
+    stock = StockModel(tmp_path / "export", processor, ALONE, batch_size=2, max_new_tokens=1)
     samples = [sample(number) for number in range(2)]
     questions = [Question("shapes", number, "What is it?", "red") for number in range(2)]
     assert len(stock.generate_answers(samples, questions, "exact_match")) == 2

@@ -11,10 +11,14 @@ from data_recipes.mixture.mixture import Mixture
 from data_recipes.raw.questions import SHORT_ANSWER
 from data_recipes.schema.sample import Message
 from llava_next.formats.hugging_face import read_hf
+from llava_next.inputs.batch import Batch
 from llava_next.inputs.processor import Processor
+from llava_next.model.llava_next import TokenScores
 from tests.tiny import tiny_mixture
-from tests.train.evaluate.learned import ANSWERS, Learned, sample
+from tests.train.evaluate.learned import ALONE, ANSWERS, Learned, sample
+from train.config.schema import PackingConfig
 from train.evaluate.answers import StockModel
+from train.evaluate.evaluation_ranks import EvaluationError
 from train.evaluate.image_questions import (
     Question,
     answer_all,
@@ -25,6 +29,8 @@ from train.evaluate.image_questions import (
 )
 from train.validation.held_out import list_mixture_samples
 
+WIDE = PackingConfig(max_tokens=8192, max_tiles=48)
+
 
 def test_a_hit_is_what_generate_answers(learned: Learned) -> None:
     """Teacher-forced hits are exactly the questions whose truth stock `generate` answers."""
@@ -32,12 +38,58 @@ def test_a_hit_is_what_generate_answers(learned: Learned) -> None:
     _, model = read_hf(learned.export, learned.config)
     questions = [question for n, s in enumerate(samples) for question in extract_questions("shapes", [s], 9, 9)]
     questions = [replace(question, sample=n) for n, question in enumerate(questions)]
-    right, other = answer_all(model, processor, samples, questions)
-    stock = StockModel(learned.export, processor, torch.device("cpu"), batch_size=1, max_new_tokens=24)
+    right, other = answer_all(model, processor, samples, questions, WIDE, ALONE)
+    stock = StockModel(learned.export, processor, ALONE, batch_size=1, max_new_tokens=24)
     answers = [answer.answer for answer in stock.generate_answers(samples, questions, "none")]
     assert [answer == truth for answer, truth in zip(answers, ANSWERS, strict=True)] == right.tolist()
     assert right.tolist() == [True, True, True, False]
     assert not other.any()  # every answer differs, so another sample's picture leads to another answer
+
+
+@pytest.mark.parametrize(("max_tokens", "max_tiles", "num_rows"), [(320, 48, 24), (8192, 12, 6), (1, 1, 48)])
+def test_rows_keep_the_budgets(
+    learned: Learned, monkeypatch: pytest.MonkeyPatch, max_tokens: int, max_tiles: int, num_rows: int
+) -> None:
+    """Rows have at most the tokens and tiles of the budgets, or one question alone that exceeds them. Questions about
+    one image, of 5 tiles, share a row and its tiles. The answers are those of any other rows."""
+    processor = learned.processor
+    samples = [replace(learned.samples[number % 4], id=str(number)) for number in range(12)]
+    questions = [
+        Question("shapes", number, text, samples[number].messages[1].text)
+        for number in range(len(samples))
+        for text in ("What is it?", "What is it now?")
+    ]
+    _, model = read_hf(learned.export, learned.config)
+    expected = answer_all(model, processor, samples, questions, WIDE, ALONE)
+    rows: list[tuple[int, int, int]] = []
+    score = model.score
+
+    def watched(batch: Batch) -> TokenScores:
+        rows.append((batch.input_ids.numel(), len(batch.tiles), len(batch.segments.lengths)))
+        return score(batch)
+
+    monkeypatch.setattr(model, "score", watched)
+    packing = PackingConfig(max_tokens, max_tiles)
+    actual = answer_all(model, processor, samples, questions, packing, ALONE)
+    for hits, expected_hits in zip(actual, expected, strict=True):
+        assert hits.tolist() == expected_hits.tolist()
+    assert sum(num_examples for _, _, num_examples in rows) == 2 * len(questions)
+    for num_tokens, num_tiles, num_examples in rows:
+        assert num_examples == 1 or (num_tokens <= max_tokens and num_tiles <= max_tiles)
+    assert len(rows) == num_rows
+
+
+def test_out_of_memory_names_what_to_lower(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message has the size of the row, and the options with their values."""
+    _, model = read_hf(learned.export, learned.config)
+
+    def fail(batch: Batch) -> TokenScores:
+        raise torch.OutOfMemoryError("Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(model, "score", fail)
+    questions = extract_questions("shapes", learned.samples, 9, 9)
+    with pytest.raises(EvaluationError, match=r"a row of \d+ tokens .*--max-tokens \(8192\) or --max-tiles \(48\)"):
+        answer_all(model, learned.processor, learned.samples, questions, WIDE, ALONE)
 
 
 def test_figures_add_up() -> None:

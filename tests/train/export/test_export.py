@@ -174,7 +174,7 @@ def test_frozen_parts_come_from_where_the_run_had_them(
 def test_frozen_model_is_streamed(start_ranks: Start, run_config: RunConfig, tmp_path: Path) -> None:
     """A language model of 1 GB with adapters is merged and written to files of 0.1 GB, within the memory of three such
     files and the program."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="peft is not installed: ./scripts/setup.sh --extras lora")
     folder = tmp_path / "parts"
     sizes: dict[str, Any] = {
         "hidden_size": 1024,

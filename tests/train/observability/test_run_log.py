@@ -138,7 +138,8 @@ def test_wandb_run_is_resumed(run_config: RunConfig, monkeypatch: pytest.MonkeyP
     for first, last in ((0, 4), (2, 3), (3, 6)):  # stopped after step 2, and killed after 3; then after 3
         logged(config, first, last)
     files = sorted((run_config.run_dir / "wandb").glob("offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime)
-    assert {path.name for path in files} == {"run-tiny-finetune.wandb"}
+    run_id = (run_config.run_dir / "wandb" / "run_id").read_text().strip()
+    assert {path.name for path in files} == {f"run-{run_id}.wandb"}
     assert len(files) == 3
     assert [step for path in files for step in wandb_steps(path)] == [0, 1, 2, 3, 4, 5]
     assert [line["step"] for line in lines(config)] == [0, 1, 2, 3, 4, 5]

@@ -115,7 +115,7 @@ def measure(page: Path, width: int, *options: str) -> dict[str, Any]:
 
 
 @pytest.mark.full
-@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed: apt-get install chromium")
 @pytest.mark.parametrize("name", ["one", "two"])
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_and_fetches_nothing(reports: dict[str, Path], name: str, width: int) -> None:
@@ -133,7 +133,7 @@ def test_the_page_fits_and_fetches_nothing(reports: dict[str, Path], name: str, 
 
 
 @pytest.mark.full
-@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed")
+@pytest.mark.skipif(BROWSER is None, reason="Chromium is not installed: apt-get install chromium")
 def test_light_and_dark(reports: dict[str, Path]) -> None:
     """Lines, text and background follow the reader's colour scheme."""
     light = measure(reports["one"], 800, "--blink-settings=preferredColorScheme=1")

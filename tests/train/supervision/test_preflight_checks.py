@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from train.distributed.host_limits import HostLimits
 from train.supervision.preflight_checks import Findings, Gpu, compare_findings, format_table
 
 GIB = 2**30
@@ -23,9 +24,9 @@ ALL = [findings(rank) for rank in range(4)]
 def test_ranks_without_problems_pass() -> None:
     """Without differences every check passes, and the table has the results."""
     checks = compare_findings(ALL)
-    assert [item.problem for item in checks] == [None] * 6
+    assert [item.problem for item in checks] == [None] * 7
     table = format_table(checks)
-    assert table.count("\n") == 5
+    assert table.count("\n") == 6
     assert all(line.startswith("ok ") for line in table.splitlines())
     for shown in ("torch 2.13.0", "4 (H100), one per rank, at least 78.0 GiB free", "2 store(s)", "0.003 s apart"):
         assert shown in table
@@ -55,6 +56,8 @@ def test_ranks_without_problems_pass() -> None:
         ),
         ({"errors": (("data", "OSError: stale handle"),)}, "data", ("OSError: stale handle", "--exclude")),
         ({"errors": (("run folder", "OSError: no file"),)}, "run folder", ("OSError: no file", "`root=`")),
+        ({"limits": HostLimits(open_files=256)}, "limits", ("256", "1024", "ulimit")),
+        ({"limits": HostLimits(None, GIB // 16, GIB // 8)}, "limits", ("0.06 GiB", "0.12", "--shm-size")),
     ],
 )
 def test_a_rank_that_differs_is_named(changes: dict[str, object], name: str, named: tuple[str, ...]) -> None:
@@ -81,5 +84,5 @@ def test_clock_skew_is_reported_but_is_no_problem() -> None:
 def test_run_on_cpus_needs_no_gpu() -> None:
     """Without GPUs, the check says so."""
     checks = compare_findings([replace(item, gpu=None) for item in ALL])
-    assert [item.problem for item in checks] == [None] * 6
+    assert [item.problem for item in checks] == [None] * 7
     assert "computes on CPUs" in format_table(checks)

@@ -83,6 +83,7 @@ def test_ctrl_c_twice(whole: RunConfig, tmp_path: Path) -> None:
     [
         ("read_backbone", signal.SIGTERM, [0, 1]),
         ("start_engine", signal.SIGUSR1, [0, 1]),
+        ("start_engine", signal.SIGHUP, [0, 1]),
         ("start_engine", signal.SIGTERM, [1]),
         ("write_hf", signal.SIGTERM, [0, 1]),
     ],

@@ -103,6 +103,11 @@ def test_age_ignores_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "an_earlier_phase": ([AT_AGREE, place(1, 7, 5, "forward")], [1]),
         "inside_the_same_phase": ([replace(AT_FORWARD, waits=True), place(1, 7, 5, "forward")], [1]),
         "two_of_four": ([AT_AGREE, *(place(rank, 7, row, "data") for rank, row in ((1, 1), (2, 1), (3, 2)))], [1, 2]),
+        "device_waits": ([replace(AT_FORWARD, waits=True, waits_for_device=True), place(1, 7, 5, "forward")], [1]),
+        "all_wait_one_for_its_device": (
+            [replace(AT_AGREE, waits=True), replace(AT_AGREE, rank=1, waits=True, waits_for_device=True)],
+            [1],
+        ),
         "all_wait": ([replace(AT_AGREE, waits=True), replace(AT_AGREE, rank=1, waits=True)], [0, 1]),
         "alone": ([AT_FORWARD], [0]),
     }.values(),
@@ -123,9 +128,9 @@ def test_phases_are_in_the_order_of_a_step() -> None:
     row = [(number, phase) for number in range(3) for phase in ("data", "forward", "backward")]
     whole = [(0, phase) for phase in ("agree", "update", "evaluate", "save")]
     steps = [place(0, step, *at) for step in (0, 1) for at in (*row, *whole)]
-    orders = [each.order for each in [place(0, -1, 0, "start"), *steps, place(0, 1, 0, "end")]]
+    orders = [each.order for each in [place(0, -1, 0, "join"), place(0, -1, 0, "start"), *steps, place(0, 1, 0, "end")]]
     assert orders == sorted(set(orders))
-    assert {each.phase for each in steps} | {"start", "end"} == set(PHASES)
+    assert {each.phase for each in steps} | {"join", "start", "end"} == set(PHASES)
 
 
 def test_first_failure_is_recorded(tmp_path: Path) -> None:
@@ -200,6 +205,20 @@ def test_stuck_rank_ends_the_run(run_config: RunConfig, tmp_path: Path, fault: s
     if fault == "sleep":
         assert ended[1].exit_code == 1
         assert "in strike" in (run_config.run_dir / "log" / "rank_001.log").read_text()
+
+
+def test_ranks_that_wait_for_their_device_are_not_named(run_config: RunConfig, tmp_path: Path) -> None:
+    """On a GPU a rank waits for the others in a copy to the host, in the same row as the rank that is late: the report
+    names the late rank alone."""
+    ended, exit_info, took_s = faulty_run(run_config, "device", 2, tmp_path)
+    assert took_s < TIMEOUT_S + 10
+    assert exit_info["reason"].startswith(f"rank 1 ({os.uname().nodename}) has been in step ")
+    assert "in strike" in exit_info["reason"]
+    assert "the same holds" not in exit_info["reason"]
+    assert [each.exit_code for each in ended] == [1, 1]
+    observed = json.loads((run_config.run_dir / "log" / "rank_000.progress").read_text().splitlines()[1])
+    assert observed["waits"]
+    assert observed["waits_for_device"]
 
 
 @pytest.mark.full

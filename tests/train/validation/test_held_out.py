@@ -62,6 +62,15 @@ def test_it_is_the_loss_of_the_live_weights(
         assert _lines(here)[0]["eval/tiny_pictures/loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_stopped_in_the_last_step(start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path) -> None:
+    """A run that is asked to stop in its last step is finished: it has its final evaluation and its checkpoint."""
+    config = replace(holding_out, root=str(tmp_path), evaluate=EvaluateConfig(every=100))
+    record = start_ranks(1).run(cases.train_up_to, config, 4)[0]
+    assert len(record.losses) == 4  # not interrupted
+    assert "eval/tiny_pictures/loss" in _lines(config)[-1]
+    assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step_000004"]
+
+
 def test_nothing_held_out_is_refused(tiny_parts: RunConfig) -> None:
     """The configuration is rejected before torch is imported."""
     from omegaconf import OmegaConf

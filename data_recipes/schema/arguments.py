@@ -1,0 +1,81 @@
+"""Types for argparse that refuse empty values, and outputs that could not be written, before any work is done."""
+
+import argparse
+import math
+import os
+from pathlib import Path
+
+
+def path_argument(text: str) -> Path:
+    """A path to read, which may not exist."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty")
+    return Path(text)
+
+
+def output_file(text: str) -> Path:
+    """A file that can be written; its folders are created later."""
+    path = path_argument(text)
+    try:
+        if path.is_dir():
+            raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+        _check_folder(path.parent)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    return path
+
+
+def output_folder(text: str) -> Path:
+    """A folder that can be written or created."""
+    path = path_argument(text)
+    try:
+        _check_folder(path)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from error
+    return path
+
+
+def text_argument(text: str) -> str:
+    """A text that is not empty."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the value is empty")
+    return text
+
+
+def count_argument(text: str) -> int:
+    """A whole number of at least 0, such as a seed."""
+    return _whole_number(text, 0)
+
+
+def positive_argument(text: str) -> int:
+    """A whole number of at least 1."""
+    return _whole_number(text, 1)
+
+
+def positive_size(text: str) -> float:
+    """A finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
+    return value
+
+
+def _whole_number(text: str, minimum: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"{value} must be at least {minimum}")
+    return value
+
+
+def _check_folder(path: Path) -> None:
+    nearest = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise argparse.ArgumentTypeError(f"{nearest} is a file, not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{nearest} cannot be written by this user")
