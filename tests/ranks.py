@@ -239,6 +239,7 @@ class _Seat:
 
 def _run_alone(seat: _Seat, case: Callable[..., int], args: tuple[Any, ...]) -> None:
     seat.take()
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that were started by nohup inherit it as ignored
     sys.exit(case(*args))
 
 

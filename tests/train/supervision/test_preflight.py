@@ -92,5 +92,5 @@ def test_preflight_only_trains_nothing(tiny_parts: RunConfig, tmp_path: Path) ->
     code, output = program.run("torchrun", "name=looked", "stage.init_from=null", "preflight=only")
     assert code == 0, output
     lines = [line.split()[1] for line in output.splitlines() if line.startswith("ok  ")]
-    assert lines == ["versions", "configuration", "GPUs", "run", "data", "clocks", "network", "one"]
-    assert [path.name for path in (program.root / "looked" / "finetune").iterdir()] == ["log"]
+    assert lines == ["versions", "configuration", "GPUs", "run", "data", "clocks", "limits", "network", "one"]
+    assert sorted(path.name for path in (program.root / "looked" / "finetune").iterdir()) == ["log", "run.lock"]
