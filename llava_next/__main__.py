@@ -29,7 +29,7 @@ _PROGRAMS = {
     "accept": ("train.accept", "checks and measurements on your own machines"),
     "demo-requests": ("data_recipes.demo_requests", "logs of a demo to training data"),
 }
-_RANKED = ("train", "accept")
+_RANKED = ("train", "evaluate", "accept")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not value.isdecimal() or int(value) < 1:
             return _refuse(f"--nproc {value or '(nothing)'}: the number of ranks is a whole number of at least 1")
         if verb not in _RANKED:
-            return _refuse(f"--nproc {value}: {verb} runs in one process; {' and '.join(_RANKED)} have ranks")
+            return _refuse(f"--nproc {value}: {verb} runs in one process; only {', '.join(_RANKED)} have ranks")
         _start_ranks(int(value), [verb, *program])
     # The folder of the user, last: readers of one's own are found there, and nothing there hides an installed package.
     sys.path.append(str(Path.cwd()))
@@ -100,7 +100,8 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "llava-next COMMAND --help describes a command's arguments. --nproc N starts N ranks of train or accept.",
+            "llava-next COMMAND --help describes a command's arguments. --nproc N starts N ranks of "
+            f"{', '.join(_RANKED)}.",
         ]
     )
 

@@ -98,8 +98,9 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
                     live_answers=live_answers,
                 ).run(first_step, last_step)
             watchdog.progress.enter("end", last_step - 1)
-            if first_step == planner.num_steps and (config.run_dir / config.stage.result).is_dir():
-                log.info(f"{config.run_dir / config.stage.result} is complete: this run has finished before")
+            result = config.run_dir / config.stage.result
+            if first_step == planner.num_steps and result.is_dir() and not config.overwrite:
+                log.info(f"{result} is complete: this run has finished before; overwrite=true writes it again")
             elif last_step == planner.num_steps:
                 _write_result(config, model, data.backbone, world, log)
             else:

@@ -75,7 +75,12 @@ def test_finished_run_without_checkpoints_is_not_trained_again(program: Program)
     saved = ("name=saved", *OPTIONS)
     assert program.run("plain", *saved)[0] == 0
     metrics = program.metrics("saved")
+    export = program.root / "saved" / "finetune" / "export"
+    written_ns = max(path.stat().st_mtime_ns for path in export.iterdir())
     assert program.run("plain", *saved)[0] == 0
+    assert max(path.stat().st_mtime_ns for path in export.iterdir()) == written_ns
+    assert program.run("plain", *saved, "overwrite=true")[0] == 0
+    assert max(path.stat().st_mtime_ns for path in export.iterdir()) > written_ns
     assert program.metrics("saved") == metrics
 
 

@@ -57,14 +57,16 @@ class RunLock:
             owner = self._owner()
             if owner and (has_lock is None or owner.get("host") != socket.gethostname()) and self._is_alive(owner):
                 raise self._active(owner)
+            since = datetime.now(UTC).isoformat(timespec="seconds")
+            about = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode()
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, about + b"\n", 0)
+            # The exclusive lock is given up before the shared one is taken: a start at the same moment may be between.
+            if _lock(descriptor, fcntl.LOCK_SH) is False:
+                raise self._active(self._owner())
         except BaseException:
             os.close(descriptor)
             raise
-        since = datetime.now(UTC).isoformat(timespec="seconds")
-        about = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": since}).encode()
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, about + b"\n", 0)
-        _lock(descriptor, fcntl.LOCK_SH)
         self._descriptor = descriptor
 
     def join(self) -> None:

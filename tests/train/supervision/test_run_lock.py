@@ -123,3 +123,17 @@ def test_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ended.join()
     first.path.write_text(json.dumps({"host": socket.gethostname(), "pid": ended.pid}))
     RunLock(tmp_path, heartbeat_s=60).acquire()
+
+
+def test_start_between_the_two_locks_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The exclusive lock is given up before the shared one is taken; a start that came in between has the folder."""
+    real = fcntl.flock
+
+    def flock(descriptor: int, kind: int) -> None:
+        if kind & fcntl.LOCK_SH:
+            raise BlockingIOError
+        real(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(RunActiveError):
+        RunLock(tmp_path).acquire()
