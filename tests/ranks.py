@@ -1,10 +1,10 @@
 """A rank harness: ranks are started once per world size and run every case.
 
-Owns the processes: their start (gloo over loopback), how a case reaches them and its results come back, and that
-nothing waits for ever. A case is a plain function of a module that every rank can import; its arguments and result
-are pickled. What is proved stands in the tests.
+It starts the processes (gloo over loopback), sends them cases, returns their results, and ends ranks that hang. A case
+is a plain function of a module that every rank can import; its arguments and result are pickled. The assertions are in
+the tests.
 
-All ranks are forks of one process that has imported torch, DeepSpeed and the run: seconds that each would spend anew.
+All ranks are forks of one process that has imported torch, DeepSpeed and the run, which saves seconds per start.
 """
 
 import faulthandler
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 START_TIMEOUT_S = 600.0
-"""For the start of all ranks: it may hold the compilation of DeepSpeed's CPU op."""
+"""Limit for the start of all ranks, which may include the compilation of DeepSpeed's CPU op."""
 _ENVIRONMENT = {
     "DS_ACCELERATOR": "cpu",
     "OMP_NUM_THREADS": "1",
@@ -34,15 +34,15 @@ _ENVIRONMENT = {
 }
 _PRELOADED = [
     *("train.run", "train.__main__", "deepspeed"),
-    *("tests.train.cases", "tests.train.contract_cases", "tests.train.replica_cases", "tests.train.disasters"),
-    "deepspeed.runtime.zero.muon.original_muon",  # every engine asks for it, and it asks for torch's whole compiler
+    *("tests.train.cases", "tests.train.contract_cases", "tests.train.replica_cases", "tests.train.fault_runs"),
+    "deepspeed.runtime.zero.muon.original_muon",  # every engine imports it, and it imports torch's compiler
 ]
 GRACE_S = 10.0
-"""How long the other ranks may go on after one has failed: they mostly wait for it."""
+"""How long the other ranks may go on after one has failed; they mostly wait for it."""
 
 
 class RankError(AssertionError):
-    """A rank failed, died or hung; the message holds its traceback or where it stood."""
+    """A rank failed, died or hung; the message has its traceback or stack."""
 
 
 class Ranks:
@@ -85,13 +85,13 @@ class Ranks:
         context = _server()
         port = _free_port()
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            args = (_Seat(rank, self.size, port, str(self._folder / f"rank_{rank}.log")), theirs)
+            parent_end, rank_end = context.Pipe()
+            args = (_Position(rank, self.size, port, str(self._folder / f"rank_{rank}.log")), rank_end)
             process = context.Process(target=_serve, args=args, daemon=False)
             process.start()
-            theirs.close()
+            rank_end.close()
             self._processes.append(process)
-            self._pipes.append(ours)
+            self._pipes.append(parent_end)
         self._collect("the start of the ranks", START_TIMEOUT_S)
 
     def _collect(self, what: str, timeout_s: float) -> list[Any]:
@@ -115,14 +115,14 @@ class Ranks:
         if not failures and not silent:
             return [results[rank] for rank in range(self.size)]
         if silent and not failures:
-            stuck = [f"rank {rank} is stuck after {timeout_s:.0f} s:\n{self._where(rank)}" for rank in silent]
+            stuck = [f"rank {rank} is stuck after {timeout_s:.0f} s:\n{self._stacks(rank)}" for rank in silent]
             self.close()
             raise RankError(f"{what}: " + "\n".join(stuck))
         if silent:  # the rest wait for the one that failed
             self.close()
-        told = [f"rank {rank} failed:\n{text}" for rank, text in sorted(failures.items())]
+        reports = [f"rank {rank} failed:\n{text}" for rank, text in sorted(failures.items())]
         waited = f"\nand rank(s) {silent} waited for it" if silent else ""
-        raise RankError(f"{what}: " + "\n".join(told) + waited)
+        raise RankError(f"{what}: " + "\n".join(reports) + waited)
 
     def _answer_of(self, rank: int) -> tuple[bool, Any] | None:
         pipe, process = self._pipes[rank], self._processes[rank]
@@ -132,23 +132,23 @@ class Ranks:
                 return answer
         except EOFError:
             process.join(5)
-            return False, f"the process died, exit code {process.exitcode}; it said:\n{self._said(rank)}"
+            return False, f"the process died, exit code {process.exitcode}; its output:\n{self._output(rank)}"
         return None
 
-    def _where(self, rank: int) -> str:
-        """The stacks of a rank that hangs: it writes them when it is sent SIGUSR2."""
+    def _stacks(self, rank: int) -> str:
+        """Returns the stacks of a rank that hangs, which it writes on SIGUSR2."""
         os.kill(self._processes[rank].pid, signal.SIGUSR2)
         time.sleep(0.5)
-        return self._said(rank)
+        return self._output(rank)
 
-    def _said(self, rank: int) -> str:
+    def _output(self, rank: int) -> str:
         log = self._folder / f"rank_{rank}.log"
         return "\n".join(log.read_text(errors="replace").splitlines()[-60:]) if log.exists() else ""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process of `run_to_the_end` ended: its exit code (below zero: the signal), and all that it said."""
+    """How a process of `run_to_the_end` ended: its exit code (negative: the signal) and its output."""
 
     exit_code: int
     output: str
@@ -165,15 +165,15 @@ def run_to_the_end(
         missing: ranks that need not end by themselves; they are killed when the others have.
 
     Raises:
-        RankError: one that should have ended did not; the message holds where it stood.
+        RankError: a rank that should have ended has not; the message has its output and stacks.
     """
     context, port = _server(), _free_port()
     first = context.Process(target=int)  # the server's own imports are not the case's time
     first.start()
     first.join(START_TIMEOUT_S)
     logs = [Path(tempfile.mkdtemp(prefix="rank_", dir=folder)) / "output" for _ in range(size)]
-    seats = [_Seat(rank, size, port, str(log)) for rank, log in enumerate(logs)]
-    processes = [context.Process(target=_run_alone, args=(seat, case, args)) for seat in seats]
+    positions = [_Position(rank, size, port, str(log)) for rank, log in enumerate(logs)]
+    processes = [context.Process(target=_run_alone, args=(position, case, args)) for position in positions]
     for process in processes:
         process.start()
     deadline = time.monotonic() + timeout_s
@@ -189,22 +189,22 @@ def run_to_the_end(
         process.kill()
         process.join()
     if stuck:
-        told = "\n".join(f"rank {rank}:\n{logs[rank].read_text(errors='replace')}" for rank in stuck)
-        raise RankError(f"{case.__qualname__}: not ended after {timeout_s:.0f} s: {told}")
+        outputs = "\n".join(f"rank {rank}:\n{logs[rank].read_text(errors='replace')}" for rank in stuck)
+        raise RankError(f"{case.__qualname__}: not ended after {timeout_s:.0f} s: {outputs}")
     return [
         Ended(process.exitcode, log.read_text(errors="replace")) for process, log in zip(processes, logs, strict=True)
     ]
 
 
 def _server() -> Any:
-    """The context whose processes are forks of one that has imported everything."""
+    """Returns the context whose processes are forks of one that has imported everything."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    # The server keeps the environment of its start: libraries are to make no threads before the fork.
-    kept = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    # The server keeps the environment of its start: libraries must not create threads before the fork.
+    previous = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     forkserver.ensure_running()
-    for name, value in kept.items():
+    for name, value in previous.items():
         if value is None:
             del os.environ[name]
         else:
@@ -213,17 +213,17 @@ def _server() -> Any:
 
 
 @dataclass(frozen=True)
-class _Seat:
-    """What a rank is told: who it is, where the others are, and the file for what it prints."""
+class _Position:
+    """The position of a rank: its number, where the ranks meet, and the file of its output."""
 
     rank: int
     size: int
     port: int
     log: str
 
-    def take(self) -> None:
-        """Makes this process the rank."""
-        multiprocessing.set_start_method("fork", force=True)  # as in a launched program; here it is the server's
+    def apply(self) -> None:
+        """Makes this process that rank."""
+        multiprocessing.set_start_method("fork", force=True)  # as in a launched program
         output = Path(self.log).open("a", buffering=1)  # noqa: SIM115 - for as long as the process lives
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -237,15 +237,15 @@ class _Seat:
         }
 
 
-def _run_alone(seat: _Seat, case: Callable[..., int], args: tuple[Any, ...]) -> None:
-    seat.take()
+def _run_alone(position: _Position, case: Callable[..., int], args: tuple[Any, ...]) -> None:
+    position.apply()
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that were started by nohup inherit it as ignored
     sys.exit(case(*args))
 
 
-def _serve(seat: _Seat, pipe: Connection) -> None:
-    """The life of a rank: join the group, then answer cases until the pipe closes."""
-    seat.take()
+def _serve(position: _Position, pipe: Connection) -> None:
+    """Runs a rank: joins the group, then runs cases until the pipe closes."""
+    position.apply()
     try:
         _join_group()
         pipe.send((True, None))
@@ -278,7 +278,7 @@ def _join_group() -> None:
     deepspeed_ops.ensure_built()
     import deepspeed
 
-    # A collective that waits longer than any case may take is a hang; the harness tells of it first.
+    # Longer than any case: the harness reports a hang first.
     deepspeed.init_distributed(dist_backend="gloo", timeout=timedelta(seconds=600), verbose=False)
 
 

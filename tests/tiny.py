@@ -1,8 +1,8 @@
-"""Tiny real parts, made within a second: tokenizers, language models, vision towers, pictures, stores.
+"""Tiny parts for the tests of `llava_next` and `train`: tokenizers, language models, vision towers, images, stores.
 
-Owns what tests of `llava_next` and `train` share. Everything is what the real thing is, only small: a
-tokenizer that transformers loads from disk, directories with a `config.json`, prepared stores. Nothing is
-fetched. torch is imported only where a model is described, so that tests of configuration stay quick.
+They are made within a second by the same classes as real ones: a tokenizer that transformers loads from disk,
+directories with a `config.json`, prepared stores. Nothing is downloaded. torch is imported only where a model is built,
+so that tests of the configuration stay fast.
 """
 
 import os

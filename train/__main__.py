@@ -55,7 +55,7 @@ def main() -> int:
     if config is None:
         return 0  # Hydra has handled --help, --cfg job and the like
     with tolerate_lost_output():
-        return execute(config)
+        return execute(config, launch)
 
 
 def _report_before_meeting(error: ConfigError, launch: Launch) -> int:
@@ -166,10 +166,14 @@ def _describe_recipe(hydra_config: DictConfig) -> str:
     return f"{sentence}; overridden on the command line: {' '.join(overrides)}" if overrides else sentence
 
 
-def execute(config: RunConfig) -> int:
+def execute(config: RunConfig, launch: Launch | None = None) -> int:
     """Runs a validated configuration and returns the exit code.
 
     An unexpected error ends this process here, without returning: other ranks may still wait in a collective.
+
+    Args:
+        config: of the run.
+        launch: the position of this process; None: it is read from the environment.
     """
     import torch
 
@@ -184,7 +188,7 @@ def execute(config: RunConfig) -> int:
     from train.supervision.watchdog import Watchdog
     from train.trainer import Interrupted
 
-    launch = read_launch()
+    launch = read_launch() if launch is None else launch
     watchdog = Watchdog(config.run_dir, launch, config.timeout_s, config.join_timeout_s)
     _exit_on_stop_signals(watchdog)
     code, reason = 0, "finished"

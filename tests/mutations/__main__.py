@@ -135,13 +135,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _outdated(changes: Sequence[Change]) -> list[str]:
-    found = []
+    errors = []
     for change in changes:
         try:
             change.apply((ROOT / change.file).read_text(encoding="utf-8"))
         except (OutdatedChange, OSError) as error:
-            found.append(str(error))
-    return found
+            errors.append(str(error))
+    return errors
 
 
 def _run(changes: Sequence[Change], limit_s: float, *, baseline: bool) -> int:

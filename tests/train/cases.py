@@ -99,15 +99,15 @@ def as_an_earlier_run(config: RunConfig) -> None:
     from train.checkpoint.atomic_folder import file_sum
 
     (config.run_dir / "config.yaml").write_text(earlier_yaml(config))
-    for place in (config.run_dir / "checkpoints").glob("step_*"):
-        (place / "config.yaml").write_text(earlier_yaml(config))
-        state = json.loads((place / "run_state.json").read_text())
+    for saved in (config.run_dir / "checkpoints").glob("step_*"):
+        (saved / "config.yaml").write_text(earlier_yaml(config))
+        state = json.loads((saved / "run_state.json").read_text())
         for group in state["groups"]:
             del group["betas"], group["eps"]
-        (place / "run_state.json").write_text(json.dumps(state, indent=1) + "\n")
-        sums = json.loads((place / "sums.json").read_text())
-        sums |= {name: file_sum(place / name) for name in ("config.yaml", "run_state.json")}
-        (place / "sums.json").write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
+        (saved / "run_state.json").write_text(json.dumps(state, indent=1) + "\n")
+        sums = json.loads((saved / "sums.json").read_text())
+        sums |= {name: file_sum(saved / name) for name in ("config.yaml", "run_state.json")}
+        (saved / "sums.json").write_text(json.dumps(sums, indent=1, sort_keys=True) + "\n")
 
 
 @dataclass
@@ -749,13 +749,13 @@ def resume_hostile(config: RunConfig) -> None:
         def __reduce__(self) -> Any:
             return eval, ("1 / 0",)
 
-    place = checkpoint.find_newest(config.run_dir / "checkpoints")
-    assert place is not None
-    [file] = (place / "engine").glob("*optim_states.pt")
+    saved = checkpoint.find_newest(config.run_dir / "checkpoints")
+    assert saved is not None
+    [file] = (saved / "engine").glob("*optim_states.pt")
     torch.save({"optimizer_state_dict": Hostile()}, file)
-    sums = json.loads((place / "sums.json").read_text())
+    sums = json.loads((saved / "sums.json").read_text())
     sums[f"engine/{file.name}"] = atomic_folder.file_sum(file)
-    (place / "sums.json").write_text(json.dumps(sums))
+    (saved / "sums.json").write_text(json.dumps(sums))
     with built(config, goes_on=True):
         pass
 
@@ -799,7 +799,7 @@ def save_often(config: RunConfig, save: SaveConfig) -> list[list[str]]:
             state = make_run_state(step, parts.table.fingerprint, config, parts.world, parts.engine, parts.frozen)
             saver.write(parts.engine, state, to_yaml(config))
             saver.wait()
-            names.append(sorted(place.name for place in folder.iterdir()))
+            names.append(sorted(path.name for path in folder.iterdir()))
         return names
 
 

@@ -92,10 +92,10 @@ def test_resumed_is_uninterrupted(start_ranks: StartRanks, lora_config: RunConfi
     assert resumed.losses == whole.losses[2:]
     for name, weight in whole.after.items():
         np.testing.assert_array_equal(resumed.after[name], weight, err_msg=name)
-    place = checkpoint.find_newest(config.run_dir / "checkpoints")
-    assert place is not None
-    assert set(checkpoint.read_state(place).frozen) == {"vision_tower", "language_model"}
-    assert sum(path.stat().st_size for path in (place / "engine").iterdir()) < 400_000
+    saved = checkpoint.find_newest(config.run_dir / "checkpoints")
+    assert saved is not None
+    assert set(checkpoint.read_state(saved).frozen) == {"vision_tower", "language_model"}
+    assert sum(path.stat().st_size for path in (saved / "engine").iterdir()) < 400_000
 
 
 @full
@@ -132,8 +132,8 @@ def test_an_export_is_merged(
     )
     live = ranks.run(cases.train_write_and_look, config, 8)[0]
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
-    place = config.run_dir / "checkpoints" / "step_000004"
-    assert main([str(place)]) == 0, capsys.readouterr().err
+    saved = config.run_dir / "checkpoints" / "step_000004"
+    assert main([str(saved)]) == 0, capsys.readouterr().err
     (difference,) = re.findall(r"largest difference (\S+) of their norm", capsys.readouterr().out)
     assert float(difference) <= 1e-5
     out, result = config.run_dir / "exports" / "step_000004_hf", config.run_dir / "export"
@@ -158,7 +158,7 @@ def test_an_export_is_merged(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"),
+    ("key", "value", "message"),
     [
         ("lora.language_model.rank", 0, r"lora.language_model.rank must be at least 1, got 0"),
         ("lora.projector", {"rank": 1, "alpha": 1, "targets": ["linear_1"]}, r"lora.projector: adapters are supported"),
@@ -175,12 +175,12 @@ def test_an_export_is_merged(
         ("stage.result", "connector", r"the adapters would be lost; set stage.result=export, or lora=null"),
     ],
 )
-def test_invalid_arguments_are_errors(lora_config: RunConfig, key: str, value: object, told: str) -> None:
+def test_invalid_arguments_are_errors(lora_config: RunConfig, key: str, value: object, message: str) -> None:
     """The error has the key, the rule and the fix."""
     composed = OmegaConf.create(to_yaml(lora_config))
     assert isinstance(composed, DictConfig)
     OmegaConf.update(composed, key, value, merge=False)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         check(composed, folders=False)
 
 

@@ -1,9 +1,9 @@
-"""Folders of files that many ranks write: brought to the disk, summed up (sha256), and given their name when whole.
+"""Folders that several ranks write, complete or absent: synced, with the sha256 of every file, and renamed at the end.
 
-    NAME.partial/sums_rank_NNN.json   what rank N has sealed
-    NAME/sums.json                    bytes and sha256 of every file: only a whole folder has it
+    NAME.partial/sums_rank_NNN.json   sizes and sha256 of the files of rank N
+    NAME/sums.json                    the same of all files; only a complete folder has it
 
-Owns those files and names; what else lies in the folder is saver.py's.
+`saver.py` writes the other files.
 """
 
 import hashlib
@@ -18,63 +18,67 @@ from llava_next.formats.atomic import PARTIAL, replace_directory, sync_path
 _SUMS = "sums.json"
 
 
-def place_of(partial: Path) -> Path:
-    """The name that a whole folder gets."""
+def final_path(partial: Path) -> Path:
+    """Returns the path of the folder once it is complete."""
     return partial.with_name(partial.name.removesuffix(PARTIAL))
 
 
-def is_complete(place: Path) -> bool:
-    """Whether the folder was given its name; whether its files are still what was written `corrupt_files` tells."""
-    return (place / _SUMS).is_file()
+def is_complete(folder: Path) -> bool:
+    """Whether the folder was committed. `corrupt_files` checks whether its files have changed since."""
+    return (folder / _SUMS).is_file()
 
 
 def seal(partial: Path, rank: int) -> None:
-    """Brings the files that this rank has written to the disk, and writes their sums down.
+    """Syncs the files of this rank and writes their sizes and sha256.
 
     Raises:
         OSError: the disk fails.
     """
-    own = [path for path in _files(partial) if _owner(path.relative_to(partial)) == rank]
-    sums = {path.relative_to(partial).as_posix(): file_sum(path, sync=True) for path in own}
+    files = [path for path in _files(partial) if _owner(path.relative_to(partial)) == rank]
+    sums = {path.relative_to(partial).as_posix(): file_sum(path, sync=True) for path in files}
     _write_synced(_rank_sums(partial, rank), json.dumps(sums))
 
 
 def commit(partial: Path, num_ranks: int) -> Path:
-    """Makes a whole folder of what every rank has sealed, in place of one that may have the name already.
+    """Completes a folder that every rank has sealed, and renames it; an existing folder of that name is replaced.
+
+    Returns:
+        The path of the complete folder.
 
     Raises:
-        OSError: a rank has not, or the disk fails.
-        ValueError: a file is there that no rank has summed up, or the other way round.
+        OSError: a rank has not sealed its files, or the disk fails.
+        ValueError: the files differ from those that the ranks have sealed.
     """
     if not is_complete(partial):
         sums: dict[str, Any] = {}
         for rank in range(num_ranks):
             sums |= json.loads(_rank_sums(partial, rank).read_text())
         files = _files(partial)
-        unsummed = {path.relative_to(partial).as_posix() for path in files} ^ set(sums)
-        if unsummed:
-            raise ValueError(f"no rank has written, or summed up, {', '.join(sorted(unsummed))}")
+        different = {path.relative_to(partial).as_posix() for path in files} ^ set(sums)
+        if different:
+            raise ValueError(f"missing, or not sealed by any rank: {', '.join(sorted(different))}")
         unfinished = partial / f"{_SUMS}{PARTIAL}"
         _write_synced(unfinished, json.dumps(sums, indent=1, sort_keys=True) + "\n")
         unfinished.rename(partial / _SUMS)
     for rank in range(num_ranks):
         _rank_sums(partial, rank).unlink(missing_ok=True)
-    for folder in sorted({path.parent for path in partial.rglob("*")}, reverse=True):  # the innermost first
-        sync_path(folder)
-    place = place_of(partial)
-    replace_directory(place)  # one may exist from before the run went back to an earlier checkpoint
-    return place
+    for subfolder in sorted({path.parent for path in partial.rglob("*")}, reverse=True):  # the innermost first
+        sync_path(subfolder)
+    folder = final_path(partial)
+    replace_directory(folder)  # one may exist from before the run went back to an earlier checkpoint
+    return folder
 
 
-def corrupt_files(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
-    """What is wrong with this rank's share of the files, the first of them by name; empty where nothing is.
+def corrupt_files(folder: Path, rank: int = 0, num_ranks: int = 1) -> str:
+    """Checks every `num_ranks`-th file, beginning with number `rank`, by reading all of its bytes.
 
-    Every byte of them is read.
+    Returns:
+        A description of the first file that is missing or has changed; empty if there is none.
     """
     try:
-        sums = json.loads((place / _SUMS).read_text())
+        sums = json.loads((folder / _SUMS).read_text())
         for name, expected in sorted(sums.items())[rank::num_ranks]:
-            path = place / name
+            path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
             size = path.stat().st_size
@@ -88,7 +92,7 @@ def corrupt_files(place: Path, rank: int = 0, num_ranks: int = 1) -> str:
 
 
 def file_sum(path: Path, *, sync: bool = False) -> dict[str, Any]:
-    """A file's `bytes` and `sha256`; `sync` brings it to the disk first."""
+    """Returns a file's size (`bytes`) and `sha256`; with `sync`, the file is synced first."""
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
@@ -100,9 +104,9 @@ def _files(partial: Path) -> list[Path]:
 
 
 def _owner(name: Path) -> int:
-    """The rank that has written a file: DeepSpeed's names say it, the others are the first rank's."""
-    found = re.search(r"(?:zero_pp_rank_|offloaded_tensors/rank)(\d+)", name.as_posix())
-    return int(found.group(1)) if found else 0
+    """Returns the rank that writes a file: DeepSpeed's names contain it, all other files are written by rank 0."""
+    match = re.search(r"(?:zero_pp_rank_|offloaded_tensors/rank)(\d+)", name.as_posix())
+    return int(match.group(1)) if match else 0
 
 
 def _rank_sums(partial: Path, rank: int) -> Path:

@@ -145,7 +145,7 @@ class Saver:
                 self._remove_old()
         except (OSError, ValueError) as error:
             raise self._make_error(partial, error) from error
-        path = atomic_folder.place_of(partial)
+        path = atomic_folder.final_path(partial)
         logger.info("%s is complete; saving took %.1f s", path, time.monotonic() - self._started_s)
         return path
 
@@ -189,7 +189,7 @@ class Saver:
         except OSError as unreadable:
             free = str(unreadable)
         return SaveError(
-            f"{atomic_folder.place_of(partial)} could not be saved: {' '.join(str(error).split())} ({free}); "
+            f"{atomic_folder.final_path(partial)} could not be saved: {' '.join(str(error).split())} ({free}); "
             f"{fallback}. Free some space, or choose another root=..., and run the same command again"
         )
 

@@ -9,7 +9,7 @@ import re
 import socket
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from train.config.schema import ConfigError
 
@@ -25,13 +25,18 @@ _FIRST_PORT, _NUM_PORTS = 15000, 15000  # below the ports that Linux gives to cl
 class Launch:
     """The position of this process, before any process group exists.
 
-    `variables` are the environment variables it was read from, as NAME=value, for messages.
+    Attributes:
+        rank, local_rank, size: of this process.
+        variables: environment variables it was read from, as NAME=value, for messages.
+        launcher_pid: process id of the launcher that started this rank; None without a launcher. It is read early,
+            because the parent of a process whose launcher has ended is another process.
     """
 
     rank: int
     local_rank: int
     size: int
     variables: tuple[str, ...] = field(default=(), compare=False)
+    launcher_pid: int | None = field(default=None, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -50,6 +55,11 @@ def read_launch(env: Mapping[str, str] | None = None) -> Launch:
         ConfigError: variables are missing, are no numbers, or contradict each other.
     """
     env = os.environ if env is None else env
+    launch = _read_position(env)
+    return replace(launch, launcher_pid=os.getppid()) if is_started_by_launcher(env) else launch
+
+
+def _read_position(env: Mapping[str, str]) -> Launch:
     _refuse_restarts(env)
     slurm = _slurm_launch(env)
     if slurm is not None and (env.get("PMI_RANK"), env.get("PMI_SIZE")) == (str(slurm.rank), str(slurm.size)):

@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TextIO
 import torch.distributed as dist
 
 from train.config.exit_codes import EXIT_FAILED, EXIT_USAGE
-from train.distributed.launch import Launch, is_started_by_launcher
+from train.distributed.launch import Launch
 from train.supervision import flight_recorder
 from train.supervision.rank_progress import Progress, RankStatus, find_stragglers, read_statuses
 from train.supervision.run_lock import RunLock
@@ -141,7 +141,6 @@ class Watchdog:
         self._limits_s = dict.fromkeys(_TIMED_PHASES, timeout_s) | {"join": join_timeout_s + _JOIN_MARGIN_S}
         self._timeout_s = timeout_s
         self._tick_s = min(5.0, timeout_s / 8)
-        self._launcher_pid = os.getppid() if is_started_by_launcher(os.environ) else None
         self._lock = RunLock(run_dir)
         self._log: TextIO = sys.stderr
         self._rank_thread = threading.get_ident()
@@ -280,10 +279,10 @@ class Watchdog:
             # Dumps the stacks even if this thread is no longer scheduled.
             faulthandler.dump_traceback_later(self._timeout_s, file=self._log)
             self._lock.touch()
-            if self._launcher_pid is not None and os.getppid() != self._launcher_pid:
+            if self._launch.launcher_pid not in (None, os.getppid()):
                 rank = f"rank {self._launch.rank} ({socket.gethostname()})"
                 self.exit_now(
-                    EXIT_FAILED, f"{rank} ends, because its launcher (process {self._launcher_pid}) has ended"
+                    EXIT_FAILED, f"{rank} ends, because its launcher (process {self._launch.launcher_pid}) has ended"
                 )
             status, entered_s = self.progress.current
             age_s = now_s - max(entered_s, started_s)

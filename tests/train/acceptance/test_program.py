@@ -165,9 +165,9 @@ def test_without_time_no_check_passes(tmp_path: Path) -> None:
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("fault", "found"), [("larger", "grad_norm differs"), ("late", "has been in step 1, micro-step 0, backward")]
+    ("fault", "reason"), [("larger", "grad_norm differs"), ("late", "has been in step 1, micro-step 0, backward")]
 )
-def test_faulty_runs_fail(tmp_path: Path, fault: str, found: str) -> None:
+def test_faulty_runs_fail(tmp_path: Path, fault: str, reason: str) -> None:
     """With a gradient that is wrong by one percent, or a rank that hangs, the verdict is FAILED with the reason, and
     the other checks still run."""
     out = tmp_path / "out"
@@ -180,7 +180,7 @@ def test_faulty_runs_fail(tmp_path: Path, fault: str, found: str) -> None:
     assert statuses(report) == {"one_rank": "passed", "zero3": "failed", "links": "passed", "hardware": "passed"}
     assert report["verdict"].startswith("accept: FAILED: 1 of 4 checks (zero3)")
     assert report["verdict"] in output
-    assert found in report["checks"][1]["reason"]
+    assert reason in report["checks"][1]["reason"]
 
 
 @pytest.mark.full

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import Ended, run_to_the_end
-from tests.train import disasters
+from tests.train import fault_runs
 from tests.train.cases import with_stage
 from train.checkpoint import saver as checkpoint
 from train.config.schema import RunConfig, SaveConfig
@@ -24,7 +24,7 @@ def long(tiny_parts: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Run
     root = tmp_path_factory.mktemp("undisturbed")
     config = replace(tiny_parts, root=str(root), name="whole", save=SaveConfig(every=8, keep=1))
     config = with_stage(replace(config, data=replace(config.data, workers=1)), epochs=6.0)
-    [ended] = run_to_the_end(1, disasters.run_as_it_is, config, folder=root, timeout_s=240)
+    [ended] = run_to_the_end(1, fault_runs.run_as_it_is, config, folder=root, timeout_s=240)
     assert ended.exit_code == 0, ended.output
     return config
 
@@ -48,13 +48,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def assert_goes_on(config: RunConfig, long: RunConfig, folder: Path) -> None:
     """The same command succeeds with the tensors and losses of the uninterrupted run and leaves nothing unfinished."""
-    [ended] = run_to_the_end(1, disasters.run_as_it_is, config, folder=folder, timeout_s=240)
+    [ended] = run_to_the_end(1, fault_runs.run_as_it_is, config, folder=folder, timeout_s=240)
     assert ended.exit_code == 0, ended.output
-    assert disasters.result_hash(config) == disasters.result_hash(long)
-    for actual, expected in zip(disasters.metrics(config), disasters.metrics(long), strict=True):
+    assert fault_runs.result_hash(config) == fault_runs.result_hash(long)
+    for actual, expected in zip(fault_runs.metrics(config), fault_runs.metrics(long), strict=True):
         assert actual["train/loss"] == expected["train/loss"]
     assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step_000019"]
-    assert disasters.told(config) == {"code": 0, "reason": "finished", "step": 18}
+    assert fault_runs.read_exit_report(config) == {"code": 0, "reason": "finished", "step": 18}
 
 
 @pytest.mark.full
@@ -63,7 +63,7 @@ def test_full_disk_at_a_save(long: RunConfig, small_disk: Path, tmp_path: Path, 
     """The run ends with a sentence that has the free space and the newest checkpoint, which is valid."""
     config = replace(long, root=str(small_disk), name="full")
     args = (config, "save", 1, leave)
-    [ended] = run_to_the_end(1, disasters.run_and_fill_the_disk, *args, folder=tmp_path, timeout_s=240)
+    [ended] = run_to_the_end(1, fault_runs.run_and_fill_the_disk, *args, folder=tmp_path, timeout_s=240)
     assert ended.exit_code == 1, ended.output
     place = config.run_dir / "checkpoints" / "step_000008"
     printed = (
@@ -81,7 +81,7 @@ def test_full_disk_in_the_middle_of_a_line(long: RunConfig, small_disk: Path, tm
     line."""
     config = replace(long, root=str(small_disk), name="full")
     args = (config, "agree", 9, 0.0)
-    [ended] = run_to_the_end(1, disasters.run_and_fill_the_disk, *args, folder=tmp_path, timeout_s=240)
+    [ended] = run_to_the_end(1, fault_runs.run_and_fill_the_disk, *args, folder=tmp_path, timeout_s=240)
     assert ended.exit_code == 1, ended.output
     printed = (
         r"error: rank 0 .* failed in step \d+, .*: OSError: .*No space left on device \(free some space, or choose a"
@@ -106,7 +106,7 @@ def test_disk_that_cannot_be_written(long: RunConfig, small_disk: Path, tmp_path
         )
         assert re.search(printed, ended.output), ended.output
         if is_first:
-            [ended] = run_to_the_end(1, disasters.run_as_it_is, first, folder=tmp_path, timeout_s=240)
+            [ended] = run_to_the_end(1, fault_runs.run_as_it_is, first, folder=tmp_path, timeout_s=240)
             assert ended.exit_code == 0, ended.output
     assert_goes_on(config, long, tmp_path)
 
@@ -115,7 +115,7 @@ def remounted(disk: Path, config: RunConfig, folder: Path) -> Ended:
     """Runs while the disk is read-only."""
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     try:
-        [ended] = run_to_the_end(1, disasters.run_as_it_is, config, folder=folder, timeout_s=240)
+        [ended] = run_to_the_end(1, fault_runs.run_as_it_is, config, folder=folder, timeout_s=240)
     finally:
         subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
     return ended
@@ -131,13 +131,13 @@ def test_store_that_vanishes(long: RunConfig, tmp_path: Path, comes_back: bool) 
     data = replace(long.data, store_root=str(stores), read_retries=5 if comes_back else 0)
     config = replace(long, root=str(tmp_path / "outputs"), name="away", data=data)
     args = (config, "tiny_pictures", 1.0 if comes_back else None)
-    [ended] = run_to_the_end(1, disasters.run_without_store, *args, folder=tmp_path, timeout_s=240)
+    [ended] = run_to_the_end(1, fault_runs.run_without_store, *args, folder=tmp_path, timeout_s=240)
     if comes_back:
         assert ended.exit_code == 0, ended.output
         assert "retrying in" in (config.run_dir / "log" / "rank_000.log").read_text()
     else:
         assert ended.exit_code == 1, ended.output
-        printed = disasters.told(config)["reason"]
+        printed = fault_runs.read_exit_report(config)["reason"]
         assert re.search(r"sample '\d+' of source tiny_pictures could not be read from its store: .*Stale", printed), (
             printed
         )
@@ -150,9 +150,9 @@ def test_store_that_vanishes(long: RunConfig, tmp_path: Path, comes_back: bool) 
 def test_reading_process_that_is_killed(long: RunConfig, tmp_path: Path) -> None:
     """A loader worker that dies ends the run with the cause; the same command resumes."""
     config = replace(long, root=str(tmp_path / "outputs"), name="worker")
-    [ended] = run_to_the_end(1, disasters.run_and_kill_a_worker, config, folder=tmp_path, timeout_s=240)
+    [ended] = run_to_the_end(1, fault_runs.run_and_kill_a_worker, config, folder=tmp_path, timeout_s=240)
     assert ended.exit_code == 1, ended.output
-    printed = disasters.told(config)["reason"]
+    printed = fault_runs.read_exit_report(config)["reason"]
     assert re.search(r"rank 0 .* failed in step \d+, .*DataLoader worker .*(Killed|exited unexpectedly)", printed), (
         printed
     )

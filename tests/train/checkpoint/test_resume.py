@@ -175,11 +175,11 @@ def test_frozen_parts_are_compared(start_ranks: StartRanks, run_config: RunConfi
     ranks.run(cases.train_up_to, config, 1)
     with pytest.raises(RankError, match="frozen parameters of image_newline, language_model, vision_tower differ"):
         ranks.run(cases.resume_elsewhere, config, True)
-    place = checkpoint.find_newest(config.run_dir / "checkpoints")
-    assert place is not None
-    state = checkpoint.read_state(place)
+    step_folder = checkpoint.find_newest(config.run_dir / "checkpoints")
+    assert step_folder is not None
+    state = checkpoint.read_state(step_folder)
     assert set(state.frozen) == {"vision_tower", "image_newline", "language_model"}
-    size = sum(path.stat().st_size for path in (place / "engine").iterdir())
+    size = sum(path.stat().st_size for path in (step_folder / "engine").iterdir())
     assert size < 200_000, "the connector, its master copy and two moments"
 
 
@@ -237,27 +237,27 @@ def test_a_setting_that_changes_what_is_learned_is_refused(
     run_config: RunConfig, tmp_path: Path, key: str, value: object
 ) -> None:
     """Each by itself; and the same settings are accepted."""
-    place = tmp_path / "step_000001"
-    place.mkdir()
-    config_file = checkpoint.config_path(place)
+    step_folder = tmp_path / "step_000001"
+    step_folder.mkdir()
+    config_file = checkpoint.config_path(step_folder)
     saved = OmegaConf.create(to_yaml(run_config))
     config_file.write_text(OmegaConf.to_yaml(saved))
-    check_same_run(place, SAVED, SAVED.data_fingerprint, run_config, ALONE)
+    check_same_run(step_folder, SAVED, SAVED.data_fingerprint, run_config, ALONE)
     OmegaConf.update(saved, key, value)
     config_file.write_text(OmegaConf.to_yaml(saved))
     with pytest.raises(ConfigError, match=re.escape(key)):
-        check_same_run(place, SAVED, SAVED.data_fingerprint, run_config, ALONE)
+        check_same_run(step_folder, SAVED, SAVED.data_fingerprint, run_config, ALONE)
 
 
 def test_another_type_or_other_data_are_refused(run_config: RunConfig, tmp_path: Path) -> None:
     """What the configuration does not hold: the type of the weights, and the fingerprint of the data."""
-    place = tmp_path / "step_000001"
-    place.mkdir()
-    checkpoint.config_path(place).write_text(to_yaml(run_config))
+    step_folder = tmp_path / "step_000001"
+    step_folder.mkdir()
+    checkpoint.config_path(step_folder).write_text(to_yaml(run_config))
     with pytest.raises(ConfigError, match="dtype was float32, is bfloat16"):
-        check_same_run(place, SAVED, SAVED.data_fingerprint, run_config, replace(ALONE, dtype=torch.bfloat16))
+        check_same_run(step_folder, SAVED, SAVED.data_fingerprint, run_config, replace(ALONE, dtype=torch.bfloat16))
     with pytest.raises(ConfigError, match=r"data_fingerprint was f+, is other"):
-        check_same_run(place, SAVED, "other", run_config, ALONE)
+        check_same_run(step_folder, SAVED, "other", run_config, ALONE)
 
 
 def test_steps_that_were_left_out_count_after_a_restart(start_ranks: StartRanks, run_config: RunConfig) -> None:
@@ -315,14 +315,14 @@ def test_a_checkpoint_runs_no_code(start_ranks: StartRanks, run_config: RunConfi
 def test_state_is_what_a_run_needs(start_ranks: StartRanks, run_config: RunConfig) -> None:
     """The state has step, data, layout, groups, frozen parts and the versions that it was written with."""
     start_ranks(1).run(cases.train_up_to, run_config, 1)
-    place = checkpoint.find_newest(run_config.run_dir / "checkpoints")
-    assert place is not None
-    state = checkpoint.read_state(place)
+    step_folder = checkpoint.find_newest(run_config.run_dir / "checkpoints")
+    assert step_folder is not None
+    state = checkpoint.read_state(step_folder)
     assert (state.step, state.updates, state.dtype) == (1, 1, "float32")
     assert state.layout == {"num_ranks": 1, "zero_stage": 2}
     assert {group["part"] for group in state.groups} == {"vision_tower", "projector", "image_newline", "language_model"}
     assert set(state.versions) == {"python", "torch", "deepspeed", "transformers", "code"}
-    assert Path(checkpoint.config_path(place)).read_text().startswith("root:")
+    assert Path(checkpoint.config_path(step_folder)).read_text().startswith("root:")
 
 
 def test_frozen_parts_are_hashed_on_the_usable_cores(monkeypatch: pytest.MonkeyPatch) -> None:

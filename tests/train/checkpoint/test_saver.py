@@ -62,11 +62,16 @@ def test_newest_are_kept(start_ranks: StartRanks, run_config: RunConfig) -> None
     ]
     other = replace(run_config, name="every")
     assert ranks.run(cases.save_often, other, SaveConfig(keep=1, keep_every=2))[0][-1] == ["step_000002", "step_000004"]
-    place = other.run_dir / "checkpoints" / "step_000004"
+    step_folder = other.run_dir / "checkpoints" / "step_000004"
     scripts = {"zero_to_fp32.py", "zero_to_torch.py"}  # DeepSpeed's, for people without this package
-    assert {path.name for path in place.iterdir()} - scripts == {"engine", "config.yaml", "run_state.json", "sums.json"}
-    sums = json.loads((place / "sums.json").read_text())
-    files = {path.relative_to(place).as_posix() for path in place.rglob("*") if path.is_file()}
+    assert {path.name for path in step_folder.iterdir()} - scripts == {
+        "engine",
+        "config.yaml",
+        "run_state.json",
+        "sums.json",
+    }
+    sums = json.loads((step_folder / "sums.json").read_text())
+    files = {path.relative_to(step_folder).as_posix() for path in step_folder.rglob("*") if path.is_file()}
     assert set(sums) == files - {"sums.json"}
 
 
@@ -156,7 +161,7 @@ def test_unfinished_ones_do_not_count_as_kept(tmp_path: Path) -> None:
         partial.mkdir()
         (partial / "sums.json").write_bytes((first / "sums.json").read_bytes())
     saved(tmp_path, 4, SaveConfig(keep=2))
-    assert [place.is_dir() for place in (first, tmp_path / "step_000004")] == [True, True]
+    assert [step_folder.is_dir() for step_folder in (first, tmp_path / "step_000004")] == [True, True]
 
 
 def test_interrupted_removal_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,12 +200,18 @@ def flip(path: Path) -> None:
 
 
 DAMAGES = {
-    "truncated": (lambda place: (place / "engine" / ENGINE_FILES[0]).write_bytes(b"ha"), "has 2 bytes, 4 were written"),
-    "bit flipped": (lambda place: flip(place / "engine" / ENGINE_FILES[1]), "other bytes than were written"),
-    "missing": (lambda place: (place / "engine" / ENGINE_FILES[0]).unlink(), "is missing"),
-    "state flipped": (lambda place: flip(place / "run_state.json"), "run_state.json has other bytes"),
-    "sums cut off": (lambda place: (place / "sums.json").write_text('{"engine/'), "JSONDecodeError"),
-    "sums empty": (lambda place: (place / "sums.json").write_text("[]"), "AttributeError"),
+    "truncated": (
+        lambda step_folder: (step_folder / "engine" / ENGINE_FILES[0]).write_bytes(b"ha"),
+        "has 2 bytes, 4 were written",
+    ),
+    "bit flipped": (
+        lambda step_folder: flip(step_folder / "engine" / ENGINE_FILES[1]),
+        "other bytes than were written",
+    ),
+    "missing": (lambda step_folder: (step_folder / "engine" / ENGINE_FILES[0]).unlink(), "is missing"),
+    "state flipped": (lambda step_folder: flip(step_folder / "run_state.json"), "run_state.json has other bytes"),
+    "sums cut off": (lambda step_folder: (step_folder / "sums.json").write_text('{"engine/'), "JSONDecodeError"),
+    "sums empty": (lambda step_folder: (step_folder / "sums.json").write_text("[]"), "AttributeError"),
 }
 
 

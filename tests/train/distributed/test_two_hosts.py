@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_to_the_end
-from tests.train import disasters
+from tests.train import fault_runs
 from tests.train.cases import with_stage, zero
 from train.config.schema import RunConfig
 
@@ -59,11 +59,11 @@ def test_hosts_that_lose_each_other(
     config = replace(run_config, engine=zero(stage), timeout_s=TIMEOUT_S, save=replace(run_config.save, every=1))
     config = with_stage(config, epochs=3.0)  # 10 steps
     args = (config, *hosts, ADDRESSES[0])
-    ended = run_to_the_end(2, disasters.run_on_hosts, *args, 4, folder=tmp_path, timeout_s=240)
+    ended = run_to_the_end(2, fault_runs.run_on_hosts, *args, 4, folder=tmp_path, timeout_s=240)
     took_s = time.time() - float((config.run_dir / "cut").read_text())
     assert [each.exit_code for each in ended] == [1, 1], ended
     assert took_s < TIMEOUT_S + 15
-    reported = disasters.told(config)
+    reported = fault_runs.read_exit_report(config)
     wait = r"ranks wait for one another in step \d+.* \(the network between them, or a collective .*\)"
     late = r"rank \d \(node\d\) has been in step \d+.* for \d+ s.*"
     assert re.match(rf"({wait}|{late}); rank \d \(node\d\) gave up", reported["reason"]), reported
@@ -71,6 +71,6 @@ def test_hosts_that_lose_each_other(
         log = each.output + (config.run_dir / "log" / f"rank_00{rank}.log").read_text()
         assert re.search(rf"rank {rank} \(node{rank}\) gave up", log), log
     subprocess.run(["ip", "-n", hosts[0][0], "link", "set", hosts[1][0], "up"], check=True)
-    ended = run_to_the_end(2, disasters.run_on_hosts, *args, None, folder=tmp_path, timeout_s=240)
+    ended = run_to_the_end(2, fault_runs.run_on_hosts, *args, None, folder=tmp_path, timeout_s=240)
     assert [each.exit_code for each in ended] == [0, 0], ended
-    assert len(disasters.metrics(config)) == 10
+    assert len(fault_runs.metrics(config)) == 10

@@ -50,11 +50,11 @@ def _trained(start_ranks: Start, config: RunConfig, num_ranks: int, zero_stage: 
     """Returns a run that has written its result, and its checkpoint of the same step."""
     config = replace(config, engine=cases.zero(zero_stage), save=SaveConfig(every=2, keep=2))
     start_ranks(num_ranks).run(cases.train_and_write, config)
-    place = config.run_dir / "checkpoints" / "step_000004"
-    assert place.is_dir()
+    saved = config.run_dir / "checkpoints" / "step_000004"
+    assert saved.is_dir()
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
     (config.run_dir / "data.json").write_text(json.dumps(ABOUT))
-    return config, place
+    return config, saved
 
 
 @pytest.mark.parametrize(
@@ -69,8 +69,8 @@ def test_export_from_a_checkpoint_equals_the_runs_result(
     zero_stage: int,
 ) -> None:
     """Every file of the run's result is equal byte for byte; there are also a card and what was verified."""
-    config, place = _trained(start_ranks, run_config, num_ranks, zero_stage)
-    assert main([str(place)]) == 0, capsys.readouterr().err
+    config, saved = _trained(start_ranks, run_config, num_ranks, zero_stage)
+    assert main([str(saved)]) == 0, capsys.readouterr().err
     out, result = config.run_dir / "exports" / "step_000004_hf", config.run_dir / "export"
     printed = capsys.readouterr().out
     assert {path.name for path in out.iterdir()} == {path.name for path in result.iterdir()} | {
@@ -96,8 +96,8 @@ def test_a_squashing_siglip_exports_and_reloads(
     transformers passes, and the directory without its run still exports as squashing."""
     model = tiny_model(tmp_path / "parts", "siglip")
     config = cases.with_stage(replace(run_config, model=model), image_mode="squash")
-    config, place = _trained(start_ranks, config, 1, 0)
-    assert main([str(place)]) == 0, capsys.readouterr().err
+    config, saved = _trained(start_ranks, config, 1, 0)
+    assert main([str(saved)]) == 0, capsys.readouterr().err
     assert "gives the same logits" in capsys.readouterr().out
     card = (config.run_dir / "exports" / "step_000004_hf" / "README.md").read_text()
     assert re.search(r"image_mode +\| squash ", card)
@@ -131,10 +131,10 @@ def test_fp32_copies_are_read_from_the_partitions(start_ranks: Start, run_config
     these are fp32."""
     for zero_stage in (1, 2):
         config = replace(run_config, name=f"zero{zero_stage}")
-        _, place = _trained(start_ranks, config, 2, zero_stage)
+        _, saved = _trained(start_ranks, config, 2, zero_stage)
         model = build_model(read_backbone(config.model), dtype=torch.float32, seed=0)
         set_trained_parts(model, config.stage.rates)
-        weights, masters = trained_weights(model, place), trained_weights(model, place, masters=True)
+        weights, masters = trained_weights(model, saved), trained_weights(model, saved, masters=True)
         assert set(weights) == set(masters)
         for name, tensor in weights.items():
             assert masters[name].shape == tensor.shape
@@ -147,12 +147,12 @@ def test_frozen_parts_come_from_where_the_run_had_them(
 ) -> None:
     """A checkpoint of a trained connector contains only that; the rest comes from an export and is compared by
     sha256."""
-    first, place = _trained(start_ranks, run_config, 1, 0)
+    first, saved = _trained(start_ranks, run_config, 1, 0)
     config = cases.with_stage(
         run_config, name="again", learning_rates={"projector": 1.0e-3}, init_from=str(first.run_dir / "export")
     )
-    config, place = _trained(start_ranks, config, 1, 0)
-    assert main([str(place), "--dtype", "bf16"]) == 0, capsys.readouterr().err
+    config, saved = _trained(start_ranks, config, 1, 0)
+    assert main([str(saved), "--dtype", "bf16"]) == 0, capsys.readouterr().err
     exported = load_file(config.run_dir / "exports" / "step_000004_hf" / "model.safetensors")
     trained = load_file(config.run_dir / "export" / "model.safetensors")
     before = load_file(first.run_dir / "export" / "model.safetensors")
@@ -162,11 +162,11 @@ def test_frozen_parts_come_from_where_the_run_had_them(
         assert torch.equal(tensor, before[name]) != name.startswith(("multi_modal_projector", "image_newline")), name
     capsys.readouterr()
 
-    other = (config_path(place)).read_text().replace(str(first.run_dir / "export"), "null").replace("'null'", "null")
-    (config_path(place)).write_text(other)
-    assert main([str(place)]) == 2
+    other = (config_path(saved)).read_text().replace(str(first.run_dir / "export"), "null").replace("'null'", "null")
+    (config_path(saved)).write_text(other)
+    assert main([str(saved)]) == 2
     assert re.search(r"config.yaml has .* bytes, .* changed that file yourself .*--no-verify", capsys.readouterr().err)
-    assert main([str(place), "--no-verify"]) == 2
+    assert main([str(saved), "--no-verify"]) == 2
     assert re.search(r"frozen parameters of language_model, vision_tower are not those", capsys.readouterr().err)
 
 
@@ -189,10 +189,10 @@ def test_frozen_model_is_streamed(start_ranks: Start, run_config: RunConfig, tmp
     rates: dict[str, float | None] = {"projector": 1.0e-3, "language_model": 1.0e-4}
     config = cases.with_stage(replace(run_config, model=model, lora=adapters), learning_rates=rates)
     start_ranks(1).run(cases.save_untrained, config, timeout_s=300)
-    place = config.run_dir / "checkpoints" / "step_000000"
-    assert sum(path.stat().st_size for path in place.rglob("*")) < 1e8
+    saved = config.run_dir / "checkpoints" / "step_000000"
+    assert sum(path.stat().st_size for path in saved.rglob("*")) < 1e8
     out = tmp_path / "out"
-    command = [str(place), "--no-verify", "--shard-gb", "0.1", "--out", str(out)]
+    command = [str(saved), "--no-verify", "--shard-gb", "0.1", "--out", str(out)]
     done = subprocess.run([sys.executable, "-c", _MEASURED, *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     grown_gb = int(done.stdout.splitlines()[-1]) * 1024 / 1e9
@@ -285,18 +285,18 @@ def test_a_checkpoint_that_would_run_code_is_refused(
     run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file and the name in it are reported before anything is unpickled."""
-    place = run_config.run_dir / "checkpoints" / "step_000002"
-    (place / "engine").mkdir(parents=True)
-    (place / "config.yaml").write_text(to_yaml(run_config))
+    saved = run_config.run_dir / "checkpoints" / "step_000002"
+    (saved / "engine").mkdir(parents=True)
+    (saved / "config.yaml").write_text(to_yaml(run_config))
     state = RunState(2, "d", {"num_ranks": 1, "zero_stage": 0}, "float32", [], 2, {}, {})
-    (place / "run_state.json").write_text(json.dumps(asdict(state)))
-    torch.save({"module": HostilePickle(tmp_path / "ran")}, place / "engine" / "mp_rank_00_model_states.pt")
-    files = [path for path in place.rglob("*") if path.is_file()]
+    (saved / "run_state.json").write_text(json.dumps(asdict(state)))
+    torch.save({"module": HostilePickle(tmp_path / "ran")}, saved / "engine" / "mp_rank_00_model_states.pt")
+    files = [path for path in saved.rglob("*") if path.is_file()]
     sums = {
-        path.relative_to(place).as_posix(): atomic_folder.file_sum(path) for path in files
+        path.relative_to(saved).as_posix(): atomic_folder.file_sum(path) for path in files
     }  # a stranger gives his own
-    (place / "sums.json").write_text(json.dumps(sums))
-    assert main([str(place)]) == 2
+    (saved / "sums.json").write_text(json.dumps(sums))
+    assert main([str(saved)]) == 2
     assert re.search(r"mp_rank_00_model_states.pt names \w+.system, which no checkpoint needs", capsys.readouterr().err)
     assert not (tmp_path / "ran").exists()
     assert not (run_config.run_dir / "exports").exists()
@@ -309,25 +309,25 @@ def test_a_damaged_checkpoint_is_refused_by_the_files_name(
     written. `--no-verify` exports anyway and says so, also on the card."""
     config = replace(run_config, engine=cases.zero(0))
     start_ranks(1).run(cases.save_often, config, SaveConfig(every=1, keep=2))
-    before, place = (config.run_dir / "checkpoints" / f"step_00000{step}" for step in (3, 4))
+    before, saved = (config.run_dir / "checkpoints" / f"step_00000{step}" for step in (3, 4))
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
-    weights = place / "engine" / "mp_rank_00_model_states.pt"
+    weights = saved / "engine" / "mp_rank_00_model_states.pt"
     sound = bytearray(weights.read_bytes())
     weights.write_bytes(sound[: len(sound) // 2] + bytes([sound[len(sound) // 2] ^ 1]) + sound[len(sound) // 2 + 1 :])
-    content = rf"{place} is damaged: engine/{weights.name} has other bytes than were written.*export another .*{before}"
-    for source in (place, config.run_dir):
+    content = rf"{saved} is damaged: engine/{weights.name} has other bytes than were written.*export another .*{before}"
+    for source in (saved, config.run_dir):
         assert main([str(source)]) == 2
         assert re.search(content, capsys.readouterr().err)
     assert not (config.run_dir / "exports").exists()
-    assert main([str(place), "--no-verify"]) == 0
+    assert main([str(saved), "--no-verify"]) == 0
     assert "NOT verified (--no-verify): neither the source's files nor" in capsys.readouterr().out
     assert "NOT verified" in (config.run_dir / "exports" / "step_000004_hf" / "README.md").read_text()
     weights.unlink()
-    assert main([str(place)]) == 2
+    assert main([str(saved)]) == 2
     assert f"engine/{weights.name} is missing" in capsys.readouterr().err
     assert main([str(before)]) == 0
     assert "the checkpoint's files match their sha256" in capsys.readouterr().out
-    shutil.rmtree(place)
+    shutil.rmtree(saved)
     (before / "sums.json").unlink()
     assert main([str(before)]) == 2
     assert re.search(r"sums.json.*there is none in .*checkpoints", capsys.readouterr().err)

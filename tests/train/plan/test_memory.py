@@ -82,13 +82,13 @@ def test_offload_moves_states_to_the_host() -> None:
 
 def saved_bytes(model: LlavaNext, batch: object) -> int:
     """Returns the bytes of the storages that autograd saves for the backward pass, without parameters."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    owned = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     held: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage().data_ptr()
-        if place not in own:
-            held[place] = tensor
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in owned:
+            held[pointer] = tensor
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -91,8 +91,8 @@ class _Page(HTMLParser):
 def page_of(*runs: Path) -> _Page:
     """The page of these runs, at its default path."""
     assert main([str(run) for run in runs]) == 0
-    place = runs[0] if len(runs) == 1 else runs[0].parents[1]
-    return _Page(place / "report.html")
+    folder = runs[0] if len(runs) == 1 else runs[0].parents[1]
+    return _Page(folder / "report.html")
 
 
 # ------------------------------------------------------------------------------------------------ the files

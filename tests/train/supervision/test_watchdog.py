@@ -22,7 +22,7 @@ from train.supervision.watchdog import ExitFile, _is_collective_error
 TIMEOUT_S = 10.0
 
 
-def place(rank: int, step: int, micro_step: int, phase: str) -> RankStatus:
+def make_status(rank: int, step: int, micro_step: int, phase: str) -> RankStatus:
     """Returns a status; its time does not matter."""
     return RankStatus(rank, "node1", step, micro_step, phase, since=0.0)
 
@@ -79,8 +79,8 @@ def test_progress_is_cheap(tmp_path: Path) -> None:
     assert fastest < 2e-4
 
 
-AT_FORWARD = place(0, 7, 5, "forward")
-AT_AGREE = place(0, 7, 0, "agree")
+AT_FORWARD = make_status(0, 7, 5, "forward")
+AT_AGREE = make_status(0, 7, 0, "agree")
 
 
 def test_age_ignores_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,18 +92,24 @@ def test_age_ignores_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         progress.record_observation(progress.current[0], waits=False, at="")
         assert read_statuses(tmp_path, 1)[0].age_s < 60
     monkeypatch.setattr(time, "time", clock)
-    assert replace(place(0, 3, 0, "forward"), since=clock() + 500).age_s == 0
+    assert replace(make_status(0, 3, 0, "forward"), since=clock() + 500).age_s == 0
 
 
 @pytest.mark.parametrize(
-    ("places", "expected"),
+    ("statuses", "expected"),
     {
-        "an_earlier_step": ([AT_AGREE, place(1, 6, 0, "update")], [1]),
-        "an_earlier_row": ([AT_FORWARD, place(1, 7, 4, "backward")], [1]),
-        "an_earlier_phase": ([AT_AGREE, place(1, 7, 5, "forward")], [1]),
-        "inside_the_same_phase": ([replace(AT_FORWARD, waits=True), place(1, 7, 5, "forward")], [1]),
-        "two_of_four": ([AT_AGREE, *(place(rank, 7, row, "data") for rank, row in ((1, 1), (2, 1), (3, 2)))], [1, 2]),
-        "device_waits": ([replace(AT_FORWARD, waits=True, waits_for_device=True), place(1, 7, 5, "forward")], [1]),
+        "an_earlier_step": ([AT_AGREE, make_status(1, 6, 0, "update")], [1]),
+        "an_earlier_row": ([AT_FORWARD, make_status(1, 7, 4, "backward")], [1]),
+        "an_earlier_phase": ([AT_AGREE, make_status(1, 7, 5, "forward")], [1]),
+        "inside_the_same_phase": ([replace(AT_FORWARD, waits=True), make_status(1, 7, 5, "forward")], [1]),
+        "two_of_four": (
+            [AT_AGREE, *(make_status(rank, 7, row, "data") for rank, row in ((1, 1), (2, 1), (3, 2)))],
+            [1, 2],
+        ),
+        "device_waits": (
+            [replace(AT_FORWARD, waits=True, waits_for_device=True), make_status(1, 7, 5, "forward")],
+            [1],
+        ),
         "all_wait_one_for_its_device": (
             [replace(AT_AGREE, waits=True), replace(AT_AGREE, rank=1, waits=True, waits_for_device=True)],
             [1],
@@ -112,9 +118,9 @@ def test_age_ignores_clock_jumps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "alone": ([AT_FORWARD], [0]),
     }.values(),
 )
-def test_find_stragglers(places: list[RankStatus], expected: list[int]) -> None:
+def test_find_stragglers(statuses: list[RankStatus], expected: list[int]) -> None:
     """The ranks with the least progress, and within one phase those that do not wait for the others."""
-    assert [result.rank for result in find_stragglers(places)] == expected
+    assert [result.rank for result in find_stragglers(statuses)] == expected
 
 
 def test_collective_errors_are_recognized() -> None:
@@ -127,8 +133,11 @@ def test_phases_are_in_the_order_of_a_step() -> None:
     """The order increases from one phase to the next, and from row to row."""
     row = [(number, phase) for number in range(3) for phase in ("data", "forward", "backward")]
     whole = [(0, phase) for phase in ("agree", "update", "evaluate", "save")]
-    steps = [place(0, step, *at) for step in (0, 1) for at in (*row, *whole)]
-    orders = [each.order for each in [place(0, -1, 0, "join"), place(0, -1, 0, "start"), *steps, place(0, 1, 0, "end")]]
+    steps = [make_status(0, step, *at) for step in (0, 1) for at in (*row, *whole)]
+    orders = [
+        each.order
+        for each in [make_status(0, -1, 0, "join"), make_status(0, -1, 0, "start"), *steps, make_status(0, 1, 0, "end")]
+    ]
     assert orders == sorted(set(orders))
     assert {each.phase for each in steps} | {"join", "start", "end"} == set(PHASES)
 
@@ -154,11 +163,11 @@ def faulty_run(config: RunConfig, fault: str, stage: int, folder: Path) -> tuple
     missing = [1] if fault == "stop" else []
     ended = run_to_the_end(2, cases.run_with_fault, config, 1, fault, folder=folder, missing=missing, timeout_s=240)
     exit_info = json.loads((config.run_dir / "exit.json").read_text())
-    place = json.loads((config.run_dir / "log" / "rank_001.progress").read_text().splitlines()[0])
-    took_s = (config.run_dir / "exit.json").stat().st_mtime - place["since"]
+    status = json.loads((config.run_dir / "log" / "rank_001.progress").read_text().splitlines()[0])
+    took_s = (config.run_dir / "exit.json").stat().st_mtime - status["since"]
     assert exit_info["code"] == 1
     assert (exit_info["rank"], exit_info["step"], exit_info["micro_step"], exit_info["phase"]) == tuple(
-        place[key] for key in ("rank", "step", "micro_step", "phase")
+        status[key] for key in ("rank", "step", "micro_step", "phase")
     )
     # One rank speaks, and what it says stands in exit.json.
     assert sum(each.output.count("error: rank 1 (") for each in ended) == 1

@@ -1,7 +1,7 @@
 """The whole program in forked ranks, with faults.
 
-These functions run the same command repeatedly, inject faults, and check the run folder; `moments.py` selects the
-moments, and `faults.py` has the faults of single steps. The assertions are in the tests.
+These functions run the same command repeatedly, inject faults, and check the run folder. `fault_points.py` has the
+points at which they interrupt a process, and `faults.py` the faults of single steps. The assertions are in the tests.
 """
 
 import ctypes
@@ -10,92 +10,135 @@ import hashlib
 import itertools
 import json
 import os
+import pickle
 import random
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from tests.train.moments import ACTS, OF_EVERY_RANK, at_act, at_phase, at_sample, later, watch_acts
+from tests.train.fault_points import (
+    FILE_OPERATIONS,
+    ON_EVERY_RANK,
+    at_file_operation,
+    at_phase,
+    at_sample,
+    run_later,
+    watch_file_operations,
+)
 from train.config.schema import RunConfig
 
 # ---------------------------------------------------------------------------------------------------- kills
 
 
 @dataclass(frozen=True)
-class Blow:
-    """When a process is killed, and with whom.
+class Kill:
+    """Which process is killed, and when.
 
     Attributes:
-        rank: that is struck; None: all of them, at the same moment.
-        act: before which of `ACTS`; "start": in the start of the process; "step": in a step.
-        number: how often it has done so before, this time included; of steps since its start.
-        seconds: after the start, or after the step was begun.
+        target: a rank, all ranks at the same time, or the launcher (torchrun), whose ranks must then end by themselves.
+        when: the file operation (one of `FILE_OPERATIONS`) before which it is killed; "start" or "step": during that.
+        number: of the operation, counted from 1, or of the step since the start.
+        seconds: after the start of the process or of the step.
     """
 
-    rank: int | None
-    act: str
+    target: int | Literal["all", "launcher"]
+    when: str
     number: int = 1
     seconds: float = 0.0
 
+    @property
+    def rank(self) -> int:
+        """The rank that reaches the point and kills."""
+        return self.target if isinstance(self.target, int) else 0
 
-def blows(seed: int, step_s: float, start_s: float) -> list[Blow]:
-    """Returns twenty moments: two starts, six steps, and every file operation of a save, some twice; half affect one
-    rank, half all."""
+
+def draw_kills(seed: int, step_s: float, start_s: float) -> list[Kill]:
+    """Returns twenty kills: two during the start, six in steps, and one or two before each file operation of a save.
+
+    Four are of the launcher; about half of the others are of one rank, the rest of all.
+    """
     draw = random.Random(seed)
-    acts = [*ACTS, *draw.sample(ACTS, 2), *["step"] * 6, *["start"] * 2]
-    draw.shuffle(acts)
-    actual = []
-    for act in acts:
-        ranks = (None, None, 0, 1) if act in (*OF_EVERY_RANK, "step") else (None, None if act == "start" else 0)
-        seconds = draw.uniform(0.0, start_s if act == "start" else step_s)
-        actual.append(Blow(draw.choice(ranks), act, draw.randint(1, 4 if act in ("rename", "sync") else 2), seconds))
-    return actual
+    points = [*FILE_OPERATIONS, *draw.sample(FILE_OPERATIONS, 2), *["step"] * 6, *["start"] * 2]
+    draw.shuffle(points)
+    kills = []
+    for index, when in enumerate(points):
+        ranks = (0, 1) if when in (*ON_EVERY_RANK, "step") else ("all",) if when == "start" else (0,)
+        target = "launcher" if index % 5 == 4 else draw.choice(("all", "all", *ranks))
+        seconds = draw.uniform(0.0, start_s if when == "start" else step_s)
+        kills.append(Kill(target, when, draw.randint(1, 4 if when in ("rename", "sync") else 2), seconds))
+    return kills
 
 
-def run_struck(config: RunConfig, blow: Blow | None, folder: str) -> int:
-    """The program from its checked configuration on, struck by `blow`; returns the exit code.
+def run_with_kill(config: RunConfig, kill: Kill | None, folder: str) -> int:
+    """Runs the program on a validated configuration with a kill; returns the exit code.
 
     Args:
-        folder: for the ranks' process ids. Without a blow, `measured.json` there says how many seconds the start took,
-            and which acts the first rank has seen.
+        config: of the run.
+        kill: None: no process is killed, and `measured.json` in `folder` gets the duration of the start in seconds
+            and the number of each file operation of rank 0.
+        folder: for the ranks' process ids.
     """
     from train.__main__ import execute
 
-    rank, places, checkpoints = int(os.environ["RANK"]), Path(folder), config.run_dir / "checkpoints"
-    (places / f"pid_{rank}").write_text(str(os.getpid()))
+    rank, shared, checkpoints = int(os.environ["RANK"]), Path(folder), config.run_dir / "checkpoints"
+    (shared / f"pid_{rank}").write_text(str(os.getpid()))
 
-    def strike() -> None:
-        if blow is None or blow.rank is None:
-            for path in places.glob("pid_*"):
+    def kill_target() -> None:
+        if kill is not None and kill.target == "launcher":
+            os.kill(os.getppid(), signal.SIGKILL)
+            return  # this rank goes on until it sees that its launcher has ended
+        if kill is not None and kill.target == "all":
+            for path in shared.glob("pid_*"):
                 if path.name != f"pid_{rank}":
                     with suppress(ProcessLookupError):
                         os.kill(int(path.read_text()), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    started, seen, took = time.monotonic(), Counter[str](), [0.0]
-    if blow is None:
-        at_phase("data", 0, lambda: took.append(time.monotonic() - started))
-        watch_acts(checkpoints, lambda act: seen.update([act]))
-    elif rank == (blow.rank or 0):
-        if blow.act == "start":
-            later(blow.seconds, strike)
-        elif blow.act == "step":
-            at_phase("agree", blow.number, lambda: later(blow.seconds, strike))
+    started, seen, start_s = time.monotonic(), Counter[str](), [0.0]
+    if kill is None:
+        at_phase("data", 0, lambda: start_s.append(time.monotonic() - started))
+        watch_file_operations(checkpoints, lambda operation: seen.update([operation]))
+    elif rank == kill.rank:
+        if kill.when == "start":
+            run_later(kill.seconds, kill_target)
+        elif kill.when == "step":
+            at_phase("agree", kill.number, lambda: run_later(kill.seconds, kill_target))
         else:
-            at_act(checkpoints, blow.act, blow.number, strike)
+            at_file_operation(checkpoints, kill.when, kill.number, kill_target)
     code = execute(config)
-    if rank == 0 and blow is None:
-        (places / "measured.json").write_text(json.dumps({"start_s": took[-1], "acts": seen}))
+    if rank == 0 and kill is None:
+        (shared / "measured.json").write_text(json.dumps({"start_s": start_s[-1], "operations": seen}))
     return code
 
 
-# --------------------------------------------------------------------------------------------- other trouble
+def run_with_killed_launcher(config: RunConfig, kill: Kill, folder: Path, timeout_s: float) -> int:
+    """Starts two ranks by torchrun, which `kill` ends; returns torchrun's exit code after its ranks have ended.
+
+    Raises:
+        subprocess.TimeoutExpired: the ranks, which share torchrun's output, have not ended within `timeout_s`.
+    """
+    (folder / "run.pickle").write_bytes(pickle.dumps((config, kill, str(folder))))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, "-m", "tests.train.fault_runs", str(folder / "run.pickle")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    launcher = subprocess.Popen(
+        command, env=environment | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE
+    )
+    try:
+        launcher.communicate(timeout=timeout_s)  # ends when the last of the ranks has closed the pipe
+    finally:
+        launcher.kill()
+    return launcher.returncode
+
+
+# --------------------------------------------------------------------------------------------- other faults
 
 
 def run_as_it_is(config: RunConfig) -> int:
@@ -123,12 +166,12 @@ def run_and_fill_the_disk(config: RunConfig, phase: str, number: int, leave: flo
 
 def run_without_store(config: RunConfig, store: str, back_after_s: float | None) -> int:
     """Removes a store while its images are read, as a network file system may; it returns, or does not."""
-    place, away, read = Path(config.data.store_root) / store, Path(config.data.store_root) / "away", os.pread
+    path, away, read = Path(config.data.store_root) / store, Path(config.data.store_root) / "away", os.pread
 
     def vanish() -> None:
-        place.rename(away)
+        path.rename(away)
         if back_after_s is not None:
-            later(back_after_s, lambda: away.rename(place))
+            run_later(back_after_s, lambda: away.rename(path))
 
     def pread(descriptor: int, length: int, offset: int) -> bytes:
         if away in Path(f"/proc/self/fd/{descriptor}").readlink().parents:  # a network's handle would be stale
@@ -215,7 +258,7 @@ def run_on_hosts(config: RunConfig, spaces: list[str], links: list[str], address
     return run_as_it_is(config)
 
 
-# ------------------------------------------------------------------------------------------ what must be there
+# ------------------------------------------------------------------------------------------ results
 
 
 def result_hash(config: RunConfig) -> str:
@@ -239,7 +282,12 @@ def metrics(config: RunConfig) -> list[dict[str, Any]]:
     return lines
 
 
-def told(config: RunConfig) -> dict[str, Any]:
+def read_exit_report(config: RunConfig) -> dict[str, Any]:
     """Returns the content of exit.json."""
     values: dict[str, Any] = json.loads((config.run_dir / "exit.json").read_text())
     return values
+
+
+if __name__ == "__main__":
+    run, kill, shared_folder = pickle.loads(Path(sys.argv[1]).read_bytes())
+    sys.exit(run_with_kill(run, kill, shared_folder))

@@ -1,6 +1,6 @@
-"""Moments at which a test interrupts a process: a phase of a step, a sample, a file operation of a save, a time.
+"""Points at which a test interrupts a process: a phase of a step, a sample, a file operation of a save, a time.
 
-Each function patches the process that calls it, which runs the program afterwards; `disasters.py` uses them.
+Each function patches the process that calls it, which runs the program afterwards; `fault_runs.py` uses them.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-ACTS = (
+FILE_OPERATIONS = (
     *(
         "mkdir",
         "half",
@@ -25,12 +25,13 @@ ACTS = (
     ),
     *("rename", "remove", "rmdir"),
 )
-"""What a rank does to its checkpoints while it saves, as `watch_acts` says it, about in this order."""
-OF_EVERY_RANK = ("half", "sync", "open sums_rank_.json")
+"""File operations of a rank on its checkpoints while it saves, as `watch_file_operations` names them, about in this
+order."""
+ON_EVERY_RANK = ("half", "sync", "open sums_rank_.json")
 
 
-def at_phase(phase: str, number: int, strike: Callable[[], None]) -> None:
-    """Calls `strike` when this rank enters a phase that it has entered `number` times before."""
+def at_phase(phase: str, number: int, callback: Callable[[], None]) -> None:
+    """Calls `callback` when this rank enters a phase for the time `number`, counted from 0."""
     from train.supervision.rank_progress import Progress
 
     enter, calls = Progress.enter, itertools.count()
@@ -38,41 +39,41 @@ def at_phase(phase: str, number: int, strike: Callable[[], None]) -> None:
     def watched(self: Progress, entered: str, step: int, micro_step: int = 0) -> None:
         enter(self, entered, step, micro_step)
         if entered == phase and next(calls) == number:
-            strike()
+            callback()
 
     Progress.enter = watched  # type: ignore[assignment, method-assign]
 
 
-def at_sample(number: int, strike: Callable[[], None]) -> None:
-    """Calls `strike` in the loader's process, before it reads its sample of this number."""
+def at_sample(number: int, callback: Callable[[], None]) -> None:
+    """Calls `callback` in the loader's process, before it reads its sample of this number."""
     from data_recipes.mixture.mixture import Mixture
 
     sample, calls = Mixture.sample, itertools.count()
 
     def watched(self: Mixture, index: int) -> Any:
         if next(calls) == number:
-            strike()
+            callback()
         return sample(self, index)
 
     Mixture.sample = watched  # type: ignore[method-assign]
 
 
-def at_act(folder: Path, act: str, number: int, strike: Callable[[], None]) -> None:
-    """Calls `strike` before the file operation of this name and number, see `watch_acts`."""
+def at_file_operation(folder: Path, operation: str, number: int, callback: Callable[[], None]) -> None:
+    """Calls `callback` before the file operation of this name and number, see `watch_file_operations`."""
     counts: Counter[str] = Counter()
 
-    def see(seen: str) -> None:
+    def count(seen: str) -> None:
         counts[seen] += 1
-        if (seen, counts[seen]) == (act, number):
-            strike()
+        if (seen, counts[seen]) == (operation, number):
+            callback()
 
-    watch_acts(folder, see)
+    watch_file_operations(folder, count)
 
 
-def watch_acts(folder: Path, see: Callable[[str], None]) -> None:
-    """Calls `see` with every act (of `ACTS`) of this process on what lies below `folder`, before it is done.
+def watch_file_operations(folder: Path, report: Callable[[str], None]) -> None:
+    """Calls `report` before every operation (of `FILE_OPERATIONS`) of this process on files below `folder`.
 
-    `half`: a file of DeepSpeed's is half written. Numbers in names are left out.
+    `half`: a file of DeepSpeed's is half written. Digits in names are left out.
     """
     import torch
 
@@ -86,15 +87,15 @@ def watch_acts(folder: Path, see: Callable[[str], None]) -> None:
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open" and isinstance(args[1], str) and "w" in args[1] and is_inside(args[0]):
-            see("open " + "".join(letter for letter in Path(args[0]).name if not letter.isdigit()))
+            report("open " + "".join(letter for letter in Path(args[0]).name if not letter.isdigit()))
         elif event == "os.rename" and is_inside(args[0]):
-            see("rename")
+            report("rename")
         elif event in ("os.remove", "os.rmdir", "os.mkdir") and is_inside(args[0], args[-1]):
-            see(event.removeprefix("os."))
+            report(event.removeprefix("os."))
 
     def watched_sync(descriptor: int) -> None:
         if is_inside(None, descriptor):
-            see("sync")
+            report("sync")
         sync(descriptor)
 
     def watched_save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
@@ -102,7 +103,7 @@ def watch_acts(folder: Path, see: Callable[[str], None]) -> None:
         if is_inside(path):
             whole = Path(path).read_bytes()
             os.truncate(path, len(whole) // 2)
-            see("half")
+            report("half")
             Path(path).write_bytes(whole)
 
     sys.addaudithook(hook)
@@ -110,8 +111,8 @@ def watch_acts(folder: Path, see: Callable[[str], None]) -> None:
     torch.save = watched_save  # type: ignore[assignment]
 
 
-def later(seconds: float, strike: Callable[[], object]) -> None:
-    """Calls `strike` in a thread after these seconds."""
-    timer = threading.Timer(seconds, strike)
+def run_later(seconds: float, callback: Callable[[], object]) -> None:
+    """Calls `callback` in a thread after `seconds`."""
+    timer = threading.Timer(seconds, callback)
     timer.daemon = True
     timer.start()
