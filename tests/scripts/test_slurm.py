@@ -4,6 +4,7 @@ prepared.
 """
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -319,6 +320,15 @@ def test_a_merge_that_an_array_job_submits(cluster_with_gpus: Cluster) -> None:
     command[2:2] = ["--array=3-3", "--cpus-per-task=2"]
     one = submit_from(cluster_with_gpus, "step", *command, **more)
     assert printed_tasks(cluster_with_gpus, one) == ["-m data_recipes.prepare --workers 2 --slice 3/3"]
+
+
+def test_acceptance_test_passes_as_a_job(cluster: Cluster, tmp_path: Path) -> None:
+    """The quick form on two nodes with one rank each; the ranks rendezvous through Slurm's variables."""
+    job = cluster.submit("accept.sbatch", "--out", str(tmp_path / "out"), "--quick", options=("-N2",))
+    assert cluster.ended(job)["ExitCode"] == "0:0", cluster.output(job)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["launcher"], report["ranks"]) == ("srun", 2)
+    assert {check["status"] for check in report["checks"]} == {"passed"}
 
 
 def test_arguments_with_spaces_reach_both_stages(tmp_path: Path) -> None:

@@ -61,19 +61,28 @@ def _compose_stages(options: argparse.Namespace) -> list[tuple[RunConfig, Hardwa
 
 def _plan(stages: list[tuple[RunConfig, Hardware, int]], options: argparse.Namespace) -> int:
     from train.plan.bar_chart import render_bar_chart
-    from train.plan.plan_text import format_plan, plan_values
+    from train.plan.plan_text import format_bracket, format_plan, plan_values
     from train.plan.stage_plan import plan_stage
 
     plans = []
     for config, hardware, nodes in stages:
         plans.append(plan_stage(config, hardware, nodes, num_samples=options.samples, config_dir=options.config_dir))
         print(format_plan(plans[-1]), end="\n\n", flush=True)
-    hours, gpu_hours = (sum(getattr(plan.requested, name) for plan in plans) for name in ("hours", "gpu_hours"))
+    hours, without_overlap, gpu_hours = (
+        sum(getattr(plan.requested, name) for plan in plans) for name in ("hours", "hours_without_overlap", "gpu_hours")
+    )
     fits = all(plan.requested.fits for plan in plans)
     if len(plans) > 1:
-        print(f"both stages: {hours:,.1f} h, {gpu_hours:,.0f} GPU-hours{'' if fits else ' (does not fit)'}")
+        duration = f"{format_bracket(hours, without_overlap)} h, {gpu_hours:,.0f} GPU-hours"
+        print(f"both stages: {duration}{'' if fits else ' (does not fit)'}")
     if options.out:
-        values = {"fits": fits, "hours": hours, "gpu_hours": gpu_hours, "stages": [plan_values(plan) for plan in plans]}
+        values = {
+            "fits": fits,
+            "hours": hours,
+            "hours_without_overlap": without_overlap,
+            "gpu_hours": gpu_hours,
+            "stages": [plan_values(plan) for plan in plans],
+        }
         options.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         print(f"wrote {options.out}")
     if options.picture:

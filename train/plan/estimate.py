@@ -47,6 +47,11 @@ class Estimate:
         return self.time.total * self.num_steps / 3600
 
     @property
+    def hours_without_overlap(self) -> float:
+        """Hours of the stage if computation hides no communication."""
+        return self.time.total_without_overlap * self.num_steps / 3600
+
+    @property
     def gpu_hours(self) -> float:
         return self.hours * self.num_ranks
 

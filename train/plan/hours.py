@@ -44,6 +44,7 @@ class StepTime:
         mfu: FLOPs without recompute, relative to the dense rate.
         flops: of a step on all ranks, without recompute.
         samples, micro_steps: means per step.
+        hidden_s: seconds of communication that are assumed to be hidden behind computation; not part of `kinds`.
     """
 
     kinds: dict[str, float]
@@ -52,11 +53,17 @@ class StepTime:
     flops: float
     samples: float
     micro_steps: float
+    hidden_s: float
 
     @property
     def total(self) -> float:
         """Seconds of a step."""
         return sum(self.kinds.values())
+
+    @property
+    def total_without_overlap(self) -> float:
+        """Seconds of a step if computation hides no communication."""
+        return self.total + self.hidden_s
 
     @property
     def samples_per_s(self) -> float:
@@ -97,7 +104,7 @@ def estimate_step_time(
     count = len(steps)
     kinds = {kind: value / count for kind, value in kinds.items()}
     compute_s = sum(kinds.values())
-    kinds["communication"] = estimate_communication(
+    kinds["communication"], hidden_s = estimate_communication(
         facts, settings, hardware, micro_steps / count, compute_s, half=half
     )
     kinds["gradients"] = micro_steps / count * estimate_accumulation(facts, settings, hardware, half=half)
@@ -115,6 +122,7 @@ def estimate_step_time(
         flops=useful / count,
         samples=samples / count,
         micro_steps=micro_steps / count,
+        hidden_s=hidden_s,
     )
 
 
@@ -186,8 +194,8 @@ def estimate_communication(
     compute_s: float,
     *,
     half: bool,
-) -> float:
-    """Returns the seconds of a step that ranks wait for communication.
+) -> tuple[float, float]:
+    """Returns the seconds of a step that ranks wait for communication, and those that computation is assumed to hide.
 
     Gradients are communicated in fp32. At stages 0 and 1 they are all-reduced once per step, at stage 2 in every
     micro-step (where DeepSpeed all-reduces its buckets too), at stage 3 reduce-scattered in every micro-step. Stages 1
@@ -209,9 +217,9 @@ def estimate_communication(
         blocks = facts.language.layers + facts.vision.layers
         gather = blocks * estimate_ring(s * facts.num_parameters / blocks, hardware, nodes)
         total, overlaps = (reduce_once + passes * gather) * micro_steps, settings.overlaps
-    exposed = max(0.0, total - OVERLAP * compute_s) if overlaps else total
+    hidden = min(total, OVERLAP * compute_s) if overlaps else 0.0
     final_gather = estimate_ring(float(s * trained), hardware, nodes) if stage in (1, 2) else 0.0
-    return exposed + final_gather
+    return total - hidden + final_gather, hidden
 
 
 def estimate_accumulation(facts: ModelFacts, settings: ExecutionSettings, hardware: Hardware, *, half: bool) -> float:

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from train.plan.advice import Advice
 from train.plan.estimate import Estimate, StagePlanner
+from train.plan.hours import OVERLAP
 
 GIB = 2**30
 
@@ -52,6 +53,14 @@ def format_plan(plan: StagePlan) -> str:
         f"{time.micro_steps:.1f} micro-steps, balance {time.balance:.3f}, MFU {time.mfu:.1%} of the dense rate, "
         f"{time.samples_per_s:.1f} samples/s",
         f"duration of the stage: {format_hours(requested)}",
+        *(
+            [
+                f"(if computation hides up to {OVERLAP:.0%} of its duration of communication, or none; links: "
+                f"{planner.hardware.link_gb_s:g} GB/s per GPU, {planner.hardware.network_gb_s:g} GB/s per node)"
+            ]
+            if time.hidden_s
+            else []
+        ),
         "",
         *_format_advice(plan),
     ]
@@ -111,13 +120,21 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
         "samples_per_s": time.samples_per_s,
         "steps": estimate.num_steps,
         "hours": estimate.hours,
+        "hours_without_overlap": estimate.hours_without_overlap,
         "gpu_hours": estimate.gpu_hours,
     }
 
 
+def format_bracket(hours: float, hours_without_overlap: float) -> str:
+    """Returns hours as a range: with the assumed overlap of communication, and without any."""
+    low, high = f"{hours:,.1f}", f"{hours_without_overlap:,.1f}"
+    return low if low == high else f"{low} to {high}"
+
+
 def format_hours(estimate: Estimate) -> str:
-    """Returns hours and GPU-hours as text."""
-    return f"{estimate.hours:,.1f} h, {estimate.gpu_hours:,.0f} GPU-hours"
+    """Returns hours, as a range, and GPU-hours as text."""
+    hours = format_bracket(estimate.hours, estimate.hours_without_overlap)
+    return f"{hours} h, {estimate.gpu_hours:,.0f} GPU-hours"
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

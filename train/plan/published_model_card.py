@@ -1,4 +1,4 @@
-"""Compares the training costs of the published model card with plans, and computes the MFU of both.
+"""Compares the training costs of the published model card with plans, and computes the MFU of the card.
 
 The costs are those of the LLaVA-NeXT blog post of January 2024, in GPUs and hours on A100. It does not say whether
 they include stage 1; they are taken as stage 2 on 760K samples, since stage 1 was that of LLaVA-1.5.
@@ -10,7 +10,7 @@ from train.plan.estimate import StagePlanner
 from train.plan.execution_settings import read_settings
 from train.plan.hardware import Hardware
 from train.plan.model_facts import count_model, read_architecture
-from train.plan.plan_text import format_table
+from train.plan.plan_text import format_bracket, format_table
 from train.plan.sample_lengths import load_population
 
 SAMPLES = 760_000
@@ -39,6 +39,7 @@ def plan_card(hardware: Hardware) -> list[dict[str, object]]:
                 "card_mfu": flops / (gpus * hours * 3600 * hardware.flops_per_s(half=True)),
                 "our_gpus": ours.num_ranks,
                 "our_hours": ours.hours,
+                "our_hours_without_overlap": ours.hours_without_overlap,
                 "our_mfu": ours.time.mfu,
                 "change": list(ours.settings.list_overrides(requested.settings)),
                 "memory_gib": ours.memory.total / 2**30,
@@ -48,6 +49,13 @@ def plan_card(hardware: Hardware) -> list[dict[str, object]]:
     return rows
 
 
+def _format_hours(row: dict[str, object]) -> str:
+    hours, without_overlap = row["our_hours"], row["our_hours_without_overlap"]
+    assert isinstance(hours, float)
+    assert isinstance(without_overlap, float)
+    return format_bracket(hours, without_overlap)
+
+
 def format_card(rows: list[dict[str, object]]) -> str:
     """Returns the rows as a text table."""
     cells = [
@@ -55,12 +63,11 @@ def format_card(rows: list[dict[str, object]]) -> str:
             str(row["size"]),
             f"{row['gpus']} x {row['card_hours']:.0f} h",
             f"{row['card_mfu']:.1%}",
-            f"{row['our_gpus']} x {row['our_hours']:.1f} h",
-            f"{row['our_mfu']:.1%}",
+            f"{row['our_gpus']} x {_format_hours(row)} h",
             f"{row['memory_gib']:.1f}",
             " ".join(map(str, row["change"])) if isinstance(row["change"], list) else "",
         ]
         for row in rows
     ]
-    header = ["", "card", "MFU", "planned", "MFU", "GiB per rank", "changes"]
+    header = ["", "card", "card's MFU", "planned", "GiB per rank", "changes"]
     return format_table(header, cells)

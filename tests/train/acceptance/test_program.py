@@ -184,34 +184,6 @@ def test_faulty_runs_fail(tmp_path: Path, fault: str, reason: str) -> None:
 
 
 @pytest.mark.full
-def test_slurm_job(tmp_path: Path) -> None:
-    """The batch script starts the program's tasks, which rendezvous through Slurm's variables; srun is a stand-in."""
-    srun, out = tmp_path / "bin" / "srun", tmp_path / "out"
-    srun.parent.mkdir()
-    srun.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{Path(__file__).parent / "fake_srun.py"}" "$@"\n')
-    srun.chmod(0o755)
-    job = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "4711", "SLURM_JOB_NODELIST": "localhost"}
-    job |= {"SLURM_JOB_NUM_NODES": "1", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "2"}
-    hidden = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LLAVA_NEXT_PROGRAM")
-    env = {key: value for key, value in os.environ.items() if key not in hidden}
-    env |= job | {"LLAVA_NEXT_PYTHON": sys.executable, "PATH": f"{srun.parent}{os.pathsep}{env['PATH']}"}
-    process = subprocess.Popen(
-        ["bash", "scripts/slurm/accept.sbatch", "--out", str(out), "--quick"],
-        cwd=ROOT,
-        env=env | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    code, output = finish(process, 900)
-    assert code == 0, output
-    report = report_in(out)
-    assert (report["launcher"], report["ranks"]) == ("srun", 2)
-    assert statuses(report) == dict.fromkeys(QUICK, "passed")
-
-
-@pytest.mark.full
 def test_two_hosts(tmp_path: Path, hosts: tuple[list[str], list[str]]) -> None:  # noqa: F811
     """Two ranks on each of two hosts with names and a network of their own: child runs communicate across it, and the
     hardware file has the links inside a host and the network between them."""

@@ -21,7 +21,14 @@ from tests.tiny import tiny_model
 from tests.train.plan.test_memory import FACTS, setting
 from train.config.schema import ConfigError
 from train.plan.hardware import Hardware, check_hardware
-from train.plan.hours import LINK_SHARE, estimate_communication, estimate_computation, estimate_ring, estimate_step_time
+from train.plan.hours import (
+    LINK_SHARE,
+    OVERLAP,
+    estimate_communication,
+    estimate_computation,
+    estimate_ring,
+    estimate_step_time,
+)
 from train.plan.simulated_steps import StepRows
 
 ALL = ("vision_tower", "projector", "image_newline", "language_model")
@@ -119,13 +126,27 @@ def test_stage_3_sends_more_and_stage_2_every_micro_step() -> None:
 
     def seconds(zero: int, micro_steps: float, recompute: tuple[str, ...] = ()) -> float:
         asked = replace(setting(zero, overlap_comm=0), recompute=recompute)
-        return estimate_communication(FACTS, asked, node, micro_steps, 1.0, half=True)
+        exposed_s, hidden_s = estimate_communication(FACTS, asked, node, micro_steps, 1.0, half=True)
+        assert hidden_s == 0
+        return exposed_s
 
     trained, every, share = 6700, 7000, 7 / 8 / (300e9 * LINK_SHARE)
     assert seconds(1, 4) == pytest.approx(share * (2 * 4 * trained + 2 * trained))
     assert seconds(2, 4) == pytest.approx(share * (4 * 2 * 4 * trained + 2 * trained))
     assert seconds(3, 4) == pytest.approx(share * 4 * (4 * trained + 2 * 2 * every))
     assert seconds(3, 4, ("language_model",)) == pytest.approx(share * 4 * (4 * trained + 3 * 2 * every))
+
+
+@pytest.mark.parametrize("compute_s", [0.01, 1e6])
+def test_computation_hides_at_most_its_share(compute_s: float) -> None:
+    """With overlap, exposed and hidden seconds add up to those without; a long computation hides everything that is
+    sent in micro-steps."""
+    node = replace(hardware(), link_latency_us=0)
+    exposed_s, hidden_s = estimate_communication(FACTS, setting(3, overlap_comm=1), node, 4, compute_s, half=True)
+    without_s, none_s = estimate_communication(FACTS, setting(3, overlap_comm=0), node, 4, compute_s, half=True)
+    assert none_s == 0
+    assert exposed_s + hidden_s == pytest.approx(without_s)
+    assert hidden_s == pytest.approx(min(without_s, OVERLAP * compute_s))
 
 
 def test_a_step_takes_as_long_as_its_slowest_ranks() -> None:
