@@ -132,6 +132,7 @@ def _describe_store(store: Store) -> dict[str, Any]:
         "source": store.name,
         "fingerprint": store.fingerprint,
         **{key: manifest.get(key) for key in keys},
+        "notes": manifest.get("notes", {}),  # stores prepared by earlier versions have none
     }
 
 
@@ -164,6 +165,9 @@ def _describe_details(source: Mapping[str, Any]) -> str:
     for title, counts in (("rejected", source.get("rejects")), ("repaired", source["repairs"])):
         if counts:
             parts.append(f"{title}: " + ", ".join(f"{reason} {count:,}" for reason, count in counts.items()))
+    if source["notes"]:
+        notes = (f"{name} {note['records']:,}" for name, note in source["notes"].items())
+        parts.append(f"noted: {', '.join(notes)}")
     return "; ".join(parts)
 
 

@@ -1,6 +1,6 @@
 """Splits the preparation of a source into slices, for array jobs of a cluster, and merges them.
 
-    <stores>/<source>.slices/003-of-032/   a store whose samples also have {record, place, repairs}
+    <stores>/<source>.slices/003-of-032/   a store whose samples also have {record, place, repairs, notes}
 
 Merging replays the records in their original order without decoding images, so the result is byte for byte the store
 that a single process writes. It needs the disk space of the store once more; the slices are removed afterwards.
@@ -45,12 +45,14 @@ class SliceTables(StoreTables):
             "record": Value("int64"),
             "place": Value("string"),
             "repairs": List(Value("string")),
+            "notes": List({"name": Value("string"), "example": Value("string")}),
         }
     )
 
     def _add_sample(self, sample: Sample, images: list[LoadedImage], position: StreamPosition) -> Reject | None:
         repairs = [*sample.repairs, *(note for image in images for note in image.notes)]
-        extra = {"record": position.num_records - 1, "place": sample.location, "repairs": repairs}
+        notes = [{"name": name, "example": example} for name, example in sample.notes]
+        extra = {"record": position.num_records - 1, "place": sample.location, "repairs": repairs, "notes": notes}
         self._write_sample(sample.id, sample, images, **extra)
         return None
 
@@ -166,6 +168,7 @@ def _iter_slice_samples(folder: Path) -> Iterator[tuple[int, LoadedRecord]]:
                 (),
                 row["place"],
                 tuple(row["repairs"]),
+                tuple((note["name"], note["example"]) for note in row.get("notes", ())),
             )
             yield row["record"], (sample, [load_row(number) for number in row["pictures"]])
 

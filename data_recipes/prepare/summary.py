@@ -1,4 +1,4 @@
-"""Prints the tables of sources, mixtures and rejected records at the end of `prepare`."""
+"""Prints the tables of sources, mixtures, rejected records and notes at the end of `prepare`."""
 
 import json
 from collections.abc import Sequence
@@ -28,6 +28,7 @@ def print_sources(sources: Sequence[SourceInfo], stores: Path) -> None:
         )
     print(text_table(["source", "published", "found", "rejected", "licence"], rows))
     print_rejects([source.name for source in sources], stores)
+    print_notes([source.name for source in sources], stores)
 
 
 def print_mixture(mixture: Mixture, stores: Path) -> None:
@@ -55,6 +56,7 @@ def print_mixture(mixture: Mixture, stores: Path) -> None:
         print("shared: has a held-out image; excluded: has an image of a store in `exclude`.")
     print(f"{mixture.config.name}: {mixture.num_samples:,} samples, fingerprint {mixture.fingerprint}")
     print_rejects([*mixture.source_names, *mixture.config.exclude], stores)
+    print_notes(mixture.source_names, stores)
 
 
 def print_rejects(names: Sequence[str], stores: Path) -> None:
@@ -70,6 +72,17 @@ def print_rejects(names: Sequence[str], stores: Path) -> None:
     if rows:
         print(text_table(["rejected in", "reason", "records", "share", "first record"], rows))
         print(f"All rejected records are listed in {stores}/SOURCE/quarantine.jsonl.")
+
+
+def print_notes(names: Sequence[str], stores: Path) -> None:
+    """Print what the records of each source hold and the samples do not, such as unknown keys, with an example."""
+    rows = []
+    for name in names:
+        notes = (read_manifest(stores / name) or {}).get("notes", {})
+        rows += [[name, note, f"{each['records']:,}", _shorten(each["example"], 60)] for note, each in notes.items()]
+    if rows:
+        print(text_table(["noted in", "note", "records", "example"], rows))
+        print("unknown_key: the key is not used. `columns` in the source's options names keys that are to be used.")
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -127,7 +127,8 @@ def match_component(record: dict[str, Any], rules: Sequence[Rule]) -> str | None
     image = record.get("image")
     image = image[0] if isinstance(image, list) and image else image
     path = image if isinstance(image, str) else None
-    sample_id = str(record.get("id"))
+    raw_id = record.get("id")
+    sample_id = str(raw_id) if isinstance(raw_id, str | int) else ""
     prompts: list[str] | None = None
     for rule in rules:
         if not _is_in_folders(path, rule.folders):

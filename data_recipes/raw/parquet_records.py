@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_recipes.raw.file_kinds import HEAD_BYTES, describe_file_kind
 from data_recipes.schema.sample import DataError, Reason, Reject
 
 # Published shards contain up to a gigabyte of images, so only one page and a few rows are in memory.
@@ -32,6 +33,14 @@ def find_shards(root: Path, pattern: str) -> list[Path]:
     return shards
 
 
+def list_columns(shard: Path) -> list[str]:
+    """Return the names of a shard's columns; none if it cannot be opened, which `iter_rows` reports."""
+    try:
+        return list(pq.read_schema(shard).names)
+    except (pa.ArrowException, OSError):
+        return []
+
+
 def iter_rows(shard: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> Iterator[tuple[str, Any]]:
     """Yield (location, row) for each row of a shard; a row is a dictionary {column: value}.
 
@@ -44,8 +53,12 @@ def iter_rows(shard: Path, columns: Sequence[str], optional: Sequence[str] = ())
         optional: columns to read if the shard has them.
 
     Raises:
-        DataError: the shard lacks one of `columns`.
+        DataError: the shard lacks one of `columns`, or is another kind of file, such as a pointer of git-lfs.
     """
+    with shard.open("rb") as stream:
+        kind = describe_file_kind(stream.read(HEAD_BYTES))
+    if kind is not None and shard.stat().st_size:
+        raise DataError(f"{shard} is {kind}, where parquet is expected. Download or unpack the file itself.")
     try:
         # Memory-mapping and pre-buffering would both keep a whole row group of images in memory.
         with pq.ParquetFile(shard, buffer_size=_BUFFER_BYTES, pre_buffer=False) as file:
@@ -70,7 +83,7 @@ def _rows_of_group(
     batches = file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
     while row < first + num_rows:
         try:
-            rows = next(batches).to_pylist()
+            batch = next(batches)
         except StopIteration:
             return
         except (pa.ArrowException, OSError) as error:
@@ -79,9 +92,20 @@ def _rows_of_group(
             detail = f"{num_lost} rows from here on cannot be read: {_first_line(error)}"
             yield location, _make_unreadable_reject(location, detail)
             return
-        for values in rows:
+        for values in _to_rows(batch):
             row += 1
             yield f"{name}, row {row}", values
+
+
+def _to_rows(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    """Return the rows; a column that Python cannot represent, such as times in nanoseconds, has its type as values."""
+    columns: dict[str, list[Any]] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[name] = column.to_pylist()
+        except (ValueError, OverflowError, ImportError):
+            columns[name] = [f"({column.type})"] * batch.num_rows
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _make_unreadable_reject(location: str, detail: str) -> Reject:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_recipes.raw.image_files import ImageError, resolve_inside
-from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
+from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble, describe_value
 
 # The prompts of the released datasets, verbatim.
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -51,7 +51,7 @@ def make_question(image: object, text: object, answer: object, location: str) ->
     """
     if not isinstance(image, str) or not isinstance(text, str) or not isinstance(answer, str):
         wrong = next(value for value in (image, text, answer) if not isinstance(value, str))
-        detail = f"picture, question and answer must be strings; one is {type(wrong).__name__} {str(wrong)[:60]!r}"
+        detail = f"picture, question and answer must be strings; one is {describe_value(wrong)}"
         return Reject(location, Reason.NOT_A_STRING, detail, location)
     if not answer.strip():
         return Reject(location, Reason.EMPTY_ANSWER, f"no answer to {text[:60]!r}", location)

@@ -1,75 +1,52 @@
-"""Reader of user data in the format of TRL, ms-swift and LLaMA-Factory: one JSON object per line.
+"""Reader of conversations in JSON, in the layouts of TRL, ms-swift, LLaMA-Factory, OpenAI, Qwen, xtuner and LLaVA.
 
     {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A
      cup."}], "images": ["photos/17.jpg"]}
 
-`content` may also be a list of parts, {"type": "text", "text": ...} and {"type": "image"}; an image is a path or
-{"path": ...}. If no message contains a placeholder, all images are placed before the first question, as in TRL and
-ms-swift. `id` is optional; the default is the file name and record number. `messages_parquet.py` reads the same columns
-from parquet.
+The file is a list, one object or list of turns per line, objects over several lines, or one object that holds the list.
+The layout of each record follows from its keys (`docs/data_layouts.md`). `llava_json.py` reads the same layouts, and
+separates the parts of merged files; `messages_parquet.py` reads them from parquet.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from data_recipes.raw.image_files import ImageError, resolve_images
+from data_recipes.raw.conversation_keys import RecordKeys, read_columns
+from data_recipes.raw.conversation_record import convert_record
+from data_recipes.raw.dataset_info import FILE_NAME, read_dataset_info
 from data_recipes.raw.json_records import iter_records
-from data_recipes.readers.llava_json import record_id
-from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble
+from data_recipes.schema.sample import DataError, Reject, Sample
 
 
-def samples(root: Path, annotations: str, image_root: str = ".") -> Iterator[Sample | Reject]:
+def samples(
+    root: Path,
+    annotations: str,
+    image_root: str = ".",
+    columns: Mapping[str, str | None] | None = None,
+    dataset: str | None = None,
+) -> Iterator[Sample | Reject]:
     """Yield the records of `root/annotations` in file order.
 
     Args:
         root: the source's raw folder.
-        annotations: path of the JSON-lines file (or JSON list), relative to `root`.
-        image_root: folder that the paths in `images` are relative to, itself relative to `root`.
+        annotations: path of the JSON file, relative to `root`; or of LLaMA-Factory's `dataset_info.json`.
+        image_root: folder that the records' image paths are relative to, itself relative to `root`.
+        columns: {part of a record: key that holds it}, for keys other than the usual ones; see
+            `conversation_keys.PARTS`.
+        dataset: the entry of `dataset_info.json` to read.
 
     Raises:
-        DataError: the annotations file does not exist.
+        DataError: the annotations file does not exist, or an option has an invalid value.
     """
-    for location, record in iter_records(root / annotations):
-        yield record if isinstance(record, Reject) else convert_record(record, root / image_root, location)
+    path, keys = find_annotations(root / annotations, columns, dataset)
+    for location, record in iter_records(path, (dict, list), record_keys=keys.record_keys()):
+        yield record if isinstance(record, Reject) else convert_record(record, root / image_root, location, keys)
 
 
-def convert_record(record: dict[str, Any], image_root: Path, location: str) -> Sample | Reject:
-    """Convert one record to a sample; arguments as in `llava_json.convert_record`."""
-    sample_id = record_id(record, location)
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return Reject(sample_id, Reason.BROKEN_RECORD, "`messages` is not a list of messages", location)
-    try:
-        images = resolve_images(record.get("images"), image_root)
-    except ImageError as error:
-        return Reject(sample_id, error.reason, error.detail, location)
-    turns = [(message.get("role"), _join_parts(message.get("content"))) for message in messages]
-    return assemble(sample_id, _insert_placeholders(turns, len(images)), images, location)
-
-
-def _insert_placeholders(turns: list[tuple[Any, Any]], num_images: int) -> list[tuple[Any, Any]]:
-    """Insert all placeholders before the first question if no turn contains one."""
-    if any(isinstance(text, str) and IMAGE_PLACEHOLDER in text for _, text in turns):
-        return turns
-    for number, (role, text) in enumerate(turns):
-        if role == "user" and isinstance(text, str):
-            turn = (role, f"{IMAGE_PLACEHOLDER}\n" * num_images + text)
-            return [*turns[:number], turn, *turns[number + 1 :]]
-    return turns
-
-
-def _join_parts(content: Any) -> Any:
-    """Join a list of parts to one string, with a placeholder per image part; return other content unchanged."""
-    if not isinstance(content, list):
-        return content
-    lines: list[str] = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            lines.append(IMAGE_PLACEHOLDER)
-        elif kind == "text" and isinstance(part.get("text"), str):
-            lines.append(part["text"])
-        else:
-            return content
-    return "\n".join(lines)
+def find_annotations(path: Path, columns: object, dataset: str | None) -> tuple[Path, RecordKeys]:
+    """Return the file with the records and the keys of their parts; arguments and errors as for `samples`."""
+    if path.name == FILE_NAME:
+        return read_dataset_info(path, dataset, columns)
+    if dataset is not None:
+        raise DataError(f"dataset: {dataset!r} is an entry of {FILE_NAME}, but `annotations` is {path.name!r}.")
+    return path, read_columns(columns)

@@ -1,27 +1,39 @@
-"""Reader of user data in parquet with columns `messages` and `images`, as written by the `datasets` library.
+"""Reader of conversations in parquet, as the `datasets` library writes them: for example, `messages` and `images`.
 
-The records are those of `messages_jsonl.py`; `images` contains {bytes, path} or paths, and `id` is optional.
+The rows are the records of `messages_jsonl.py`; images are {bytes, path} or paths. `llava_parquet.py` differs in the
+default of `shards` only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from data_recipes.raw.parquet_records import find_shards, iter_rows
-from data_recipes.readers.messages_jsonl import convert_record
+from data_recipes.raw.conversation_keys import read_columns
+from data_recipes.raw.conversation_record import convert_record
+from data_recipes.raw.parquet_records import find_shards, iter_rows, list_columns
 from data_recipes.schema.sample import Reject, Sample
 
 
-def samples(root: Path, shards: str = "**/*.parquet", image_root: str = ".") -> Iterator[Sample | Reject]:
+def samples(
+    root: Path,
+    shards: str = "**/*.parquet",
+    image_root: str = ".",
+    columns: Mapping[str, str | None] | None = None,
+) -> Iterator[Sample | Reject]:
     """Yield one sample per row, shards sorted by name.
 
     Args:
         root: the source's raw folder.
         shards: glob pattern of the parquet files, relative to `root`.
         image_root: folder, relative to `root`, of images that are stored as paths instead of bytes.
+        columns: {part of a record: column that holds it}, for columns other than the usual ones; see
+            `conversation_keys.PARTS`.
 
     Raises:
-        DataError: there is no shard, or a shard has no column `messages`.
+        DataError: there is no shard, a shard has no column of a conversation, or an option has an invalid value.
     """
+    keys = read_columns(columns)
     for shard in find_shards(root, shards):
-        for location, row in iter_rows(shard, ["messages"], optional=["id", "images"]):
-            yield row if isinstance(row, Reject) else convert_record(row, root / image_root, location)
+        names = list_columns(shard)
+        keys.check_columns(names, str(shard))
+        for location, row in iter_rows(shard, names):
+            yield row if isinstance(row, Reject) else convert_record(row, root / image_root, location, keys)

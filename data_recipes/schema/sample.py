@@ -4,7 +4,7 @@ Readers build samples with `assemble`; `check_sample` is applied to every sample
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Literal, cast
@@ -17,16 +17,23 @@ MAX_CHARACTERS = 1_000_000
 
 Role = Literal["system", "user", "assistant"]
 
-# Speaker names in raw files. ShareGPT exports use `bing`, `bard` and `chatgpt` for the assistant.
+# Speaker names in raw files, in lower case. ShareGPT exports use `bing`, `bard` and `chatgpt` for the assistant, newer
+# OpenAI formats `developer` for the system prompt, Gemini and Gemma `model`, OpenAssistant `prompter`.
 ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "human": "user",
     "user": "user",
+    "prompter": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
     "bing": "assistant",
     "bard": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
 }
 
 
@@ -47,6 +54,7 @@ class Reason(StrEnum):
     IMAGE_EMPTY = "picture_empty"
     IMAGE_TOO_LARGE = "picture_too_large"
     PATH_OUTSIDE_ROOT = "path_outside_root"
+    IMAGE_NOT_LOCAL = "image_not_local"
     PLACEHOLDER_MISMATCH = "placeholder_mismatch"
     EMPTY_ANSWER = "empty_answer"
     NOT_A_STRING = "not_a_string"
@@ -61,6 +69,8 @@ class Reason(StrEnum):
     ASPECT_RATIO = "aspect_ratio"
     WRONG_ENCODING = "wrong_encoding"
     UNKNOWN_COMPONENT = "unknown_component"
+    UNSUPPORTED_KEY = "unsupported_key"
+    UNFILLED_PLACEHOLDER = "unfilled_placeholder"
 
 
 @dataclass(frozen=True)
@@ -72,22 +82,44 @@ class Message:
 
 
 @dataclass(frozen=True)
+class ArchiveMember:
+    """One file inside a zip or tar archive.
+
+    Attributes:
+        archive: path of the archive.
+        name: name of the member, as the archive spells it.
+        path: where a record expects the unpacked file; None for a member that a reader names itself. Not compared.
+    """
+
+    archive: Path
+    name: str
+    path: Path | None = field(default=None, compare=False)
+
+
+ImageReference = Path | bytes | ArchiveMember
+"""An image of a sample: the path of a file, encoded bytes, or a member of an archive."""
+
+
+@dataclass(frozen=True)
 class Sample:
     """One conversation, as a reader yields it.
 
     Attributes:
         id: the id of the raw record. It need not be unique; the store makes it unique.
         messages: an optional system turn, then alternating user and assistant turns, user first.
-        images: one per `<image>` placeholder, as the path of a file or as encoded bytes.
+        images: one per `<image>` placeholder: the path of a file, encoded bytes, or a member of an archive.
         location: file and record number of the raw record.
         repairs: changes made to the raw record (`first_turn_dropped`, `last_turn_dropped`), counted in the manifest.
+        notes: (name, example) of what the raw record holds and the sample does not, such as an unknown key. They are
+            counted in the manifest and do not change the fingerprint. An example is one short line of printable text.
     """
 
     id: str
     messages: tuple[Message, ...]
-    images: tuple[Path | bytes, ...] = ()
+    images: tuple[ImageReference, ...] = ()
     location: str = ""
     repairs: tuple[str, ...] = ()
+    notes: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,8 +139,34 @@ class Reject:
     location: str = ""
 
 
+def describe_value(value: object, limit: int = 60) -> str:
+    """Describe a raw value of any type for a message: one line of printable text, about `limit` characters.
+
+    Lists and objects are described by their size or keys, because a value may be nested deeply.
+    """
+    if isinstance(value, bool) or value is None:
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str | int | float):
+        text = repr(value[:limit]) if isinstance(value, str) else repr(value)[:limit]
+        return text + "..." if isinstance(value, str) and len(value) > limit else text
+    if isinstance(value, dict):
+        keys = ", ".join(describe_key(key) for key in list(value)[:4])
+        return f"an object with the keys {keys}"[: limit + 20] if keys else "an empty object"
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    if isinstance(value, bytes):
+        return f"{len(value)} bytes"
+    return f"a {type(value).__name__}"
+
+
+def describe_key(key: object, limit: int = 40) -> str:
+    """Describe a raw key for a message: the key itself, or its quoted beginning if it is long or not printable."""
+    text = str(key) if isinstance(key, str | int | float) else type(key).__name__
+    return text if text.isprintable() and 0 < len(text) <= limit else repr(text[:limit])
+
+
 def assemble(
-    sample_id: str, turns: Iterable[tuple[object, object]], images: Iterable[Path | bytes], location: str
+    sample_id: str, turns: Iterable[tuple[object, object]], images: Iterable[ImageReference], location: str
 ) -> Sample | Reject:
     """Build a `Sample` from raw (speaker, text) pairs, which may have any type.
 
@@ -123,7 +181,7 @@ def assemble(
     for number, (speaker, text) in enumerate(turns, start=1):
         if not isinstance(speaker, str) or not isinstance(text, str):
             wrong = text if isinstance(speaker, str) else speaker
-            detail = f"turn {number} holds {type(wrong).__name__} {str(wrong)[:60]!r} where a string belongs"
+            detail = f"turn {number} holds {describe_value(wrong)} where a string belongs"
             return Reject(sample_id, Reason.NOT_A_STRING, detail, location)
         role = ROLES.get(speaker.strip().lower())
         if role is None:

@@ -27,6 +27,9 @@ from data_recipes.writing.seen import SeenIndex
 # A checkpoint completes a shard of both tables, which also limits the size of the files.
 CHECKPOINT_BYTES = 1 << 30
 CHECKPOINT_RECORDS = 100_000
+MAX_NOTES = 100
+"""Different notes that a manifest lists; a file whose keys are ids would have one for each record."""
+OTHER_NOTES = "other"
 
 _SAMPLES = Features(
     {
@@ -62,6 +65,7 @@ class StoreReport:
         num_images: number of distinct images.
         rejects: {reason: number of rejected records}.
         repairs: {repair: number of changed samples}.
+        notes: {note: {"records": number of samples, "example": of the first one}}.
         fingerprint: sha256 of the samples.
     """
 
@@ -72,6 +76,7 @@ class StoreReport:
     num_images: int
     rejects: dict[str, int]
     repairs: dict[str, int]
+    notes: dict[str, dict[str, Any]]
     fingerprint: str
 
 
@@ -107,6 +112,7 @@ class StoreTables:
         self.num_records: int = progress.get("num_records", 0)
         self.rejects: Counter[str] = Counter(progress.get("rejects", {}))
         self.repairs: Counter[str] = Counter(progress.get("repairs", {}))
+        self.notes: dict[str, dict[str, Any]] = progress.get("notes", {})
 
     def add(self, loaded: LoadedRecord, position: StreamPosition, strict: bool = False) -> Reject | None:
         """Add one record.
@@ -158,6 +164,7 @@ class StoreTables:
             "num_records": self.num_records,
             "rejects": self.rejects,
             "repairs": self.repairs,
+            "notes": self.notes,
         }
         self._seen.commit(progress)
         self.has_checkpoint = True
@@ -186,6 +193,7 @@ class StoreTables:
             num_images=self._images.num_rows,
             rejects=dict(sorted(self.rejects.items())),
             repairs=dict(sorted(self.repairs.items())),
+            notes=dict(sorted(self.notes.items())),
             fingerprint=fingerprint,
         )
         manifest: dict[str, Any] = {
@@ -198,6 +206,7 @@ class StoreTables:
             "num_picture_bytes": self._image_bytes,
             "rejects": report.rejects,
             "repairs": report.repairs,
+            "notes": report.notes,
             **(extra_manifest or {}),
             "files": self._files(),
         }
@@ -233,9 +242,17 @@ class StoreTables:
         self._seen.add_sample(sample.id, content)
         self._seen.add_sample(sample_id, content)
         self.repairs.update(repairs)
+        self._count_notes(sample)
         self._write_sample(sample_id, sample, images)
         self._content = hashlib.sha256(self._content + _canonical([sample_id, messages, hashes])).digest()
         return None
+
+    def _count_notes(self, sample: Sample) -> None:
+        for name, example in sample.notes:
+            if name not in self.notes and len(self.notes) >= MAX_NOTES:
+                name, example = OTHER_NOTES, f"{name}: {example}"
+            note = self.notes.setdefault(name, {"records": 0, "example": example})
+            note["records"] += 1
 
     def _write_sample(self, sample_id: str, sample: Sample, images: list[LoadedImage], **extra: object) -> None:
         rows = [self._image_row(image) for image in images]

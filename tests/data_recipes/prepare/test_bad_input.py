@@ -153,6 +153,12 @@ def test_each_error_has_its_reason(workspace: Path, workers: str, capsys: pytest
         "last_turn_dropped": 1,
         "wrong_extension": 1,
     }
+    assert store.manifest["notes"] == {
+        "unknown_key:model": {"records": 1, "example": "'gpt-4'"},
+        "unknown_key:nested": {"records": 1, "example": "an object with the keys a"},
+        "unknown_key:score": {"records": 1, "example": "1.5"},
+    }
+    assert "unknown_key:score" in out
     counts = {reason: list(expected.values()).count(reason) for reason in expected.values()}
     assert store.manifest["rejects"] == dict(sorted(counts.items()))
     for reason, count in counts.items():
@@ -178,7 +184,8 @@ def test_every_reason_is_tested() -> None:
     """Every reason is tested, here or in the named tests."""
     here = {reason for _, _, reason in BAD.values()}
     here |= {Reason.DUPLICATE_ID, Reason.FILE_CUT_OFF}
-    elsewhere = {"file_unreadable", "unknown_component"}  # tested above and in test_shared_files.py
+    # tested above, in test_shared_files.py, in test_user_layouts.py, and in test_image_files.py
+    elsewhere = {"file_unreadable", "unknown_component", "unsupported_key", "unfilled_placeholder", "image_not_local"}
     assert {str(reason) for reason in set(Reason) - here} <= elsewhere
 
 

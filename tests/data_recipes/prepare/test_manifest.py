@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def stores(tmp_path: Path) -> Path:
     """`chart_qa` with 20 samples and a reject, `chats` with 10, and a benchmark with three of the charts."""
     shown = [make_image(n) for n in range(20)]
     samples: list[Sample | Reject] = [*(make_sample(str(n), shown[n]) for n in range(20)), REJECT]
+    samples[1] = replace(make_sample("1", shown[1]), notes=(("unknown_key:score", "0.5"),))
     about: dict[str, Any] = {"licence": "GPL-3.0 & more", "publisher": "A. Masry", "citation": ENTRY}
     make_store(tmp_path / "chart_qa", samples, max_reject_share=1.0, expected_count=99, **about)
     make_store(
@@ -57,6 +59,7 @@ def test_json(stores: Path) -> None:
         "used": 12,
         "share": 0.545455,
         "rejects": {"picture_missing": 1},
+        "notes": {"unknown_key:score": {"records": 1, "example": "0.5"}},
         "num_records": 21,
         "expected_count": 99,
         "licence": "GPL-3.0 & more",
@@ -79,7 +82,7 @@ def test_data_section(stores: Path) -> None:
     assert "| chats | 10 | 10 | 0 | 0 | 10 | 45.5% | not stated |" in markdown
     assert "They contain no image of bench." in markdown
     assert "A. Masry; store " in markdown
-    assert "; 21 records, 20 images; rejected: picture_missing 1" in markdown
+    assert "; 21 records, 20 images; rejected: picture_missing 1; noted: unknown_key:score 1" in markdown
     latex = (folder / "manifest.tex").read_text()
     row = r"chart\\_qa~\\cite\{masry2022chartqa\} & 99 & 20 \(-79\) & 4 & \d & 12 & 54.5\\% & GPL-3.0 \\& more \\\\"
     assert re.search(row, latex)
@@ -88,6 +91,17 @@ def test_data_section(stores: Path) -> None:
     assert f"@inproceedings{{masry2022chartqa,\n{values}}}" in bibtex
     assert "@misc{chats,\n  note = {V. Zhou, 2019.},\n}" in bibtex
     assert set(re.findall(r"\\cite\{(\w+)\}", latex)) == set(re.findall(r"@\w+\{(\w+),", bibtex))
+
+
+def test_stores_of_earlier_versions(stores: Path) -> None:
+    """A store whose manifest has no notes gives a mixture's manifest without notes."""
+    path = stores / "chart_qa" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["notes"]
+    path.write_text(json.dumps(manifest))
+    folder = write_manifest(mixture(stores), stores)
+    assert json.loads((folder / "manifest.json").read_text())["sources"][0]["notes"] == {}
+    assert "noted" not in (folder / "manifest.md").read_text()
 
 
 def test_manifest_does_not_depend_on_path(stores: Path, tmp_path: Path) -> None:

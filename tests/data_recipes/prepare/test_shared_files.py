@@ -60,9 +60,9 @@ def parses(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files of records that were opened, in order."""
     opened: list[Path] = []
 
-    def counted(path: Path) -> Iterator[tuple[str, Any]]:
+    def counted(path: Path, **options: Any) -> Iterator[tuple[str, Any]]:
         opened.append(path)
-        return iter_records(path)
+        return iter_records(path, **options)
 
     monkeypatch.setattr(llava_json, "iter_records", counted)
     return opened

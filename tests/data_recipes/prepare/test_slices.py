@@ -1,6 +1,7 @@
 """Tests of slices: merged slices give the store that a single process writes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,10 @@ def make_records(folder: Path) -> list[Sample | Reject]:
             items.append(Reject(f"r{number}", Reason.BROKEN_RECORD, "cut off", f"file, record {number}"))
             items.append(make_sample(f"gone {number}", folder / "gone.png"))
     items.append(make_sample("odd name", write_file(folder / "odd.gif", make_image(99))))
+    for number in (3, 9, 40):
+        item = items[number]
+        assert isinstance(item, Sample)
+        items[number] = replace(item, notes=(("unknown_key:score", str(number)), (f"unknown_key:{number}", "x")))
     return items
 
 
@@ -54,6 +59,8 @@ def test_merged_slices_are_the_store_of_one_process(
     report = write_store(tmp_path / "one" / "s", SOURCE, items)
     assert report.rejects == {"broken_record": 3, "duplicate_id": 5, "picture_missing": 3}
     assert report.repairs == {"id_made_unique": 5, "wrong_extension": 1}
+    assert report.notes["unknown_key:score"] == {"records": 3, "example": "3"}
+    assert len(report.notes) == 4
     store = tmp_path / "many" / "s"
     for number in range(num_slices, 0, -1):
         inputs = {"recipe": "r"} | ({"raw": "state"} if number == 1 else {})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_recipes.raw.parquet_records import find_shards, iter_rows
+from data_recipes.raw.parquet_records import find_shards, iter_rows, list_columns
 from data_recipes.schema.sample import DataError, Reason, Reject
 from tests.data_recipes.raw_folders import write_file, write_parquet
 
@@ -43,6 +43,26 @@ def test_unreadable_shard(tmp_path: Path, content: bytes) -> None:
     assert location == "a.parquet"
     assert isinstance(reject, Reject)
     assert reject.reason is Reason.FILE_UNREADABLE
+
+
+def test_other_kind_of_file(tmp_path: Path) -> None:
+    """A pointer of git-lfs is a user error that names the file."""
+    shard = write_file(tmp_path / "a.parquet", "version https://git-lfs.github.com/spec/v1\noid sha256:8\nsize 2\n")
+    assert list_columns(shard) == []
+    with pytest.raises(DataError, match=r"a\.parquet is a git-lfs pointer"):
+        list(iter_rows(shard, ["n"]))
+
+
+def test_columns_of_any_type(tmp_path: Path) -> None:
+    """A column that Python cannot represent does not prevent reading the others."""
+    table = pa.table(
+        {"n": [1, 2], "time": pa.array([1, 2], pa.timestamp("ns")), "day": pa.array([1, -(2**30)], pa.date32())}
+    )
+    pa.parquet.write_table(table, tmp_path / "a.parquet")
+    names = list_columns(tmp_path / "a.parquet")
+    assert names == ["n", "time", "day"]
+    rows = [row for _, row in iter_rows(tmp_path / "a.parquet", names)]
+    assert [row["n"] for row in rows] == [1, 2]
 
 
 def test_truncated_shard(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ def texts(sample: Sample | Reject) -> list[str]:
 
 
 def test_llava_json(tmp_path: Path) -> None:
-    """Ids of either type; one image, a list of images, or none; other keys are ignored."""
+    """Ids of either type; one image, a list of images, or none; other keys are noted."""
     extra = [
         llava_record(0, "images/00000.png", id=42, model="x"),
         llava_record(1, ["images/00000.png", "images/00001.png"], id="b"),
@@ -42,6 +42,7 @@ def test_llava_json(tmp_path: Path) -> None:
     )
     assert isinstance(items[4], Sample)
     assert (items[4].id, items[4].images) == ("42", (root / "images/00000.png",))
+    assert items[4].notes == (("unknown_key:model", "'x'"),)
     assert isinstance(items[5], Sample)
     assert len(items[5].images) == 2
     rejects = {item.id: item.reason for item in items if isinstance(item, Reject)}
@@ -84,7 +85,7 @@ def test_messages_jsonl(tmp_path: Path) -> None:
     assert texts(items[0]) == texts(items[1]) == ["<image>\nWhy?", "So."]
     assert [item.id for item in items[:2]] == ["own.jsonl, record 1", "7"]
     assert [item.reason for item in items if isinstance(item, Reject)] == [
-        Reason.NOT_A_STRING,
+        Reason.UNSUPPORTED_KEY,
         Reason.BROKEN_RECORD,
         Reason.NOT_A_STRING,
         Reason.PATH_OUTSIDE_ROOT,

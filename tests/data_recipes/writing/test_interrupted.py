@@ -49,9 +49,9 @@ def small_checkpoints(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def raw_samples(root: Path) -> Iterator[Sample | Reject]:
-    """Read 45 records, one of them invalid."""
+    """Read 45 records, of which one is invalid and one has an unknown key."""
     if not root.exists():
-        write_llava(root, 44, [llava_record(99, "gone.png")])
+        write_llava(root, 43, [llava_record(50, score=0.5), llava_record(99, "gone.png")])
     return llava_json.samples(root, "mix.json", "images")
 
 
