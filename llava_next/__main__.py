@@ -20,6 +20,7 @@ _EXIT_USAGE = 2
 _PROGRAMS = {
     "train": ("train", "train one stage of a model"),
     "plan": ("train.plan", "memory, time and limits of a run before its launch"),
+    "guess": ("data_recipes.guess", "which reader and options fit a folder or file of raw data"),
     "prepare": ("data_recipes.prepare", "raw files to prepared sources and a mixture's manifest"),
     "inspect": ("train.inspect", "samples as the model sees them, and their losses"),
     "report": ("train.report", "runs on one page"),

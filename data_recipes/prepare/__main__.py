@@ -1,6 +1,7 @@
 """Program that prepares stores from raw files.
 
     python -m data_recipes.prepare --mixture NAME --raw DIR --stores DIR [--workers N] [--strict]
+    ... --partial        although the raw files have fewer records than were published
     ... --slice 3/32     one of 32 jobs of a cluster;     ... --merge 32     afterwards, once
 
 Exit codes: 0 success; 1 data or machine error, such as too many invalid records or a full disk; 2 user error; 130
@@ -17,21 +18,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from data_recipes.guess.explain import explain_rejected
 from data_recipes.mixture.mixture import Mixture, read_mixture
 from data_recipes.prepare import summary
+from data_recipes.prepare.completeness import MIN_SHARE, check_complete, count_required
 from data_recipes.prepare.disk_space import SpaceNeed, check_space
 from data_recipes.prepare.manifest import write_manifest
 from data_recipes.prepare.shared_files import read_group
 from data_recipes.prepare.slices import make_slice_writer, merge_slices, read_slices
 from data_recipes.prepare.work_list import WorkItem, estimate_group_space, plan_work, report_up_to_date
+from data_recipes.raw.archives import describe_copies, set_cache_folder
 from data_recipes.raw.image_pool import ImagePool
 from data_recipes.schema.arguments import output_folder, path_argument, text_argument
 from data_recipes.schema.config_dir import CONFIG_DIR, describe_replaced
 from data_recipes.schema.console import run_program
 from data_recipes.schema.file_access import describe_error
 from data_recipes.schema.sample import DataError
-from data_recipes.schema.source import read_source
+from data_recipes.schema.source import SourceInfo, read_source
 from data_recipes.store.durable import exclusive_lock
+from data_recipes.store.reader import read_manifest
 from data_recipes.writing.progress import Progress
 from data_recipes.writing.sample_stream import (
     WHOLE_SOURCE,
@@ -56,6 +61,7 @@ class Arguments:
     workers: int
     strict: bool
     max_rejects: float | None
+    partial: bool
     slice: Slice
     merge: int | None
     config_dir: Path | None
@@ -80,6 +86,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         type=float,
         metavar="SHARE",
         help="fail above this fraction of rejected records, 0 to 1 (default: each source's max_reject_share)",
+    )
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help=f"accept raw files with less than {MIN_SHARE:.0%} of the published number of samples".replace("%", "%%"),
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument(
@@ -144,27 +155,32 @@ def prepare(arguments: Arguments) -> None:
     early.
 
     Raises:
-        DataError: user error in the configuration or the command line.
+        DataError: user error in the configuration or the command line, or incomplete raw files.
         RejectedError: too many records are invalid.
         OSError: the disk is full or failing.
     """
+    set_cache_folder(arguments.stores / ".archives")
     configs = _list_config_folders(arguments)
     config = read_mixture(configs, arguments.mixture) if arguments.mixture else None
     names = sorted({*config.sources, *config.exclude}) if config else list(dict.fromkeys(arguments.source))
     sources = [read_source(configs, name) for name in names]
+    shares = config.sources if config else {}
+    required = {each.name: count_required(each, shares.get(each.name), arguments.partial) for each in sources}
     if arguments.max_rejects is not None:
         sources = [replace(source, max_reject_share=arguments.max_rejects) for source in sources]
     work = plan_work(sources, arguments.raw, arguments.stores, arguments.slice, arguments.merge)
     # The pool forks, so it is created before any thread. It is shared by all sources.
     num_workers = arguments.workers if work and arguments.merge is None else 1
     with ImagePool(num_workers) as pool:
+        needs = pool.map_items(partial(estimate_group_space, arguments.raw, arguments.stores, arguments.slice), work)
+        if arguments.slice == WHOLE_SOURCE:
+            check_complete(sources, _count_records(sources, work, needs, arguments.stores), required)
         if work:
-            needs = pool.map_items(
-                partial(estimate_group_space, arguments.raw, arguments.stores, arguments.slice), work
-            )
             print(check_space([need for group in needs for need in group], arguments.stores), flush=True)
             for group, measured in zip(work, needs, strict=True):
-                _prepare_group(group, measured, arguments, pool)
+                _prepare_group(group, measured, arguments, pool, required)
+    if work and arguments.slice == WHOLE_SOURCE and (copies := describe_copies()):
+        print(copies)
     if arguments.slice != WHOLE_SOURCE:
         print(f"slice {arguments.slice} is complete; after all slices, run --merge {arguments.slice.num_slices}")
     elif config is None:
@@ -190,8 +206,32 @@ def _list_config_folders(arguments: Arguments) -> list[Path]:
     return folders
 
 
+def _count_records(
+    sources: Sequence[SourceInfo],
+    work: Sequence[Sequence[WorkItem]],
+    needs: Sequence[Sequence[SpaceNeed]],
+    stores: Path,
+) -> dict[str, int]:
+    """Return the number of records of each source, as far as it is known before its raw files are read."""
+    counts: dict[str, int] = {}
+    for group, measured in zip(work, needs, strict=True):
+        for item, need in zip(group, measured, strict=True):
+            if need.num_records is not None:
+                counts[item.source.name] = need.num_records
+    to_do = {item.source.name for group in work for item in group}
+    for source in sources:
+        if source.name not in to_do:  # up to date
+            manifest = read_manifest(stores / source.name) or {}
+            counts[source.name] = manifest["num_records"] if manifest["num_samples"] else 0
+    return counts
+
+
 def _prepare_group(
-    group: Sequence[WorkItem], needs: Sequence[SpaceNeed], arguments: Arguments, pool: ImagePool
+    group: Sequence[WorkItem],
+    needs: Sequence[SpaceNeed],
+    arguments: Arguments,
+    pool: ImagePool,
+    required: Mapping[str, int],
 ) -> None:
     """Prepare the stores or slices that are read from one raw file, in one pass."""
     with ExitStack() as locks:
@@ -207,10 +247,12 @@ def _prepare_group(
         if not todo:
             return
         try:
-            reports = _write_group(todo, needs, arguments, pool)
+            reports = _write_group(todo, needs, arguments, pool, required)
         except StreamChangedError:
             print(f"{todo[0].name}: the raw files have changed since the interrupted run; starting over")
-            reports = _write_group(todo, needs, arguments, pool)
+            reports = _write_group(todo, needs, arguments, pool, required)
+        except RejectedError as error:
+            raise _explain(error, todo, arguments.raw) from error
     names = {work.source.name: work.name for work in todo}
     for report in reports:
         num_rejected = sum(report.rejects.values())
@@ -218,8 +260,25 @@ def _prepare_group(
         print(f"{names[report.name]}: {counts}", flush=True)
 
 
+def _explain(error: RejectedError, group: Sequence[WorkItem], raw: Path) -> RejectedError | DataError:
+    """Add to an error why all records of a source were rejected. The wrong reader or option is a user error."""
+    lines: list[str] = []
+    has_other_reader = False
+    for work in group:
+        if work.source.name in error.all_rejected:
+            more, is_fitting = explain_rejected(work.source, raw / work.source.root)
+            lines += more
+            has_other_reader |= is_fitting
+    message = "\n".join([str(error), *dict.fromkeys(lines)])
+    return DataError(message) if has_other_reader else RejectedError(message)
+
+
 def _write_group(
-    group: Sequence[WorkItem], needs: Sequence[SpaceNeed], arguments: Arguments, pool: ImagePool
+    group: Sequence[WorkItem],
+    needs: Sequence[SpaceNeed],
+    arguments: Arguments,
+    pool: ImagePool,
+    required: Mapping[str, int],
 ) -> list[StoreReport]:
     names = [work.name for work in group]
     counts = [need.num_records for need in needs if need.name in names]
@@ -228,8 +287,9 @@ def _write_group(
     with Progress(title, num_records) as progress:
         if arguments.merge is not None:
             folders = read_slices(group[0].path, arguments.merge, group[0].inputs["recipe"])
-            return [merge_slices(group[0].path, group[0].source, folders, progress)]
-        writers = [_make_writer(work, arguments) for work in group]
+            min_records = required[group[0].source.name]
+            return [merge_slices(group[0].path, group[0].source, folders, progress, min_records)]
+        writers = [_make_writer(work, arguments, required[work.source.name]) for work in group]
 
         def records(starts: Mapping[str, StreamPosition]) -> Iterator[tuple[str, StreamPosition, LoadedRecord | None]]:
             stream = read_group([work.source for work in group], arguments.raw)
@@ -239,9 +299,9 @@ def _write_group(
         return write_records(writers, records, progress)
 
 
-def _make_writer(work: WorkItem, arguments: Arguments) -> StoreWriter:
+def _make_writer(work: WorkItem, arguments: Arguments, min_records: int) -> StoreWriter:
     if arguments.slice == WHOLE_SOURCE:
-        return StoreWriter(work.path, work.source, work.inputs, strict=arguments.strict)
+        return StoreWriter(work.path, work.source, work.inputs, min_records=min_records, strict=arguments.strict)
     store = arguments.stores / work.source.name
     return make_slice_writer(store, arguments.slice, work.source, work.inputs, arguments.strict)
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.schema.sample import DataError, Reject
+from data_recipes.raw.archives import member_size
+from data_recipes.schema.sample import ArchiveMember, DataError, Reject
 from data_recipes.writing.progress import format_bytes
 from data_recipes.writing.sample_stream import WHOLE_SOURCE, Slice, TaggedRecord
 
@@ -55,8 +56,8 @@ def estimate_space(
                 share = raw_bytes() // part.num_slices // len(names)
                 return [SpaceNeed(title, None, share + _BYTES_PER_STORE) for title in names.values()]
             num_bytes[name] += sum(len(str(message.text)) for message in record.messages)
-            paths = (image for image in record.images if isinstance(image, Path))
-            num_bytes[name] += sum(_size_once(name, path, seen) for path in paths)
+            files = (image for image in record.images if not isinstance(image, bytes))
+            num_bytes[name] += sum(_size_once(name, file, seen) for file in files)
     needs = []
     for name, title in names.items():
         num_in_slice = num_records[name] // part.num_slices
@@ -88,13 +89,14 @@ def check_space(needs: Sequence[SpaceNeed], folder: Path) -> str:
     return line
 
 
-def _size_once(source: str, image: Path, seen: bytearray) -> int:
+def _size_once(source: str, image: Path | ArchiveMember, seen: bytearray) -> int:
     """Return the size of a file, or 0 if it was already counted for this source or does not exist."""
-    bit = zlib.crc32(bytes(image), zlib.crc32(source.encode())) % _SEEN_BITS
+    path = image if isinstance(image, Path) else image.archive / image.name
+    bit = zlib.crc32(bytes(path), zlib.crc32(source.encode())) % _SEEN_BITS
     if seen[bit >> 3] & (1 << (bit & 7)):
         return 0
     seen[bit >> 3] |= 1 << (bit & 7)
     try:
-        return image.stat().st_size
+        return image.stat().st_size if isinstance(image, Path) else member_size(image)
     except OSError:
         return 0

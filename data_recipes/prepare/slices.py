@@ -113,6 +113,7 @@ def merge_slices(
     source: SourceInfo,
     folders: list[Path],
     progress: Progress | None = None,
+    min_records: int = 0,
 ) -> StoreReport:
     """Merge slices to a store and remove them; raises the errors of `write_records`.
 
@@ -121,6 +122,7 @@ def merge_slices(
         source: the source.
         folders: folders of all slices, from `read_slices`.
         progress: receives every record.
+        min_records: see `StoreWriter`.
     """
 
     def records(starts: Mapping[str, StreamPosition]) -> Iterator[tuple[str, StreamPosition, LoadedRecord | None]]:
@@ -131,7 +133,8 @@ def merge_slices(
                 yield source.name, StreamPosition(number), loaded
         yield source.name, StreamPosition(number), None
 
-    report = write_records([StoreWriter(store, source, read_inputs(folders[0]))], records, progress)[0]
+    writer = StoreWriter(store, source, read_inputs(folders[0]), min_records=min_records)
+    report = write_records([writer], records, progress)[0]
     remove_slices(store)
     return report
 

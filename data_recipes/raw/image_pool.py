@@ -13,11 +13,10 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from data_recipes.raw.image_files import ImageError, LoadedImage, load_image
-from data_recipes.schema.sample import Reason, Reject, Sample
+from data_recipes.schema.sample import ImageReference, Reason, Reject, Sample
 
 _CHUNK_SAMPLES = 8
 
@@ -102,7 +101,7 @@ def _join_chunk(
         yield (Reject(item.id, loaded[0], loaded[1], item.location) if isinstance(loaded, tuple) else (item, loaded))
 
 
-def _load_chunk(image_lists: list[tuple[Path | bytes, ...]]) -> list[_Outcome]:
+def _load_chunk(image_lists: list[tuple[ImageReference, ...]]) -> list[_Outcome]:
     outcomes: list[_Outcome] = []
     for images in image_lists:
         try:

@@ -11,8 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.raw.image_files import ImageError, resolve_inside
-from data_recipes.schema.sample import IMAGE_PLACEHOLDER, Reason, Reject, Sample, assemble, describe_value
+from data_recipes.raw.image_files import ImageError, resolve_image
+from data_recipes.schema.sample import (
+    IMAGE_PLACEHOLDER,
+    ImageReference,
+    Reason,
+    Reject,
+    Sample,
+    assemble,
+    describe_value,
+)
 
 # The prompts of the released datasets, verbatim.
 SHORT_ANSWER = "Answer the question using a single word or phrase."
@@ -51,7 +59,7 @@ def make_question(image: object, text: object, answer: object, location: str) ->
     """
     if not isinstance(image, str) or not isinstance(text, str) or not isinstance(answer, str):
         wrong = next(value for value in (image, text, answer) if not isinstance(value, str))
-        detail = f"picture, question and answer must be strings; one is {describe_value(wrong)}"
+        detail = f"image, question and answer must be strings; one is {describe_value(wrong)}"
         return Reject(location, Reason.NOT_A_STRING, detail, location)
     if not answer.strip():
         return Reject(location, Reason.EMPTY_ANSWER, f"no answer to {text[:60]!r}", location)
@@ -89,7 +97,7 @@ def merge_by_image(
         locations.setdefault(item.image, item.location)
     for name, pairs in by_image.items():
         try:
-            image = resolve_inside(folder, name)
+            image = resolve_image(name, folder)
         except ImageError as error:
             yield Reject(sample_id(name), error.reason, error.detail, locations[name])
             continue
@@ -101,7 +109,7 @@ def merge_by_image(
 def make_conversation(
     sample_id: str,
     questions: Sequence[tuple[str, str]],
-    image: Path | bytes,
+    image: ImageReference,
     location: str,
     suffix: str = SHORT_ANSWER,
 ) -> Sample | Reject:
@@ -110,7 +118,7 @@ def make_conversation(
     Args:
         sample_id: id of the sample.
         questions: (question, answer) pairs in order.
-        image: path or encoded bytes of the image; its placeholder precedes the first question.
+        image: the image; its placeholder precedes the first question.
         location: file and record number.
         suffix: format instruction after the first question.
     """

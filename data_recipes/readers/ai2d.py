@@ -1,5 +1,6 @@
 """Reader of AI2D in its published layout: `questions/NAME.png.json`, `annotations/NAME.png.json` and `images/NAME.png`.
 
+The three folders are in the raw folder or in `ai2d/` below it, unpacked or in the published `ai2d-all.zip`.
 `questions` maps the text of a question to {abcLabel, answerTexts (four), correctAnswer (an index), questionId}; `text`
 in the annotations maps T0, T1, ... to {rectangle: [[left, top], [right, bottom]], replacementText, value, id}.
 `ai2d_test_ids.csv` lists the test diagrams; all others are training diagrams.
@@ -17,9 +18,10 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from data_recipes.raw.image_files import ImageError, load_image, resolve_inside
+from data_recipes.raw.image_files import ImageError, load_image, resolve_image
+from data_recipes.raw.packed_folders import has_folder, list_files, locate_file, read_file
 from data_recipes.raw.questions import LETTER_ANSWER, format_multiple_choice, make_conversation
-from data_recipes.schema.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, ImageReference, Reason, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
@@ -34,14 +36,19 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
     """
     if split not in ("train", "test"):
         raise DataError(f"split: {split!r} is unknown; AI2D has train and test.")
-    for name in ("questions", "annotations", "images", "ai2d_test_ids.csv"):
-        if not (root / name).exists():
-            raise DataError(f"{root / name} does not exist; unpack the AI2D archive to {root}.")
-    test_ids = {line.strip() for line in (root / "ai2d_test_ids.csv").read_text(encoding="utf-8").splitlines()}
-    for path in sorted((root / "questions").glob("*.json")):
-        name = path.name.removesuffix(".json")
+    folder = next((folder for folder in (root, root / "ai2d") if has_folder(folder / "questions")), root)
+    for name in ("questions", "annotations", "images"):
+        if not has_folder(folder / name):
+            raise DataError(f"{folder / name} does not exist; put ai2d-all.zip into {root}, or unpack it there.")
+    located = (locate_file(each / "ai2d_test_ids.csv") for each in (root, folder))
+    test_list = next((path for path in located if path.is_file()), None)
+    if test_list is None:
+        raise DataError(f"{root / 'ai2d_test_ids.csv'} does not exist; it is published beside ai2d-all.zip.")
+    test_ids = {line.strip() for line in test_list.read_text(encoding="utf-8").splitlines()}
+    for file_name in list_files(folder / "questions", ".json"):
+        name = file_name.removesuffix(".json")
         if (Path(name).stem in test_ids) == (split == "test"):
-            yield from _iter_diagram(root, name)
+            yield from _iter_diagram(folder, name)
 
 
 def _iter_diagram(root: Path, name: str) -> Iterator[Sample | Reject]:
@@ -49,7 +56,7 @@ def _iter_diagram(root: Path, name: str) -> Iterator[Sample | Reject]:
     sample_id = f"ai2d_{Path(name).stem}"
     try:
         questions = _read_object(root / location)["questions"].items()
-        image_path = resolve_inside(root / "images", name)
+        image = resolve_image(name, root / "images")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         yield Reject(
             sample_id, Reason.BROKEN_RECORD, f"no `questions`: {type(error).__name__}: {error}"[:200], location
@@ -69,19 +76,19 @@ def _iter_diagram(root: Path, name: str) -> Iterator[Sample | Reject]:
             detail = f"{text[:60]!r}: {type(error).__name__}: {error}"[:200]
             yield Reject(sample_id, Reason.BROKEN_RECORD, detail, location)
     if by_kind[False]:
-        yield make_conversation(sample_id, by_kind[False], image_path, location, LETTER_ANSWER)
+        yield make_conversation(sample_id, by_kind[False], image, location, LETTER_ANSWER)
     if by_kind[True]:
         yield _make_lettered_sample(
-            f"{sample_id}_abc", by_kind[True], image_path, root / "annotations" / f"{name}.json", location
+            f"{sample_id}_abc", by_kind[True], image, root / "annotations" / f"{name}.json", location
         )
 
 
 def _make_lettered_sample(
-    sample_id: str, pairs: list[tuple[str, str]], image_path: Path, annotations: Path, location: str
+    sample_id: str, pairs: list[tuple[str, str]], image: ImageReference, annotations: Path, location: str
 ) -> Sample | Reject:
     try:
         texts = _read_object(annotations)["text"]
-        rendering = render_letters(load_image(image_path).data, texts)
+        rendering = render_letters(load_image(image).data, texts)
     except ImageError as error:
         return Reject(sample_id, error.reason, error.detail, location)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -117,7 +124,7 @@ def render_letters(data: bytes, texts: dict[str, Any]) -> bytes:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = json.loads(read_file(path))
     if not isinstance(value, dict):
         raise TypeError(f"a JSON {type(value).__name__} where an object belongs")
     return value

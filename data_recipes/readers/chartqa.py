@@ -1,4 +1,4 @@
-"""Reader of ChartQA in its published layout.
+"""Reader of ChartQA in its published layout, unpacked or as the published `ChartQA Dataset.zip`.
 
 `ChartQA Dataset/{train,val,test}` contains the charts in `png` and two lists of questions, `train_human.json` and
 `train_augmented.json`, of {imgname, query, label}. All questions about one chart form one conversation, human questions
@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.packed_folders import has_folder, locate_file
 from data_recipes.raw.questions import Question, make_question, merge_by_image
 from data_recipes.schema.sample import DataError, Reject, Sample
 
@@ -22,8 +23,8 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
         DataError: the split or a list of questions does not exist.
     """
     folder = root / "ChartQA Dataset" / split
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; unpack the ChartQA archive to {root}.")
+    if not has_folder(folder):
+        raise DataError(f"{folder}: no such folder; put `ChartQA Dataset.zip` into {root}, or unpack it there.")
     yield from merge_by_image(
         _iter_questions(folder, split), folder / "png", lambda name: f"chartqa_{split}_{Path(name).stem}"
     )
@@ -31,7 +32,7 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
 
 def _iter_questions(folder: Path, split: str) -> Iterator[Question | Reject]:
     for kind in ("human", "augmented"):
-        for location, record in iter_records(folder / f"{split}_{kind}.json"):
+        for location, record in iter_records(locate_file(folder / f"{split}_{kind}.json")):
             if isinstance(record, Reject):
                 yield record
                 continue

@@ -1,5 +1,7 @@
 """Reader of COCO captions in their published layout: `annotations/captions_{split}.json` and the images in `{split}`.
 
+Both may be in the archives that COCO publishes, such as `annotations_trainval2014.zip` and `train2014.zip`.
+
 The JSON object has `images`, a list of {id, file_name, ...}, and `annotations`, a list of {id, image_id, caption} with
 five captions per image. One of them, selected by hash, answers the prompt of the released LLaVA-NeXT data.
 """
@@ -7,8 +9,9 @@ five captions per image. One of them, selected by hash, answers the prompt of th
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.raw.image_files import ImageError, resolve_inside
+from data_recipes.raw.image_files import ImageError, resolve_image
 from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.packed_folders import locate_file
 from data_recipes.raw.questions import ONE_SENTENCE_CAPTION, make_conversation, pick_by_hash
 from data_recipes.schema.sample import Reason, Reject, Sample
 
@@ -19,7 +22,7 @@ def samples(root: Path, split: str = "train2014") -> Iterator[Sample | Reject]:
     Raises:
         DataError: the annotations file does not exist, or has no `images` or `annotations`.
     """
-    path = root / "annotations" / f"captions_{split}.json"
+    path = locate_file(root / "annotations" / f"captions_{split}.json")
     captions: dict[object, list[str]] = {}
     for location, record in iter_records(path, list_key="annotations"):
         if isinstance(record, Reject):
@@ -41,7 +44,7 @@ def samples(root: Path, split: str = "train2014") -> Iterator[Sample | Reject]:
             continue  # images without a caption are not part of the dataset
         sample_id = f"coco2014_caps_{number}"
         try:
-            image = resolve_inside(root / split, name)
+            image = resolve_image(name, root / split)
         except ImageError as error:
             yield Reject(sample_id, error.reason, error.detail, location)
             continue

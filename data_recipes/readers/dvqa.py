@@ -1,6 +1,7 @@
-"""Reader of DVQA in its published layout: `{split}_qa.json` and the bar charts in `images`.
+"""Reader of DVQA in its published layout, unpacked or as archives: `{split}_qa.json` and the bar charts in `images`.
 
-The JSON file is a list of {image, question, answer, question_type, bbox_answer, question_id}, with about twelve
+The publisher's archives are `images.tar.gz` and one of the questions, which may be unpacked to a folder `qa`. The
+splits are train, val_easy and val_hard. The JSON file is a list of {image, question, answer, ...}, with about twelve
 questions per chart of the types structure, data and reasoning. All questions about one chart form one conversation;
 their order is determined by hash, which mixes the types.
 """
@@ -9,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data_recipes.raw.json_records import iter_records
+from data_recipes.raw.packed_folders import locate_file
 from data_recipes.raw.questions import Question, make_question, merge_by_image
 from data_recipes.schema.sample import Reject, Sample
 
@@ -19,11 +21,11 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
     Raises:
         DataError: the file of questions does not exist.
     """
+    name = f"{split}_qa.json"
+    located = (locate_file(folder / name) for folder in (root, root / "qa"))
+    path = next((path for path in located if path.is_file()), root / name)
     yield from merge_by_image(
-        _iter_questions(root / f"{split}_qa.json"),
-        root / "images",
-        lambda name: f"dvqa_{Path(name).stem}",
-        by_hash=True,
+        _iter_questions(path), root / "images", lambda name: f"dvqa_{Path(name).stem}", by_hash=True
     )
 
 

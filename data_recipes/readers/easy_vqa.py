@@ -38,7 +38,7 @@ def samples(
             yield record
             continue
         if len(record) != 3 or not isinstance(record[2], int) or isinstance(record[2], bool):
-            detail = "not a list of question, answer and picture number"
+            detail = "not a list of question, answer and image number"
             yield Reject(location, Reason.BROKEN_RECORD, detail, location)
         elif not isinstance(record[0], str) or not isinstance(record[1], str):
             yield Reject(location, Reason.NOT_A_STRING, "question and answer must be strings", location)
@@ -47,7 +47,7 @@ def samples(
         else:
             by_image.setdefault(record[2], []).append((record[0], record[1]))
     for number in sorted(by_image):
-        location = f"{split}/questions.json, picture {number}"
+        location = f"{split}/questions.json, image {number}"
         image = folder / "images" / f"{number}.png"
         questions = _limit_yes_no(by_image[number], max_yes_no)
         yield make_conversation(

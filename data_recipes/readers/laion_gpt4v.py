@@ -2,15 +2,16 @@
 
 The published table contains links and captions, no images. The reader expects the output of img2dataset with
 `output_format=files`: per shard a table `NNNNN.parquet` of {key, url, caption, status, error_message, ...} and a folder
-`NNNNN/` with `KEY.jpg`. A link that could not be downloaded is a `Reject`. The dataset has no prompts; the source's
-YAML lists some, and one of them is selected by hash for each image.
+`NNNNN/` with `KEY.jpg`, or, with `output_format=webdataset`, an archive `NNNNN.tar`. A link that could not be
+downloaded is a `Reject`. The dataset has no prompts; the source's YAML lists some, and one of them is selected by hash
+for each image.
 """
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_recipes.raw.image_files import ImageError, resolve_inside
+from data_recipes.raw.image_files import ImageError, resolve_image
 from data_recipes.raw.parquet_records import find_shards, iter_rows
 from data_recipes.raw.questions import make_conversation, pick_by_hash
 from data_recipes.schema.sample import DataError, Reason, Reject, Sample
@@ -44,7 +45,7 @@ def _convert_row(
     if not isinstance(row["caption"], str):
         return Reject(sample_id, Reason.NOT_A_STRING, "`caption` is not a string", location)
     try:
-        image = resolve_inside(shard.with_suffix(""), f"{row['key']}.{extension}")
+        image = resolve_image(f"{row['key']}.{extension}", shard.with_suffix(""))
     except ImageError as error:
         return Reject(sample_id, error.reason, error.detail, location)
     return make_conversation(

@@ -8,10 +8,10 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_recipes.raw.image_files import ImageError, resolve_inside
+from data_recipes.raw.image_files import ImageError, resolve_image
 from data_recipes.raw.json_records import iter_records
 from data_recipes.raw.questions import OCR, make_conversation
-from data_recipes.schema.sample import Reason, Reject, Sample
+from data_recipes.schema.sample import ImageReference, Reason, Reject, Sample
 
 
 def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
@@ -31,18 +31,18 @@ def samples(root: Path, split: str = "train") -> Iterator[Sample | Reject]:
             continue
         sample_id = f"synthdog_en_{split}_{Path(name).stem}"
         try:
-            yield make_page_sample(sample_id, record.get("ground_truth"), resolve_inside(folder, name), location)
+            yield make_page_sample(sample_id, record.get("ground_truth"), resolve_image(name, folder), location)
         except ImageError as error:
             yield Reject(sample_id, error.reason, error.detail, location)
 
 
-def make_page_sample(sample_id: str, ground_truth: object, image: Path | bytes, location: str) -> Sample | Reject:
+def make_page_sample(sample_id: str, ground_truth: object, image: ImageReference, location: str) -> Sample | Reject:
     """Build the sample of one page: the OCR prompt and the page's text.
 
     Args:
         sample_id: id of the sample.
         ground_truth: the raw field, a JSON string or an object.
-        image: path or encoded bytes of the page.
+        image: the page.
         location: file and record number.
     """
     text = parse_transcription(ground_truth)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from data_recipes.raw.image_files import LoadedImage
 from data_recipes.raw.image_pool import ImagePool
-from data_recipes.schema.sample import Reject, Sample, check_sample
+from data_recipes.schema.sample import ArchiveMember, ImageReference, Reject, Sample, check_sample
 
 LoadedRecord = tuple[Sample, list[LoadedImage]] | Reject
 """A sample with its images, or a rejected record."""
@@ -127,12 +127,17 @@ class NumberedStream:
         if isinstance(item, Reject):
             value: list[object] = [item.id, item.reason, item.detail, item.location]
         else:
-            images = [
-                hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else str(image).removeprefix(self._root)
-                for image in item.images
-            ]
+            images = [self._name_image(image) for image in item.images]
             messages = [[message.role, message.text] for message in item.messages]
             value = [item.id, messages, images, item.location, item.repairs]
         # ASCII escapes lone surrogates. `default=str` accepts values of wrong types from custom readers, which
         # `check_sample` rejects.
         return json.dumps(value, default=str).encode("ascii")
+
+    def _name_image(self, image: ImageReference) -> str:
+        """Name an image. A member of an archive has the name of the unpacked file, so unpacking changes no digest."""
+        if isinstance(image, bytes):
+            return hashlib.sha256(image).hexdigest()
+        if isinstance(image, ArchiveMember):
+            image = image.path or image.archive / image.name
+        return str(image).removeprefix(self._root)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from datasets import Features, List, Value
 
 from data_recipes.raw.image_files import LoadedImage
-from data_recipes.schema.sample import Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample
 from data_recipes.schema.source import SourceInfo, describe_source
 from data_recipes.store.durable import sync_folder
 from data_recipes.store.reader import FORMAT
@@ -50,7 +50,19 @@ _IMAGES = Features(
 
 
 class RejectedError(Exception):
-    """Too many records were rejected, or one with `--strict`. No store was written."""
+    """Too many records were rejected, or one with `--strict`. No store was written.
+
+    Attributes:
+        all_rejected: names of the sources of which every record was rejected.
+    """
+
+    def __init__(self, message: str, all_rejected: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.all_rejected = tuple(all_rejected)
+
+
+class IncompleteError(DataError):
+    """The raw files have too few records, because a part of them is missing. No store was written."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from data_recipes.store.reader import FORMAT, read_manifest
 from data_recipes.writing.progress import Progress
 from data_recipes.writing.sample_stream import LoadedRecord, NumberedStream, StreamChangedError, StreamPosition
 from data_recipes.writing.seen import remove_index
-from data_recipes.writing.store_tables import RejectedError, StoreReport, StoreTables
+from data_recipes.writing.store_tables import IncompleteError, RejectedError, StoreReport, StoreTables
 
 RecordStream = Callable[[Mapping[str, StreamPosition]], Iterator[tuple[str, StreamPosition, LoadedRecord | None]]]
 """Maps start positions to a stream of (source, position, record), as `NumberedStream.load` yields it."""
@@ -66,6 +66,7 @@ class StoreWriter:
         *,
         extra_manifest: Callable[[StreamPosition], dict[str, Any]] | None = None,
         max_reject_share: float | None = None,
+        min_records: int = 0,
         strict: bool = False,
     ) -> None:
         """Start a store, or resume an interrupted one.
@@ -78,6 +79,8 @@ class StoreWriter:
             tables_type: class of the tables.
             extra_manifest: maps the final position of the stream to additional entries of the manifest.
             max_reject_share: largest accepted fraction of rejected records; None for that of the source.
+            min_records: fewest records of a complete store, rejected ones included. At least 1 also refuses a store
+                without samples.
             strict: stop at the first rejected record.
 
         Raises:
@@ -88,6 +91,7 @@ class StoreWriter:
         self._inputs = inputs or {}
         self._extra_manifest = extra_manifest
         self._max_reject_share = source.max_reject_share if max_reject_share is None else max_reject_share
+        self._min_records = min_records
         self._strict = strict
         self._is_complete = False
         self._partial = _open_partial(path, self._inputs)
@@ -118,12 +122,17 @@ class StoreWriter:
 
         Raises:
             RejectedError: too many records are rejected. They are listed in `<path>.quarantine.jsonl`.
+            IncompleteError: there are fewer than `min_records` records.
             OSError: the disk is full or failing. No incomplete store is left at the path.
         """
         tables = self._tables
-        if tables.rejects.total() > self._max_reject_share * max(1, tables.num_records):
+        is_empty = self._min_records > 0 and 0 < tables.num_records == tables.rejects.total()
+        if is_empty or tables.rejects.total() > self._max_reject_share * max(1, tables.num_records):
             tables.checkpoint()
             raise _make_rejected_error(self._path, self.source, tables, self._max_reject_share)
+        if tables.num_records < self._min_records:
+            tables.checkpoint()
+            raise IncompleteError(describe_incomplete(self.source, tables.num_records, self._min_records))
         report = tables.finish(self._path, self._extra_manifest(end) if self._extra_manifest else None)
         self._is_complete = True
         replace_folder(self._partial, self._path)
@@ -144,7 +153,8 @@ def write_records(
 ) -> list[StoreReport]:
     """Write the stores of all sources of one stream.
 
-    If a store has too many rejected records, the others are still completed.
+    If a store has too many rejected or too few records, the others are still completed, and the error names all such
+    stores.
 
     Args:
         writers: one writer per source.
@@ -152,14 +162,14 @@ def write_records(
         progress: receives every record.
 
     Raises:
-        RejectedError: see `StoreWriter.finish` and `StoreTables.add`.
+        RejectedError, IncompleteError: see `StoreWriter.finish` and `StoreTables.add`.
         StreamChangedError: the records before a start position have changed. The partial stores are removed, so that a
             second call starts over.
         OSError: the disk is full or failing. No incomplete store is left at its path.
     """
     pending = {writer.source.name: writer for writer in writers}
     reports: list[StoreReport] = []
-    first_error: RejectedError | None = None
+    errors: list[RejectedError | IncompleteError] = []
     try:
         if progress is not None:
             progress.start(sum(writer.num_records for writer in writers))
@@ -173,10 +183,10 @@ def write_records(
             try:
                 reports.append(pending[name].finish(position))
                 del pending[name]
-            except RejectedError as error:
-                first_error = first_error or error
-        if first_error is not None:
-            raise first_error
+            except (RejectedError, IncompleteError) as error:
+                errors.append(error)
+        if errors:
+            raise _join_errors(errors)
     except BaseException as error:
         for writer in pending.values():
             writer.abort(keep=not isinstance(error, StreamChangedError))
@@ -242,10 +252,43 @@ def _read_inputs_file(folder: Path) -> dict[str, str]:
     return dict(stored) if isinstance(stored, dict) else {}
 
 
+def describe_incomplete(source: SourceInfo, num_records: int, min_records: int) -> str:
+    """Describe a source of which the raw files have `num_records` records, fewer than `min_records`."""
+    if num_records == 0:
+        return (
+            f"source {source.name}: there is no usable record in the raw files. Check them, and `root` and `options` "
+            f"in configs/source/{source.name}.yaml."
+        )
+    published = f" of {source.expected_count:,} published" if source.expected_count else ""
+    return (
+        f"source {source.name}: the raw files have {num_records:,}{published} records; at least {min_records:,} are "
+        "needed. Download the rest, or use what is there with --partial."
+    )
+
+
+def _join_errors(errors: Sequence[RejectedError | IncompleteError]) -> RejectedError | IncompleteError:
+    """One error with all messages; rejected records take precedence for the kind of the error."""
+    if len(errors) == 1:
+        return errors[0]
+    message = "\n".join(map(str, errors))
+    rejected = [error for error in errors if isinstance(error, RejectedError)]
+    if not rejected:
+        return IncompleteError(message)
+    return RejectedError(message, [name for error in rejected for name in error.all_rejected])
+
+
 def _make_rejected_error(path: Path, source: SourceInfo, tables: StoreTables, max_reject_share: float) -> RejectedError:
     quarantine = path.with_name(path.name + ".quarantine.jsonl")
     shutil.copyfile(path.with_name(path.name + ".partial") / "quarantine.jsonl", quarantine)
     reasons = ", ".join(f"{reason} {count}" for reason, count in tables.rejects.most_common())
+    if tables.rejects.total() == tables.num_records:
+        with quarantine.open(encoding="utf-8") as stream:
+            first = json.loads(stream.readline())
+        return RejectedError(
+            f"source {source.name}: all {tables.num_records} records are rejected ({reasons}). They are listed in "
+            f"{quarantine}. The first, {first['place'] or first['id']}: {first['detail']}.",
+            [source.name],
+        )
     return RejectedError(
         f"source {source.name}: {tables.rejects.total()} of {tables.num_records} records are rejected ({reasons}), "
         f"more than max_reject_share {max_reject_share}. They are listed in {quarantine}. Fix the raw files, or raise "

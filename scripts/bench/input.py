@@ -2,15 +2,17 @@
 
     python scripts/bench/input.py stores [--parts rate memory]
     python scripts/bench/input.py batches [--parts tiles lengths plan loader]
+    python scripts/bench/input.py archives [--images 100000]
 
-SUBCOMMAND --help lists the options of each. Needs the quickstart's assets: `python scripts/quickstart/assets.py`.
+SUBCOMMAND --help lists the options of each. `stores` and `batches` need the quickstart's assets:
+`python scripts/quickstart/assets.py`.
 """
 
 from collections.abc import Sequence
 
 from measuring.subcommands import run_subcommand
 
-SUBCOMMANDS = {"stores": "input_path.stores", "batches": "input_path.batches"}
+SUBCOMMANDS = {"stores": "input_path.stores", "batches": "input_path.batches", "archives": "input_path.archives"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -45,6 +45,7 @@ ADDED = {  # {start of a command: additional arguments that shorten it}
     "python -m train.evaluate": "--num 2 --limit 2 --max-new-tokens 4",
     "python scripts/bench/input.py stores": "--parts rate --pictures 3",
     "python scripts/bench/input.py batches": "--parts lengths --samples 40",
+    "python scripts/bench/input.py archives": "--images 40",
     "python scripts/bench/plan.py balance": "--steps 20",
     "python scripts/bench/plan.py scale": "--quick",
 }

@@ -27,7 +27,9 @@ def test_help_lists_the_commands() -> None:
     helped, alone = run("--help"), run()
     assert (helped.returncode, alone.returncode) == (0, 2)
     assert helped.stdout == alone.stdout
-    assert all(f"  {verb} " in helped.stdout for verb in ("train", "plan", "prepare", "export", "chat", "accept"))
+    assert all(
+        f"  {verb} " in helped.stdout for verb in ("train", "plan", "guess", "prepare", "export", "chat", "accept")
+    )
 
 
 def test_program_gets_its_arguments_and_returns_its_exit_code(tmp_path: Path) -> None:
@@ -36,6 +38,9 @@ def test_program_gets_its_arguments_and_returns_its_exit_code(tmp_path: Path) ->
     assert ended.returncode == 2
     assert "max_stesp" in ended.stderr
     assert run("plan", "--help", cwd=tmp_path).returncode == 0
+    (tmp_path / "1.jpg").touch()
+    ended = run("guess", ".", cwd=tmp_path)
+    assert (ended.returncode, "It has images and no texts" in ended.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
-"""The benchmark of `input.py stores` runs, and reports memory that grows with the number of records."""
+"""The benchmarks of `input.py` run: `stores` reports memory that grows, `archives` stores that differ."""
 
+import tarfile
+import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,3 +43,28 @@ def test_growth_misses_the_goal(stores: Any) -> None:
     rows = {"10": {"program_mib": 200.0, "worker_mib": 90.0}, "1000": {"program_mib": 300.0, "worker_mib": 91.0}}
     assert stores.missed_goals({"memory": rows}) == ["program_mib grew by 100 MiB"]
     assert stores.missed_goals({}) == []
+
+
+@pytest.mark.full
+def test_archives(bench: Bench, tmp_path: Path) -> None:
+    """The forms give one store; a tar.gz needs a copy."""
+    module = bench("input_path.archives")
+    results = module.measure(60, 16, ["files", "tar.gz"], tmp_path)
+    assert results["files"]["fingerprint"] == results["tar.gz"]["fingerprint"]
+    assert results["files"]["cache_mib"] == 0 < results["tar.gz"]["cache_mib"]
+    assert [row.split()[0] for row in module.results_table(results).splitlines()[2:]] == ["files", "tar.gz"]
+
+
+def test_raw_folders_of_the_forms(bench: Bench, tmp_path: Path) -> None:
+    """Each form has the same images by the same names, and records in one order."""
+    module = bench("input_path.archives")
+    for form in module.FORMS:
+        module.write_raw(tmp_path / form, form, 5, 16)
+    files = tmp_path / "files" / "raw" / "bench"
+    names = sorted(path.relative_to(files).as_posix() for path in files.rglob("*.jpg"))
+    assert len({path.read_bytes() for path in files.rglob("*.jpg")}) == 5
+    with zipfile.ZipFile(tmp_path / "zip/raw/bench/images.zip") as packed:
+        assert sorted(packed.namelist()) == names
+    with tarfile.open(tmp_path / "tar.gz/raw/bench/images.tar.gz") as archive:
+        assert sorted(archive.getnames()) == names
+    assert len({(tmp_path / form / "raw/bench/bench.json").read_text() for form in module.FORMS}) == 1

@@ -31,7 +31,7 @@ SOURCES: dict[str, dict[str, Any]] = {
         "root": "llava",
         "options": {"annotations": "mix.json", "image_root": "images"},
     },
-    "charts": {"reader": "chartqa", "root": "chartqa", "expected_count": 4, "licence": "GPL-3.0"},
+    "charts": {"reader": "chartqa", "root": "chartqa", "expected_count": 3, "licence": "GPL-3.0"},
     "pages": {"reader": "synthdog", "root": "pages"},
     "shapes": {"reader": "easy_vqa", "root": "shapes", "options": {"max_questions": 2}},
 }

@@ -184,7 +184,7 @@ def test_every_reason_is_tested() -> None:
     """Every reason is tested, here or in the named tests."""
     here = {reason for _, _, reason in BAD.values()}
     here |= {Reason.DUPLICATE_ID, Reason.FILE_CUT_OFF}
-    # tested above, in test_shared_files.py, in test_user_layouts.py, and in test_image_files.py
+    # Tested above, in test_shared_files.py, in test_user_layouts.py, and in test_image_values.py.
     elsewhere = {"file_unreadable", "unknown_component", "unsupported_key", "unfilled_placeholder", "image_not_local"}
     assert {str(reason) for reason in set(Reason) - here} <= elsewhere
 

@@ -37,7 +37,8 @@ def workspace(tmp_path: Path) -> Path:
 
 def test_prepare_mixture(workspace: Path) -> None:
     """All stores are prepared and the table has their counts, without importing torch."""
-    code, out, err = run_in_new_process(workspace, "--mixture", "all", "--workers", "2")
+    change(workspace, "charts", expected_count=4)
+    code, out, err = run_in_new_process(workspace, "--mixture", "all", "--workers", "2", "--partial")
     assert code == 0, err
     assert "charts: 3 samples, 3 images, 0 rejected" in out
     row = next(line for line in out.splitlines() if line.startswith("shapes ") and "samples" not in line)
@@ -49,7 +50,7 @@ def test_prepare_mixture(workspace: Path) -> None:
     assert sorted(path.name for path in (workspace / "stores").iterdir()) == sorted([*SOURCES, "mixtures"])
     script = (
         "import sys; from data_recipes.prepare import __main__ as prepare; "
-        f"prepare.main({arguments(workspace, '--mixture', 'all')!r}); "
+        f"prepare.main({arguments(workspace, '--mixture', 'all', '--partial')!r}); "
         "from data_recipes.store.reader import Store; from pathlib import Path; "
         f"Store.open(Path({str(workspace)!r}) / 'stores' / 'talk').sample(0); "
         "assert not {'torch', 'deepspeed', 'hydra', 'transformers'} & set(sys.modules), 'heavy imports'"
@@ -171,7 +172,7 @@ def test_missing_raw_folders(workspace: Path, capsys: pytest.CaptureFixture[str]
         "    fetch: not stated",
         "    size: not stated",
         "    licence: GPL-3.0",
-        "    expected: 4 samples",
+        "    expected: 3 samples",
         "  PLACE/raw/nowhere  (for pages, shapes)",
         "    publisher: V. Zhou",
         "    fetch: from PyPI",
@@ -273,7 +274,7 @@ def test_exit_code_of_rejects(workspace: Path, capsys: pytest.CaptureFixture[str
     assert prepare.main(arguments(workspace, "--source", "charts")) == 0
     out = capsys.readouterr().out
     assert "charts: 2 samples, 2 images, 1 rejected" in out
-    assert re.search(r"charts +4 +2 \(-2\) +1 +GPL-3.0", out)
+    assert re.search(r"charts +3 +2 \(-1\) +1 +GPL-3.0", out)
     assert re.search(r"charts +picture_missing +1 +33.33% +train_augmented.json, record 1: no file 'two_col_1", out)
 
 

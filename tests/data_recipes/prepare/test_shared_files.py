@@ -143,16 +143,22 @@ def test_slices_of_a_merged_file(workspace: Path, parses: list[Path]) -> None:
     assert_same(workspace, prepare_alone(workspace))
 
 
-def test_one_component_with_too_many_rejects(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 1 and a message; the other stores are complete."""
+def test_components_with_too_many_rejects(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1 and a message about all bad components; the other stores are complete."""
     write_file(
         workspace / "configs/source/mix_sam.yaml", yaml.safe_dump(SOURCES["mix_sam"] | {"max_reject_share": 0.2})
     )
     shutil.rmtree(workspace / "raw/mix/sam")
     (workspace / "raw/mix/sam").mkdir()
-    code, sentence = failure(workspace, capsys, "--mixture", "all")
-    assert (code, "source mix_sam: 12 of 12 records are rejected" in sentence) == (1, True)
-    assert [name for name in SOURCES if read_manifest(workspace / "stores" / name) is None] == ["mix_sam"]
+    write_file(
+        workspace / "configs/source/mix_coco.yaml", yaml.safe_dump(SOURCES["mix_coco"] | {"max_reject_share": 0.05})
+    )
+    assert prepare.main(arguments(workspace, "--mixture", "all")) == 1
+    message = capsys.readouterr().err
+    assert "source mix_sam: all 12 records are rejected (picture_missing 11, unknown_component 1)" in message
+    assert "source mix_coco: 1 of 11 records are rejected (unknown_component 1)" in message
+    incomplete = [name for name in SOURCES if read_manifest(workspace / "stores" / name) is None]
+    assert incomplete == ["mix_coco", "mix_sam"]
 
 
 def test_strict(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -84,6 +84,22 @@ def test_other_extension(tmp_path: Path) -> None:
         assert caught.value.reason is Reason.IMAGE_MISSING
 
 
+def test_other_case(tmp_path: Path) -> None:
+    """A missing file is replaced by the only one whose path differs in case, but never by a link."""
+    write_file(tmp_path / "Images" / "One.PNG", make_image(1))
+    write_file(tmp_path / "images_2" / "two.png", make_image(2))
+    write_file(tmp_path / "images_2" / "Two.png", make_image(3))
+    (tmp_path / "Linked").symlink_to(tmp_path / "Images")
+    for name in ("images/one.png", "IMAGES/ONE.png", "Images/one.PNG"):
+        loaded = load_image(resolve_inside(tmp_path, name))
+        assert (loaded.data, loaded.notes) == (make_image(1), ("found_by_other_case",))
+    assert load_image(tmp_path / "images_2" / "two.png").notes == ()
+    for name in ("images_2/TWO.png", "linked/one.png", "images/one.png/x.png"):
+        with pytest.raises(ImageError) as caught:
+            load_image(resolve_inside(tmp_path, name))
+        assert caught.value.reason is Reason.IMAGE_MISSING
+
+
 def test_image_fields(tmp_path: Path) -> None:
     """Bytes take precedence over a path, which is often only the original file name."""
     assert resolve_image({"bytes": b"x", "path": "../a.png"}, tmp_path) == b"x"
@@ -139,6 +155,23 @@ def test_links(tmp_path: Path) -> None:
         assert "leaves the image root by a symbolic link" in caught.value.detail
     (tmp_path / "link_to_root").symlink_to(root)
     assert resolve_inside(tmp_path / "link_to_root", "real/a.png").is_file()
+
+
+def test_links_of_a_hub_cache(tmp_path: Path) -> None:
+    """In a snapshot of a Hugging Face cache, every file is a link into the blobs of its repository, and of no other."""
+    for repository in ("datasets--me--ds", "datasets--other--ds"):
+        write_file(tmp_path / repository / "blobs" / "b1", make_image(1))
+    snapshot = tmp_path / "datasets--me--ds" / "snapshots" / "abc123"
+    (snapshot / "images").mkdir(parents=True)
+    (snapshot / "images" / "1.png").symlink_to("../../../blobs/b1")
+    (snapshot / "images" / "2.png").symlink_to("../../../../datasets--other--ds/blobs/b1")
+    (snapshot / "images" / "3.png").symlink_to("../../../refs")
+    for root, folder in ((snapshot, "images/"), (snapshot / "images", "")):
+        assert load_image(resolve_inside(root, f"{folder}1.png")).data == make_image(1)
+        for name in ("2.png", "3.png"):
+            with pytest.raises(ImageError) as caught:
+                resolve_inside(root, folder + name)
+            assert caught.value.reason is Reason.PATH_OUTSIDE_ROOT
 
 
 def test_missing_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_recipes.raw import archives
+from data_recipes.raw.image_files import load_image
 from data_recipes.raw.questions import LETTER_ANSWER, OCR, SHORT_ANSWER, pick_by_hash
 from data_recipes.readers import (
     ai2d,
+    chartqa,
     coco_captions,
     docvqa,
     dvqa,
@@ -20,9 +24,19 @@ from data_recipes.readers import (
     messages_parquet,
     synthdog_parquet,
 )
-from data_recipes.schema.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import ArchiveMember, DataError, Reason, Reject, Sample
 from tests.data_recipes import raw_folders
+from tests.data_recipes.archive_files import files_of, pack
 from tests.data_recipes.raw_folders import cell, docvqa_question, write_file, write_parquet
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path) -> Iterator[None]:
+    """Use a cache folder of the test's own."""
+    before = archives._cache_folder
+    archives.set_cache_folder(tmp_path.parent / f"{tmp_path.name}_cache")
+    yield
+    archives._cache_folder = before
 
 
 def split(items: object) -> tuple[list[Sample], list[Reason]]:
@@ -65,6 +79,119 @@ def test_docvqa_invalid_records(tmp_path: Path) -> None:
     write_file(tmp_path / "other.json", "[]")
     with pytest.raises(DataError, match="no list under the key 'data'"):
         list(docvqa.samples(tmp_path, "other.json"))
+
+
+@pytest.mark.parametrize("form", ["qas.zip", "qas folder", "flat qas.zip", "train.tar.gz"])
+def test_docvqa_forms_of_the_publisher(tmp_path: Path, form: str) -> None:
+    """Today's archives (questions with types, pages without a folder), unpacked or not, and those before 2023."""
+    unpacked = raw_folders.write_docvqa(tmp_path / "unpacked")
+    pages = files_of(unpacked / "documents")
+    questions = (unpacked / "train_v1.0.json").read_bytes()
+    expected, _ = split(docvqa.samples(unpacked))
+    root = tmp_path / form
+    if form == "train.tar.gz":
+        documents = {f"train/documents/{name}": data for name, data in pages.items()}
+        pack(
+            root / "train.tar.gz", {"train/ocr_results/a.json": b"{}", "train/train_v1.0.json": questions, **documents}
+        )
+    else:
+        pack(root / "spdocvqa_images.tar.gz", pages)
+        pack(root / "spdocvqa_ocr.tar.gz", {"abcd0001_3.json": b"{}"})
+        if form == "qas folder":
+            write_file(root / "spdocvqa_qas" / "train_v1.0_withQT.json", questions)
+        else:
+            folder = "" if form == "flat qas.zip" else "spdocvqa_qas/"
+            files = {f"{folder}train_v1.0_withQT.json": questions, f"{folder}val_v1.0_withQT.json": b"{}"}
+            pack(root / "spdocvqa_qas.zip", files)
+    samples, reasons = split(docvqa.samples(root))
+    assert reasons == []
+    assert [(sample.id, texts(sample)) for sample in samples] == [(sample.id, texts(sample)) for sample in expected]
+    assert [[load_image(image).data for image in sample.images] for sample in samples] == [
+        [load_image(image).data for image in sample.images] for sample in expected
+    ]
+    assert not list(archives.cache_folder().glob("*ocr*.content"))
+
+
+def test_docvqa_without_files(tmp_path: Path) -> None:
+    """The message names the file that is expected."""
+    with pytest.raises(DataError, match=r"train_v1\.0\.json: no such file"):
+        list(docvqa.samples(tmp_path))
+
+
+@pytest.mark.parametrize("questions", ["qa.tar.gz", "qa folder", "dvqa.zip"])
+def test_dvqa_forms_of_the_publisher(tmp_path: Path, questions: str) -> None:
+    """Images as images.tar.gz with its folder, and the questions packed or in a folder of their own."""
+    unpacked = raw_folders.write_dvqa(tmp_path / "unpacked")
+    expected, _ = split(dvqa.samples(unpacked))
+    root = tmp_path / questions
+    pack(root / "images.tar.gz", {f"images/{name}": data for name, data in files_of(unpacked / "images").items()})
+    data = (unpacked / "train_qa.json").read_bytes()
+    if questions == "qa.tar.gz":
+        pack(root / "qa.tar.gz", {"qa/train_qa.json": data, "qa/val_easy_qa.json": b"[]"})
+    elif questions == "qa folder":
+        write_file(root / "qa" / "train_qa.json", data)
+    else:
+        pack(root / "dvqa.zip", {"train_qa.json": data})
+    samples, reasons = split(dvqa.samples(root))
+    assert reasons == []
+    assert [(sample.id, texts(sample)) for sample in samples] == [(sample.id, texts(sample)) for sample in expected]
+    assert [load_image(sample.images[0]) for sample in samples] == [load_image(s.images[0]) for s in expected]
+
+
+@pytest.mark.parametrize("form", ["ai2d-all.zip", "unpacked"])
+def test_ai2d_forms_of_the_publisher(tmp_path: Path, form: str) -> None:
+    """The published archive has a folder ai2d; the list of test diagrams is a file of its own, beside it or inside."""
+    published = raw_folders.write_ai2d(tmp_path / "published")
+    expected, _ = split(ai2d.samples(published))
+    files = {f"ai2d/{name}": data for name, data in files_of(published).items()}
+    test_ids = files.pop("ai2d/ai2d_test_ids.csv")
+    root = tmp_path / form
+    if form == "unpacked":
+        for name, data in files.items():
+            write_file(root / name, data)
+        write_file(root / "ai2d" / "ai2d_test_ids.csv", test_ids)
+    else:
+        pack(root / "ai2d-all.zip", files)
+        write_file(root / "ai2d_test_ids.csv", test_ids)
+    samples, reasons = split(ai2d.samples(root))
+    assert reasons == []
+    assert [(sample.id, texts(sample)) for sample in samples] == [(sample.id, texts(sample)) for sample in expected]
+    assert [load_image(sample.images[0]) for sample in samples] == [load_image(s.images[0]) for s in expected]
+
+
+def test_archives_of_other_publishers(tmp_path: Path) -> None:
+    """ChartQA's one archive, COCO's two, and the tar shards of img2dataset are read where they are."""
+    writers = {
+        "chartqa": (raw_folders.write_chartqa, chartqa.samples, {"ChartQA Dataset.zip": "ChartQA Dataset/"}),
+        "coco": (
+            raw_folders.write_coco_captions,
+            coco_captions.samples,
+            {"annotations_trainval2014.zip": "annotations/", "train2014.zip": "train2014/"},
+        ),
+        "laion": (
+            raw_folders.write_laion_gpt4v,
+            lambda root: laion_gpt4v.samples(root, ["Describe it."]),
+            {"00000.tar": "00000/"},
+        ),
+    }
+    for name, (write, read, packed) in writers.items():
+        expected = list(read(write(tmp_path / f"{name}_files")))
+        files = files_of(tmp_path / f"{name}_files")
+        root = tmp_path / name
+        for archive, folder in packed.items():
+            inside = {file: data for file, data in files.items() if file.startswith(folder)}
+            prefix = folder if name == "laion" else ""  # the shards have no folder
+            pack(root / archive, {file.removeprefix(prefix): data for file, data in inside.items()})
+            files = {file: data for file, data in files.items() if file not in inside}
+        for file, data in files.items():
+            write_file(root / file, data)
+        found = list(read(root))
+        assert [item.id for item in found] == [item.id for item in expected]
+        for one, other in zip(found, expected, strict=True):
+            assert isinstance(one, Sample) == isinstance(other, Sample)
+            if isinstance(one, Sample) and isinstance(other, Sample):
+                assert all(isinstance(image, ArchiveMember) for image in one.images)
+                assert [load_image(image) for image in one.images] == [load_image(image) for image in other.images]
 
 
 def test_dvqa_mixes_its_types(tmp_path: Path) -> None:
