@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from data_recipes.schema.arguments import path_argument
+from data_recipes.schema.arguments import ArgumentParser, path_argument
 from data_recipes.schema.console import run_program
 from train.acceptance.check_report import (
     Check,
@@ -183,7 +183,7 @@ def _list_replacements(out: Path, hosts: Sequence[str]) -> dict[str, str]:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         "python -m train.accept", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="of python -m train: also check this configuration")

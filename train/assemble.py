@@ -17,10 +17,9 @@ from llava_next.model.checkpoint_config import check_image_statistics
 from llava_next.model.flops import step_costs
 from llava_next.model.llava_next import LlavaNext
 from train.checkpoint import resume
-from train.checkpoint.saver import latest_valid
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig
-from train.data.length_table import LengthTable, check_budgets, open_table
+from train.data.length_table import LengthTable, check_budgets, open_table, table_folders
 from train.data.loader import Planner, build_processor, make_blank_row
 from train.data.local_stores import prepare_local_stores
 from train.distributed.launch import Launch
@@ -53,17 +52,16 @@ class RunParts:
     num_skipped: int = 0
 
 
-def assemble(config: RunConfig, world: World, data: "RunData", *, resumes: bool = True) -> RunParts:
+def assemble(config: RunConfig, world: World, data: "RunData", checkpoint: Path | None) -> RunParts:
     """Builds the model, loads its weights and starts the engine. Every rank must call it.
 
     Args:
-        resumes: continue from the newest valid checkpoint of the run folder, if there is one.
+        checkpoint: the checkpoint to continue from; None starts with the initial weights.
     """
     model, origin = build(data.backbone, config, world, num_sources=len(data.mixture.source_names))
     planner = make_planner(config, world, data.backbone, model, data.table)
     frozen = resume.hash_frozen_parts(model, world)
     first_step, num_skipped = 0, 0
-    checkpoint = latest_valid(config.run_dir / "checkpoints", world) if resumes else None
     with resume.open_checkpoint(checkpoint, model, data.table.fingerprint, config, world) as resumption:
         engine = start_engine(model, config, world)
         if resumption is not None:
@@ -107,14 +105,15 @@ def open_data(config: RunConfig, launch: Launch) -> RunData:
     backbone = read_backbone(config.model)
     processor = build_processor(backbone, stage)
     mixture = Mixture.open(config.mixture, store_root, prepare_local_stores(config, launch))
+    folder, *fallbacks = table_folders(config)
     table = open_table(
         mixture,
         processor,
-        store_root / ".lengths",
+        folder,
         is_writer=launch.is_main,
         num_workers=config.data.length_workers,
         show_progress=launch.is_main,
-        fallbacks=(config.run_dir / "lengths",),  # the stores may belong to another user
+        fallbacks=fallbacks,
     )
     check_budgets(table, config.packing)
     return RunData(backbone, processor, mixture, table)

@@ -25,7 +25,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from data_recipes.schema.arguments import path_argument
+from data_recipes.schema.arguments import ArgumentParser, path_argument
 from data_recipes.schema.console import run_program
 from llava_next.config import ModelError
 from llava_next.inputs.anyres import decode
@@ -225,7 +225,7 @@ def _print_answer(chat: Chat, conversation: Conversation, question: str) -> None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.chat", description=(__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(prog="python -m train.chat", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "export", type=path_argument, metavar="EXPORT", help="a run folder, its export/, or any LLaVA-NeXT directory"
     )

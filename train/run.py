@@ -23,6 +23,7 @@ from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.towers import stock_unsupported_reason
 from train.assemble import RunData, assemble, open_data
+from train.checkpoint.saver import latest_valid
 from train.config.compose import to_yaml, with_absolute_paths
 from train.config.schema import ConfigError, RunConfig
 from train.data.length_table import LengthTable
@@ -57,13 +58,17 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
         broadcast_from_main(world, partial(check_wandb, config))
         data = open_data(config, launch)
         if config.preflight == "only":
-            parts = assemble(config, world, data, resumes=False)
+            parts = assemble(config, world, data, None)
             preflight.run_trial_step(config, world, parts.engine, data.mixture, data.table, data.processor)
             return
-        parts = assemble(config, world, data)
+        checkpoint = latest_valid(config.run_dir / "checkpoints", world)
+        if checkpoint is None:  # else its settings are compared first
+            broadcast_from_main(world, partial(_check_overwrite, config, "it has no checkpoint"))
+        parts = assemble(config, world, data, checkpoint)
         model, planner, engine, first_step = parts.model, parts.planner, parts.engine, parts.first_step
         watchdog.get_sample_names = partial(list_sample_names, planner, data.mixture)
-        _check_overwrite(config, first_step, planner.num_steps)
+        if first_step < planner.num_steps:
+            _check_overwrite(config, f"its checkpoints end at step {first_step} of {planner.num_steps}")
         if world.is_main:  # after the resume: a start that is refused must not change the run folder
             _write_data_summary(config, data.mixture, data.table)
             _append_start(config, world, data.table, first_step, parts.origin)
@@ -152,18 +157,20 @@ def _start_world(config: RunConfig, launch: Launch, watchdog: Watchdog) -> World
     return world
 
 
-def _check_overwrite(config: RunConfig, first_step: int, num_steps: int) -> None:
+def _check_overwrite(config: RunConfig, trained: str) -> None:
     """Refuses to replace the result of a run that has finished in this folder.
 
+    Args:
+        trained: why this run would train further steps.
+
     Raises:
-        ConfigError: there is one, and this run would train further steps.
+        ConfigError: there is a result.
     """
     result = config.run_dir / config.stage.result
-    if first_step < num_steps and result.is_dir() and not config.overwrite:
-        trained = f"its checkpoints end at step {first_step}" if first_step else "it has no checkpoint"
+    if result.is_dir() and not config.overwrite:
         raise ConfigError(
-            f"{result} exists: a run has finished in this folder, and {trained} of {num_steps}; choose another name=, "
-            "or overwrite=true to train again and replace it"
+            f"{result} exists: a run has finished in this folder, and {trained}; choose another name=, or "
+            "overwrite=true to train again and replace it"
         )
 
 

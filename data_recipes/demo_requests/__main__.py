@@ -30,7 +30,13 @@ from data_recipes.demo_requests.request_files import BatchOptions, BatchWriter, 
 from data_recipes.demo_requests.screen import find_personal_data, has_unsafe_term, read_unsafe_terms, strip_metadata
 from data_recipes.raw.image_files import ImageError, load_image
 from data_recipes.raw.json_records import iter_records
-from data_recipes.schema.arguments import count_argument, path_argument, positive_argument, text_argument
+from data_recipes.schema.arguments import (
+    ArgumentParser,
+    count_argument,
+    path_argument,
+    positive_argument,
+    text_argument,
+)
 from data_recipes.schema.console import run_program
 from data_recipes.schema.file_access import describe_error
 from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError
@@ -38,7 +44,7 @@ from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; argparse exits with code 2 on invalid arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m data_recipes.demo_requests", description="Make training data from a demo's logs."
     )
     steps = parser.add_subparsers(dest="step", required=True)

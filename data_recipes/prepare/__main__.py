@@ -29,7 +29,7 @@ from data_recipes.prepare.slices import make_slice_writer, merge_slices, read_sl
 from data_recipes.prepare.work_list import WorkItem, estimate_group_space, plan_work, report_up_to_date
 from data_recipes.raw.archives import describe_copies, set_cache_folder
 from data_recipes.raw.image_pool import ImagePool
-from data_recipes.schema.arguments import output_folder, path_argument, text_argument
+from data_recipes.schema.arguments import ArgumentParser, output_folder, path_argument, text_argument
 from data_recipes.schema.config_dir import CONFIG_DIR, describe_replaced
 from data_recipes.schema.console import run_program
 from data_recipes.schema.file_access import describe_error
@@ -70,9 +70,7 @@ class Arguments:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parse the command line; argparse exits with code 2 on invalid arguments."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_recipes.prepare", description="Prepare stores from raw files."
-    )
+    parser = ArgumentParser(prog="python -m data_recipes.prepare", description="Prepare stores from raw files.")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--mixture", type=text_argument, help="prepare every source of configs/mixture/NAME.yaml")
     what.add_argument("--source", nargs="+", default=[], help="prepare these sources of configs/source/*.yaml")

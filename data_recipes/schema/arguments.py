@@ -1,9 +1,22 @@
-"""Types for argparse that refuse empty values, and outputs that could not be written, before any work is done."""
+"""The command line of programs: a parser that reports a mistake as one sentence, and types that refuse empty values,
+and outputs that could not be written, before any work is done."""
 
 import argparse
 import math
 import os
 from pathlib import Path
+from typing import NoReturn
+
+from data_recipes.schema.console import EXIT_USAGE
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's parser, which prints the sentence of a mistake without the usage, and where to find the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the sentence and ends the program with EXIT_USAGE."""
+        sentence = " ".join(message.split())  # a value may have line breaks
+        self.exit(EXIT_USAGE, f"error: {sentence}; see `{self.prog} --help`\n")
 
 
 def path_argument(text: str) -> Path:

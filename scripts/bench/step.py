@@ -1,6 +1,6 @@
 """Measures a training step: this project's trainer against stock transformers and the authors' trainer.
 
-    python scripts/bench/step.py cpu [--quick] [--profile]   a narrow model with real geometry, on this machine's cores
+    python scripts/bench/step.py cpu [--quick] [--profile]   a small model with real geometry, on this machine's cores
     python scripts/bench/step.py gpu [--profile]             CLIP ViT-L and layers of a 7B on one GPU, against stock
 
 SUBCOMMAND --help lists the options of each.

@@ -6,6 +6,7 @@ need more than a machine with two cores. Tests check their arguments and do not 
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ def _pages() -> list[Path]:
 
 
 PAGES = _pages()
+WALKED = DOCS / "your-own-images.md"
+"""The page whose commands run in a checkout of their own, without the results of the quickstart
+(test_your_own_images.py)."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,9 @@ class Command:
         return words
 
 
-def blocks(*languages: str) -> list[str]:
-    """The fenced blocks of all pages in these languages (empty: in none)."""
-    texts = (page.read_text() for page in PAGES)
+def blocks(*languages: str, pages: Sequence[Path] = PAGES) -> list[str]:
+    """The fenced blocks of these pages in these languages (empty: in none)."""
+    texts = (page.read_text() for page in pages)
     return [block for text in texts for language, block in FENCE.findall(text) if language in languages]
 
 
@@ -74,9 +78,9 @@ def commands_of(block: str) -> list[Command]:
     return listed
 
 
-def commands() -> list[Command]:
-    """Every command of the bash blocks of all pages, in their order, each once."""
-    return list(dict.fromkeys(command for block in blocks("bash") for command in commands_of(block)))
+def commands(pages: Sequence[Path] = PAGES) -> list[Command]:
+    """Every command of the bash blocks of these pages, in their order, each once."""
+    return list(dict.fromkeys(command for block in blocks("bash", pages=pages) for command in commands_of(block)))
 
 
 def inline_commands() -> list[Command]:

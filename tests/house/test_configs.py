@@ -67,7 +67,7 @@ def test_yaml_parses_and_numbers_are_numbers(path: str) -> None:
 def test_experiment_composes_in_every_stage(experiment: str, stage: str) -> None:
     """Every experiment supports both stages."""
     required = (
-        ("stage.init_from=DIR", "mixture=quickstart_finetune") if experiment == "tune" else ()
+        ("stage.init_from=DIR", "mixture=quickstart_finetune") if experiment in ("tune", "tune_lora") else ()
     )  # required by this experiment
     config = compose(f"experiment={experiment}", f"stage={stage}", *required)
     assert config.stage.name == stage

@@ -36,7 +36,7 @@ from train.config.compose import load
 from train.plan.__main__ import list_stages
 
 OWN_PACKAGES = {"train", "llava_next", "data_recipes"}
-NOT_HERE = {"vllm", "sglang"}  # vLLM's parser is tested in tests/scripts/test_vllm.py, SGLang's is not
+NOT_HERE = {"vllm", "sglang", "hf"}  # vLLM's parser is tested in tests/scripts/test_vllm.py, the others' are not
 
 
 # ------------------------------------------------------------------------------------ modules and scripts

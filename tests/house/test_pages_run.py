@@ -17,7 +17,7 @@ import pytest
 
 from tests.data_recipes.demo_requests.demo_logs import Demo, photo
 from tests.data_recipes.demo_requests.test_program import make_answer
-from tests.house.pages import ROOT, Command, blocks, commands, yaml_files
+from tests.house.pages import PAGES, ROOT, WALKED, Command, blocks, commands, yaml_files
 from tests.tiny import SIZES_HW, encoded_picture
 from tests.train.launch import finish
 
@@ -67,7 +67,8 @@ def program_elsewhere(command: Command) -> str | None:
     return next((name for name in ELSEWHERE if f"{name} " in text), None)
 
 
-RUN_HERE = [c for c in commands() if not c.needs and program_elsewhere(c) is None and c.text != QUICKSTART]
+PAGES_HERE = [page for page in PAGES if page != WALKED]
+RUN_HERE = [c for c in commands(PAGES_HERE) if not c.needs and program_elsewhere(c) is None and c.text != QUICKSTART]
 
 
 class Checkout:
@@ -220,7 +221,7 @@ def write_authors_connector(connector: Path, folder: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("block", blocks("python"))
+@pytest.mark.parametrize("block", blocks("python", pages=PAGES_HERE))
 def test_python_block_runs(checkout: Checkout, quickstart: tuple[int, str], block: str) -> None:
     """The block runs as printed."""
     code, output = checkout.run([sys.executable, "-c", block])

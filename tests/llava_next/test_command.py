@@ -1,11 +1,15 @@
 """The command `llava-next`: it runs the programs, starts ranks, and refuses in one sentence."""
 
+import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from llava_next.__main__ import _PROGRAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +58,18 @@ def test_mistake_is_one_line(arguments: list[str]) -> None:
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: ")
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", [verb for verb in _PROGRAMS if verb != "train"])
+def test_mistake_in_an_option_is_one_sentence(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without the usage; the sentence names the option, and where the usage is. (`train` has Hydra's command line.)"""
+    module, _ = _PROGRAMS[verb]
+    is_package = ROOT.joinpath(*module.split("."), "__main__.py").is_file()
+    program = importlib.import_module(f"{module}.__main__" if is_package else module)
+    with pytest.raises(SystemExit) as ended:
+        program.main(["--no-such-option"])
+    assert ended.value.code == 2
+    assert re.fullmatch(rf"error: .+; see `python -m {module} --help`\n", capsys.readouterr().err)
 
 
 def test_foreign_module_is_named(tmp_path: Path) -> None:

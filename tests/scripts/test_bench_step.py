@@ -52,13 +52,30 @@ def test_step_bench(
     arguments = ["--shape", "tiny", "--quick", "--threads", "1", "--only", "ours", "stock-4"]
     arguments += ["--tokenizer", str(tokenizer), "--out", str(tmp_path)]
     assert bench("step").main(["cpu", *arguments]) == 0
-    assert "peak memory, stock at batch 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "peak memory, stock at batch 4" in printed
     results = json.loads((tmp_path / "step.json").read_text())["results"]
-    assert [goal["what"] for goal in results["goals"]] == [goal.what for goal in step.GOALS[:2]]
+    assert [each["what"] for each in results["comparisons"]] == [each.what for each in step.COMPARISONS[:2]]
+    assert 0 < results["head_share"] < results["head_share_at_every_position"] < 1
+    assert f"{results['head_share']:.1%} of the FLOPs of our step" in printed
     assert 0 < results["competitors"]["ours"]["share_of_gemm"] < 1
     answers["stock-4"] = others["stock-4"]
     assert bench("step").main(["cpu", *arguments]) == 1
     assert "stock-4" in capsys.readouterr().err
+
+
+def test_head_shares(bench: Bench) -> None:
+    """The head's FLOPs as a share of the step's, and of a step with the head at all of its tokens, not only at the
+    supervised ones."""
+    outcome = bench("training_step.job").Outcome
+    ours = outcome(flops=[100.0, 100.0], head_flops=[10.0, 10.0], num_tokens=[40, 20], num_supervised=[10, 10])
+    shares = bench("training_step.competitors").head_shares(ours)
+    assert shares == {"head_share": 0.1, "head_share_at_every_position": 60.0 / (180.0 + 60.0)}
+
+
+def test_the_cpu_bench_runs_the_wide_model(bench: Bench) -> None:
+    """In the narrow one the head at every position, which only the others compute, is most of the work."""
+    assert bench("training_step.on_cpu")._options([]).shape == "wide"
 
 
 def test_different_work_is_an_error(bench: Bench) -> None:
@@ -85,7 +102,9 @@ def test_gpu_bench_without_a_gpu(bench: Bench, tokenizer: Path, tmp_path: Path) 
     arguments = ["--device", "cpu", "--tiny", "--samples", "4", "--steps", "3", "--batches", "2", "--workers", "0"]
     arguments += ["--threads", "1", "--max-tokens", "400", "--peak-tflops", "1", "--variants", "plain", "--profile"]
     assert bench("step").main(["gpu", *arguments, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]) == 0
-    competitors = json.loads((tmp_path / "gpu.json").read_text())["results"]["competitors"]
+    results = json.loads((tmp_path / "gpu.json").read_text())["results"]
+    competitors = results["competitors"]
+    assert 0 < results["head_share"] < results["head_share_at_every_position"] < 1
     assert list(competitors) == ["ours, plain", "stock, batch 2"]
     assert 0 < competitors["ours, plain"]["mfu"] < 1
     assert 0 < competitors["ours, plain"]["tower_share_of_time"] < 1
@@ -131,3 +150,16 @@ def test_samples_are_drawn_alike(bench: Bench) -> None:
     assert samples[0] == samples[1] != samples[2]
     with pytest.raises(ValueError, match="0 of 1"):
         draw(1, 0, lambda messages, size: False)
+
+
+@pytest.mark.parametrize("words", [[], ["cqu"], ["cpu", "--steps", "1"], ["cpu", "--no-such-option"]])
+def test_mistake_is_one_sentence(bench: Bench, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """Exit code 2, and no usage."""
+    try:
+        code = bench("step").main(words)
+    except SystemExit as ended:
+        code = ended.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1

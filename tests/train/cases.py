@@ -155,12 +155,15 @@ def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
     """The parts of a run on this rank; ends the engine on exit. `goes_on`: resume from its newest valid checkpoint, if
     any."""
     from train.assemble import assemble, open_data
+    from train.checkpoint.saver import latest_valid
     from train.distributed.launch import read_launch
     from train.distributed.world import start
 
     launch = read_launch()
     data = open_data(config, launch)
-    run = assemble(config, start(config, launch), data, resumes=goes_on)
+    world = start(config, launch)
+    checkpoint = latest_valid(config.run_dir / "checkpoints", world) if goes_on else None
+    run = assemble(config, world, data, checkpoint)
     parts = Parts(
         config,
         run.world,

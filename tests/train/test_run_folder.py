@@ -4,12 +4,18 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.train.launch import Program, finish
-from train.config.schema import RunConfig
+from train import run as run_module
+from train.config.schema import ConfigError, RunConfig
+from train.distributed.launch import Launch
+from train.distributed.world import World
+from train.supervision.watchdog import Watchdog
 
 OPTIONS = ("stage.init_from=null", "save.every=1")
 
@@ -56,6 +62,34 @@ def test_ranks_end_with_their_launcher(program: Program) -> None:
     num_before = len(program.metrics("orphans"))
     code, output = program.run("torchrun", "name=orphans", "stage.epochs=300", f"max_steps={num_before + 1}", *OPTIONS)
     assert code == 0, output
+
+
+class Built(Exception):
+    """Raised in place of building a model."""
+
+
+def test_finished_run_without_checkpoints_is_refused_before_its_model_is_built(
+    run_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model may take minutes to build. With `overwrite=true`, and in an empty folder, it is built."""
+
+    def start(config: RunConfig) -> None:
+        launch = Launch(0, 0, 1)
+        run_module.run(config, launch, Watchdog(config.run_dir, launch, 60.0, 60.0))
+
+    def assemble(*_: object) -> None:
+        raise Built
+
+    world = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
+    monkeypatch.setattr(run_module, "_start_world", lambda *_: world)
+    monkeypatch.setattr(run_module, "assemble", assemble)
+    with pytest.raises(Built):
+        start(run_config)
+    (run_config.run_dir / "export").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"export exists: .* it has no checkpoint; .*overwrite=true"):
+        start(run_config)
+    with pytest.raises(Built):
+        start(replace(run_config, overwrite=True))
 
 
 @pytest.mark.full

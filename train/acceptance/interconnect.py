@@ -4,7 +4,6 @@ A child run starts `python -m train.acceptance.interconnect --out FILE` on every
 and the ranks of each host, with all hosts at the same time as in training. Rank 0 writes the results as JSON.
 """
 
-import argparse
 import json
 import socket
 import statistics
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from data_recipes.schema.arguments import ArgumentParser
 from train.distributed.launch import read_launch
 from train.distributed.world import set_environment
 
@@ -28,7 +28,7 @@ _MAX_REPEATS, _MIN_REPEATS, _MEASURE_S = 20, 3, 1.0
 
 def main() -> int:
     """Runs the program; returns the exit code."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m train.acceptance.interconnect", description=(__doc__ or "").split("\n\n")[0]
     )
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")

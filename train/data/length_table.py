@@ -27,7 +27,7 @@ from data_recipes.raw.image_pool import exit_with_parent
 from llava_next.config import ModelError
 from llava_next.file_access import write_problem
 from llava_next.inputs.processor import Processor, SampleRejected
-from train.config.schema import ConfigError, PackingConfig
+from train.config.schema import ConfigError, PackingConfig, RunConfig
 from train.distributed.world import heartbeat_mtime, wait_for
 
 logger = logging.getLogger(__name__)
@@ -82,6 +82,18 @@ def data_fingerprint(mixture: Mixture, processor: Processor) -> str:
     return hashlib.sha256(f"{mixture.fingerprint}\0{processor.fingerprint}".encode()).hexdigest()
 
 
+def table_folders(config: RunConfig) -> tuple[Path, Path]:
+    """The folders of a run's length tables, in the order in which they are searched: beside the stores, where every run
+    finds them, and the run's own, since the stores may belong to another user."""
+    return Path(config.data.store_root) / ".lengths", config.run_dir / "lengths"
+
+
+def find_table(mixture: Mixture, processor: Processor, folders: Sequence[Path]) -> Path | None:
+    """Returns the first of the folders that holds the table of a mixture and a processor; None if there is no table."""
+    name = _table_name(data_fingerprint(mixture, processor))
+    return next((folder for folder in folders if _is_complete(folder / name)), None)
+
+
 def open_table(
     mixture: Mixture,
     processor: Processor,
@@ -107,7 +119,7 @@ def open_table(
         TimeoutError: the writer's heartbeat stopped.
     """
     fingerprint = data_fingerprint(mixture, processor)
-    paths = [each / fingerprint[:16] for each in (folder, *fallbacks)]
+    paths = [each / _table_name(fingerprint) for each in (folder, *fallbacks)]
     if is_writer and not any(map(_is_complete, paths)):
         path = _first_writable(paths)
         _write(mixture, processor, path, fingerprint, num_workers or len(os.sched_getaffinity(0)), show_progress)
@@ -189,6 +201,10 @@ def _first_writable(paths: Sequence[Path]) -> Path:
         f"the length table of the mixture cannot be stored: {'; '.join(problems)}; make data.store_root writable, or "
         "start once as its owner, which writes the table"
     )
+
+
+def _table_name(fingerprint: str) -> str:
+    return fingerprint[:16]
 
 
 def _is_complete(path: Path) -> bool:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from data_recipes.schema.arguments import count_argument, output_file, path_argument, positive_argument
+from data_recipes.schema.arguments import ArgumentParser, count_argument, output_file, path_argument, positive_argument
 from data_recipes.schema.console import run_program
 from data_recipes.schema.sample import DataError
 from data_recipes.store.reader import StoredSample
@@ -243,7 +243,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "path",
         type=path_argument,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data_recipes.schema.arguments import output_folder, path_argument, positive_size, text_argument
+from data_recipes.schema.arguments import ArgumentParser, output_folder, path_argument, positive_size, text_argument
 from data_recipes.schema.console import run_program
 from llava_next.config import ModelError
 from llava_next.formats.atomic import atomic_directory
@@ -98,7 +98,7 @@ def _check_out(out: Path, source: ExportedModel) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.export", description=(__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(prog="python -m train.export", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("source", type=path_argument, help="a run (its export/, or its newest checkpoint), a "
                         "checkpoint (RUN/checkpoints/step_000500), or a Hugging Face directory")  # fmt: skip
     parser.add_argument("--format", choices=("hf", "original"), default="hf", help="hf: for transformers and vLLM; "

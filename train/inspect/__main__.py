@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data_recipes.schema.arguments import count_argument, output_file, path_argument
+from data_recipes.schema.arguments import ArgumentParser, count_argument, output_file, path_argument
 from data_recipes.schema.console import run_program
 from data_recipes.schema.sample import DataError
 from llava_next.config import ModelError
@@ -78,7 +78,7 @@ def _refuse(path: Path, reason: str, **options: object) -> None:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.inspect", description=(__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(prog="python -m train.inspect", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("path", type=path_argument, metavar="STORE|RUN", help="a prepared source, or the folder of a stage")
     add("overrides", nargs="*", metavar="KEY=VALUE", help="of a store: model and stage, as for training")

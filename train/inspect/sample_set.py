@@ -112,7 +112,7 @@ def compose_config(overrides: Sequence[str], config_dir: str | None) -> RunConfi
         ConfigError: a wrong override, or the default model is not there and none is named.
     """
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
-    name = [] if keys & {"name", "experiment"} else ["name=inspect"]
+    name = [] if "name" in keys else ["name=inspect"]
     mixture = ["++mixture.name=inspect", "++mixture.sources.inspect={}"]  # a placeholder for the store
     config = load([*name, *overrides, *mixture], config_dir, folders=False)
     language_model = config.model.language_model

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from data_recipes.schema.arguments import output_file, positive_argument
+from data_recipes.schema.arguments import ArgumentParser, output_file, positive_argument
 from data_recipes.schema.config_dir import CONFIG_DIR
 from data_recipes.schema.console import run_program
 from train.config.compose import check, compose_overrides
@@ -152,7 +152,7 @@ def _is_set(overrides: Sequence[str], key: str) -> bool:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         "python -m train.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="as for python -m train, and hardware=NAME nodes=N")

@@ -18,7 +18,7 @@ from llava_next.inputs.anyres import image_layout
 from llava_next.model.architecture import Architecture
 from llava_next.model.build import Backbone
 from train.config.schema import ConfigError, RunConfig
-from train.data.length_table import LengthTable, data_fingerprint, open_table
+from train.data.length_table import LengthTable, find_table, open_table, table_folders
 
 NUM_DRAWN = 24_000
 """Number of samples that are drawn from the published mixture."""
@@ -54,17 +54,24 @@ def load_population(
     """Returns the sample lengths of a stage.
 
     Args:
-        num_samples: number of samples in an epoch; None uses the counts of the mixture and its sources.
+        num_samples: number of samples in an epoch; None uses that of the prepared mixture, else the counts of the
+            mixture and its sources.
         config_dir: a folder with further YAML files of sources, which take precedence.
 
     Raises:
         ConfigError: the number of samples of a source is unknown.
     """
-    population = _load_length_table(config, architecture) if num_samples is None else None
-    if population is not None:
-        return population
-    folders = [*([Path(config_dir)] if config_dir else []), CONFIG_DIR]
-    return draw_published(config, architecture, num_samples or count_samples(config, folders))
+    if num_samples is None:
+        mixture = _open_prepared(config)
+        if mixture is None:
+            folders = [*([Path(config_dir)] if config_dir else []), CONFIG_DIR]
+            num_samples = count_samples(config, folders)
+        else:
+            population = _load_length_table(config, architecture, mixture)
+            if population is not None:
+                return population
+            num_samples = mixture.num_samples
+    return draw_published(config, architecture, num_samples)
 
 
 def draw_published(config: RunConfig, architecture: Architecture, num_samples: int) -> Population:
@@ -123,11 +130,20 @@ def _read_expected_count(folder: Path, name: str) -> int | None:
     return int(count) if count else None
 
 
-def _load_length_table(config: RunConfig, architecture: Architecture) -> Population | None:
-    """Returns the lengths of the run's length table; None if there is no table."""
+def _open_prepared(config: RunConfig) -> Mixture | None:
+    """Returns the mixture of a run; None if a source is not prepared."""
     store_root = Path(config.data.store_root)
-    prepared = all((store_root / source / "manifest.json").is_file() for source in config.mixture.sources)
-    if not (isinstance(architecture, Backbone) and prepared):
+    if not all((store_root / source / "manifest.json").is_file() for source in config.mixture.sources):
+        return None
+    try:
+        return Mixture.open(config.mixture, store_root)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _load_length_table(config: RunConfig, architecture: Architecture, mixture: Mixture) -> Population | None:
+    """Returns the lengths of the run's length table; None if there is no table."""
+    if not isinstance(architecture, Backbone):
         return None
     stage = config.stage
     processor = architecture.processor(
@@ -136,13 +152,8 @@ def _load_length_table(config: RunConfig, architecture: Architecture) -> Populat
         max_length=stage.max_length,
         unmask_special_tokens=stage.unmask_special_tokens,
     )
-    try:
-        mixture = Mixture.open(config.mixture, store_root)
-    except DataError as error:
-        raise ConfigError(str(error)) from error
-    folder = store_root / ".lengths"
-    fingerprint = data_fingerprint(mixture, processor)
-    if not (folder / fingerprint[:16] / "table.json").is_file():
+    folder = find_table(mixture, processor, table_folders(config))
+    if folder is None:
         return None
     table = open_table(mixture, processor, folder, is_writer=False, num_workers=1, show_progress=False)
     return Population.from_table(table, f"lengths counted in the prepared mixture {config.mixture.name}")

@@ -1,7 +1,8 @@
 """`python -m train.report RUN...`: one or several runs on one HTML page that needs no other file and no network.
 
-Losses, rates, speed, time by kind, memory, evaluation with images, resumes, data, configuration. The curves of several
-runs share their charts, and the page begins with what differs. No run is loaded or changed.
+Results first: losses, scores, questions with their images and answers. Then the curves of losses, rates, speed, time by
+kind and memory, which share their charts for several runs; then what differs between the runs, resumes, data and
+configuration. No run is loaded or changed.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_recipes.schema.arguments import output_file, path_argument
+from data_recipes.schema.arguments import ArgumentParser, output_file, path_argument
 from data_recipes.schema.console import run_program
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m train.report", description=(__doc__ or "").split("\n\n")[0])
+    parser = ArgumentParser(prog="python -m train.report", description=(__doc__ or "").split("\n\n")[0])
     add = parser.add_argument
     add("runs", type=path_argument, nargs="+", metavar="RUN", help="the folder of a stage")
     samples = "at most so many questions of the evaluation, and of the training (%(default)s; 0: none)"

@@ -12,6 +12,7 @@ from train.report.curves import MAX_POINTS, charts_of, parts_of_time, predicted_
 from train.report.questions import MAX_STEPS, evaluation_questions, live_questions
 
 _FIGURES: tuple[tuple[str, str, Callable[[Numbers], Any]], ...] = (
+    ("first_loss", "train/loss", lambda losses: losses[:10].mean()),
     ("loss", "train/loss", lambda losses: losses[-10:].mean()),
     ("hours", "perf/step_s", lambda seconds: seconds.sum() / 3600),
     ("tokens_per_s", "perf/tokens_per_s", np.median),
@@ -24,8 +25,8 @@ def page_values(runs: Sequence[Run], num_samples: int) -> dict[str, Any]:
     """The values of the template, with at most `num_samples` questions of the evaluation and of the training."""
     differences, equal = compare(runs)
     sources = dict.fromkeys(source for run in runs for source in run.evaluation.get("by_source") or {})
-    evaluated = [(s, run.label, (run.evaluation.get("by_source") or {}).get(s)) for s in sources for run in runs]
-    evaluated += [("all", run.label, run.evaluation.get("all")) for run in runs]
+    evaluated = [("all", run.label, run.evaluation.get("all")) for run in runs]
+    evaluated += [(s, run.label, (run.evaluation.get("by_source") or {}).get(s)) for s in sources for run in runs]
     times = [(run.label, {kind: float(s.sum()) for kind, (_, s) in parts_of_time(run).items()}) for run in runs]
     kinds = list(dict.fromkeys(kind for _, seconds in times for kind in seconds))
     return {

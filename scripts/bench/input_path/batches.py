@@ -24,6 +24,8 @@ from measuring.processes import cpu_seconds, memory_mib, run_alone
 from measuring.result_files import RESULTS, columns_table, save
 from PIL import Image
 
+from data_recipes.schema.arguments import ArgumentParser
+
 PARTS = ("tiles", "lengths", "plan", "loader")
 PUBLISHED = 779_278
 GOAL_TILES, GOAL_PLAN_S, GOAL_PLAN_MIB = 3.0, 10.0, 500.0
@@ -271,7 +273,7 @@ def missed_goals(results: Result) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns 1 if a goal is missed."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--pictures", type=int, default=64, help="images of the parts tiles and loader")
     parser.add_argument("--samples", type=int, default=6000, help="of the part lengths")

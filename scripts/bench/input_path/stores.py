@@ -35,6 +35,7 @@ from data_recipes.mixture.mixture import Mixture
 from data_recipes.prepare.__main__ import main as prepare
 from data_recipes.raw.image_files import load_image
 from data_recipes.raw.json_records import iter_records
+from data_recipes.schema.arguments import ArgumentParser
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import Message, Reject, Sample
 
@@ -254,7 +255,7 @@ def missed_goals(results: Result) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The program; returns 1 if memory grows."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(PROGRAM, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=("rate", "memory"), default=["rate", "memory"])
     parser.add_argument("--pictures", type=int, default=300, help="images of each size, in the part rate")
     parser.add_argument(

@@ -9,7 +9,7 @@ def run_subcommand(usage: str, modules: Mapping[str, str], arguments: Sequence[s
     """Calls `main(arguments)` of the subcommand's module and returns its exit code; 2 for an unknown subcommand.
 
     Args:
-        usage: printed for --help and after a mistake.
+        usage: printed for --help.
         modules: subcommand -> module.
         arguments: the subcommand and its arguments; None for those of the command line.
     """
@@ -17,8 +17,8 @@ def run_subcommand(usage: str, modules: Mapping[str, str], arguments: Sequence[s
     if words and words[0] in modules:
         code: int = importlib.import_module(modules[words[0]]).main(words[1:])
         return code
-    is_help = bool(words) and words[0] in ("-h", "--help")
-    print(usage.strip(), file=sys.stdout if is_help else sys.stderr)
-    if not is_help:
-        print(f"\nerror: the first argument must be one of: {', '.join(modules)}", file=sys.stderr)
-    return 0 if is_help else 2
+    if words and words[0] in ("-h", "--help"):
+        print(usage.strip())
+        return 0
+    print(f"error: the first argument must be one of {', '.join(modules)}; see --help", file=sys.stderr)
+    return 2

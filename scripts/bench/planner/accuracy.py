@@ -35,6 +35,7 @@ from training_step.job import Job, Outcome
 from training_step.materials import SHAPES, Shape, open_data, prepared, run_config
 from training_step.on_gpu import VARIANTS
 
+from data_recipes.schema.arguments import ArgumentParser
 from data_recipes.schema.config_dir import CONFIG_DIR
 from llava_next.model.build import read_backbone
 from train.data.loader import build_processor
@@ -223,7 +224,7 @@ COLUMNS = (
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         "plan.py accuracy", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from measuring.result_files import RESULTS, save, table
 
 from data_recipes.mixture.order import samples_of_step
+from data_recipes.schema.arguments import ArgumentParser
 from llava_next.model.flops import StepCosts
 from train.config.compose import load
 from train.config.schema import PackingConfig
@@ -95,7 +96,7 @@ def _mean_balance(
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("plan.py balance", description=str(__doc__).split("\n\n", maxsplit=1)[0])
+    parser = ArgumentParser("plan.py balance", description=str(__doc__).split("\n\n", maxsplit=1)[0])
     parser.add_argument("--steps", type=int, default=200, help="default 200")
     parser.add_argument("--max-tokens", type=int, default=16_384, help="of a row (default 16384)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")

@@ -23,6 +23,7 @@ from measuring.result_files import RESULTS, columns_table, save
 from training_step.job import MemoryMark
 
 from data_recipes.mixture import order
+from data_recipes.schema.arguments import ArgumentParser
 from data_recipes.schema.config_dir import CONFIG_DIR
 from train.config.compose import load
 from train.config.schema import RunConfig
@@ -174,9 +175,7 @@ SCALE_COLUMNS = (
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "plan.py scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = ArgumentParser("plan.py scale", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--quick", action="store_true", help="the smaller half of the ranks, without the largest number of samples"
     )

@@ -89,7 +89,8 @@ def _step(trainer: Trainer, step: int, outcome: Outcome) -> None:
     outcome.losses.append(float(losses.sum()) / plan.divisor)
     outcome.num_supervised.append(int(tokens.sum()))
     outcome.num_tokens.append(plan.num_tokens)
-    outcome.flops.append(plan.flops + _head_flops(trainer, plan) - _spared_attention_flops(trainer, plan))
+    outcome.head_flops.append(_head_flops(trainer, plan))
+    outcome.flops.append(plan.flops + outcome.head_flops[-1] - _spared_attention_flops(trainer, plan))
     outcome.tower_flops.append(plan.num_tiles * trainer.planner.costs.tile)
 
 

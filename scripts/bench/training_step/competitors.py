@@ -126,6 +126,26 @@ def check_same_work(outcomes: Mapping[str, Outcome], tolerance: float = SAME_LOS
             )
 
 
+def head_shares(ours: Outcome) -> dict[str, float]:
+    """Shares of a step's FLOPs that the language model's head takes: at supervised positions, at every position.
+
+    Args:
+        ours: of this project's trainer, which counts its FLOPs.
+    """
+    head, flops = sum(ours.head_flops), sum(ours.flops)
+    counts = zip(ours.head_flops, ours.num_tokens, ours.num_supervised, strict=True)
+    everywhere = sum(each * tokens / supervised for each, tokens, supervised in counts)
+    return {"head_share": head / flops, "head_share_at_every_position": everywhere / (flops - head + everywhere)}
+
+
+def describe_head(shares: Mapping[str, Any]) -> str:
+    """The shares of `head_shares` as a sentence."""
+    return (
+        f"the language model's head: {shares['head_share']:.1%} of the FLOPs of our step, which runs it at supervised "
+        f"positions; {shares['head_share_at_every_position']:.1%} of a step that runs it at every position"
+    )
+
+
 def samples_per_s(outcome: Outcome, samples_per_step: int) -> float:
     """Rate over the timed steps: all but the first."""
     return samples_per_step * len(outcome.seconds[1:]) / sum(outcome.seconds[1:])

@@ -83,7 +83,8 @@ class Outcome:
         peak_gib: memory above what the process held before the model was built.
         gemm_tflops: the rate of a large matrix product in this process, before and after the steps.
         tower_seconds: of the tower and the projector, forward and backward; empty if they were not measured.
-        flops, tower_flops: useful FLOPs of the step; those of the tower and the projector.
+        flops, tower_flops, head_flops: useful FLOPs of the step; those of the tower and the projector; those of the
+            language model's head, at supervised positions only.
         num_tokens: of each step, padding not counted.
         profile: seconds of one step by kind of operation.
         longest_operations: seconds of the longest of them, by name.
@@ -98,6 +99,7 @@ class Outcome:
     tower_seconds: list[float] = field(default_factory=list)
     flops: list[float] = field(default_factory=list)
     tower_flops: list[float] = field(default_factory=list)
+    head_flops: list[float] = field(default_factory=list)
     num_tokens: list[int] = field(default_factory=list)
     profile: dict[str, float] = field(default_factory=dict)
     longest_operations: dict[str, float] = field(default_factory=dict)

@@ -24,6 +24,8 @@ from training_step.competitors import (
     BenchError,
     Competitor,
     check_same_work,
+    describe_head,
+    head_shares,
     run_all,
     samples_per_s,
     vicuna_tokenizer,
@@ -32,6 +34,7 @@ from training_step.job import Job, Outcome
 from training_step.materials import SHAPES, Shape, prepared
 from training_step.profiling import profile_table
 
+from data_recipes.schema.arguments import ArgumentParser
 from train.config.hardware_files import known_name, matching_files, peak_bf16_tflops
 
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
@@ -104,12 +107,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         for outcomes, fitted in _measured(options, job, shape):  # saved after each: the GPU may be taken away
             results = summary(outcomes, options.samples, rate)
-            content = {**settings, "model": asdict(fitted), "competitors": results}
+            shares = head_shares(next(iter(outcomes.values())))
+            content = {**settings, "model": asdict(fitted), **shares, "competitors": results}
             path = save(result_name(device_name), "step.py gpu", words, content, options.out, facts)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 1
-    print("\n" + columns_table(COLUMNS, results))
+    print(f"\n{columns_table(COLUMNS, results)}\n{describe_head(shares)}")
     profile = next(iter(outcomes.values())).profile
     if profile:
         print("\n" + profile_table(profile))
@@ -204,7 +208,7 @@ COLUMNS = (
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("step.py gpu", description=str(__doc__).split("\n\n", maxsplit=1)[0])
+    parser = ArgumentParser("step.py gpu", description=str(__doc__).split("\n\n", maxsplit=1)[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on tiny tiles, to exercise the program")
     parser.add_argument(

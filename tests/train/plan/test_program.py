@@ -1,6 +1,7 @@
 """Tests of `python -m train.plan`: output, files, exit codes, and the origin of the sample lengths."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from data_recipes.mixture.mixture import Mixture
 from llava_next.model.build import read_backbone
 from tests.train.plan.test_hours import hardware
 from train.config.schema import PackingConfig, RunConfig
-from train.data.length_table import open_table
+from train.data.length_table import find_table, open_table, table_folders
 from train.data.loader import build_processor
 from train.observability.run_folder import Run
 from train.plan.__main__ import main
@@ -79,7 +80,7 @@ def test_configuration_that_does_not_fit_gets_a_change_that_does(
         (["experiment=quickstart", "hardware=abacus"], "hardware=abacus: there is no such choice; the choices are"),
         (["experiment=quickstart", "hardware=cpu", "nodes=0"], "nodes must be an integer of at least 1, got 0"),
         (["experiment=quickstart", "hardware=cpu", "packing.max_tokens=1"], "packing.max_tokens=1 is smaller than"),
-        (["experiment=quickstart", "hardware=cpu", "stage=align"], "--samples N"),
+        (["experiment=quickstart", "hardware=cpu", "stage=align", "data.store_root=nowhere"], "--samples N"),
         (["experiment=quickstart", "hardware=cpu", "model.language_model.name=mine"], "config.json is sufficient"),
         (["quickstart", "hardware=cpu"], "'quickstart' is no override KEY=VALUE"),
     ],
@@ -105,7 +106,8 @@ def planner_of(config: RunConfig, node: Hardware, population: Population) -> Sta
 
 
 def test_lengths_are_the_runs_own_once_it_has_counted(tiny_parts: RunConfig, tmp_path: Path) -> None:
-    """Without a length table the published lengths are used, and the plan says so."""
+    """Without a length table the published lengths are used, and the plan says so; the number of samples is that of the
+    prepared mixture."""
     store_root = tmp_path / "stores"
     store_root.symlink_to(tiny_parts.data.store_root)
     config = replace(tiny_parts, data=replace(tiny_parts.data, store_root=str(tmp_path / "nowhere")))
@@ -115,12 +117,32 @@ def test_lengths_are_the_runs_own_once_it_has_counted(tiny_parts: RunConfig, tmp
     assert drawn.tokens.max() <= config.stage.max_length
     backbone = read_backbone(tiny_parts.model)
     mixture = Mixture.open(tiny_parts.mixture, store_root)
+    empty = tmp_path / "no_table"  # the stores without the tables of other tests
+    shutil.copytree(store_root.resolve(), empty, ignore=shutil.ignore_patterns(".lengths"))
+    prepared = load_population(replace(tiny_parts, data=replace(tiny_parts.data, store_root=str(empty))), backbone)
+    assert (prepared.num_samples, prepared.origin) == (mixture.num_samples, drawn.origin)
     processor = build_processor(backbone, tiny_parts.stage)
     table = open_table(mixture, processor, store_root / ".lengths", is_writer=True, num_workers=1, show_progress=False)
     counted = load_population(tiny_parts, backbone)
     assert counted.origin.startswith("lengths counted")
     assert counted.tokens.tolist() == table.rows["tokens"].tolist()
     assert counted.num_samples == len(table)
+
+
+def test_lengths_of_the_runs_own_folder(run_config: RunConfig, tmp_path: Path) -> None:
+    """A run keeps its length table in its own folder where the stores belong to another user; its plan finds it there,
+    and the plan of another run does not."""
+    stores = tmp_path / "stores"
+    shutil.copytree(run_config.data.store_root, stores, ignore=shutil.ignore_patterns(".lengths"))
+    config = replace(run_config, data=replace(run_config.data, store_root=str(stores)))
+    backbone = read_backbone(config.model)
+    mixture, processor = Mixture.open(config.mixture, stores), build_processor(backbone, config.stage)
+    own = config.run_dir / "lengths"
+    table = open_table(mixture, processor, own, is_writer=True, num_workers=1, show_progress=False)
+    counted = load_population(config, backbone)
+    assert counted.origin.startswith("lengths counted")
+    assert counted.tokens.tolist() == table.rows["tokens"].tolist()
+    assert find_table(mixture, processor, table_folders(replace(config, name="other"))) is None
 
 
 def test_rows_are_those_of_the_run(tiny_parts: RunConfig) -> None:

@@ -167,8 +167,44 @@ def test_differences_are_exactly_what_differs(make: Make) -> None:
     ]
     unknown = {name: tuple(values) for _, name, *values in compare(read_runs([first, third]))[0]}
     assert unknown["torch"] == ("2.13.0", UNKNOWN)  # what is not recorded is not equal
-    page = page_of(first, second)
-    assert page.text.index("What differs") < page.text.index("Overview") < page.text.index("Loss")
+
+
+# ----------------------------------------------------------------------------------------- the order of a page
+
+
+@pytest.mark.parametrize("num_runs", [1, 2])
+def test_results_come_first(make: Make, tmp_path: Path, num_runs: int) -> None:
+    """Losses, scores and questions with images; then curves; then, of several runs, what differs; then data and
+    configuration."""
+    tiny_store(tmp_path / "stores", "pictures", tiny_samples(2))
+    scores = {"num_samples": 2, "loss": 1.25, "metric": "exact_match", "score": 0.75}
+    runs = [
+        make(
+            name,
+            config={"name": name, "seed": seed, "data": {"store_root": str(tmp_path / "stores")}},
+            evaluation__json={"by_source": {"pictures": scores}, "all": {**scores, "score": 0.5}},
+            evaluation__answers__jsonl=[_answer("pictures", "000001", "What is it?")],
+            answers__jsonl=[_live(1, 0, "a word")],
+        )
+        for seed, name in enumerate(("one", "two")[:num_runs])
+    ]
+    headings = [
+        *("Results", "Evaluation", "Questions and answers", "Answers during training", "Loss"),
+        *("Learning rates and gradient", "Speed", "Time and memory"),
+        *(["What differs"] if num_runs > 1 else []),
+        *("Starts and resumes", "Steps left out", "Data", "Configuration"),
+    ]
+    page = page_of(*runs)
+    assert re.findall(r"<h2>(.+?)</h2>", page.html) == headings
+    assert page.html.index("data:image/jpeg") < page.html.index('class="chart"')
+    assert page.text.index("50.0%") < page.text.index("75.0%")  # all sources, then each
+
+
+def test_first_and_last_losses(make: Make) -> None:
+    """Means of ten steps each: what the run has learned, in its first table."""
+    losses = [8.0] * 10 + [5.0] * 10 + [2.0] * 10
+    folder = make("a", [step(number, **{"train/loss": loss}) for number, loss in enumerate(losses)])
+    assert "308.00002.0000" in re.sub(r"\s", "", page_of(folder).text)  # steps, first, last
 
 
 # ------------------------------------------------------------------------------------------------ the curves
@@ -321,7 +357,7 @@ def test_answers_during_training(make: Make, tmp_path: Path) -> None:
     lines = [_live(step, number, f"word{step}_{number}") for step in (9, 99, 19) for number in range(3)]
     folder = make("a", config={"data": data}, answers__jsonl=[*lines, {"step": None}, "{"])
     page = page_of(folder)
-    text = page.text.partition("Answers during training")[2].partition("Evaluation")[0]
+    text = page.text.partition("Answers during training")[2].partition("A dotted vertical line")[0]
     assert "3 of the held-out questions" in text
     assert [text.count(f"word{step}_{number}") for step in (9, 19, 99) for number in range(3)] == [1] * 9
     assert text.index("step 9word9_1") < text.index("step 19word19_1") < text.index("step 99word99_1")
