@@ -20,6 +20,10 @@ _EXIT_USAGE = 2
 _PROGRAMS = {
     "train": ("train", "train one stage of a model"),
     "plan": ("train.plan", "memory, time and limits of a run before its launch"),
+    "fetch": (
+        "train.fetch",
+        "models from the hub; with --mixture or --source and --raw: raw files from their publishers",
+    ),
     "guess": ("data_recipes.guess", "which reader and options fit a folder or file of raw data"),
     "prepare": ("data_recipes.prepare", "raw files to prepared sources and a mixture's manifest"),
     "inspect": ("train.inspect", "samples as the model sees them, and their losses"),
@@ -31,6 +35,8 @@ _PROGRAMS = {
     "demo-requests": ("data_recipes.demo_requests", "logs of a demo to training data"),
 }
 _RANKED = ("train", "evaluate", "accept")
+_DATA_OPTIONS = ("--mixture", "--source", "--raw")
+"""Options with which `fetch` fetches data: models have names only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if verb not in _PROGRAMS:
         return _refuse(f"llava-next {verb}: there is no such command; the commands are {', '.join(_PROGRAMS)}")
     module = _PROGRAMS[verb][0]
+    if verb == "fetch" and any(word.partition("=")[0] in _DATA_OPTIONS for word in rest):
+        module = "data_recipes.fetch"
     foreign = _foreign_origin(module.split(".")[0])
     if foreign is not None:
         package = module.split(".")[0]

@@ -31,6 +31,7 @@ from llava_next.config import ModelError
 from llava_next.inputs.anyres import decode
 from llava_next.inputs.chat_template import should_add_special_tokens
 from llava_next.model.towers import stock_unsupported_reason
+from llava_next.model_directory import model_argument
 from train.config.exit_codes import report_mistake
 from train.distributed.quiet_libraries import quiet_libraries
 
@@ -227,7 +228,10 @@ def _print_answer(chat: Chat, conversation: Conversation, question: str) -> None
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.chat", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
-        "export", type=path_argument, metavar="EXPORT", help="a run folder, its export/, or any LLaVA-NeXT directory"
+        "export",
+        type=model_argument,
+        metavar="EXPORT",
+        help="a run folder, its export/, any LLaVA-NeXT directory, or the id of a fetched one on the hub",
     )
     parser.add_argument("image", type=path_argument, metavar="IMAGE", nargs="?", help="the image to ask about")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and exit")

@@ -7,7 +7,6 @@ and of a mixture. Exit codes: 0 if a reader fits; 2 if none fits, or for a user 
 needed.
 """
 
-import argparse
 import os
 import re
 import sys
@@ -25,7 +24,7 @@ from data_recipes.guess.description import (
 )
 from data_recipes.guess.folder_look import FolderLook, look_at
 from data_recipes.guess.trial import best_of, try_readers
-from data_recipes.schema.arguments import output_file, path_argument, text_argument
+from data_recipes.schema.arguments import ArgumentParser, output_file, path_argument, text_argument
 from data_recipes.schema.console import EXIT_USAGE, run_program
 from data_recipes.schema.sample import DataError
 from data_recipes.store.durable import write_text_atomically
@@ -43,7 +42,7 @@ class Arguments:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parse the command line; argparse exits with code 2 on invalid arguments."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m data_recipes.guess", description="Say which reader and options fit a folder or file."
     )
     parser.add_argument("data", type=path_argument, help="a raw folder, or one file in it")

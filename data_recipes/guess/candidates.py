@@ -2,6 +2,7 @@
 
 import glob
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 from data_recipes.guess.first_records import find_image_root, read_first_records
 from data_recipes.guess.folder_look import IMAGE_SUFFIXES, TAR_SUFFIXES, FolderLook
+from data_recipes.raw.dataset_info import FILE_NAME
 from data_recipes.readers.imagefolder import COLUMNS, FORMS
 from data_recipes.schema.source import find_reader
 
@@ -21,6 +23,7 @@ _GENERAL = (*_JSON_READERS, *_PARQUET_READERS, "image_text_parquet", "imagefolde
 _USUAL_TURNS = {"messages", "conversations", "conversation", "texts", "query", "instruction", "prompt", "question"}
 _MAX_FILES = 8  # of each kind
 _MAX_SIZES = 200
+_MAX_INFO_CHARACTERS = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Candidate:
 
 def list_candidates(look: FolderLook) -> list[Candidate]:
     """Return the candidates for a folder, those that read the same file in the order of preference."""
-    found: list[Candidate] = []
+    found = _info_candidates(look)
     for table in _select_tables(look):
         found += _table_candidates(look, table)
     for pattern, first in _group_shards(look.parquet, (".parquet",)).items():
@@ -74,6 +77,23 @@ def _select_tables(look: FolderLook) -> list[str]:
         return not is_metadata, table.count("/"), -size, table
 
     return sorted(look.tables[:_MAX_SIZES], key=rank)[:_MAX_FILES]
+
+
+def _info_candidates(look: FolderLook) -> list[Candidate]:
+    """The entries of LLaMA-Factory's `dataset_info.json`, which names the keys of the tables beside it."""
+    try:
+        with (look.root / FILE_NAME).open(encoding="utf-8-sig") as stream:
+            entries = json.loads(stream.read(_MAX_INFO_CHARACTERS))
+    except (OSError, ValueError, RecursionError):
+        return []
+    found: list[Candidate] = []
+    for name, entry in entries.items() if isinstance(entries, dict) else ():
+        table = entry.get("file_name") if isinstance(entry, dict) else None
+        if table in look.tables and len(found) < _MAX_FILES:
+            folder = find_image_root(look, table, read_first_records(look.root / table))
+            options = {"annotations": FILE_NAME, "dataset": name} | _image_root(folder, ".")
+            found.append(Candidate("messages_jsonl", options, table))
+    return found
 
 
 def _table_candidates(look: FolderLook, table: str) -> list[Candidate]:

@@ -30,7 +30,7 @@ from data_recipes.prepare.work_list import WorkItem, estimate_group_space, plan_
 from data_recipes.raw.archives import describe_copies, set_cache_folder
 from data_recipes.raw.image_pool import ImagePool
 from data_recipes.schema.arguments import ArgumentParser, output_folder, path_argument, text_argument
-from data_recipes.schema.config_dir import CONFIG_DIR, describe_replaced
+from data_recipes.schema.config_dir import CONFIG_DIR, list_config_folders
 from data_recipes.schema.console import run_program
 from data_recipes.schema.file_access import describe_error
 from data_recipes.schema.sample import DataError
@@ -158,7 +158,7 @@ def prepare(arguments: Arguments) -> None:
         OSError: the disk is full or failing.
     """
     set_cache_folder(arguments.stores / ".archives")
-    configs = _list_config_folders(arguments)
+    configs = list_config_folders(arguments.configs, arguments.config_dir)
     config = read_mixture(configs, arguments.mixture) if arguments.mixture else None
     names = sorted({*config.sources, *config.exclude}) if config else list(dict.fromkeys(arguments.source))
     sources = [read_source(configs, name) for name in names]
@@ -187,21 +187,6 @@ def prepare(arguments: Arguments) -> None:
         mixture = Mixture.open(config, arguments.stores)
         summary.print_mixture(mixture, arguments.stores)
         print(f"written: {write_manifest(mixture, arguments.stores)}/manifest.json, .md, .tex, .bib")
-
-
-def _list_config_folders(arguments: Arguments) -> list[Path]:
-    """Return the folders of YAML files, the first with precedence, and print which files it replaces."""
-    folders = [arguments.configs]
-    if arguments.config_dir is not None:
-        folders.insert(0, arguments.config_dir)
-    for option, folder in (("--config-dir", arguments.config_dir), ("--configs", arguments.configs)):
-        if folder is not None and not folder.is_dir():
-            raise DataError(f"{option}: there is no folder {folder}.")
-    if arguments.config_dir is not None:
-        replaced = describe_replaced(arguments.config_dir, ("mixture", "source"), arguments.configs)
-        if replaced:
-            print(replaced, flush=True)
-    return folders
 
 
 def _count_records(

@@ -39,8 +39,8 @@ _REGION = (
     "short description for the given region",
     "bounding box coordinate of the region",
 )
-# Five datasets use COCO images. VQAv2 has at least three questions on each of its 82,783 images; OK-VQA has 9,009
-# questions on 8,998 images, so almost always one. Both numbers are from memory and were not checked against the files.
+# Five datasets use COCO images. VQAv2 has 443,757 questions on 82,783 images (VQA 1.0 asked three about every image),
+# OK-VQA 9,009 on 8,998, so almost always one. These are published numbers; the merged files were not counted here.
 _COCO_QUESTION_SETS = (
     Rule("refcoco", _COCO, _REGION),
     Rule("aokvqa", _COCO, (LETTER_ANSWER,)),

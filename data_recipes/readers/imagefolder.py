@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_recipes.raw.conversation_record import convert_record, record_id
 from data_recipes.raw.json_records import iter_records
 from data_recipes.raw.parquet_records import iter_rows, list_columns
 from data_recipes.raw.questions import LETTER_ANSWER, format_multiple_choice, pick_by_hash
-from data_recipes.readers import llava_json, messages_jsonl
-from data_recipes.schema.sample import DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import DataError, Reason, Reject, Sample, describe_value
 from data_recipes.schema.source import reject_unknown_keys
 
 PROMPTS = ("Describe this image.",)
@@ -134,19 +134,18 @@ def convert_row(row: Mapping[str, Any], image_root: Path, location: str, layout:
         detail = (
             f"the columns {given[0]} and {given[1]} both have images; name one of them: columns: {{images: {given[0]}}}"
         )
-        return Reject(llava_json.record_id(rest, location), Reason.BROKEN_RECORD, detail, location)
+        return Reject(record_id(rest, location), Reason.BROKEN_RECORD, detail, location)
     images = layout.take(rest, "images")
     form, value = next(
         ((form, value) for form in layout.forms if (value := layout.take(rest, form)) is not None), (None, None)
     )
     if form == "messages":
-        return _convert_conversation(rest, value, images, image_root, location)
-    sample_id = llava_json.record_id(rest, location)
+        return convert_record({**rest, "messages": value, "images": images}, image_root, location)
+    sample_id = record_id(rest, location)
     if form is None:
         needed = ", ".join(name for each in layout.forms for name in layout.names(each))
-        return Reject(
-            sample_id, Reason.BROKEN_RECORD, f"the row has none of {needed}; it has {_list_keys(row)}", location
-        )
+        detail = f"the row has none of {needed}; it is {describe_value(dict(row), 160)}"
+        return Reject(sample_id, Reason.BROKEN_RECORD, detail, location)
     if form == "question":
         turns = _question_turns(value, layout.take(rest, "answer"), layout.take(rest, "options"), layout.suffix)
     elif images is None or images == []:
@@ -156,37 +155,11 @@ def convert_row(row: Mapping[str, Any], image_root: Path, location: str, layout:
     if isinstance(turns, tuple):
         return Reject(sample_id, *turns, location)
     messages = [{"role": role, "content": text} for role, text in turns]
-    return _convert_conversation(rest, messages, images, image_root, location)
-
-
-def _convert_conversation(
-    rest: dict[str, Any], turns: object, images: object, image_root: Path, location: str
-) -> Sample | Reject:
-    """Convert a conversation of turns {from, value}, {role, content} or {user, assistant}, with the rest of its row."""
-    keys = set(turns[0]) if isinstance(turns, list) and turns and isinstance(turns[0], dict) else set()
-    if "from" in keys:
-        return llava_json.convert_record({**rest, "conversations": turns, "image": images}, image_root, location)
-    if isinstance(turns, list) and "user" in keys:
-        pairs = _pair_turns(turns)
-        if isinstance(pairs, tuple):
-            return Reject(llava_json.record_id(rest, location), *pairs, location)
-        turns = [{"role": role, "content": text} for role, text in pairs]
-    return messages_jsonl.convert_record({**rest, "messages": turns, "images": images}, image_root, location)
+    return convert_record({**rest, "messages": messages, "images": images}, image_root, location)
 
 
 _Turns = list[tuple[str, object]] | tuple[Reason, str]
 """(role, text) pairs, or why there are none."""
-
-
-def _pair_turns(pairs: list[Any]) -> _Turns:
-    """The turns of a list of {user, assistant}, and possibly the `source` of the pair."""
-    turns: list[tuple[str, object]] = []
-    for pair in pairs:
-        if not isinstance(pair, dict) or not {"user", "assistant"} <= set(pair) <= {"user", "assistant", "source"}:
-            found = _list_keys(pair) if isinstance(pair, dict) else type(pair).__name__
-            return Reason.BROKEN_RECORD, f"a turn has {found} where user and assistant belong"
-        turns += [("user", pair["user"]), ("assistant", pair["assistant"])]
-    return turns
 
 
 def _question_turns(question: object, answer: object, options: object, suffix: str) -> _Turns:
@@ -204,11 +177,6 @@ def _question_turns(question: object, answer: object, options: object, suffix: s
         question, answer = format_multiple_choice(question, options, right)
         suffix = suffix or LETTER_ANSWER
     return [("user", f"{question}\n{suffix}".rstrip("\n")), ("assistant", answer)]
-
-
-def _list_keys(row: Mapping[str, Any]) -> str:
-    """The keys of a row as one short line."""
-    return " ".join(", ".join(str(key)[:40] for key in row)[:160].split()) or "no keys"
 
 
 def _select_answer(answer: object) -> object:

@@ -6,6 +6,8 @@ The files are in `configs/` in a checkout and in `llava_next_configs/` in an ins
 from collections.abc import Iterable
 from pathlib import Path
 
+from data_recipes.schema.sample import DataError
+
 _SITE = Path(__file__).resolve().parents[2]
 CONFIG_DIR = next(
     (folder for folder in (_SITE / "llava_next_configs", _SITE / "configs") if (folder / "train.yaml").is_file()),
@@ -36,3 +38,24 @@ def describe_replaced(config_dir: Path, groups: Iterable[str] = (), shipped: Pat
         return ""
     more = f" and {len(files) - _MAX_NAMED} more" if len(files) > _MAX_NAMED else ""
     return f"--config-dir {config_dir}: used instead of the shipped files: {', '.join(files[:_MAX_NAMED])}{more}"
+
+
+def list_config_folders(configs: Path, config_dir: Path | None) -> list[Path]:
+    """Return the folders of YAML files, the first with precedence, and print which files it replaces.
+
+    Args:
+        configs: the folder of `--configs`.
+        config_dir: the user's folder of `--config-dir`; None without one.
+
+    Raises:
+        DataError: one of them does not exist.
+    """
+    for option, folder in (("--config-dir", config_dir), ("--configs", configs)):
+        if folder is not None and not folder.is_dir():
+            raise DataError(f"{option}: there is no folder {folder}.")
+    if config_dir is None:
+        return [configs]
+    replaced = describe_replaced(config_dir, ("mixture", "source"), configs)
+    if replaced:
+        print(replaced, flush=True)
+    return [config_dir, configs]

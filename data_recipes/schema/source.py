@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from data_recipes.schema.downloads import Download, parse_downloads
 from data_recipes.schema.sample import DataError, Reject, Sample
 
 NOT_STATED = "not stated"
@@ -28,6 +29,7 @@ METRICS = ("exact_match", "vqa_accuracy", "relaxed_accuracy", "anls", "options",
 _VALUE_TYPES: dict[str, tuple[type, ...]] = {
     "options": (dict,),
     "citation": (dict,),
+    "download": (list,),
     "expected_count": (int,),
     "max_reject_share": (int, float),
 }
@@ -46,6 +48,7 @@ class SourceInfo:
         options: keyword arguments of the reader's `samples` function.
         publisher, fetch, size, licence: free text, shown to the user and written to the manifest. `fetch` says how to
             download the raw files, `size` how large they are.
+        download: where the raw files are published, for `python -m data_recipes.fetch`; no part of a store's digest.
         citation: a BibTeX entry: `key`, `type` (article, inproceedings, misc) and its fields.
         metric: evaluation metric of the answers, one of `METRICS`, or `none` for sources such as captions and chats, of
             which only the loss is evaluated.
@@ -61,6 +64,7 @@ class SourceInfo:
     fetch: str = ""
     size: str = ""
     licence: str = ""
+    download: tuple[Download, ...] = ()
     citation: dict[str, str] = field(default_factory=dict)
     metric: str = "exact_match"
     expected_count: int | None = None
@@ -123,6 +127,11 @@ class MissingRawFolderError(DataError):
             lines += [f"    {key}:{_format_facts(group, key)}" for key in ("publisher", "fetch", "size", "licence")]
             counts = [source.expected_count for source in group if source.expected_count]
             lines += [f"    expected: {sum(counts):,} samples"] if counts else []
+        published = [source.name for source in sources if source.download]
+        if published:
+            lines.append(
+                f"`python -m data_recipes.fetch --source {' '.join(published)} --raw {raw_root}` fetches them."
+            )
         lines.append("Download them to these paths, or set `root` in the source's YAML.")
         super().__init__("\n".join(lines))
 
@@ -184,6 +193,7 @@ def read_source(configs: Path | Sequence[Path], name: str) -> SourceInfo:
         if not isinstance(value, expected_types) or isinstance(value, bool):
             names = " or ".join(kind.__name__ for kind in expected_types)
             raise DataError(f"{origin}: `{key}` is {value!r}, but must be {names}.")
+    values["download"] = parse_downloads(origin, values.get("download", []), reject_unknown_keys)
     values["citation"] = _parse_citation(origin, values.get("citation", {}))
     info = SourceInfo(name=name, **values)
     if info.metric not in (*METRICS, "none"):
@@ -291,7 +301,8 @@ def scan_raw_folder(folder: Path, exclude_folder: Path) -> RawState:
 
 def describe_source(info: SourceInfo) -> dict[str, Any]:
     """Return the attributes that are written to the manifest; `root`, which depends on the machine, is not."""
-    return {key: value for key, value in asdict(info).items() if key not in ("root", "max_reject_share")}
+    omitted = ("root", "max_reject_share", "download")
+    return {key: value for key, value in asdict(info).items() if key not in omitted}
 
 
 def _digest(value: object) -> str:

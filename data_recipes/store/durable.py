@@ -15,10 +15,14 @@ from data_recipes.schema.sample import DataError
 
 
 @contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, option: str = "--stores") -> Iterator[None]:
     """Hold the lock of the store at `path`, so that no other program writes it at the same time.
 
     On file systems without locks, a warning is printed instead.
+
+    Args:
+        path: the folder or file that is written.
+        option: of the command line, which the message names.
 
     Raises:
         DataError: another program holds the lock.
@@ -31,7 +35,7 @@ def exclusive_lock(path: Path) -> Iterator[None]:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise DataError(
-                    f"another process is writing {path}; wait for it to finish, or use another --stores."
+                    f"another process is writing {path}; wait for it to finish, or use another {option}."
                 ) from None
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):

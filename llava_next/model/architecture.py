@@ -15,6 +15,7 @@ from llava_next.file_access import permission_problem
 from llava_next.model.checkpoint_config import PROJECTOR_ACTS, is_original, language_model_config_values, read_json
 from llava_next.model.language_models import check_language_model_supported, check_rope, override_rope
 from llava_next.model.towers import num_prefix_tokens, prepare_tower_config
+from llava_next.model_directory import describe_missing
 
 LANGUAGE_MODEL, VISION_TOWER = "model.language_model", "model.vision_tower"
 """Configuration keys of the two parts that have a config of their own."""
@@ -179,4 +180,4 @@ def replace_keys(config: PretrainedConfig, overrides: dict[str, Any], key: str) 
 def check_directory(path: str, key: str) -> None:
     """Raises ModelError if `path` is not a directory; `key` is its configuration key."""
     if not Path(path).is_dir():
-        raise ModelError(f"{key}: the directory {path} does not exist; give a Hugging Face directory on disk")
+        raise ModelError(f"{key}: {describe_missing(path)}; give a Hugging Face directory on disk")

@@ -4,6 +4,7 @@ The steps are separate: the length table needs a processor but no model, and the
 """
 
 import copy
+import json
 from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
+from tokenizers import models
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -122,6 +124,8 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         reason = permission_problem(Path(path)) or f"cannot read a tokenizer in {path}: {error}"
         raise ModelError(f"model.language_model.tokenizer: {reason}") from error
+    if not (Path(path) / "tokenizer.json").exists():
+        _order_merges_by_score(tokenizer, Path(path) / "tokenizer.model")
     if IMAGE_PLACEHOLDER not in tokenizer.get_vocab():
         tokenizer.add_special_tokens(
             {"additional_special_tokens": [IMAGE_PLACEHOLDER]}, replace_extra_special_tokens=False
@@ -131,6 +135,34 @@ def read_tokenizer(path: str) -> PreTrainedTokenizerFast:
     if tokenizer.is_fast:  # `Processor` raises an error for a slow one
         set_post_processor(tokenizer, add_bos=is_bos_added(tokenizer))
     return tokenizer
+
+
+def _order_merges_by_score(tokenizer: Any, model_file: Path) -> None:
+    """Orders the merges of a tokenizer that was read from a sentencepiece model by the scores of their results.
+
+    transformers 5.23 orders them by token id. Llama's and Mistral's models give runs of spaces the first ids and the
+    lowest scores, so text with several spaces in a row would get other tokens than sentencepiece gives.
+
+    Args:
+        tokenizer: is modified if it is a BPE tokenizer.
+        model_file: the sentencepiece model. Nothing is changed if it does not exist or has another format.
+    """
+    # Imported here because most tokenizers need neither.
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model_file.read_bytes())
+    except (OSError, DecodeError):
+        return
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model["type"] != "BPE":
+        return
+    scores = {piece.piece: piece.score for piece in proto.pieces}
+    merges = sorted(map(tuple, model["merges"]), key=lambda pair: -scores["".join(pair)])
+    options = {key: model[key] for key in ("unk_token", "fuse_unk", "byte_fallback")}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=model["vocab"], merges=merges, **options)
 
 
 def build_model(

@@ -1,8 +1,11 @@
-"""Tests of the shipped sources and mixtures: readers, descriptions and published counts."""
+"""Tests of the shipped sources and mixtures: readers, descriptions, downloads and published counts."""
 
+import re
 from collections import Counter
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -64,6 +67,58 @@ def test_every_shipped_source_is_described(name: str, tmp_path: Path) -> None:
     assert [part for part in known if part not in message_text] == []
     if source.expected_count:
         assert f"{source.expected_count:,} samples" in message_text
+
+
+@lru_cache
+def downloads(name: str) -> list[dict[str, Any]]:
+    """The entries of `download` in a shipped source's YAML."""
+    values: dict[str, Any] = yaml.safe_load((CONFIGS / "source" / f"{name}.yaml").read_text())
+    return list(values.get("download", []))
+
+
+def downloaded(entry: dict[str, Any]) -> list[str]:
+    """The files of a `download` entry below the source's root; those of the hub are patterns."""
+    to = entry.get("to", ".")
+    files = [to] if "url" in entry else [f"{to}/{name}" for name in entry.get("files", ["*"])]
+    return [file.removeprefix("./") for file in files]
+
+
+def test_downloads_have_one_origin_each() -> None:
+    """Sources of one raw folder get the same file from the same place, and no path leaves the folder."""
+    origins: dict[tuple[str, str], dict[str, Any]] = {}
+    for name in SOURCES:
+        source = shipped(name)
+        for entry in downloads(name):
+            assert len({"hub", "url", "page"} & set(entry)) == 1, name
+            for file in downloaded(entry):
+                assert not {"", ".."} & set(file.split("/")), name
+                origin = {key: entry.get(key) for key in ("hub", "folder", "revision", "url", "bytes", "page", "why")}
+                assert origins.setdefault((source.root, file), origin) == origin, (name, file)
+
+
+def test_what_a_reader_opens_is_downloaded() -> None:
+    """The records of the JSON and parquet readers are where a download puts them, or in an archive that it brings."""
+    without = {"demo_requests", "captioned_pictures", "captioned_pictures_instruct", "text_chats"}
+    without |= {"easy_vqa", "easy_vqa_test", "quickstart_captions", "quickstart_instruct"}
+    assert {name for name in SOURCES if not downloads(name)} == without
+    for name in set(SOURCES) - without:
+        source = shipped(name)
+        files = [file for entry in downloads(name) for file in downloaded(entry)]
+        opened = source.options.get("annotations") or source.options.get("shards")
+        if source.reader in ("llava_json", "llava_parquet"):
+            assert any(fnmatchcase(opened, file) for file in files), (name, opened)
+        if source.reader == "synthdog_parquet":
+            assert f"data/{source.options['split']}-*.parquet" in files
+
+
+def test_the_data_page_says_which_sources_were_read() -> None:
+    """Every source is in one row of the table, and the table names no other."""
+    page = (CONFIGS.parent / "docs" / "data.md").read_text()
+    (table,) = re.findall(r"^\| sources \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.MULTILINE)
+    rows = [re.findall(r"`([^`]+)`", row.split("|")[1]) for row in table.splitlines()]
+    found = {name: [pattern for row in rows for pattern in row if fnmatchcase(name, pattern)] for name in SOURCES}
+    assert [name for name, patterns in found.items() if not patterns] == []
+    assert {pattern for row in rows for pattern in row} == {pattern for each in found.values() for pattern in each}
 
 
 def test_every_published_set_can_be_cited() -> None:
@@ -205,6 +260,7 @@ def test_metrics(tmp_path: Path) -> None:
     kinds = {"docvqa": "anls", "chartqa": "relaxed_accuracy", "ai2d": "options", "synthdog_en": "edit_similarity"}
     assert {name: shipped(name).metric for name in kinds} == kinds
     assert describe_source(shipped("docvqa"))["metric"] == "anls"
+    assert "download" not in describe_source(shipped("docvqa"))  # manifests of stores prepared before stay as they are
     write_file(tmp_path / "source" / "mine.yaml", "reader: llava_json\nroot: mine\nmetric: anl\n")
     with pytest.raises(DataError, match=r"`metric` is 'anl'; known: exact_match, .*, none\. Did you mean anls\?"):
         read_source(tmp_path, "mine")

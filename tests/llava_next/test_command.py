@@ -32,7 +32,8 @@ def test_help_lists_the_commands() -> None:
     assert (helped.returncode, alone.returncode) == (0, 2)
     assert helped.stdout == alone.stdout
     assert all(
-        f"  {verb} " in helped.stdout for verb in ("train", "plan", "guess", "prepare", "export", "chat", "accept")
+        f"  {verb} " in helped.stdout
+        for verb in ("train", "plan", "fetch", "guess", "prepare", "export", "chat", "accept")
     )
 
 
@@ -94,3 +95,15 @@ def test_ranks_are_started(tmp_path: Path) -> None:
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("usage: ") == 2
+
+
+def test_fetch_is_one_command_for_data_and_models(tmp_path: Path) -> None:
+    """With a mixture or a source it fetches data, otherwise models; each refuses what it does not know."""
+    for arguments, part in (
+        (["--mixture", "no_such", "--raw", str(tmp_path)], "there is no mixture 'no_such'"),
+        ([f"--raw={tmp_path}", "--source", "no_such"], "there is no source 'no_such'"),
+        (["no_such"], "there is no model 'no_such'"),
+    ):
+        ended = run("fetch", *arguments, cwd=tmp_path)
+        assert ended.returncode == 2
+        assert part in ended.stderr

@@ -121,5 +121,6 @@ def write_vision_tower(name: str, root: Path) -> None:
 
 
 def _directory(kind: str, name: str) -> str:
+    """The last part of a path or of an id on the hub, which is the folder's name in the folder of models."""
     path: str = yaml.safe_load((MODEL_CONFIGS / kind / f"{name}.yaml").read_text())["path"]
-    return path.rsplit("}/", 1)[1]
+    return path.rpartition("/")[2]

@@ -220,11 +220,12 @@ def test_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, expected in (("", "data/stores"), ("data/../data/stores", "data/../data/stores")):
         monkeypatch.setenv("LLAVA_NEXT_STORES", value)
         assert load(words, "configs").data.store_root == expected
-    monkeypatch.setenv("LLAVA_NEXT_MODELS", "")
     words = [word for word in words if "language_model" not in word]
-    assert load(words, "configs", folders=False).model.language_model.path.startswith("models/")
-    monkeypatch.setenv("LLAVA_NEXT_MODELS", "~/models")
-    assert load(words, "configs", folders=False).model.language_model.path.startswith(f"{Path.home()}/models/")
+    Path("models/vicuna-7b-v1.5").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    for value, expected in (("", "models"), ("./models", "models"), ("~/models", f"{Path.cwd()}/models")):
+        monkeypatch.setenv("LLAVA_NEXT_MODELS", value)
+        assert load(words, "configs", folders=False).model.language_model.path == f"{expected}/vicuna-7b-v1.5"
 
 
 def test_a_run_is_read_from_another_folder(

@@ -27,6 +27,7 @@ from data_recipes.schema.console import describe_os_error
 from llava_next.cache_root import cache_root
 from llava_next.config import ModelError
 from llava_next.model.checkpoint_config import settings_from_checkpoint
+from llava_next.model_directory import find_model_directory
 from train.config.error_messages import explain_composition, explain_invalid
 from train.config.exit_codes import describe_denied
 from train.config.removed_keys import upgraded
@@ -180,7 +181,7 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
     except pydantic.ValidationError as error:
         raise ConfigError(explain_invalid(error, RunConfig)) from error
     try:
-        config = _with_checkpoint_settings(config)
+        config = _with_checkpoint_settings(_with_found_directories(config))
         check_values(config)
         if folders:
             check_folders(config)
@@ -222,6 +223,23 @@ def _check_origin(plain: dict[Any, Any]) -> None:
             "stage.init_from has no value, and the model is read from there; name the directory of a whole model, in "
             "Hugging Face's layout or the authors'"
         )
+
+
+def _with_found_directories(config: RunConfig) -> RunConfig:
+    """Replaces ids of models on the hub by their directories on this machine; an id that is not found stays."""
+    language_model, tower, start = config.model.language_model, config.model.vision_tower, config.stage.init_from
+    tokenizer = language_model.tokenizer
+    language_model = replace(
+        language_model,
+        path=find_model_directory(language_model.path),
+        tokenizer=None if tokenizer is None else find_model_directory(tokenizer),
+    )
+    tower = replace(tower, path=find_model_directory(tower.path))
+    return replace(
+        config,
+        model=replace(config.model, language_model=language_model, vision_tower=tower),
+        stage=replace(config.stage, init_from=None if start is None else find_model_directory(start)),
+    )
 
 
 def _with_checkpoint_settings(config: RunConfig) -> RunConfig:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llava_next.config import PARTS, LoraConfig, ModelError, check_grids, check_lora, check_peft
 from llava_next.inputs.conversation import check_template_name
+from llava_next.model_directory import check_directories
 from train.config.schema import ConfigError, LogConfig, RunConfig, StageConfig
 from train.config.wandb_mode import wandb_mode
 
@@ -317,15 +318,11 @@ def _check_offload(name: str, offload: Any) -> None:
 
 
 def check_folders(config: RunConfig) -> None:
-    """Raises ConfigError for a named folder that does not exist; the message gives the command that creates it."""
-    language, tower = config.model.language_model, config.model.vision_tower
-    for key, path in (
-        ("model.language_model.path", language.path),
-        ("model.language_model.tokenizer", language.tokenizer),
-        ("model.vision_tower.path", tower.path),
-    ):
-        if path is not None and not Path(path).is_dir():
-            raise ConfigError(f"{key}: there is no folder {path}; name a Hugging Face directory on disk")
+    """Raises ConfigError for a named folder that does not exist or, for a model's, lacks files that a run reads.
+
+    The message gives the command that creates it.
+    """
+    _check_model_directories(config)
     store_root = Path(config.data.store_root)
     prepare = f"run `python -m data_recipes.prepare --mixture {config.mixture.name} --raw RAW --stores {store_root}`"
     if config.mixture.name.startswith("quickstart_"):
@@ -347,6 +344,25 @@ def check_folders(config: RunConfig) -> None:
     _check_root(config)
     if config.stage.init_from is not None:
         _check_start(Path(config.stage.init_from))
+
+
+def _check_model_directories(config: RunConfig) -> None:
+    """The directories of all parts have what is read from them, weights included; reported together."""
+    language, tower = config.model.language_model, config.model.vision_tower
+    language_key, tower_key = (
+        "stage.init_from" if part.weights == "init_from" else f"model.{name}.path"
+        for name, part in (("language_model", language), ("vision_tower", tower))
+    )
+    tokenizer_key = "model.language_model.tokenizer" if language.tokenizer else language_key
+    problems = check_directories(
+        [
+            (language_key, language.path, "language model", language.weights != "random"),
+            (tokenizer_key, language.tokenizer_path, "tokenizer", False),
+            (tower_key, tower.path, "vision tower", tower.weights != "random"),
+        ]
+    )
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_root(config: RunConfig) -> None:

@@ -26,6 +26,7 @@ from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
 from llava_next.model.flops import step_costs
 from llava_next.model.towers import stock_unsupported_reason
+from llava_next.model_directory import model_argument
 from train.config.exit_codes import EXIT_FAILED, report_mistake
 from train.config.schema import ConfigError, PackingConfig
 from train.distributed.quiet_libraries import quiet_libraries
@@ -246,9 +247,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "path",
-        type=path_argument,
+        type=model_argument,
         metavar="RUN|EXPORT",
-        help="a run folder with an export/, or a LLaVA or LLaVA-NeXT directory in the Hugging Face layout",
+        help="a run folder with an export/, or a LLaVA or LLaVA-NeXT directory in the Hugging Face layout, or the id "
+        "of a fetched one on the hub",
     )
     parser.add_argument(
         "--store",

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
-from data_recipes.schema.arguments import ArgumentParser, output_folder, path_argument, positive_size, text_argument
+from data_recipes.schema.arguments import ArgumentParser, output_folder, positive_size, text_argument
 from data_recipes.schema.console import run_program
 from llava_next.config import ModelError
 from llava_next.formats.atomic import atomic_directory
 from llava_next.formats.original import original_tensors, write_original_folder
+from llava_next.model_directory import is_hub_snapshot, model_argument
 from train.checkpoint.saver import SaveFormatError
 from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
@@ -82,6 +83,8 @@ def export(source: ExportedModel, out: Path, options: argparse.Namespace) -> lis
 
 
 def _get_default_out(source: ExportedModel, layout: str) -> Path:
+    if is_hub_snapshot(source.path):
+        raise ConfigError(f"{source.path} is in the hub's cache, which is not written to; name a folder with --out")
     if source.path.parent.name == "checkpoints":
         return source.path.parent.parent / "exports" / f"{source.path.name}_{layout}"
     return source.path.with_name(f"{source.path.name}_{layout}")
@@ -99,8 +102,9 @@ def _check_out(out: Path, source: ExportedModel) -> None:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.export", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("source", type=path_argument, help="a run (its export/, or its newest checkpoint), a "
-                        "checkpoint (RUN/checkpoints/step_000500), or a Hugging Face directory")  # fmt: skip
+    parser.add_argument("source", type=model_argument, help="a run (its export/, or its newest checkpoint), a "
+                        "checkpoint (RUN/checkpoints/step_000500), a Hugging Face directory, or the id of a fetched "
+                        "one on the hub, with --out")  # fmt: skip
     parser.add_argument("--format", choices=("hf", "original"), default="hf", help="hf: for transformers and vLLM; "
                         "original: for SGLang and the authors' code")  # fmt: skip
     parser.add_argument("--dtype", choices=tuple(_DTYPES), default="keep", help="dtype of the weights; keep: as is. "

@@ -18,6 +18,7 @@ from llava_next.model.llava_next import LlavaNext
 from llava_next.model.lora import add_adapters
 from llava_next.model.parts import num_parameters, part_of, set_trained_parts
 from llava_next.model.towers import mlp_shape
+from llava_next.model_directory import has_tokenizer
 from train.config.schema import RunConfig
 from train.plan.known_model_shapes import LANGUAGE_MODELS, VISION_TOWERS, count_tokens
 
@@ -99,13 +100,15 @@ def read_architecture(config: ModelConfig) -> Architecture:
     """Reads the configs of language model and tower.
 
     Returns:
-        A Backbone, tokenizer included, if all directories exist; else an Architecture with known shapes.
+        A Backbone, tokenizer included, if all directories exist; else an Architecture, with known shapes of those that
+        do not.
 
     Raises:
         ModelError: a directory does not exist and the model's shape is not known.
     """
     language, tower = config.language_model, config.vision_tower
-    if all(Path(path).is_dir() for path in (language.path, language.tokenizer_path, tower.path)):
+    is_on_disk = all(Path(path).is_dir() for path in (language.path, tower.path))
+    if is_on_disk and has_tokenizer(Path(language.tokenizer_path)):
         return read_backbone(config)
     text, known = _read_or_look_up(language.name, language.path, language.overrides, "language_model")
     vision, _ = _read_or_look_up(tower.name, tower.path, tower.overrides, "vision_tower")

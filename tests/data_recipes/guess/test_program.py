@@ -225,26 +225,30 @@ def test_damaged_files_do_not_end_the_program(tmp_path: Path, capsys: pytest.Cap
     assert re.search(r"llava_json +empty.json +", out)
 
 
-def test_columns_of_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader with the option `columns` gets the names of unusual columns; usual ones are not named."""
-
-    def samples(root: Path, annotations: str, image_root: str = ".", columns: object = None) -> None:
-        """A reader that is only asked for its options."""
-
-    monkeypatch.setattr(candidates, "find_reader", lambda source, reader: samples)
+def test_columns_of_conversations(tmp_path: Path) -> None:
+    """Unusual names of columns are named in the options; usual ones are not."""
     talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
     write_lines(tmp_path / "odd.jsonl", [{"talk": talk, "photo": "1.jpg"}])
     write_lines(tmp_path / "photo.jsonl", [{"messages": talk, "photo": "1.jpg"}])
     write_lines(tmp_path / "usual.jsonl", [{"messages": talk, "images": ["1.jpg"]}])
-    found = {
-        each.file: each.options
-        for each in candidates.list_candidates(look_at(tmp_path))
-        if each.reader == "messages_jsonl"
+    write_file(tmp_path / "1.jpg", make_image(1))
+    trials = [each for each in trial.try_readers(look_at(tmp_path)) if each.candidate.reader == "messages_jsonl"]
+    assert [each.num_kept for each in trials] == [1, 1, 1]
+    assert {each.candidate.file: each.candidate.options.get("columns") for each in trials} == {
+        "odd.jsonl": {"messages": "talk", "images": "photo"},
+        "photo.jsonl": {"images": "photo"},
+        "usual.jsonl": None,
     }
-    assert found == {
-        "odd.jsonl": {"annotations": "odd.jsonl", "columns": {"messages": "talk", "images": "photo"}},
-        "photo.jsonl": {"annotations": "photo.jsonl", "columns": {"images": "photo"}},
-        "usual.jsonl": {"annotations": "usual.jsonl"},
+
+
+def test_dataset_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """LLaMA-Factory's description of a file gives the names of its keys."""
+    entry = {"file_name": "own.json", "columns": {"prompt": "ask", "response": "say"}}
+    write_file(tmp_path / "dataset_info.json", json.dumps({"hub": {"hf_hub_url": "a/b"}, "own": entry, "bad": 3}))
+    write_file(tmp_path / "own.json", json.dumps([{"ask": "Why?", "say": "So."}]))
+    assert written(capsys, tmp_path) == {
+        "reader": "messages_jsonl",
+        "options": {"annotations": "dataset_info.json", "dataset": "own"},
     }
 
 

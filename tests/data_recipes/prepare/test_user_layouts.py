@@ -90,12 +90,11 @@ REJECTED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("reader", ["llava_json", "messages_jsonl"])
 @pytest.mark.parametrize("case", REJECTED)
-def test_records_that_are_rejected(tmp_path: Path, case: str, reader: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_that_are_rejected(tmp_path: Path, case: str, reader: str) -> None:
     """Nothing is trained on, and the quarantine names the key."""
     record, words = REJECTED[case]
     write(tmp_path, json.dumps([record]), reader)
-    code, _ = failure(tmp_path, capsys, "--source", "mine")
-    assert code == 1
+    assert prepare.main(arguments(tmp_path, "--source", "mine")) == 1
     (line,) = (tmp_path / "stores" / "mine.quarantine.jsonl").read_text().splitlines()
     reject = json.loads(line)
     assert words in reject["detail"]

@@ -129,6 +129,8 @@ def test_options_are_asked_for(options: list[str], answer: object, letter: str) 
         ({"question": "What?", "answer": True, "options": ["x", "y"]}, Reason.BROKEN_RECORD),
         ({"question": "What?", "answer": "x", "options": "['x', 'y']"}, Reason.BROKEN_RECORD),
         ({"texts": "a" * 1000}, Reason.BROKEN_RECORD),
+        ({"texts": [{"user": "What?", "assistant": "It.", "video": "v.mp4"}]}, Reason.UNSUPPORTED_KEY),
+        ({"text": "It.", "video": "v.mp4"}, Reason.UNSUPPORTED_KEY),
         ({"text": 7}, Reason.NOT_A_STRING),
         ({"text": "A cup.", "file_name": None}, Reason.IMAGE_MISSING),
         ({"text": "A cup.", "file_name": "../1.jpg"}, Reason.PATH_OUTSIDE_ROOT),
@@ -402,7 +404,13 @@ _KEYS = strategies.sampled_from(
         "content",
     ]
 )
-_TURN = {"role": "user", "content": [{"type": "image"}, {"type": 3}], "from": None, "user": {}, "assistant": []}
+_TURN: dict[str, Any] = {
+    "role": "user",
+    "content": [{"type": "image"}, {"type": 3}],
+    "from": None,
+    "user": {},
+    "assistant": [],
+}
 _VALUES = strategies.sampled_from(
     [
         *(

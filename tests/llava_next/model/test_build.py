@@ -391,6 +391,35 @@ def test_image_token_is_added_once(tmp_path: Path) -> None:
     assert "<|im_end|>" in read_tokenizer(str(tmp_path / "again")).all_special_tokens
 
 
+def test_sentencepiece_model_is_read(tmp_path: Path) -> None:
+    """A tokenizer published as tokenizer.model alone, as Vicuna's and Yi's are, gives the tokens of sentencepiece.
+
+    Merges are applied in the order of their scores, which is not that of the ids.
+    """
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    unknown, control, normal = 2, 3, 1  # the protobuf's piece types
+    pieces = [("<unk>", unknown, 0.0), ("<s>", control, 0.0), ("</s>", control, 0.0), ("\u2581\u2581", normal, -1e9)]
+    pieces += [("\u2581a", normal, -1.0), ("\u2581b", normal, -2.0), ("\u2581ab", normal, -3.0)]
+    pieces += [("\u2581", normal, -4.0), ("a", normal, -5.0), ("b", normal, -6.0)]
+    for text, kind, score in pieces:
+        model.pieces.add(piece=text, type=kind, score=score)
+    model.trainer_spec.model_type = 2  # BPE
+    model.trainer_spec.vocab_size = len(pieces)
+    model.normalizer_spec.remove_extra_whitespaces = False
+    (tmp_path / "tokenizer.model").write_bytes(model.SerializeToString())
+    settings = {"tokenizer_class": "LlamaTokenizer", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": False, "add_bos_token": True}))
+
+    tokenizer = read_tokenizer(str(tmp_path))
+    reference = SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for text in ("ab a b", "a  b", "a   ab"):
+        assert tokenizer(text)["input_ids"] == [1, *reference.encode(text)], text
+    assert tokenizer("a  b", add_special_tokens=False)["input_ids"] == [4, 7, 5]
+    assert tokenizer("a</s>b", add_special_tokens=False)["input_ids"] == [4, 2, 9]
+
+
 def test_head_with_a_bias_is_an_error(tmp_path: Path) -> None:
     """LLaVA-NeXT's head has no bias, so it would be lost."""
     hf = build_meta_model(read_backbone(tiny_model(tmp_path)))

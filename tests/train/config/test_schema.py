@@ -76,6 +76,8 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], parts: 
     """Exit code 2 within five CPU seconds, one line on standard error with the key, the rule, the value and the fix,
     nothing on standard output, no new file, and torch was not imported."""
     folders = [f"model.{part}.path={tmp_path}" for part in ("language_model", "vision_tower")]
+    for name, text in (("config.json", "{}"), ("tokenizer.json", "{}"), ("model.safetensors", "-")):
+        (tmp_path / name).write_text(text)
     result = ProgramResult(tmp_path, ["experiment=quickstart", f"root={tmp_path / 'outputs'}", *folders, *arguments])
     assert result.code == 2, result.stderr
     assert result.stdout == ""
@@ -277,6 +279,8 @@ def test_load_composes_as_the_command_line(tiny_parts: RunConfig) -> None:
         "experiment=quickstart",
         f"model.language_model.path={model.language_model.path}",
         f"model.vision_tower.path={model.vision_tower.path}",
+        "model.language_model.weights=random",
+        "model.vision_tower.weights=random",
         f"data.store_root={tiny_parts.data.store_root}",
         "stage.batch_size=3",
     ]
