@@ -104,7 +104,7 @@ def test_what_a_reader_opens_is_downloaded() -> None:
     for name in set(SOURCES) - without:
         source = shipped(name)
         files = [file for entry in downloads(name) for file in downloaded(entry)]
-        opened = source.options.get("annotations") or source.options.get("shards")
+        opened = str(source.options.get("annotations") or source.options.get("shards"))
         if source.reader in ("llava_json", "llava_parquet"):
             assert any(fnmatchcase(opened, file) for file in files), (name, opened)
         if source.reader == "synthdog_parquet":

@@ -163,7 +163,7 @@ def check_arguments(words: list[str], configs: Path) -> None:
     if name == "train":
         load([word for word in arguments if "=" in word], str(configs), folders=False)
     elif name == "train.plan":
-        assert list_stages(arguments)
+        assert list_stages([*arguments, "--config-dir", str(configs)])
     else:
         parse_only(words)
 

@@ -37,6 +37,9 @@ from train.config.schema import RunConfig
 # ---------------------------------------------------------------------------------------------------- kills
 
 
+Target = int | Literal["all", "launcher"]
+
+
 @dataclass(frozen=True)
 class Kill:
     """Which process is killed, and when.
@@ -48,7 +51,7 @@ class Kill:
         seconds: after the start of the process or of the step.
     """
 
-    target: int | Literal["all", "launcher"]
+    target: Target
     when: str
     number: int = 1
     seconds: float = 0.0
@@ -69,8 +72,10 @@ def draw_kills(seed: int, step_s: float, start_s: float) -> list[Kill]:
     draw.shuffle(points)
     kills = []
     for index, when in enumerate(points):
-        ranks = (0, 1) if when in (*ON_EVERY_RANK, "step") else ("all",) if when == "start" else (0,)
-        target = "launcher" if index % 5 == 4 else draw.choice(("all", "all", *ranks))
+        ranks: tuple[Target, ...] = (
+            (0, 1) if when in (*ON_EVERY_RANK, "step") else ("all",) if when == "start" else (0,)
+        )
+        target: Target = "launcher" if index % 5 == 4 else draw.choice(("all", "all", *ranks))
         seconds = draw.uniform(0.0, start_s if when == "start" else step_s)
         kills.append(Kill(target, when, draw.randint(1, 4 if when in ("rename", "sync") else 2), seconds))
     return kills

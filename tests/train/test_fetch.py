@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from data_recipes.fetch.hub import HubFile
+from llava_next.cache_root import cache_root
 from tests.data_recipes import raw_folders
 from tests.hub_server import TOKEN, ClientProcess, Ended, Fault, Hub, client_environment, running_hub
 from tests.llava_next.models import pretrained
@@ -215,6 +216,8 @@ def test_from_nothing_to_a_first_step(parts: Mapping[str, Mapping[str, bytes]], 
         path.write_text(yaml.safe_dump(values))
     hub = Hub()
     environment = client_environment(hub, tmp_path)
+    # The compiled operators are those of the other tests.
+    environment |= {"LLAVA_NEXT_CACHE": str(cache_root())}
     hub.add("datasets/org/data", files)
     for source, model_files in parts.items():
         hub.add(source, model_files)
@@ -235,7 +238,7 @@ def test_from_nothing_to_a_first_step(parts: Mapping[str, Mapping[str, bytes]], 
     train = ("train", *own, "model/language_model=mine", "model/vision_tower=mine", "mixture=mine", "stage=align")
     try:
         run("llava_next", "fetch", "--mixture", "mine", "--raw", "raw", *own)
-        run("llava_next", "fetch", "mine", "org/tiny-tower", *own)
+        run("llava_next", "fetch", "mine", "org/tiny-tower", "--lock", "models.lock.json", *own)
     finally:
         hub.close()
     run("llava_next", "prepare", "--mixture", "mine", "--raw", "raw", "--stores", "stores", "--workers", "1", *own)

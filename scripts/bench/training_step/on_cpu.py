@@ -153,8 +153,8 @@ def summary(runs: Runs, samples_per_step: int) -> dict[str, Any]:
             cpu_ratio = median(comparison.ratios(runs, by=lambda outcome: sum(outcome.cpu_seconds[1:])))
             values = {"ratio": median(ratios), "ratios": ratios, "cpu_ratio": cpu_ratio}
             comparisons.append({**asdict(comparison), **values})
-    shares = head_shares(next(outcome for outcome in runs[0].values() if outcome.head_flops))
-    return {"gemm_tflops": gemm, **shares, "competitors": competitors, "comparisons": comparisons}
+    head = head_shares(next(outcome for outcome in runs[0].values() if outcome.head_flops))
+    return {"gemm_tflops": gemm, **head, "competitors": competitors, "comparisons": comparisons}
 
 
 COMPETITOR_COLUMNS = (
