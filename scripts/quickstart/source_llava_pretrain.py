@@ -1,5 +1,5 @@
-"""Writes the source llava_pretrain: shapes, photographs, forms and charts with one caption each, for stage 1, in the
-layout of BLIP-558K.
+"""Writes the source llava_pretrain: shapes, letters, photographs, forms and charts with one caption each, for
+stage 1, in the layout of BLIP-558K.
 """
 
 import random
@@ -9,6 +9,7 @@ from charts import choose_style, describe, draw_chart, font_files
 from easy_vqa_shapes import Shape, collage, describe_collage, read_shapes, with_article
 from llava_json import LlavaJson
 from photographs import form_part, form_paths, join, read_photographs, vary
+from source_small_letters import LETTERS, QUESTION, draw_page, letter_fonts
 from vega_tables import read_tables, shuffled
 
 # In place of the authors' eleven prompts, which ask for a short description.
@@ -22,14 +23,15 @@ PROMPTS = (
 STRIPS_HW = ((1, 2), (1, 3), (2, 1), (3, 1))
 
 
-def write_captions(cache: Path, folder: Path, scale: float, seed: int) -> int:
-    """Writes the source; returns the number of records."""
+def write_captions(cache: Path, folder: Path, scale: float, seed: int, patch: int) -> int:
+    """Writes the source; returns the number of records. `patch`: see `draw_page`."""
     out = LlavaJson(folder / "images")
     rng = random.Random(f"{seed}/llava_pretrain")
     shapes = read_shapes(cache / "easy_vqa")
     rng.shuffle(shapes)
     counts = {key: max(2, round(count * scale)) for key, count in _COUNTS.items()}
     _add_single_shapes(out, shapes[: counts["shape"]], seed)
+    _add_letters(out, cache, counts["letter"], seed, patch)
     _add_strips(out, shapes, counts["strip"], seed)
     _add_photographs(out, cache, counts["photograph"], counts["pair"], seed)
     _add_forms(out, cache, counts["form"], seed)
@@ -39,7 +41,7 @@ def write_captions(cache: Path, folder: Path, scale: float, seed: int) -> int:
     return len(out.records)
 
 
-_COUNTS = {"shape": 2000, "strip": 200, "photograph": 140, "pair": 60, "form": 40, "chart": 60}
+_COUNTS = {"shape": 1200, "letter": 1600, "strip": 200, "photograph": 140, "pair": 60, "form": 40, "chart": 60}
 
 
 def _add(out: LlavaJson, kind: str, number: int, suffix: str, image: object, caption: str, rng: random.Random) -> None:
@@ -53,6 +55,16 @@ def _add_single_shapes(out: LlavaJson, shapes: list[Shape], seed: int) -> None:
         # Copied byte by byte, so that the image has one hash in all sources.
         caption = f"{with_article(str(shape)).capitalize()}."
         _add(out, "shape", number, "png", shape.path, caption, random.Random(f"{seed}/shape/{number}"))
+
+
+def _add_letters(out: LlavaJson, cache: Path, count: int, seed: int, patch: int) -> None:
+    """Pages of one tile, on which the letters are as large as in the tiles of stage 2."""
+    fonts = letter_fonts(cache)
+    for number in range(count):
+        rng = random.Random(f"{seed}/letter/{number}")
+        letter = LETTERS[number % len(LETTERS)]
+        name = f"{number % 10:05d}/letter_{number:05d}.png"
+        out.add(name, draw_page(letter, 1, patch, fonts, rng), [(QUESTION, letter)])
 
 
 def _add_strips(out: LlavaJson, shapes: list[Shape], count: int, seed: int) -> None:

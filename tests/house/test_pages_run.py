@@ -25,20 +25,24 @@ COPIED = ("configs", "data_recipes", "llava_next", "scripts", "train", "constrai
 SMALLER = {  # {file: {text: replacement in the copy}}
     "configs/mixture/quickstart_align.yaml": {"{count: null}": "{count: 32}"},
     "configs/mixture/quickstart_finetune.yaml": {
-        "{count: 160, holdout: 16}": "{count: 12, holdout: 1}",
-        "text_chats: {count: 24}": "text_chats: {count: 4}",
-        "{count: 24, holdout: 8}": "{count: 4, holdout: 2}",
-        "{count: 12, holdout: 8}": "{count: 2, holdout: 1}",
-        "{count: 1100}": "{count: 2}",
+        "{count: 432, holdout: 320}": "{count: 4, holdout: 2}",
+        "{count: 48, holdout: 16}": "{count: 12, holdout: 1}",
+        "text_chats: {count: 12}": "text_chats: {count: 2}",
+        "{count: 16, holdout: 8}": "{count: 2, holdout: 2}",
+        "{count: 8, holdout: 8}": "{count: 2, holdout: 1}",
+        "{count: 80}": "{count: 2}",
     },
-    "scripts/quickstart.sh": {"--limit 400 --num 200 --generate 2": "--limit 2 --num 2 --generate 0"},
+    "scripts/quickstart.sh": {
+        "--limit 320 --num 320 --generate 6": "--limit 2 --num 2 --generate 1",
+        "--scale 0.3": "--scale 0.05",
+    },
 }
 REPLACED = {  # {word of a command: replacement}
     # The quickstart's tower and template, because its export replaces the published model.
-    "model/vision_tower=clip_vit_l_336": "model/vision_tower=dinov2_small_70",
+    "model/vision_tower=clip_vit_l_336": "model/vision_tower=dinov2_small_56",
     "stage.template=vicuna_v1": "stage.template=chatml",
-    "step_000110": "step_000002",  # the last checkpoint of stage 2
-    "57": "1",  # one of its steps
+    "step_000050": "step_000002",  # the last checkpoint of stage 2
+    "37": "1",  # one of its steps
 }
 ADDED = {  # {start of a command: additional arguments that shorten it}
     "python -m train.chat": "--max-new-tokens 4",
@@ -170,7 +174,7 @@ def test_tables_are_used() -> None:
 def test_quickstart(quickstart: tuple[int, str]) -> None:
     """All steps run, and the summary reports that a model trained for four steps has not learned."""
     code, output = quickstart
-    assert "11/11 Summary" in output, output
+    assert "12/12 Summary" in output, output
     assert code == 1, output
     assert "quickstart: the check failed: " in output
 

@@ -6,6 +6,7 @@ import random
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
@@ -18,6 +19,7 @@ import charts
 import draw
 import easy_vqa_shapes
 import source_llava_instruct
+import source_small_letters
 import source_synthdog
 from llava_json import LlavaJson
 from vega_tables import Table
@@ -215,7 +217,7 @@ def _hashes(root: Path) -> dict[str, str]:
 def test_a_small_drawing_is_whole_and_repeatable(tmp_path: Path) -> None:
     """The same seed gives the same bytes, another seed others; every picture that is named is there."""
     cache = _cache()
-    names = ("llava_pretrain", "llava_instruct", "text_chats", "chartqa", "synthdog-en")
+    names = ("llava_pretrain", "small_letters", "llava_instruct", "text_chats", "chartqa", "synthdog-en")
     for name in names:
         draw.draw(name, cache, tmp_path / "one", 0.02, 0)
         draw.draw(name, cache, tmp_path / "two", 0.02, 0)
@@ -233,3 +235,33 @@ def test_a_small_drawing_is_whole_and_repeatable(tmp_path: Path) -> None:
     line = json.loads((tmp_path / "one/synthdog-en/train/metadata.jsonl").read_text().splitlines()[0])
     words = json.loads(line["ground_truth"])["gt_parse"]["text_sequence"].split()
     assert 8 <= len(words) <= 25
+
+
+@pytest.mark.parametrize("patch", [14, 16])
+def test_pages_show_the_letter_at_half_a_patch(patch: int) -> None:
+    """Ink is in every tile, and a letter is half as high as a patch; another letter gives another page."""
+    fonts = source_small_letters.letter_fonts(_cache())
+    assert len(fonts) == 4
+    tile = source_small_letters.PATCHES_PER_SIDE * patch
+    pages = [source_small_letters.draw_page(letter, 2, patch, fonts, random.Random(0)) for letter in ("X", "O")]
+    assert pages[0].size == (2 * tile, 2 * tile)
+    assert pages[0].tobytes() != pages[1].tobytes()
+    is_ink = np.asarray(pages[0], dtype=int).sum(axis=2) < 400
+    assert is_ink.reshape(2, tile, 2, tile).any(axis=(1, 3)).all()
+    edges = np.flatnonzero(np.diff(is_ink.any(axis=1).astype(int)))  # of the rows of letters
+    assert set(np.diff(edges)[(0 if is_ink[edges[0] + 1].any() else 1) :: 2]) == {patch // 2}
+    assert source_small_letters.draw_page("X", 1, patch, fonts, random.Random(0)).size == (tile, tile)
+
+
+def test_letters_and_their_questions_agree(tmp_path: Path) -> None:
+    """Every letter is equally frequent, and pages have the size for the patch that is asked for."""
+    folder = tmp_path / "small_letters"
+    assert "78 records" in draw.draw("small_letters", _cache(), tmp_path, 0.03, 0, patch=16)
+    records = json.loads((folder / "letters.json").read_text())
+    answers = [record["conversations"][1]["value"] for record in records]
+    assert sorted(answers) == sorted(source_small_letters.LETTERS * 13)
+    with Image.open(folder / records[0]["image"]) as image:
+        assert image.size == (128, 128)
+    assert draw.draw("small_letters", _cache(), tmp_path, 0.03, 0, patch=16).endswith("is up to date")
+    assert "78 records" in draw.draw("small_letters", _cache(), tmp_path, 0.03, 0)
+    assert draw.main(["--raw", str(tmp_path), "--patch", "7"]) == 2

@@ -2,8 +2,8 @@
 
 A run is evaluated with its export on its mixture's held-out samples; any other model directory on prepared sources
 (--store). The results of each source are the loss on whole conversations, as in training; greedy answers to single
-questions, scored by the metric in the source's YAML; and the share of exactly right answers, with the question's image
-and with another one.
+questions, scored by the metric in the source's YAML; and the share of exactly right answers, with the question's image,
+with another one, and with the base view of its image alone (--base-view).
 """
 
 import argparse
@@ -43,6 +43,7 @@ from train.evaluate.image_questions import (
     Accuracy,
     Question,
     answer_all,
+    answer_base_views,
     extract_questions,
     filter_by_length,
     read_single_image_samples,
@@ -51,8 +52,9 @@ from train.evaluate.image_questions import (
 from train.evaluate.results import SourceReport, format_tables, make_result
 from train.validation.held_out import HeldOutSet, build_held_out
 
-_Hits = tuple[list[Question], npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
-"""Questions, and whether each was answered exactly with the right and with the other image, bool [num_questions]."""
+_Hits = tuple[list[Question], npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None]
+"""Questions, and whether each was answered exactly with the right image, with the other one, and with the base view of
+the right one if it was asked for, bool [num_questions]."""
 
 _QuestionsBySource = dict[str, tuple[list[StoredSample], list[Question], int]]
 
@@ -112,13 +114,20 @@ def evaluate(options: argparse.Namespace, ranks: EvaluationRanks) -> tuple[dict[
     reason = stock_unsupported_reason(evaluated.backbone.hf_config.vision_config)
     if reason is not None and options.generate != 0:
         raise ModelError(f"stock transformers cannot run {evaluated.export}: {reason}; {LOSS_ONLY_HINT}")
+    image_mode = evaluated.processor.config.image_mode
+    if options.base_view and image_mode != "anyres":
+        raise ConfigError(
+            f"--base-view: {options.path} shows an image as one view (image mode {image_mode}), so it has no tiles; "
+            "leave out --base-view"
+        )
     losses, held_out = _compute_losses(evaluated, ranks)
     questions_by_source = ranks.run(lambda: _select_questions(evaluated, held_out, options))
     hits: dict[str, _Hits] = {}
     for source, (samples, questions, _) in questions_by_source.items():
         if questions:
             args = (evaluated.model, evaluated.processor, samples, questions, evaluated.packing, ranks)
-            hits[source] = (questions, *answer_all(*args))
+            base_view = answer_base_views(*args) if options.base_view else None
+            hits[source] = (questions, *answer_all(*args), base_view)
     answers = _generate_answers(evaluated, questions_by_source, ranks, options)
     reports = [
         SourceReport(
@@ -224,8 +233,14 @@ def _summarize_all(hits: list[_Hits]) -> Accuracy | None:
     """Returns the accuracy over the questions of all sources."""
     if not hits:
         return None
-    questions = [question for each, _, _ in hits for question in each]
-    return summarize(questions, np.concatenate([hit[1] for hit in hits]), np.concatenate([hit[2] for hit in hits]))
+    questions = [question for each, *_ in hits for question in each]
+    base_views = [hit[3] for hit in hits if hit[3] is not None]
+    return summarize(
+        questions,
+        np.concatenate([hit[1] for hit in hits]),
+        np.concatenate([hit[2] for hit in hits]),
+        np.concatenate(base_views) if base_views else None,
+    )
 
 
 def _is_run(path: Path) -> bool:
@@ -266,6 +281,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--limit", type=int, default=600, help="maximum number of questions per source (%(default)s)")
     parser.add_argument("--per-picture", type=int, default=4, help="questions per image (%(default)s)")
+    parser.add_argument(
+        "--base-view",
+        action="store_true",
+        help="also ask every question with the base view of its image alone, without the AnyRes tiles",
+    )
     parser.add_argument("--generate", type=int, help="free answers per source (default: all; 0: none)")
     parser.add_argument("--batch-size", type=int, default=8, help="questions per batch (%(default)s)")
     parser.add_argument(

@@ -1,4 +1,5 @@
-"""Measures the effect of the image: the accuracy of single questions with their own image and with another one.
+"""Measures the effect of the image: the accuracy of single questions with their own image, with another one, and with
+the base view of their own image alone.
 
 An answer is right if greedy decoding gives exactly the truth, with its end token. This is the case if every token of
 the truth is the most likely one after the true tokens before it, so one forward pass over prompt and truth decides it.
@@ -6,7 +7,7 @@ the truth is the most likely one after the true tokens before it, so one forward
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,9 @@ class Accuracy:
         commonest_answer: share that the most frequent truth, `commonest`, would reach.
         difference: right_picture - other_picture.
         interval: 95 % confidence interval of the difference.
+        base_view: with the base view of the question's own image alone; None if this was not asked for.
+        base_view_difference: right_picture - base_view.
+        base_view_interval: 95 % confidence interval of that difference.
     """
 
     num_questions: int
@@ -56,6 +60,9 @@ class Accuracy:
     commonest: str
     difference: float
     interval: tuple[float, float]
+    base_view: float | None = None
+    base_view_difference: float | None = None
+    base_view_interval: tuple[float, float] | None = None
 
 
 def read_single_image_samples(samples: Sequence[HeldOutSample], limit: int) -> list[StoredSample]:
@@ -145,6 +152,47 @@ def answer_all(
         EvaluationError: a row did not fit into memory.
     """
 
+    uses = _list_uses(questions)
+    hits = _answer_uses(model, processor, samples, questions, uses, packing, ranks)
+    right = np.zeros(len(questions), dtype=bool)
+    other = np.zeros(len(questions), dtype=bool)
+    for use, is_hit in zip(uses, hits, strict=True):
+        (right if use.is_own else other)[use.question] = is_hit
+    return right, other
+
+
+def answer_base_views(
+    model: LlavaNext,
+    processor: Processor,
+    samples: Sequence[StoredSample],
+    questions: Sequence[Question],
+    packing: PackingConfig,
+    ranks: EvaluationRanks,
+) -> npt.NDArray[np.bool_]:
+    """Answers every question with the base view of its image alone: the same weights, without tiles and newlines.
+
+    The base view of AnyRes is the entire image, resized to a square of one tile, which is image mode squash. Every rank
+    must call it. Arguments and errors are those of `answer_all`.
+
+    Returns:
+        Whether the answers are right, bool [num_questions].
+    """
+    single_view = Processor(processor.tokenizer, replace(processor.config, image_mode="squash"))
+    uses = [_Use(index, question.sample, True) for index, question in enumerate(questions)]
+    return np.array(_answer_uses(model, single_view, samples, questions, uses, packing, ranks), dtype=bool)
+
+
+def _answer_uses(
+    model: LlavaNext,
+    processor: Processor,
+    samples: Sequence[StoredSample],
+    questions: Sequence[Question],
+    uses: Sequence[_Use],
+    packing: PackingConfig,
+    ranks: EvaluationRanks,
+) -> list[bool]:
+    """Returns whether each use is answered exactly, in the order of `uses`."""
+
     def answer(row: Sequence[_Use]) -> list[bool]:
         examples = _encode_row(processor, samples, questions, row)
         num_tokens = sum(example.layout.num_tokens for example in examples)
@@ -152,27 +200,25 @@ def answer_all(
         with explain_out_of_memory(what, describe_row_budgets(packing)):
             return _answer_row(model, processor, examples, ranks.device)
 
-    rows = _pack_uses(processor, samples, questions, packing)
-    answers = ranks.map(answer, rows, description=questions[0].source, unit="row")
-    right = np.zeros(len(questions), dtype=bool)
-    other = np.zeros(len(questions), dtype=bool)
-    for row, hits in zip(rows, answers, strict=True):
-        for use, is_hit in zip(row, hits, strict=True):
-            (right if use.is_own else other)[use.question] = is_hit
-    return right, other
+    rows = _pack_uses(processor, samples, questions, uses, packing)
+    return [hit for hits in ranks.map(answer, rows, description=questions[0].source, unit="row") for hit in hits]
 
 
 def _pack_uses(
-    processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question], packing: PackingConfig
+    processor: Processor,
+    samples: Sequence[StoredSample],
+    questions: Sequence[Question],
+    uses: Sequence[_Use],
+    packing: PackingConfig,
 ) -> list[list[_Use]]:
-    """Assigns the questions, each with both images, to rows within the budgets, image by image.
+    """Assigns the uses to rows within the budgets, in their order.
 
     A question that exceeds a budget alone has a row of its own. Tiles of an image count once in a row.
     """
     rows: list[list[_Use]] = [[]]
     num_tokens = num_tiles = 0
     images: set[int] = set()
-    for use in _list_uses(questions):
+    for use in uses:
         layout = processor.layout(_make_messages(questions[use.question]), samples[use.image].sizes_hw)
         new_tiles = 0 if use.image in images else layout.num_tiles
         exceeds = num_tokens + layout.num_tokens > packing.max_tokens or num_tiles + new_tiles > packing.max_tiles
@@ -217,20 +263,29 @@ def _answer_row(
     return [wrong == 0 for wrong in missed.tolist()]
 
 
-def summarize(questions: Sequence[Question], right: npt.NDArray[np.bool_], other: npt.NDArray[np.bool_]) -> Accuracy:
-    """Computes the accuracies and the bootstrap interval of their difference; images are drawn with replacement.
+def summarize(
+    questions: Sequence[Question],
+    right: npt.NDArray[np.bool_],
+    other: npt.NDArray[np.bool_],
+    base_view: npt.NDArray[np.bool_] | None = None,
+) -> Accuracy:
+    """Computes the accuracies and the bootstrap intervals of their differences; images are drawn with replacement.
 
     Args:
         right, other: see `answer_all`.
+        base_view: see `answer_base_views`.
     """
     commonest, count = Counter(question.truth for question in questions).most_common(1)[0]
     keys = sorted({(question.source, question.sample) for question in questions})
     image_of = np.array([keys.index((question.source, question.sample)) for question in questions])
-    gain = np.bincount(image_of, weights=right.astype(float) - other.astype(float), minlength=len(keys))
     size = np.bincount(image_of, minlength=len(keys))
     draws = np.random.default_rng(0).integers(0, len(keys), size=(_NUM_RESAMPLES, len(keys)))
-    differences = gain[draws].sum(axis=1) / size[draws].sum(axis=1)
-    low, high = np.quantile(differences, [0.025, 0.975])
+
+    def interval(control: npt.NDArray[np.bool_]) -> tuple[float, float]:
+        gain = np.bincount(image_of, weights=right.astype(float) - control.astype(float), minlength=len(keys))
+        low, high = np.quantile(gain[draws].sum(axis=1) / size[draws].sum(axis=1), [0.025, 0.975])
+        return float(low), float(high)
+
     return Accuracy(
         num_questions=len(questions),
         num_pictures=len(keys),
@@ -239,7 +294,10 @@ def summarize(questions: Sequence[Question], right: npt.NDArray[np.bool_], other
         commonest_answer=count / len(questions),
         commonest=commonest,
         difference=float(right.mean() - other.mean()),
-        interval=(float(low), float(high)),
+        interval=interval(other),
+        base_view=None if base_view is None else float(base_view.mean()),
+        base_view_difference=None if base_view is None else float(right.mean() - base_view.mean()),
+        base_view_interval=None if base_view is None else interval(base_view),
     )
 
 

@@ -75,7 +75,7 @@ def make_result(header: dict[str, Any], reports: list[SourceReport], accuracy: A
 
 
 def format_tables(result: dict[str, Any]) -> str:
-    """Returns a table of losses and scores, and a table of the accuracies with the right and with another image."""
+    """Returns a table of losses and scores, and tables of the accuracy with the own image and with a control."""
     head = ["source", "samples", "tokens", "loss", "metric", "score", "answers", ""]
     rows = []
     for source, row in result["by_source"].items():
@@ -87,16 +87,31 @@ def format_tables(result: dict[str, Any]) -> str:
     tables = [tabulate(rows, head, "plain", disable_numparse=True, colalign=align)]
     with_questions = {source: row for source, row in result["by_source"].items() if "num_questions" in row}
     if with_questions:
-        head = ["exact answers, image", "questions", "right", "other", "common", "difference", ""]
-        shares_rows = []
-        for source, row in [*with_questions.items(), ("all", result["all"])]:
-            low, high = row["interval"]
-            shares = (f"{row[key]:.1%}" for key in ("right_picture", "other_picture", "commonest_answer"))
-            interval = f"(95 %: {low:+.1%} to {high:+.1%})"
-            shares_rows.append((source, row["num_questions"], *shares, f"{row['difference']:+.1%}", interval))
-        right = ("left", *["right"] * 5, "left")
-        tables.append(tabulate(shares_rows, head, "plain", disable_numparse=True, colalign=right))
+        accuracies = [*with_questions.items(), ("all", result["all"])]
+        tables.append(_format_controls(accuracies, "another image", "other_picture", "difference", "interval"))
+        if result["all"]["base_view"] is not None:
+            control = ("base view alone", "base_view", "base_view_difference", "base_view_interval")
+            tables.append(_format_controls(accuracies, *control))
     return "\n\n".join(tables)
+
+
+def _format_controls(accuracies: list[tuple[str, dict[str, Any]]], name: str, *keys: str) -> str:
+    """Returns a table of the exact answers beside those with a control.
+
+    Args:
+        accuracies: (source, accuracy).
+        name: of the control.
+        keys: of the share of right answers with the control, of the difference to it, and of the interval of that.
+    """
+    control, difference, interval = keys
+    head = ["exact answers", "questions", "own image", name, "commonest", "difference", ""]
+    cells = []
+    for source, row in accuracies:
+        low, high = row[interval]
+        shares = (f"{row[key]:.1%}" for key in ("right_picture", control, "commonest_answer"))
+        bounds = f"(95 %: {low:+.1%} to {high:+.1%})"
+        cells.append((source, row["num_questions"], *shares, f"{row[difference]:+.1%}", bounds))
+    return tabulate(cells, head, "plain", disable_numparse=True, colalign=("left", *["right"] * 5, "left"))
 
 
 def _format_remarks(row: dict[str, Any]) -> str:

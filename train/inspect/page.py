@@ -9,7 +9,7 @@ from PIL import Image
 from llava_next.inputs.processor import IGNORE, SampleLayout, SampleRejected
 from train.html.charts import Chart, Histogram, Line
 from train.html.page import escape_text, jpeg_url
-from train.inspect.drawing import canvas_of, side_for
+from train.html.views import canvas_of, side_for
 from train.inspect.prompt import Piece, split_prompt, split_turns
 from train.inspect.replay import Replay, SampleLoss
 from train.inspect.sample_set import Subject, encode
@@ -97,7 +97,7 @@ def _card(subject: Subject, number: int, loss: SampleLoss | None, side: int) -> 
     for image, encoded in zip(example.layout.images, sample.images, strict=True):
         tiles = example.tiles[start : start + image.num_tiles]
         start += image.num_tiles
-        canvas = canvas_of(image, tiles, encoded, processor.config)
+        canvas = canvas_of(image, tiles, encoded, processor.config.image_mode)
         urls = [jpeg_url(Image.fromarray(pixels), side) for pixels in (canvas.pixels, tiles[0])]
         images.append((image, canvas, *urls))
     turns = _turns(example.layout, split_prompt(example.layout, processor.tokenizer), loss)

@@ -29,6 +29,7 @@ class Run:
         starts, left_out, answers: lines of starts.jsonl, non_finite.jsonl, evaluation.answers.jsonl.
         live_answers: lines of answers.jsonl that have a step.
         saved: run_state.json of the newest checkpoint; empty where there is none.
+        exported: config.json of the export; empty where there is none.
         num_logs: how many ranks have a log.
         remarks: sentences about what could not be read.
     """
@@ -47,6 +48,7 @@ class Run:
     answers: list[_Values] = field(default_factory=list)
     live_answers: list[_Values] = field(default_factory=list)
     saved: _Values = field(default_factory=dict)
+    exported: _Values = field(default_factory=dict)
     num_logs: int = 0
     remarks: tuple[str, ...] = ()
 
@@ -95,6 +97,7 @@ def read_run(folder: Path, label: str = "") -> Run:
         answers=_read_lines(folder / "evaluation.answers.jsonl", remarks),
         live_answers=[line for line in live if isinstance(line.get("step"), int)],
         saved=_read_values(checkpoints[-1] / "run_state.json", remarks) if checkpoints else {},
+        exported=_read_values(folder / "export" / "config.json", remarks),
         num_logs=len(list(folder.glob("log/rank_*.log"))),
         remarks=tuple(remarks),
     )

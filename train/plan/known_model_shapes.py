@@ -91,6 +91,7 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
     "dinov2_large": _dinov2(1024, 24, 16),
     "dinov2_small_112": _dinov2(384, 12, 6),
     "dinov2_small_70": _dinov2(384, 12, 6),
+    "dinov2_small_56": _dinov2(384, 12, 6),
 }
 
 QWEN_TOKENS = 151_647

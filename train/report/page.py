@@ -43,6 +43,7 @@ def page_values(runs: Sequence[Run], num_samples: int) -> dict[str, Any]:
         "live_questions": live_questions(runs, num_samples),
         "max_steps": MAX_STEPS,
         "evaluated": [row for row in evaluated if row[2]],
+        "has_base_views": any((row[2] or {}).get("base_view") is not None for row in evaluated),
         "questions": evaluation_questions(runs, num_samples),
         "num_questions": len({(a.get("source"), a.get("id"), a.get("text")) for run in runs for a in run.answers}),
         "starts": [start for run in runs for start in _starts(run)],

@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import PIL.Image
 
 from data_recipes.schema.sample import DataError
-from train.html.page import jpeg_url
+from llava_next.config import Grid, ModelError
+from llava_next.inputs.anyres import cut_tiles, decode, grids_from_pinpoints, image_layout
+from train.html.page import is_number, jpeg_url
+from train.html.views import Canvas, canvas_of
 from train.observability.run_folder import Run
 
-_SIDE = 384
+_SIDE, _CANVAS_SIDE = 384, 768
 MAX_STEPS = 8
 """Answers of one run to one question."""
 _Key = tuple[str, str, str]
@@ -18,14 +23,30 @@ _Answers = dict[_Key, list[tuple[int, dict[str, Any]]]]
 
 
 @dataclass(frozen=True)
+class Image:
+    """The image of a question as the model sees it.
+
+    Attributes:
+        url: data URL of the image; None if it cannot be shown.
+        why: the reason why it cannot.
+        canvas: where AnyRes cuts the image; `url` then shows the canvas. None where the tiles are not known.
+        base_view_url: data URL of the base view; only with `canvas`.
+    """
+
+    url: str | None = None
+    why: str = ""
+    canvas: Canvas | None = None
+    base_view_url: str | None = None
+
+
+@dataclass(frozen=True)
 class Question:
-    """A question; (name, text) of it, the truth and each answer; a data URL of its image, or `why` there is none."""
+    """A question: its image, and (name, text) of the question, the truth and each answer."""
 
     source: str
     id: str
     facts: list[tuple[str, str]]
-    image_url: str | None
-    why: str
+    image: Image
 
 
 def evaluation_questions(runs: Sequence[Run], num: int) -> list[Question]:
@@ -66,7 +87,7 @@ def _questions(runs: Sequence[Run], by_key: _Answers, num: int) -> list[Question
             score = answer.get("score")
             text = str(answer.get("answer")) + ("" if score is None else f"  (score {score:.2f})")
             facts.append((", ".join(labels) or "answer", text))
-        questions.append(Question(source, name, facts, *images.read(source, name)))
+        questions.append(Question(source, name, facts, images.read(source, name)))
     return questions
 
 
@@ -85,31 +106,65 @@ def _choose(by_key: _Answers, num: int) -> list[_Key]:
     return sorted(chosen, key=lambda key: list(sources).index(key[0]))
 
 
+class _Tiling(NamedTuple):
+    """What decides the tiles of an image: the grids, and pixels and patches along a side of a tile."""
+
+    grids: tuple[Grid, ...]
+    tile: int
+    patches_per_side: int
+
+
+def _read_tiling(runs: Sequence[Run]) -> _Tiling | None:
+    """That of the first run with an export and AnyRes tiles; None if there is none."""
+    for run in runs:
+        vision, pinpoints = run.exported.get("vision_config"), run.exported.get("image_grid_pinpoints")
+        if run.stage.get("image_mode") != "anyres" or not isinstance(vision, dict) or not pinpoints:
+            continue
+        tile, patch = vision.get("image_size"), vision.get("patch_size")
+        if is_number(tile) and is_number(patch) and tile >= patch > 0:
+            try:
+                return _Tiling(grids_from_pinpoints(pinpoints, int(tile)), int(tile), int(tile // patch))
+            except (ModelError, TypeError):
+                continue  # not the config of a LLaVA-NeXT; images are shown without tiles
+    return None
+
+
 class _Images:
     """Images by source and id, from the stores that the runs were trained on."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         roots = [(run.config.get("data") or {}).get("store_root") for run in runs]
         self._roots = [Path(root) for root in dict.fromkeys(roots) if root]
+        self._tiling = _read_tiling(runs)
         self._stores: dict[str, tuple[Any, dict[str, int]] | str] = {}
 
-    def read(self, source: str, name: str) -> tuple[str | None, str]:
-        """The sample's first image as a data URL, or why there is none."""
+    def read(self, source: str, name: str) -> Image:
+        """The sample's first image, or why there is none."""
         if source not in self._stores:
             self._stores[source] = self._open(source)
         opened = self._stores[source]
         if isinstance(opened, str):
-            return None, opened
+            return Image(why=opened)
         store, numbers = opened
         if name not in numbers:
-            return None, f"no sample of the store {store.path} has this id"
-        from llava_next.inputs.anyres import decode
-
+            return Image(why=f"no sample of the store {store.path} has this id")
         try:
-            images = store.sample(numbers[name]).images
-            return (jpeg_url(decode(images[0]), _SIDE), "") if images else (None, "the sample has no image")
+            sample = store.sample(numbers[name])
+            return self._show(sample.images[0]) if sample.images else Image(why="the sample has no image")
         except (OSError, ValueError) as error:
-            return None, f"its image cannot be read: {error}"
+            return Image(why=f"its image cannot be read: {error}")
+
+    def _show(self, encoded: bytes) -> Image:
+        image = decode(encoded)
+        if self._tiling is None:
+            return Image(jpeg_url(image, _SIDE))
+        grids, tile, patches = self._tiling
+        size_hw = (image.height, image.width)
+        layout = image_layout(size_hw, mode="anyres", grids=grids, tile=tile, patches_per_side=patches)
+        tiles = cut_tiles(image, layout, tile)
+        canvas = canvas_of(layout, tiles, encoded, "anyres")
+        urls = [jpeg_url(PIL.Image.fromarray(pixels), _CANVAS_SIDE) for pixels in (canvas.pixels, tiles[0])]
+        return Image(urls[0], canvas=canvas, base_view_url=urls[1])
 
     def _open(self, source: str) -> tuple[Any, dict[str, int]] | str:
         from data_recipes.store.reader import Store  # imports `datasets`, which a report without answers does not need

@@ -362,6 +362,7 @@ def test_the_shipped_mixtures_name_shipped_sources() -> None:
     finetune = read_mixture(configs, "quickstart_finetune")
     assert set(align.sources) == {"quickstart_captions"}
     assert set(finetune.sources) == {
+        "quickstart_letters",
         "quickstart_instruct",
         "text_chats",
         "chartqa",

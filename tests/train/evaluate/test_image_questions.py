@@ -22,6 +22,7 @@ from train.evaluate.evaluation_ranks import EvaluationError
 from train.evaluate.image_questions import (
     Question,
     answer_all,
+    answer_base_views,
     extract_questions,
     filter_by_length,
     read_single_image_samples,
@@ -79,6 +80,34 @@ def test_rows_keep_the_budgets(
     assert len(rows) == num_rows
 
 
+def test_base_view_is_the_first_view_alone(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model sees exactly the first of the views that AnyRes cuts, and no newlines."""
+    processor, samples = learned.processor, learned.samples
+    questions = [Question("shapes", number, "What is it?", s.messages[1].text) for number, s in enumerate(samples)]
+    _, model = read_hf(learned.export, learned.config)
+    batches: list[Batch] = []
+    score = model.score
+
+    def watched(batch: Batch) -> TokenScores:
+        batches.append(batch)
+        return score(batch)
+
+    monkeypatch.setattr(model, "score", watched)
+    hits = answer_base_views(model, processor, samples, questions, PackingConfig(1, 1), ALONE)
+    for sample_, batch in zip(samples, batches, strict=True):
+        whole = processor.encode(sample_.messages, sample_.sizes_hw, sample_.images)
+        assert len(whole.tiles) > 1
+        assert np.array_equal(batch.tiles.numpy(), whole.tiles[:1])
+        num_image_tokens = int((batch.input_ids == processor.image_token_id).sum())
+        assert num_image_tokens == processor.config.patches_per_side**2
+    assert hits.shape == (len(questions),)
+    right, _ = answer_all(model, processor, samples, questions, WIDE, ALONE)
+    accuracy = summarize(questions, right, np.zeros_like(right), hits)
+    assert accuracy.base_view == hits.mean()
+    assert accuracy.base_view_difference == right.mean() - hits.mean()
+    assert summarize(questions, right, np.zeros_like(right)).base_view is None
+
+
 def test_out_of_memory_names_what_to_lower(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
     """The message has the size of the row, and the options with their values."""
     _, model = read_hf(learned.export, learned.config)
@@ -97,13 +126,17 @@ def test_figures_add_up() -> None:
     questions = [Question("s", n // 2, "q", "no" if n % 4 else "yes") for n in range(40)]
     right = np.array([n % 10 != 0 for n in range(40)])
     other = np.array([n % 2 == 0 for n in range(40)])
-    accuracy = summarize(questions, right, other)
+    base_view = np.array([n % 5 == 0 for n in range(40)])
+    accuracy = summarize(questions, right, other, base_view)
     assert (accuracy.num_questions, accuracy.num_pictures) == (40, 20)
     assert accuracy.right_picture == right.mean()
     assert accuracy.other_picture == other.mean()
     assert (accuracy.commonest, accuracy.commonest_answer) == ("no", 0.75)
     assert accuracy.interval[0] < accuracy.difference < accuracy.interval[1]
     assert accuracy.difference == pytest.approx(accuracy.right_picture - accuracy.other_picture)
+    assert accuracy.base_view_interval is not None
+    assert accuracy.base_view_difference == pytest.approx(right.mean() - base_view.mean())
+    assert accuracy.base_view_interval[0] < accuracy.base_view_difference < accuracy.base_view_interval[1]
 
 
 def test_questions_are_asked_one_at_a_time(tmp_path: Path) -> None:

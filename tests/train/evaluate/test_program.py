@@ -34,8 +34,8 @@ def test_a_run_is_evaluated_from_its_folder(
     tmp_path: Path, mode: ImageMode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From config.yaml, export and stores come a loss, a score and accuracies for every source, and accuracies over
-    all; also with single views, where the stock processor must render the same prompt. The loss equals the model's on
-    the held-out samples one by one."""
+    all; also with single views, where the stock processor must render the same prompt, and where there are no tiles to
+    leave out. The loss equals the model's on the held-out samples one by one."""
     model_config = tiny_model(tmp_path / "models")
     mixture_config, store_root = tiny_mixture(tmp_path / "data", 16, holdout=6)
     config = with_stage(tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs"), image_mode=mode)
@@ -46,12 +46,19 @@ def test_a_run_is_evaluated_from_its_folder(
     run_dir = tmp_path / "run"
     write_hf(model, backbone, processor, run_dir / "export")
     (run_dir / "config.yaml").write_text(to_yaml(config))
-    assert main([str(run_dir), "--limit", "8", "--per-picture", "2", "--generate", "3", "--max-new-tokens", "4"]) == 0
+    command = [str(run_dir), "--limit", "8", "--per-picture", "2", "--generate", "3", "--max-new-tokens", "4"]
+    assert main([*command, "--base-view"]) == (0 if mode == "anyres" else 2)
+    printed = capsys.readouterr()
+    if mode == "anyres":
+        assert "base view alone" in printed.out
+    else:
+        assert "--base-view" in printed.err
+        assert main(command) == 0
     result, answers = _result(run_dir / "evaluation.json")
     (row,) = result["by_source"].values()
     assert result["all"]["num_questions"] == row["num_questions"] > 0
+    assert (row["base_view"] is None) == (mode != "anyres")
     assert (row["metric"], row["num_answers"], len(answers), len(result["generated"])) == ("exact_match", 3, 3, 2)
-    assert "all" in capsys.readouterr().out
 
     from data_recipes.mixture.mixture import Mixture
 

@@ -32,8 +32,8 @@ from tests.train.cases import tiny_run
 from tests.train.launch import Program
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig
+from train.html.views import canvas_of, side_for
 from train.inspect.__main__ import main
-from train.inspect.drawing import canvas_of, side_for
 from train.inspect.prompt import split_prompt, split_turns
 
 MESSAGES = (
@@ -100,7 +100,7 @@ def test_edges_and_kept_part_match_the_pixels(tmp_path: Path, size_hw: tuple[int
     messages = (Message("user", "<image>"), Message("assistant", "White."))
     example = processor.encode(messages, [size_hw], [white])
     (image,) = example.layout.images
-    canvas = canvas_of(image, example.tiles, white, processor.config)
+    canvas = canvas_of(image, example.tiles, white, processor.config.image_mode)
     top, left, bottom, right = canvas.image
     outside = np.ones(canvas.pixels.shape[:2], dtype=bool)
     outside[top:bottom, left:right] = False

@@ -326,12 +326,41 @@ def test_questions_have_the_images_of_their_store(make: Make, tmp_path: Path) ->
     assert sorted(each.source for each in questions) == ["gone", "pictures", "pictures", "pictures"]
     answers = [("one/finetune", "4  (score 0.00)"), ("two/finetune", "perhaps 5  (score 0.00)")]
     assert [each.facts[2:] for each in questions if each.id == "000003"] == [answers]
-    reasons = [(each.image_url, each.why[:15]) for each in questions if each.source == "gone"]
+    reasons = [(each.image.url, each.image.why[:15]) for each in questions if each.source == "gone"]
     assert reasons == [(None, "there is no sto")]
     page = page_of(first, second)
     assert len({value for name, value in page.attributes if value.startswith("data:image/jpeg;base64,")}) == 6
     assert "No image: there is no store in" in page.text
     assert page.text.count("perhaps 5") == 1
+
+
+def test_tiles_are_drawn_over_the_images_of_questions(make: Make, tmp_path: Path) -> None:
+    """With an export and AnyRes: each image on the canvas of its grid, the lines between its tiles, and its base view.
+    An export that is damaged is named, and the images are shown without tiles."""
+    tiny_store(tmp_path / "stores", "pictures", tiny_samples(6))
+    config = {"data": {"store_root": str(tmp_path / "stores")}, "stage": {**CONFIG["stage"], "image_mode": "anyres"}}  # type: ignore[dict-item]
+    asked = [_answer("pictures", f"{number:06d}", "What is it?") for number in range(6)]
+    folder = make("a", config=config, evaluation__answers__jsonl=asked)
+    (folder / "export").mkdir()
+    grids = [[2, 1], [1, 2], [2, 2], [1, 3], [3, 1]]
+    exported = {
+        "image_grid_pinpoints": [[28 * rows, 28 * columns] for rows, columns in grids],
+        "vision_config": {"image_size": 28, "patch_size": 7},
+    }
+    (folder / "export" / "config.json").write_text(json.dumps(exported))
+    shown = [each.image for each in evaluation_questions(read_runs([folder]), 6)]
+    sizes = {image.canvas.grid: image.canvas.pixels.shape[:2] for image in shown if image.canvas}
+    assert len(sizes) > 1
+    assert all(size == (28 * rows, 28 * columns) for (rows, columns), size in sizes.items())
+    page = page_of(folder)
+    assert page.html.count('<path class="cuts"') == len(shown) == 6
+    assert page.text.count("base view") == 6
+    assert "2 × 2 tiles" in page.text
+    assert "img" not in page.tags
+    (folder / "export" / "config.json").write_text("{")
+    page = page_of(folder)
+    assert page.tags.count("img") == 6
+    assert "config.json is damaged" in page.text
 
 
 def test_rejects_are_counted_by_source(make: Make) -> None:
