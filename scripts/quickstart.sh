@@ -158,8 +158,8 @@ step "Waiting for DeepSpeed's op" await_ops
 step_once "$OUT/align/connector" "Stage 1: the connector is trained" train_stage align
 step_once "$OUT/finetune/export" "Stage 2: every part is trained" train_stage finetune
 step_once "$OUT/finetune/evaluation.json" "Questions about held-out images" \
-    env OMP_NUM_THREADS="$(nproc)" python -m train.evaluate "$OUT/finetune" --base-view --limit 320 --num 320 --generate 6 \
-    --max-new-tokens 24
+    torchrun --standalone --nproc-per-node 2 -m train.evaluate "$OUT/finetune" --base-view --limit 320 \
+    --num-samples 320 --num-samples easy_vqa_test=20 --generate 6 --max-new-tokens 24
 step "Report" python -m train.report "$OUT/align" "$OUT/finetune" --out "$OUT/report.html" --samples 18
 step "Summary" python scripts/quickstart/summary.py --out "$OUT" "${SUMMARY[@]}"
 

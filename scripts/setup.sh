@@ -178,8 +178,13 @@ install_torch() {
 install_project() { pip_install --no-build-isolation -e ".${extras:+[$extras]}"; }
 
 # With PYTHONDONTWRITEBYTECODE Python would compile torch and transformers at every start of every rank, for some 20 s.
-# Files of packages that do not compile are ignored.
-write_bytecode() { "$VENV/bin/python" -m compileall -q -j 0 "$VENV/lib" || true; }
+# Importing the programs writes the bytecode of what they use, in half of the time that all installed packages take.
+write_bytecode() {
+    env -u PYTHONDONTWRITEBYTECODE "$VENV/bin/python" -c "
+import data_recipes.prepare, train.evaluate.__main__, train.report.__main__, train.run
+import transformers.models.clip.modeling_clip, transformers.models.dinov2.modeling_dinov2
+import transformers.models.llama.modeling_llama, transformers.models.llava_next.modeling_llava_next"
+}
 
 if is_ready; then
     exit 0

@@ -25,7 +25,7 @@ COPIED = ("configs", "data_recipes", "llava_next", "scripts", "train", "constrai
 SMALLER = {  # {file: {text: replacement in the copy}}
     "configs/mixture/quickstart_align.yaml": {"{count: null}": "{count: 32}"},
     "configs/mixture/quickstart_finetune.yaml": {
-        "{count: 432, holdout: 320}": "{count: 4, holdout: 2}",
+        "{count: 336, holdout: 320}": "{count: 4, holdout: 2}",
         "{count: 48, holdout: 16}": "{count: 12, holdout: 1}",
         "text_chats: {count: 12}": "text_chats: {count: 2}",
         "{count: 16, holdout: 8}": "{count: 2, holdout: 2}",
@@ -33,7 +33,7 @@ SMALLER = {  # {file: {text: replacement in the copy}}
         "{count: 80}": "{count: 2}",
     },
     "scripts/quickstart.sh": {
-        "--limit 320 --num 320 --generate 6": "--limit 2 --num 2 --generate 1",
+        "--limit 320 \\\n    --num-samples 320 --num-samples easy_vqa_test=20 --generate 6": "--limit 2 --num-samples 2 --generate 1",
         "--scale 0.3": "--scale 0.05",
     },
 }
@@ -41,12 +41,12 @@ REPLACED = {  # {word of a command: replacement}
     # The quickstart's tower and template, because its export replaces the published model.
     "model/vision_tower=clip_vit_l_336": "model/vision_tower=dinov2_small_56",
     "stage.template=vicuna_v1": "stage.template=chatml",
-    "step_000050": "step_000002",  # the last checkpoint of stage 2
+    "step_000042": "step_000002",  # the last checkpoint of stage 2
     "37": "1",  # one of its steps
 }
 ADDED = {  # {start of a command: additional arguments that shorten it}
     "python -m train.chat": "--max-new-tokens 4",
-    "python -m train.evaluate": "--num 2 --limit 2 --max-new-tokens 4",
+    "python -m train.evaluate": "--num-samples 2 --limit 2 --max-new-tokens 4",
     "python scripts/bench/input.py stores": "--parts rate --pictures 3",
     "python scripts/bench/input.py batches": "--parts lengths --samples 40",
     "python scripts/bench/input.py archives": "--images 40",

@@ -238,7 +238,7 @@ def test_a_run_is_read_from_another_folder(
     absolute = with_absolute_paths(relative)
     assert (absolute.stage.init_from, absolute.root) == (str(places / "outputs/a"), "outputs")
     monkeypatch.chdir(tmp_path)
-    few = ["--num", "2", "--limit", "1", "--generate", "0"]
+    few = ["--num-samples", "2", "--limit", "1", "--generate", "0"]
     assert run("train.evaluate.__main__", str(places / RUN), *few) == 0
     assert run("train.inspect.__main__", str(places / STORE), "--like", str(places / RUN), "--num", "1") == 0
     assert run("train.export.__main__", str(places / RUN), "--out", "exported") == 0

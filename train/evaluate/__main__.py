@@ -31,7 +31,13 @@ from train.config.exit_codes import EXIT_FAILED, report_mistake
 from train.config.schema import ConfigError, PackingConfig
 from train.distributed.quiet_libraries import quiet_libraries
 from train.evaluate.answers import LOSS_ONLY_HINT, Answer, StockModel
-from train.evaluate.evaluated_model import EvaluatedModel, load_directory, load_run
+from train.evaluate.evaluated_model import (
+    DEFAULT_NUM_SAMPLES,
+    EvaluatedModel,
+    SampleMaxima,
+    load_directory,
+    load_run,
+)
 from train.evaluate.evaluation_ranks import (
     EvaluationError,
     EvaluationRanks,
@@ -107,8 +113,9 @@ def evaluate(options: argparse.Namespace, ranks: EvaluationRanks) -> tuple[dict[
     is_run = _is_run(options.path)
     load = load_run if is_run else load_directory
     chosen = dict(pair.split("=", 1) for pair in options.metric)
+    maxima = SampleMaxima.parse(options.num_samples)
     evaluated = ranks.run(
-        lambda: load(options.path, options.store, ranks.device, num=options.num, seed=options.seed, chosen=chosen)
+        lambda: load(options.path, options.store, ranks.device, maxima=maxima, seed=options.seed, chosen=chosen)
     )
     evaluated = replace(evaluated, packing=_read_budgets(options, evaluated.packing))
     reason = stock_unsupported_reason(evaluated.backbone.hf_config.vision_config)
@@ -258,6 +265,12 @@ def _write(path: Path, text: str) -> None:
     partial.rename(path)
 
 
+def _sample_maximum(text: str) -> tuple[str, int]:
+    """Parses NUM or SOURCE=NUM into a source, empty for every source, and a number."""
+    source, _, number = text.rpartition("=")
+    return source, positive_argument(number)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
@@ -275,7 +288,15 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="STORE",
         help="a prepared source (can be repeated); for a run, instead of its held-out samples",
     )
-    parser.add_argument("--num", type=int, default=512, help="maximum number of samples per source (%(default)s)")
+    # Not --num: torchrun would take that for one of its own options.
+    parser.add_argument(
+        "--num-samples",
+        type=_sample_maximum,
+        action="append",
+        default=[],
+        metavar="[SOURCE=]NUM",
+        help=f"maximum number of samples per source, or of one source (can be repeated; default {DEFAULT_NUM_SAMPLES})",
+    )
     parser.add_argument(
         "--seed", type=count_argument, default=0, help="seed for drawing the samples of --store (%(default)s)"
     )
@@ -312,7 +333,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_args(arguments)
-    positive = ("num", "limit", "per_picture", "batch_size", "max_tokens", "max_tiles")
+    positive = ("limit", "per_picture", "batch_size", "max_tokens", "max_tiles")
     for name, least in (*((name, 1) for name in positive), ("generate", 0)):
         value = getattr(options, name)
         if value is not None and value < least:

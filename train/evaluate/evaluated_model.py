@@ -4,8 +4,8 @@ They come from a run folder, or from a model directory and prepared sources.
 """
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoProcessor
 from data_recipes.mixture.mixture import Mixture
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import METRICS
-from data_recipes.store.reader import read_manifest
+from data_recipes.store.reader import Store, read_manifest
 from llava_next.config import ImageMode, LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
 from llava_next.file_access import permission_problem
 from llava_next.formats.hugging_face import read_hf, stock_image_mode
@@ -30,6 +30,31 @@ from train.validation.held_out import HeldOutSample, list_mixture_samples, list_
 
 _PACKING = PackingConfig(max_tokens=8192, max_tiles=48)
 """Budgets of a row for a model without a known run. A longer sample has a row of its own."""
+
+
+DEFAULT_NUM_SAMPLES = 512
+
+
+@dataclass(frozen=True)
+class SampleMaxima:
+    """The maximum number of samples of each source: that of `by_source`, else `default`."""
+
+    default: int = DEFAULT_NUM_SAMPLES
+    by_source: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, pairs: Sequence[tuple[str, int]]) -> "SampleMaxima":
+        """Takes pairs of a source, empty for every source, and a number; the last of a source counts."""
+        numbers = dict(pairs)
+        return cls(numbers.pop("", DEFAULT_NUM_SAMPLES), numbers)
+
+    def __getitem__(self, source: str) -> int:
+        return self.by_source.get(source, self.default)
+
+    def check_sources(self, sources: Iterable[str]) -> None:
+        """Raises ConfigError if `by_source` names others than `sources`."""
+        for source in set(self.by_source) - set(sources):
+            raise ConfigError(f"--num-samples {source}={self[source]}: unknown source; available: {', '.join(sources)}")
 
 
 @dataclass(frozen=True)
@@ -55,14 +80,20 @@ class EvaluatedModel:
 
 
 def load_run(
-    run_dir: Path, stores: Sequence[Path], device: torch.device, *, num: int, seed: int, chosen: Mapping[str, str]
+    run_dir: Path,
+    stores: Sequence[Path],
+    device: torch.device,
+    *,
+    maxima: SampleMaxima,
+    seed: int,
+    chosen: Mapping[str, str],
 ) -> EvaluatedModel:
     """Loads the export of a run, with the held-out and excluded samples of its mixture or with other stores.
 
     Args:
         stores: prepared sources; if empty, those of the mixture.
-        num: maximum number of samples per source. Held-out samples are in the order of their hashes, so the first ones
-            are a random sample; those of `stores` are drawn with `seed`.
+        maxima: maximum number of samples per source. Held-out samples are in the order of their hashes, so the first
+            ones are a random sample; those of `stores` are drawn with `seed`.
         chosen: metrics by source, which take precedence over those of the stores.
 
     Raises:
@@ -77,19 +108,21 @@ def load_run(
         )
     store_root = Path(config.data.store_root)
     if stores:
-        samples = _draw_samples(stores, num, seed)
+        samples = _draw_samples(stores, maxima, seed)
         paths = {path.name: path for path in stores}
     else:
         samples = {
-            name: of[:num] for name, of in list_mixture_samples(Mixture.open(config.mixture, store_root)).items()
+            name: of[: maxima[name]]
+            for name, of in list_mixture_samples(Mixture.open(config.mixture, store_root)).items()
         }
-        samples |= {name: list_store_samples(store_root / name, num) for name in config.mixture.exclude}
+        samples |= {name: list_store_samples(store_root / name, maxima[name]) for name in config.mixture.exclude}
         paths = {name: store_root / name for name in samples}
     if not samples:
         raise ConfigError(
             f"mixture {config.mixture.name} has no held-out samples; set `holdout: N` for a source, list a store in "
             "`exclude`, or pass stores with --store"
         )
+    maxima.check_sources(samples)
     backbone, model = _load(export, config.model, device)
     per_sample = config.stage.loss_weighting == "sample"
     processor = build_processor(backbone, config.stage)
@@ -98,7 +131,13 @@ def load_run(
 
 
 def load_directory(
-    export: Path, stores: Sequence[Path], device: torch.device, *, num: int, seed: int, chosen: Mapping[str, str]
+    export: Path,
+    stores: Sequence[Path],
+    device: torch.device,
+    *,
+    maxima: SampleMaxima,
+    seed: int,
+    chosen: Mapping[str, str],
 ) -> EvaluatedModel:
     """Loads a LLaVA or LLaVA-NeXT directory in the Hugging Face layout, with samples drawn from stores.
 
@@ -107,7 +146,8 @@ def load_directory(
     """
     if not stores:
         raise ConfigError(f"{export} is a model directory without a run; pass prepared sources with --store STORE")
-    samples = _draw_samples(stores, num, seed)
+    samples = _draw_samples(stores, maxima, seed)
+    maxima.check_sources(samples)
     config, image_mode = _read_config(export)
     backbone, model = _load(export, config, device)
     processor = backbone.processor(template=FROM_TOKENIZER, image_mode=image_mode, max_length=backbone.max_positions)
@@ -121,11 +161,11 @@ def _load(export: Path, config: ModelConfig, device: torch.device) -> tuple[Back
     return backbone, (model.to(device) if device.type == "cuda" else model.float()).eval()
 
 
-def _draw_samples(stores: Sequence[Path], num: int, seed: int) -> dict[str, list[HeldOutSample]]:
+def _draw_samples(stores: Sequence[Path], maxima: SampleMaxima, seed: int) -> dict[str, list[HeldOutSample]]:
     by_source: dict[str, list[HeldOutSample]] = {}
     for path in stores:
-        samples = list_store_samples(path, num, seed)
-        name = samples[0].source
+        name = Store.open(path).name
+        samples = list_store_samples(path, maxima[name], seed)
         if name in by_source:
             raise DataError(f"--store {path}: two stores of source {name} were given; give one")
         by_source[name] = samples

@@ -119,7 +119,7 @@ def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:
     asked: list[list[dict[str, Any]]] = []
     for seed in (0, 0, 1):
         out = tmp_path / f"{len(asked)}.json"
-        command = [str(learned.export), "--store", str(tmp_path / "tiny"), "--num", "4", "--seed", str(seed)]
+        command = [str(learned.export), "--store", str(tmp_path / "tiny"), "--num-samples", "4", "--seed", str(seed)]
         assert main([*command, "--max-new-tokens", "2", "--out", str(out)]) == 0
         asked.append(_result(out)[1])
     assert asked[0] == asked[1]
