@@ -1,6 +1,6 @@
 """Program that fetches the raw files of sources from their publishers.
 
-    python -m data_recipes.fetch --mixture NAME --raw DIR [--dry-run] [--locked FILE] [--mirror DIR]
+    python -m data_recipes.fetch --mixture NAME... --raw DIR [--dry-run] [--locked FILE] [--mirror DIR]
 
 Files on the Hugging Face hub are fetched by its client, the others by plain HTTP. Complete files are not fetched again,
 and an interrupted fetch is continued by the same command. Every file is checked against the published size and digest
@@ -24,7 +24,7 @@ from data_recipes.fetch.plan import Plan, make_plan
 from data_recipes.fetch.remote_file import FetchError
 from data_recipes.fetch.report import check_space, describe_missing, describe_plan
 from data_recipes.fetch.transfer import Transfer, count_bytes_to_fetch, run_parallel
-from data_recipes.mixture.mixture import read_mixture
+from data_recipes.mixture.mixture import list_sources, read_mixture
 from data_recipes.schema.arguments import (
     ArgumentParser,
     output_file,
@@ -47,7 +47,7 @@ LOCK_NAME = "fetch.lock.json"
 class Arguments:
     """The parsed command line; the fields are its options."""
 
-    mixture: str | None
+    mixture: list[str]
     source: list[str]
     raw: Path
     dry_run: bool
@@ -67,7 +67,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         epilog="Models are fetched by `python -m train.fetch NAME`.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--mixture", type=text_argument, help="fetch every source of configs/mixture/NAME.yaml")
+    what.add_argument(
+        "--mixture",
+        type=text_argument,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="fetch every source of configs/mixture/NAME.yaml",
+    )
     what.add_argument("--source", nargs="+", default=[], help="fetch these sources of configs/source/*.yaml")
     parser.add_argument("--raw", type=output_folder, required=True, help="folder of the raw folders")
     parser.add_argument(
@@ -127,8 +134,8 @@ def fetch(arguments: Arguments) -> int:
     if arguments.mirror is not None and not arguments.mirror.is_dir():
         raise DataError(f"--mirror: there is no folder {arguments.mirror}.")
     configs = list_config_folders(arguments.configs, arguments.config_dir)
-    config = read_mixture(configs, arguments.mixture) if arguments.mixture else None
-    names = sorted({*config.sources, *config.exclude}) if config else list(dict.fromkeys(arguments.source))
+    mixtures = [read_mixture(configs, name) for name in arguments.mixture]
+    names = list(dict.fromkeys(arguments.source)) or list_sources(mixtures)
     sources = [read_source(configs, name) for name in names]
     is_enforced = arguments.locked is not None
     lock = LockFile.read(arguments.lock or arguments.raw / LOCK_NAME)
@@ -145,7 +152,7 @@ def fetch(arguments: Arguments) -> int:
 
 def _transfer(plan: Plan, lock: LockFile, session: requests.Session, arguments: Arguments) -> None:
     to_fetch, num_unknown = count_bytes_to_fetch(plan.files, arguments.raw)
-    with ByteProgress(arguments.mixture or arguments.source[0], None if num_unknown else to_fetch) as progress:
+    with ByteProgress((arguments.mixture or arguments.source)[0], None if num_unknown else to_fetch) as progress:
         transfer = Transfer(
             arguments.raw,
             lock,

@@ -9,23 +9,43 @@ from typing import Any
 
 from data_recipes.guess.folder_look import ARCHIVE_SUFFIXES, IMAGE_SUFFIXES, FolderLook
 from data_recipes.guess.time_limit import OutOfTime, time_limit
+from data_recipes.raw.conversation_keys import RecordKeys
 from data_recipes.raw.image_files import ImageError, load_image, resolve_image
+from data_recipes.raw.json_records import iter_records
 from data_recipes.readers.imagefolder import iter_table
 from data_recipes.schema.sample import DataError, Reject
 
 _NUM_RECORDS = 16
+_MAX_RECORDS = 1000  # until one names an image: a file may begin with texts
+_RECORD_KEYS = RecordKeys().record_keys()
 _NUM_IMAGE_NAMES = 4
 _MAX_FOLDERS = 300
+_MAX_PARENTS = 3
 _SECONDS = 30.0
+_READ_SECONDS = 5.0  # records may have megabytes of base64 text
 
 
 def read_first_records(path: Path) -> list[dict[str, Any]]:
-    """Return the first records of a .json, .jsonl, .csv or .parquet file, without those that cannot be parsed."""
-    try:
-        first = list(itertools.islice(iter_table(path), _NUM_RECORDS))
-    except (DataError, OSError):
-        return []
-    return [row for _, row in first if not isinstance(row, Reject)]
+    """Return the first records of a .json, .jsonl, .csv or .parquet file, without those that cannot be parsed.
+
+    If none of them names an image, the next record of a JSON file that does follows. A list of turns is returned as
+    `{"messages": turns}`.
+    """
+    found: list[dict[str, Any]] = []
+    is_json = path.suffix.lower() in (".json", ".jsonl")
+    rows = iter_records(path, (dict, list), record_keys=_RECORD_KEYS) if is_json else iter_table(path)
+    with suppress(DataError, OSError, OutOfTime), time_limit(_READ_SECONDS):
+        for number, (_, row) in enumerate(itertools.islice(rows, _MAX_RECORDS if is_json else _NUM_RECORDS)):
+            if number == _NUM_RECORDS and any(_image_names(found)):
+                break
+            if isinstance(row, Reject):
+                continue
+            record = row if isinstance(row, dict) else {"messages": row}
+            if number < _NUM_RECORDS:
+                found.append(record)
+            elif any(_image_names(record)):
+                return [*found, record]
+    return found
 
 
 def describe_record(record: dict[str, Any], limit: int = 200) -> str:
@@ -44,7 +64,8 @@ def shorten(text: str, limit: int) -> str:
 def find_image_root(look: FolderLook, table: str, records: Sequence[dict[str, Any]]) -> str | None:
     """Return the folder, relative to the look's, below which most of the first images of a table are.
 
-    The folders are those that were looked at and, for each archive, the folder that it would be unpacked to.
+    The folders are those that were looked at, for each archive the folder that it would be unpacked to, and `..`,
+    `../..` and `../../..`, because some records name their images from the top of a repository.
 
     Returns:
         The folder; None if the records name no image, or if none of the images is found.
@@ -52,9 +73,11 @@ def find_image_root(look: FolderLook, table: str, records: Sequence[dict[str, An
     names = list(itertools.islice(_image_names(records), _NUM_IMAGE_NAMES))
     parent = str(Path(table).parent)
     packed = [_without_suffix(name) for name in look.archives]
+    above = ["/".join([".."] * number) for number in range(1, _MAX_PARENTS + 1)]
     best, most = None, 0
     with suppress(OutOfTime), time_limit(_SECONDS):
-        for folder in dict.fromkeys([parent, ".", *look.folders[:_MAX_FOLDERS], *packed[:_MAX_FOLDERS]]):
+        folders = [parent, ".", *look.folders[:_MAX_FOLDERS], *packed[:_MAX_FOLDERS], *above]
+        for folder in dict.fromkeys(folders):
             num_found = sum(_is_found(look.root / folder, name) for name in names)
             if num_found > most:
                 best, most = folder, num_found

@@ -15,7 +15,8 @@ from data_recipes.schema.sample import DataError, Reject, Sample, check_sample
 from data_recipes.schema.source import SourceInfo
 
 NUM_RECORDS = 50
-"""Records that each reader is tried on."""
+"""Records that each reader is tried on; more if none of them is kept."""
+_MAX_RECORDS = 1000  # a file may begin with records that are rejected for what they say
 _NUM_SHOWN = 3
 _NUM_DECODED = 8  # samples whose images are decoded; of the others, only missing files are noticed
 _SECONDS = 30.0  # for one reader: those of published layouts read all questions before the first sample
@@ -71,8 +72,10 @@ def try_reader(root: Path, candidate: Candidate) -> Trial:
     source = SourceInfo("guess", candidate.reader, str(root.absolute()), dict(candidate.options))
     try:
         with time_limit(_SECONDS):
-            for item in itertools.islice(source.samples(Path()), NUM_RECORDS):
+            for item in itertools.islice(source.samples(Path()), _MAX_RECORDS):
                 _count(trial, item)
+                if trial.num_records >= NUM_RECORDS and trial.num_kept:
+                    break
     except OutOfTime:
         if trial.num_records == 0:
             trial.error = f"it did not read a record within {_SECONDS:.0f} seconds"

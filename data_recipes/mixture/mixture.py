@@ -30,6 +30,11 @@ from data_recipes.schema.source import read_yaml, reject_unknown_keys
 from data_recipes.store.reader import Store, StoredSample, StoredText
 
 
+def list_sources(mixtures: Sequence[MixtureConfig]) -> list[str]:
+    """Return the names of all sources of the mixtures, those of `exclude` included, sorted."""
+    return sorted({name for each in mixtures for name in (*each.sources, *each.exclude)})
+
+
 def read_mixture(configs: Path | Sequence[Path], name: str) -> MixtureConfig:
     """Read and validate `mixture/<name>.yaml`, of the first of the folders that has it, without Hydra.
 

@@ -1,6 +1,6 @@
 """Program that prepares stores from raw files.
 
-    python -m data_recipes.prepare --mixture NAME --raw DIR --stores DIR [--workers N] [--strict]
+    python -m data_recipes.prepare --mixture NAME... --raw DIR --stores DIR [--workers N] [--strict]
     ... --partial        although the raw files have fewer records than were published
     ... --slice 3/32     one of 32 jobs of a cluster;     ... --merge 32     afterwards, once
 
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from data_recipes.guess.explain import explain_rejected
-from data_recipes.mixture.mixture import Mixture, read_mixture
+from data_recipes.mixture.mixture import Mixture, list_sources, read_mixture
 from data_recipes.prepare import summary
 from data_recipes.prepare.completeness import MIN_SHARE, check_complete, count_required
 from data_recipes.prepare.disk_space import SpaceNeed, check_space
@@ -54,7 +54,7 @@ from data_recipes.writing.writer import StoreWriter, complete_interrupted, read_
 class Arguments:
     """The parsed command line; the fields are its options."""
 
-    mixture: str | None
+    mixture: list[str]
     source: list[str]
     raw: Path
     stores: Path
@@ -72,7 +72,14 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parse the command line; argparse exits with code 2 on invalid arguments."""
     parser = ArgumentParser(prog="python -m data_recipes.prepare", description="Prepare stores from raw files.")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--mixture", type=text_argument, help="prepare every source of configs/mixture/NAME.yaml")
+    what.add_argument(
+        "--mixture",
+        type=text_argument,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="prepare every source of configs/mixture/NAME.yaml",
+    )
     what.add_argument("--source", nargs="+", default=[], help="prepare these sources of configs/source/*.yaml")
     parser.add_argument("--raw", type=path_argument, required=True, help="folder that contains the raw folders")
     parser.add_argument("--stores", type=_stores_argument, required=True, help="output folder of the stores")
@@ -159,11 +166,9 @@ def prepare(arguments: Arguments) -> None:
     """
     set_cache_folder(arguments.stores / ".archives")
     configs = list_config_folders(arguments.configs, arguments.config_dir)
-    config = read_mixture(configs, arguments.mixture) if arguments.mixture else None
-    names = sorted({*config.sources, *config.exclude}) if config else list(dict.fromkeys(arguments.source))
-    sources = [read_source(configs, name) for name in names]
-    shares = config.sources if config else {}
-    required = {each.name: count_required(each, shares.get(each.name), arguments.partial) for each in sources}
+    mixtures = [read_mixture(configs, name) for name in dict.fromkeys(arguments.mixture)]
+    sources = [read_source(configs, name) for name in dict.fromkeys(arguments.source) or list_sources(mixtures)]
+    required = {each.name: count_required(each, mixtures, arguments.partial) for each in sources}
     if arguments.max_rejects is not None:
         sources = [replace(source, max_reject_share=arguments.max_rejects) for source in sources]
     work = plan_work(sources, arguments.raw, arguments.stores, arguments.slice, arguments.merge)
@@ -181,9 +186,9 @@ def prepare(arguments: Arguments) -> None:
         print(copies)
     if arguments.slice != WHOLE_SOURCE:
         print(f"slice {arguments.slice} is complete; after all slices, run --merge {arguments.slice.num_slices}")
-    elif config is None:
+    elif not mixtures:
         summary.print_sources(sources, arguments.stores)
-    else:
+    for config in mixtures if arguments.slice == WHOLE_SOURCE else ():
         mixture = Mixture.open(config, arguments.stores)
         summary.print_mixture(mixture, arguments.stores)
         print(f"written: {write_manifest(mixture, arguments.stores)}/manifest.json, .md, .tex, .bib")

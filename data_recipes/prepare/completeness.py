@@ -6,7 +6,7 @@ A part of a download, such as one shard of 250, reads without an error. Trained 
 import math
 from collections.abc import Mapping, Sequence
 
-from data_recipes.schema.mixture_config import SourceShare
+from data_recipes.schema.mixture_config import MixtureConfig
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.store_tables import IncompleteError
 from data_recipes.writing.writer import describe_incomplete
@@ -15,15 +15,15 @@ MIN_SHARE = 0.9
 """Smallest fraction of the published number of samples that is taken for a complete source. Releases differ by less."""
 
 
-def count_required(source: SourceInfo, share: SourceShare | None, is_partial: bool) -> int:
+def count_required(source: SourceInfo, mixtures: Sequence[MixtureConfig], is_partial: bool) -> int:
     """Return how many records, rejected ones included, the raw files of a source must have.
 
-    They are compared with the published number of samples. If a mixture takes a fixed count of the source, that many
-    are enough.
+    They are compared with the published number of samples. If every mixture takes a fixed count of the source, the
+    largest is enough.
 
     Args:
         source: the source.
-        share: what the mixture takes from it; None for a source that is not part of a mixture's samples.
+        mixtures: those for which it is prepared, if any.
         is_partial: whether a part of the source is accepted (`--partial`).
 
     Returns:
@@ -32,8 +32,11 @@ def count_required(source: SourceInfo, share: SourceShare | None, is_partial: bo
     if is_partial or source.expected_count is None:
         return 1
     required = math.ceil(MIN_SHARE * source.expected_count)
-    if share is not None and share.count is not None:
-        required = min(required, share.count + share.holdout)
+    uses = [each for each in mixtures if source.name in (*each.sources, *each.exclude)]
+    shares = [each.sources.get(source.name) for each in uses]
+    fixed = [share.count + share.holdout for share in shares if share is not None and share.count is not None]
+    if fixed and len(fixed) == len(uses):
+        required = min(required, max(fixed))
     return max(1, required)
 
 

@@ -194,7 +194,7 @@ class _RecordReader:
         if meaning is not None or key not in self._keys.columns:
             why = find_unsupported(meaning or key, value, is_answer)
             if why is not None:
-                advice = f"to train without it: `columns: {{{meaning or name}: null}}`"
+                advice = f"only if it says nothing about the training: `columns: {{{meaning or name}: null}}`"
                 detail = f"`{name}`{place} is {describe_value(value)}: {why.replace('KEY', name)} ({advice})"
                 raise _RecordError(Reason.UNSUPPORTED_KEY, detail)
             if (meaning or key) in UNSUPPORTED:

@@ -33,7 +33,8 @@ SMALLER = {  # {file: {text: replacement in the copy}}
         "{count: 80}": "{count: 2}",
     },
     "scripts/quickstart.sh": {
-        "--limit 320 \\\n    --num-samples 320 --num-samples easy_vqa_test=20 --generate 6": "--limit 2 --num-samples 2 --generate 1",
+        "--limit 320": "--limit 2",
+        "--num-samples 320 --num-samples easy_vqa_test=20 --generate 6": "--num-samples 2 --generate 1",
         "--scale 0.3": "--scale 0.05",
     },
 }

@@ -87,6 +87,16 @@ DATA = {"hub": "datasets/org/data", "folder": "raw", "files": ["mix.json", "*.zi
 EXPECTED = {"mine/mix.json": RECORDS, "mine/a.zip": IMAGES, "mine/b.zip": IMAGES[:999]}
 
 
+def test_several_mixtures_share_files(space: Workspace) -> None:
+    """The files of all their sources are fetched, each once."""
+    space.source("both", DATA)
+    space.source("second", {"hub": "datasets/org/data", "folder": "x", "files": ["*"]}, root="other")
+    space.mixture("first", "both")
+    space.mixture("other", "both", "second")
+    assert space.fetch("--mixture", "first", "other").code == 0
+    assert space.content() == EXPECTED | {"other/y.bin": b"y"}
+
+
 def test_a_mixture_is_shown_then_fetched_then_complete(space: Workspace) -> None:
     """Two sources share a repository, which is fetched once; what must be fetched by hand decides the exit code."""
     url = {"url": f"{space.hub.url}/files/extra.zip", "to": "more/extra.zip", "licence": "CC-BY-4.0"}

@@ -9,7 +9,7 @@ import yaml
 
 from data_recipes.prepare import __main__ as prepare
 from data_recipes.prepare.completeness import count_required
-from data_recipes.schema.mixture_config import SourceShare
+from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.source import SourceInfo
 from data_recipes.store.reader import Store
 from tests.data_recipes.merged_records import MERGED
@@ -37,22 +37,45 @@ def write_shards(workspace: Path, num_shards: int, expected_count: int) -> None:
     write_source(workspace, "shards", reader="image_text_parquet", expected_count=expected_count)
 
 
+_FEW, _MORE = SourceShare(count=20, holdout=5), SourceShare(count=30)
+
+
 @pytest.mark.parametrize(
-    ("share", "required"),
+    ("shares", "required"),
     [
-        (None, 900),
-        (SourceShare(), 900),
-        (SourceShare(share=0.5), 900),
-        (SourceShare(count=20, holdout=5), 25),
-        (SourceShare(count=2000), 900),
+        ([], 900),
+        ([SourceShare()], 900),
+        ([SourceShare(share=0.5)], 900),
+        ([_FEW], 25),
+        ([SourceShare(count=2000)], 900),
+        ([_FEW, _MORE], 30),
+        ([_FEW, SourceShare()], 900),
+        ([_FEW, None], 900),
     ],
 )
-def test_required_number(share: SourceShare | None, required: int) -> None:
-    """Nine tenths of the published number, or what the mixture takes if that is less."""
-    source = SourceInfo("s", "r", "s", expected_count=1000)
-    assert count_required(source, share, False) == required
-    assert count_required(source, share, True) == 1
-    assert count_required(SourceInfo("s", "r", "s"), share, False) == 1
+def test_required_number(shares: list[SourceShare | None], required: int) -> None:
+    """Nine tenths of the published number, or what the mixtures take if that is less; None: one excludes the source."""
+    source, other = SourceInfo("s", "r", "s", expected_count=1000), {"other": SourceShare()}
+    mixtures = [
+        MixtureConfig("m", 0, other | ({"s": share} if share else {}), () if share else ("s",)) for share in shares
+    ]
+    assert count_required(source, mixtures, False) == required
+    assert count_required(source, mixtures, True) == 1
+    assert count_required(SourceInfo("s", "r", "s"), mixtures, False) == 1
+
+
+def test_several_mixtures_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each source is prepared once, with enough records for every mixture; each mixture has its manifest."""
+    write_shards(tmp_path, 2, 1000)
+    write_talk(tmp_path, 20, 20)
+    write_mixture(tmp_path, "few", {"shards": {"count": 4, "holdout": 2}})
+    write_mixture(tmp_path, "both", {"talk": {}, "shards": {"count": 3}})
+    assert prepare.main(arguments(tmp_path, "--mixture", "few", "both")) == 0
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("shards: 8 samples") == printed.count("few: 4 samples") == printed.count("both: 23 samples") == 1
+    )
+    assert {path.parent.name for path in tmp_path.rglob("manifest.tex")} == {"few", "both"}
 
 
 def test_partial_sources_are_listed_before_any_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,12 +1,14 @@
 """Tests of `python -m train.evaluate` on a run and on a model directory: results, answers, tables and errors."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from data_recipes.schema.sample import Sample
 from data_recipes.schema.source import SourceInfo
@@ -21,7 +23,7 @@ from tests.train.cases import tiny_run, with_stage
 from tests.train.evaluate.learned import ANSWERS, Learned
 from train.config.compose import to_yaml
 from train.evaluate.__main__ import main
-from train.evaluate.evaluated_model import load_directory
+from train.evaluate.evaluated_model import SampleMaxima, load_directory
 
 
 def _result(out: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -103,7 +105,9 @@ def test_image_mode_is_read_from_the_directory(tmp_path: Path, mode: ImageMode) 
     processor = backbone.processor(template=None, image_mode=mode, max_length=512)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
     store = tiny_store(tmp_path, "tiny", tiny_samples(3))
-    subject = load_directory(tmp_path / "export", [store], torch.device("cpu"), num=1, seed=0, chosen={})
+    subject = load_directory(
+        tmp_path / "export", [store], torch.device("cpu"), maxima=SampleMaxima(1), seed=0, chosen={}
+    )
     actual, trained = subject.processor.config, processor.config
     assert (actual.image_mode, actual.pad_colour) == (mode, trained.pad_colour)
     assert (actual.tile, actual.patches_per_side, actual.grids) == (
@@ -126,6 +130,26 @@ def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:
     assert {answer["id"] for answer in asked[0]} != {answer["id"] for answer in asked[2]}
 
 
+def test_a_source_has_its_own_number_of_samples(learned: Learned, tmp_path: Path) -> None:
+    """--num-samples SOURCE=NUM takes precedence over --num-samples NUM."""
+    stores = [str(tiny_store(tmp_path, name, tiny_samples(9))) for name in ("first", "second")]
+    out = tmp_path / "evaluation.json"
+    command = [str(learned.export), "--store", stores[0], "--store", stores[1], "--generate", "0", "--out", str(out)]
+    assert main([*command, "--num-samples", "second=2", "--num-samples", "5"]) == 0
+    rows = _result(out)[0]["by_source"]
+    assert {source: row["num_samples"] for source, row in rows.items()} == {"first": 5, "second": 2}
+
+
+def test_torchrun_passes_every_option_on(capsys: pytest.CaptureFixture[str]) -> None:
+    """Until Python 3.12, torchrun rejects a program's option that is the start of two of its own, such as --num."""
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    options = sorted(set(re.findall(r"--[a-z-]+", capsys.readouterr().out)))
+    assert "--num-samples" in options
+    command = ["-m", "train.evaluate", "run", *options]
+    assert get_args_parser().parse_args(command).training_script_args == command[2:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -137,6 +161,7 @@ def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:
             "unknown metric; available: exact_match",
         ),
         (["{export}", "--store", "{folder}/tiny", "--metric", "tony=anls"], "unknown source; available: tiny"),
+        (["{export}", "--store", "{folder}/tiny", "--num-samples", "tony=3"], "unknown source; available: tiny"),
     ],
 )
 def test_invalid_arguments_are_errors(
