@@ -5,9 +5,10 @@ Only the standard library is imported, so that a configuration is checked before
 
 import importlib.util
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, cast, get_args
 
 PARTS = ("vision_tower", "projector", "image_newline", "language_model")
 """Parts that are trained or frozen, each with its own learning rate; the head belongs to the language model."""
@@ -18,11 +19,11 @@ Grid = tuple[int, int]
 AUTHORS_GRIDS: tuple[Grid, ...] = ((2, 1), (1, 2), (2, 2), (1, 3), (3, 1))
 """The five grids of the released configurations, in their order; among equally good grids the first is chosen."""
 
-ImageMode = Literal["anyres", "square", "pad", "squash"]
+ImageMode = Literal["anyres", "crop", "pad", "squash"]
 """How an image becomes views.
 
-anyres: a base view and the tiles of the best grid. square: one center-cropped view (LLaVA-1.5, stage 1). pad: one view
-of the entire image, padded to a square with the tower's mean color (LLaVA-1.5, stage 2). squash: one view of the entire
+anyres: a base view and the tiles of the best grid. crop: one center-cropped view (LLaVA-1.5, stage 1). pad: one view of
+the entire image, padded to a square with the tower's mean color (LLaVA-1.5, stage 2). squash: one view of the entire
 image, resized to a square without keeping its aspect ratio (LLaVA-NeXT with a SigLIP tower, stage 1).
 """
 
@@ -142,13 +143,124 @@ LORA_PARTS = ("vision_tower", "language_model")
 
 
 @dataclass(frozen=True)
+class ViewRule:
+    """How an image becomes views and tokens.
+
+    Attributes:
+        mode: how it becomes views.
+        max_views: number of views to whose size a larger feature map of the grid is reduced (OneVision's anyres_max_N);
+            None: maps are not reduced.
+        closing_newline: whether the newline vector follows the tokens of a single view.
+    """
+
+    mode: ImageMode
+    max_views: int | None = None
+    closing_newline: bool = False
+
+
+@dataclass(frozen=True)
+class ViewsConfig:
+    """The views of a sample's images, by the number of its images.
+
+    A value is a name of `ImageMode`, or anyres_max_N: AnyRes, where a feature map with more places than N views is
+    reduced to at most that number by bilinear interpolation (up to 1.21 N views are left as they are).
+
+    Attributes:
+        single: for the image of a sample with one image.
+        several: for each image of a sample with several images; None: such samples are rejected.
+        closing_newline: whether the newline vector follows the tokens of each image with one view (the authors'
+            `mm_patch_merge_type` with unpad).
+    """
+
+    __pydantic_config__ = _STRICT
+
+    single: str
+    several: str | None = None
+    closing_newline: bool = False
+
+    @property
+    def rules(self) -> tuple[ViewRule, ...]:
+        """The rule of a single image, and that of several if there is one."""
+        values = {"single": self.single} | ({} if self.several is None else {"several": self.several})
+        return tuple(_view_rule(name, value, self.closing_newline) for name, value in values.items())
+
+    def rule(self, num_images: int) -> ViewRule | None:
+        """The rule for the images of a sample with this number of images; None if there is none."""
+        if num_images == 1:
+            return self.rules[0]
+        return None if self.several is None else self.rules[1]
+
+    @property
+    def modes(self) -> set[ImageMode]:
+        """The modes that images may have."""
+        return {rule.mode for rule in self.rules}
+
+    @property
+    def has_newlines(self) -> bool:
+        """Whether the newline vector is among the tokens of some image."""
+        return any(rule.mode == "anyres" or rule.closing_newline for rule in self.rules)
+
+    def __str__(self) -> str:
+        several = "null" if self.several is None else self.several
+        newline = ", closing_newline: true" if self.closing_newline else ""
+        return f"{{single: {self.single}, several: {several}{newline}}}"
+
+
+ANYRES = ViewsConfig("anyres", "anyres")
+"""The views of LLaVA-NeXT: AnyRes for every image."""
+
+_ANYRES_MAX = re.compile(r"anyres_max_([1-9][0-9]{0,3})")
+
+
+def _view_rule(name: str, value: str, closing_newline: bool) -> ViewRule:
+    reduced = _ANYRES_MAX.fullmatch(value)
+    if reduced:
+        return ViewRule("anyres", int(reduced[1]))
+    if value not in get_args(ImageMode):
+        raise ModelError(
+            f"stage.views.{name} must be {', '.join(get_args(ImageMode))} or anyres_max_N (N from 1 to 9999), got "
+            f"{value[:40]!r}"
+        )
+    return ViewRule(cast(ImageMode, value), closing_newline=closing_newline and value != "anyres")
+
+
+def check_views(views: ViewsConfig) -> None:
+    """Checks that the values are known and that the closing newline has an effect.
+
+    Raises:
+        ModelError: a check fails; the message names the key, the rule, the value and the fix.
+    """
+    if views.closing_newline and views.modes == {"anyres"}:
+        raise ModelError(
+            "stage.views.closing_newline=true has no effect, because no image has one view only; set it to false, or "
+            "stage.views.several to pad, squash or crop"
+        )
+
+
+def exported_mode(views: ViewsConfig) -> ImageMode:
+    """The mode of every image in the stock class that an export is written as: LLaVA-NeXT (anyres) or LLaVA (others).
+
+    Raises:
+        ModelError: neither class can represent the views.
+    """
+    first = views.rules[0]
+    if any(rule != ViewRule(first.mode) for rule in views.rules):
+        raise ModelError(
+            f"stage.views={views} cannot be exported: an export is a llava_next or llava model, which makes the same "
+            "views of every image, without anyres_max_N and without a closing newline; choose such views, or "
+            "stage.result=connector"
+        )
+    return first.mode
+
+
+@dataclass(frozen=True)
 class ProcessorConfig:
     """The settings, besides the tokenizer, that determine the tokens and tiles of a sample.
 
     Attributes:
         template: name of the chat template.
-        image_mode: how an image becomes views.
-        grids: tile grids of image mode anyres.
+        views: how images become views.
+        grids: tile grids of AnyRes.
         tile: side of a tile in pixels, derived from the tower.
         patches_per_side: patches along a side of a tile, derived from the tower.
         max_length: maximum length of a sample in tokens, including image tokens.
@@ -156,7 +268,7 @@ class ProcessorConfig:
     """
 
     template: str
-    image_mode: ImageMode
+    views: ViewsConfig
     grids: tuple[Grid, ...]
     tile: int
     patches_per_side: int
@@ -165,7 +277,20 @@ class ProcessorConfig:
     unmask_special_tokens: bool = False
     """Supervise complete assistant messages, and special tokens everywhere, as the Llama-3 and Qwen releases did."""
     pad_colour: tuple[int, int, int] | None = None
-    """Padding color of image mode pad as (red, green, blue) in 0 to 255; None in the other modes."""
+    """Padding color of views `pad` as (red, green, blue) in 0 to 255; None if no image is padded."""
+
+    def fingerprint_values(self) -> dict[str, Any]:
+        """The values that enter the processor's fingerprint.
+
+        Views that earlier versions had as one `image_mode` of all images enter under that name and its value of that
+        time, so that length tables and checkpoints of earlier versions remain valid.
+        """
+        values = asdict(self)
+        single = self.views.rules[0]
+        if self.views.rules == (ViewRule(single.mode), ViewRule(single.mode)):
+            del values["views"]
+            values["image_mode"] = "square" if single.mode == "crop" else single.mode
+        return values
 
 
 def check_grids(grids: tuple[Grid, ...]) -> None:

@@ -3,7 +3,7 @@
 #
 #   ./scripts/test.sh [quick|full] [arguments for pytest]
 #
-# quick (default)  under ten minutes on two cores; at least one case of every property
+# quick (default)  under eight minutes on two cores; at least one case of every property
 # full             everything: kills, Slurm, vLLM, oracles, many ranks; an hour on two cores. It needs scripts/oracles.sh,
 #                  vllm_env.sh, lmms_eval.sh and apt-get install slurm-wlm munge pdsh openssh-server
 # Tests that need a GPU are skipped, with that reason, on machines without one.
@@ -30,5 +30,7 @@ half=$(($(nproc) / 2))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((half < 1 ? 1 : half > 8 ? 8 : half))}
 export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=${WANDB_MODE:-disabled} TOKENIZERS_PARALLELISM=false
 
+# Two processes (-n N in the arguments changes this), because many tests wait for programs and ranks. The tests of one
+# file stay together: they share ranks and runs.
 # -rs: the reason of every skipped test, which has the command that makes it run.
-exec python -m pytest -m "$marks" --durations=15 -rs "$@"
+exec python -m pytest -n 2 --dist loadfile -m "$marks" --durations=15 -rs "$@"

@@ -4,6 +4,7 @@
 skipped here, with a reason, where there is no CUDA device.
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -35,7 +36,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     The first ranks wait for it (`deepspeed_ops.ensure_built`).
     """
     starts_ranks = any({"start_ranks", "rank"} & set(getattr(item, "fixturenames", ())) for item in session.items)
-    if session.config.option.collectonly or not starts_ranks or deepspeed_ops.is_built():
+    is_first = os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0"
+    if session.config.option.collectonly or not is_first or not starts_ranks or deepspeed_ops.is_built():
         return
     command = ["nice", "-n", "10", sys.executable, "-m", "train.engine.deepspeed_ops"]
     session.config.stash[_OPS] = subprocess.Popen(

@@ -28,6 +28,7 @@ from data_recipes.schema.config_dir import CONFIG_DIR
 from data_recipes.schema.console import run_program
 from train.config.compose import announce_replaced, check, check_config_dir, drop_empty_variables, explain
 from train.config.exit_codes import EXIT_AT_ONCE, EXIT_INTERRUPTED, EXIT_USAGE, report_mistake
+from train.config.removed_keys import with_views_overrides
 from train.config.schema import ConfigError, RunConfig
 from train.distributed.launch import Launch, read_launch
 from train.supervision.lost_output import tolerate_lost_output
@@ -86,7 +87,7 @@ def compose(*, is_main: bool = True) -> RunConfig | None:
     """
     composed: list[DictConfig] = []
     recipes: list[str] = []
-    config_dir, others = take_config_dir(sys.argv[1:])
+    config_dir, others = take_config_dir(with_views_overrides(sys.argv[1:]))
     first, arguments = CONFIG_DIR, others
     if config_dir is not None:  # Hydra gives its main folder precedence over the one of --config-dir
         first, arguments = check_config_dir(config_dir), ["--config-dir", str(CONFIG_DIR), *others]

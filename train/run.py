@@ -242,10 +242,10 @@ def _describe_start(config: RunConfig, world: World, data: RunData, num_steps: i
     lines = [f"{config.run_dir}: stage {stage.name}, {origin}"]
     if config.recipe:
         lines.append(config.recipe)
-    if stage.image_mode == "square" and data.backbone.hf_config.vision_config.model_type.startswith("siglip"):
+    if "crop" in stage.views.modes and data.backbone.hf_config.vision_config.model_type.startswith("siglip"):
         lines.append(
-            "stage.image_mode=square crops the centre of every image; for a SigLIP tower the authors resize the whole "
-            "image to a square, which is stage.image_mode=squash"
+            f"stage.views={stage.views}: crop shows the centre of an image only; for a SigLIP tower the authors resize "
+            "the whole image to a square, which is squash"
         )
     lines.append(
         f"{len(table):,} samples{rejected}, {num_steps:,} steps of {stage.batch_size}, on {world.size} rank(s), "

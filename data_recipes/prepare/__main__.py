@@ -27,7 +27,7 @@ from data_recipes.prepare.manifest import write_manifest
 from data_recipes.prepare.shared_files import read_group
 from data_recipes.prepare.slices import make_slice_writer, merge_slices, read_slices
 from data_recipes.prepare.work_list import WorkItem, estimate_group_space, plan_work, report_up_to_date
-from data_recipes.raw.archives import describe_copies, set_cache_folder
+from data_recipes.raw.archives import archives_cached_in, describe_copies
 from data_recipes.raw.image_pool import ImagePool
 from data_recipes.schema.arguments import ArgumentParser, output_folder, path_argument, text_argument
 from data_recipes.schema.config_dir import CONFIG_DIR, list_config_folders
@@ -164,7 +164,11 @@ def prepare(arguments: Arguments) -> None:
         RejectedError: too many records are invalid.
         OSError: the disk is full or failing.
     """
-    set_cache_folder(arguments.stores / ".archives")
+    with archives_cached_in(arguments.stores / ".archives"):
+        _prepare(arguments)
+
+
+def _prepare(arguments: Arguments) -> None:
     configs = list_config_folders(arguments.configs, arguments.config_dir)
     mixtures = [read_mixture(configs, name) for name in dict.fromkeys(arguments.mixture)]
     sources = [read_source(configs, name) for name in dict.fromkeys(arguments.source) or list_sources(mixtures)]

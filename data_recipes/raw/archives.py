@@ -58,13 +58,19 @@ _DECOMPRESSION_ERRORS = (EOFError, zlib.error, lzma.LZMAError)
 _cache_folder: Path | None = None
 
 
-def set_cache_folder(folder: Path) -> None:
-    """Set the folder of indexes and decompressed copies. It is created when the first one is written.
+@contextmanager
+def archives_cached_in(folder: Path) -> Iterator[None]:
+    """Within the block, indexes and decompressed copies are in `folder`, which is created for the first of them.
 
-    Without this call they are in a temporary folder, which is removed at the end of the process.
+    Elsewhere they are in a temporary folder, which is removed at the end of the process.
     """
     global _cache_folder
-    _cache_folder = folder
+    before = _cache_folder
+    _cache_folder = folder.absolute()
+    try:
+        yield
+    finally:
+        _cache_folder = before
 
 
 def cache_folder() -> Path:

@@ -29,7 +29,7 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_next.config import Grid, ImageMode, ModelConfig, ModelError
+from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, exported_mode
 from llava_next.file_access import permission_problem
 from llava_next.formats.atomic import atomic_directory
 from llava_next.formats.merge_adapters import merge_adapters
@@ -75,9 +75,12 @@ def write_hf(
         target: the directory; None on ranks that only take part in gathering.
         gather: completes partitioned parameters.
         attachments: files that are copied into the directory.
+
+    Raises:
+        ModelError: no stock class makes the processor's views.
     """
     keep = target is not None
-    tensors = published_tensors(model, backbone, processor.config.image_mode, gather, keep=keep)
+    tensors = published_tensors(model, backbone, exported_mode(processor.config.views), gather, keep=keep)
     with atomic_directory(target, attachments) as folder:
         write_hf_folder(tensors, backbone, processor, folder)
 
@@ -101,7 +104,7 @@ def write_hf_folder(
     write_shards(tensors, folder, shard_bytes)
     if folder is None:
         return
-    config = stock_config(backbone, processor.config.image_mode)
+    config = stock_config(backbone, exported_mode(processor.config.views))
     for part_config in (config, config.text_config, config.vision_config):
         part_config.dtype = tensors[0].dtype
     config.save_pretrained(folder)
@@ -214,7 +217,7 @@ def _stop_ids(backbone: Backbone, template: Template) -> int | list[int] | None:
 
 def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProcessor | LlavaProcessor:
     """The stock processor that makes the same views and renders the same prompt."""
-    tower, image_mode = backbone.config.vision_tower, processor.config.image_mode
+    tower, image_mode = backbone.config.vision_tower, exported_mode(processor.config.views)
     pixels: dict[str, Any] = {
         "size": {"shortest_edge": backbone.tile},
         "crop_size": {"height": backbone.tile, "width": backbone.tile},
@@ -255,7 +258,7 @@ def stock_image_mode(model_type: str, images: Any, source: Path) -> ImageMode:
         return "pad"
     height, width = images.size.get("height"), images.size.get("width")
     if height is None or width is None:  # the short side is resized, then the center is cropped
-        return "square"
+        return "crop"
     cropped = images.crop_size if getattr(images, "do_center_crop", False) else images.size
     if height != width or (cropped["height"], cropped["width"]) != (height, width):
         raise ModelError(

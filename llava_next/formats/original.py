@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from llava_next.config import ImageMode, ModelError, ProjectorKind
+from llava_next.config import ImageMode, ModelError, ProjectorKind, exported_mode
 from llava_next.formats.hugging_face import generation_config, serving_tokenizer, write_tokenizer_settings
 from llava_next.formats.tensor_names import to_original_name
 from llava_next.formats.tensors import LazyTensor, write_shards
@@ -71,7 +71,7 @@ def original_model(
     return OriginalModel(
         backbone.hf_config.to_dict(),
         backbone.config.projector,
-        processor.config.image_mode,
+        exported_mode(processor.config.views),
         tokenizer,
         generation_config(backbone, processor.template),
         vision_tower or str(Path(tower.path).absolute()),
@@ -145,7 +145,7 @@ def original_config(model: OriginalModel, dtype: torch.dtype) -> dict[str, Any]:
     image_grid_pinpoints and image_token_index.
 
     image_aspect_ratio `square` means that the image processor makes the view. SGLang uses the processor of the
-    directory, which crops the center (CLIP's, image mode square) or resizes the entire image to a square (SigLIP's,
+    directory, which crops the center (CLIP's, image mode crop) or resizes the entire image to a square (SigLIP's,
     squash). The authors' code uses the processor of its tower: CLIP's crops, SigLIP's (LLaVA-VL/LLaVA-NeXT) resizes.
 
     Args:
@@ -174,7 +174,7 @@ def original_config(model: OriginalModel, dtype: torch.dtype) -> dict[str, Any]:
         "bos_token_id": model.generation.bos_token_id,
         "eos_token_id": model.generation.eos_token_id,
         "image_token_index": model.config["image_token_index"],
-        "image_aspect_ratio": "square" if model.image_mode == "squash" else model.image_mode,
+        "image_aspect_ratio": "square" if model.image_mode in ("crop", "squash") else model.image_mode,
         "mm_hidden_size": vision["hidden_size"],
         "mm_patch_merge_type": "spatial_unpad" if anyres else "flat",
         "mm_projector_type": model.kind,

@@ -2,13 +2,13 @@
 
 The processor, the length table, the model and the planner all use this module, so that token counts from image headers
 agree with the features. The rules are those of LLaVA-NeXT (`select_best_resolution`, `process_anyres_image`,
-`unpad_image`) as transformers implements them. Sizes are (height, width).
+`unpad_image`) and OneVision (`anyres_max_N`) as transformers implements them. Sizes are (height, width).
 """
 
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,51 +27,81 @@ Box = tuple[int, int, int, int]
 class ImageLayout:
     """Tiles and tokens of one image.
 
-    The tiles are the base view, followed by the tiles of the grid row by row. The tokens are the patches of the base
-    view row by row, followed by the unpadded part of the grid's feature map row by row, with a newline after each row.
-    A single view has only the base view and no newlines.
+    With AnyRes the tiles are the base view, followed by the tiles of the grid row by row. The tokens are the patches of
+    the base view row by row, followed by the unpadded part of the grid's feature map row by row, with a newline after
+    each row; a map that is too large is reduced by bilinear interpolation first. In the other modes there is one view,
+    and its tokens are its patches, with a newline at the end if the rule says so.
 
     Attributes:
         size_hw: of the image in pixels.
-        grid: None for a single view.
+        mode: how it becomes views.
+        grid: of AnyRes; None for one view.
         patches_per_side: patches along a side of a tile.
         kept_rows, kept_cols: half-open ranges of the grid's feature map that are not padding, in patches.
+        reduced_hw: size of the reduced feature map in tokens; None if it is not reduced.
+        closing_newline: whether a newline follows the patches of one view.
     """
 
     size_hw: SizeHW
+    mode: ImageMode
     grid: Grid | None
     patches_per_side: int
     kept_rows: tuple[int, int] = (0, 0)
     kept_cols: tuple[int, int] = (0, 0)
+    reduced_hw: SizeHW | None = None
+    closing_newline: bool = False
 
     @property
     def num_tiles(self) -> int:
         return 1 if self.grid is None else 1 + self.grid[0] * self.grid[1]
 
     @property
+    def kept_hw(self) -> SizeHW:
+        """Size of the unpadded part of the grid's feature map, in patches."""
+        return self.kept_rows[1] - self.kept_rows[0], self.kept_cols[1] - self.kept_cols[0]
+
+    @property
+    def num_reduced(self) -> int:
+        """Number of tokens of the reduced feature map, without newlines; 0 if it is not reduced."""
+        return 0 if self.reduced_hw is None else self.reduced_hw[0] * self.reduced_hw[1]
+
+    @property
     def num_tokens(self) -> int:
         base = self.patches_per_side**2
         if self.grid is None:
-            return base
-        rows = self.kept_rows[1] - self.kept_rows[0]
-        cols = self.kept_cols[1] - self.kept_cols[0]
+            return base + self.closing_newline
+        rows, cols = self.reduced_hw or self.kept_hw
         return base + rows * (cols + 1)
+
+    def kept_features(self) -> np.ndarray:
+        """The rows of the image's tile features that are the unpadded part of the grid's feature map.
+
+        Returns:
+            int64 [rows, columns] of the map: tile * patches + patch.
+        """
+        assert self.grid is not None, "one view has no grid"
+        side = self.patches_per_side
+        rows = np.arange(*self.kept_rows, dtype=np.int64)[:, None]
+        cols = np.arange(*self.kept_cols, dtype=np.int64)[None, :]
+        tile = 1 + (rows // side) * self.grid[1] + cols // side
+        patch = (rows % side) * side + cols % side
+        return tile * side * side + patch
 
     def token_sources(self) -> np.ndarray:
         """The source of each image token.
 
         Returns:
-            int64 [num_tokens]: the row of the image's tile features, tile * patches + patch, or NEWLINE.
+            int64 [num_tokens]: the row of the image's tile features, tile * patches + patch; or NEWLINE; or
+            num_tiles * patches + i for the i-th token of the reduced feature map (`bilinear.py` has its values).
         """
-        side = self.patches_per_side
-        base = np.arange(side * side, dtype=np.int64)
+        patches = self.patches_per_side**2
+        base = np.arange(patches, dtype=np.int64)
         if self.grid is None:
-            return base
-        rows = np.arange(*self.kept_rows, dtype=np.int64)[:, None]
-        cols = np.arange(*self.kept_cols, dtype=np.int64)[None, :]
-        tile = 1 + (rows // side) * self.grid[1] + cols // side
-        patch = (rows % side) * side + cols % side
-        features = tile * side * side + patch
+            return np.append(base, NEWLINE) if self.closing_newline else base
+        if self.reduced_hw is None:
+            features = self.kept_features()
+        else:
+            features = self.num_tiles * patches + np.arange(self.num_reduced, dtype=np.int64).reshape(self.reduced_hw)
         newline = np.full((features.shape[0], 1), NEWLINE, dtype=np.int64)
         return np.concatenate([base, np.concatenate([features, newline], axis=1).ravel()])
 
@@ -147,6 +177,25 @@ def unpad_range(
     return (0, map_h), (padding, map_w - padding)
 
 
+def reduced_hw(map_hw: SizeHW, max_views: int, patches_per_side: int) -> SizeHW | None:
+    """Size of the reduced feature map of anyres_max_N; None if the map is not reduced.
+
+    A map with more than 1.21 times the places of N views is reduced to at most N views. The floating-point arithmetic
+    is that of the authors (`prepare_inputs_labels_for_multimodal`) and transformers (`pack_image_features`).
+
+    Args:
+        map_hw: of the unpadded feature map in patches.
+        max_views: N.
+        patches_per_side: patches along a side of a tile.
+    """
+    height, width = map_hw
+    ratio = math.sqrt(height * width / (max_views * patches_per_side**2))
+    if ratio <= 1.1:
+        return None
+    # A side has at least one token; for such thin maps, which no published grids have, transformers raises an error.
+    return max(1, int(height // ratio)), max(1, int(width // ratio))
+
+
 def image_layout(
     size_hw: SizeHW,
     *,
@@ -155,16 +204,19 @@ def image_layout(
     tile: int,
     patches_per_side: int,
     rounding: Rounding = "exact",
+    max_views: int | None = None,
+    closing_newline: bool = False,
 ) -> ImageLayout:
     """The layout of an image of this size. No pixels are needed.
 
     Args:
         size_hw: of the image in pixels.
         mode: how the image becomes views.
-        grids: of image mode anyres.
+        grids: of mode anyres.
         tile: side of a tile in pixels.
         patches_per_side: patches along a side of a tile.
         rounding: see `Rounding`.
+        max_views, closing_newline: see `ViewRule`.
 
     Raises:
         ModelError: a side is not positive.
@@ -172,10 +224,13 @@ def image_layout(
     if min(size_hw) < 1:
         raise ModelError(f"an image's height and width must be positive, got {size_hw}")
     if mode != "anyres":
-        return ImageLayout(size_hw, None, patches_per_side)
+        return ImageLayout(size_hw, mode, None, patches_per_side, closing_newline=closing_newline)
     grid = select_grid(size_hw, grids, tile)
     kept_rows, kept_cols = unpad_range(size_hw, (grid[0] * patches_per_side, grid[1] * patches_per_side), rounding)
-    return ImageLayout(size_hw, grid, patches_per_side, kept_rows, kept_cols)
+    layout = ImageLayout(size_hw, mode, grid, patches_per_side, kept_rows, kept_cols)
+    if max_views is None:
+        return layout
+    return replace(layout, reduced_hw=reduced_hw(layout.kept_hw, max_views, patches_per_side))
 
 
 def resized_hw(size_hw: SizeHW, canvas_hw: SizeHW) -> SizeHW:
@@ -198,7 +253,7 @@ def box_on_canvas(size_hw: SizeHW, canvas_hw: SizeHW) -> Box:
 
 
 def box_in_square(size_hw: SizeHW) -> Box:
-    """The box of the image in a square of its longer side (image mode pad). The bottom or right side gets an odd pixel
+    """The box of the image in a square of its longer side (mode pad). The bottom or right side gets an odd pixel
     of padding."""
     height, width = size_hw
     side = max(size_hw)
@@ -207,8 +262,7 @@ def box_in_square(size_hw: SizeHW) -> Box:
 
 
 def center_box(size_hw: SizeHW, tile: int) -> tuple[SizeHW, Box]:
-    """Size of the image after its short side is resized to `tile`, and the box of the center crop (image mode
-    square)."""
+    """Size of the image after its short side is resized to `tile`, and the box of the center crop (mode crop)."""
     height, width = size_hw
     if height <= width:
         new_h, new_w = tile, int(tile * width / height)
@@ -265,7 +319,6 @@ def cut_tiles(
     tile: int,
     *,
     pad_colour: tuple[int, int, int] | None = None,
-    squash: bool = False,
     out: np.ndarray | None = None,
 ) -> np.ndarray:
     """Cuts an RGB image into its views.
@@ -274,8 +327,7 @@ def cut_tiles(
         image: the decoded image.
         layout: of the image.
         tile: side of a tile in pixels.
-        pad_colour: of the square of a single view in image mode pad; None means a center crop (square).
-        squash: a single view is the entire image resized to a square (image mode squash).
+        pad_colour: of the square of mode pad; the other modes do not use it.
         out: a contiguous uint8 array for the result; None allocates one.
 
     Returns:
@@ -291,9 +343,12 @@ def cut_tiles(
         )
     if out is None:
         out = np.empty((layout.num_tiles, tile, tile, 3), dtype=np.uint8)
-    if layout.grid is None and not squash:
-        view = _center_crop(image, tile) if pad_colour is None else _padded_square(image, tile, pad_colour)
-        out[0] = np.asarray(view)
+    if layout.mode == "crop":
+        out[0] = np.asarray(_center_crop(image, tile))
+        return out
+    if layout.mode == "pad":
+        assert pad_colour is not None, "the processor has the colour of mode pad"
+        out[0] = np.asarray(_padded_square(image, tile, pad_colour))
         return out
     out[0] = np.asarray(image.resize((tile, tile), Image.Resampling.BICUBIC))
     if layout.grid is None:

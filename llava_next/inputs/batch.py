@@ -11,7 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 import numpy as np
 import torch
 
-from llava_next.inputs.anyres import NEWLINE
+from llava_next.inputs.anyres import NEWLINE, ImageLayout
+from llava_next.inputs.bilinear import WeightedRows, by_row, reduced_map
 from llava_next.inputs.processor import IGNORE, Example
 
 
@@ -45,7 +46,11 @@ class Batch:
         segments: bounds of the samples in the row.
         tiles: uint8 [N, S, S, 3]; one blank tile if no sample has an image, so that every part always runs.
         image_positions: int64 [K], positions of the image tokens in the row.
-        image_sources: int64 [K], rows of [tile features (N * patches); newline]; the newline is the last row.
+        image_sources: int64 [K], rows of [tile features (N * patches); newline; tokens of reduced feature maps (R)].
+        reduced_rows: int64 [R, 4], the rows of tile features whose weighted sums are the reduced tokens.
+        reduced_weights: float32 [R, 4], their weights.
+        reduced_uses: int64 [N * patches, U], for each row of tile features the reduced tokens that it is part of.
+        reduced_use_weights: float32 [N * patches, U], its weights; 0 where there are fewer than U.
         target_positions: int64 [L], positions whose next token is supervised.
         target_ids: int64 [L], the supervised next tokens.
         target_sources: int64 [L], index of the data source of each target.
@@ -59,6 +64,10 @@ class Batch:
     tiles: torch.Tensor
     image_positions: torch.Tensor
     image_sources: torch.Tensor
+    reduced_rows: torch.Tensor
+    reduced_weights: torch.Tensor
+    reduced_uses: torch.Tensor
+    reduced_use_weights: torch.Tensor
     target_positions: torch.Tensor
     target_ids: torch.Tensor
     target_sources: torch.Tensor
@@ -113,18 +122,19 @@ def collate(
     ids = [example.layout.ids for example in examples] or [np.zeros(1, dtype=np.int32)]
 
     tiles, first_tiles = _distinct_tiles(examples)
-    newline_row = max(sum(map(len, tiles)), 1) * patches_per_tile
-    image_positions, image_sources, targets = [], [], _Targets()
+    num_feature_rows = max(sum(map(len, tiles)), 1) * patches_per_tile
+    image_positions, images, targets = [], _ImageSources(num_feature_rows), _Targets()
     for index, (example, first_tile) in enumerate(zip(examples, first_tiles, strict=True)):
         layout, start = example.layout, int(starts[index])
         offset = first_tile * patches_per_tile
         for image in layout.images:
-            sources = image.token_sources()
-            image_sources.append(np.where(sources == NEWLINE, newline_row, sources + offset))
+            images.add(image, offset)
             offset += image.num_tiles * patches_per_tile
         image_positions.append(start + _image_token_positions(example))
         targets.add(layout.labels, start, index, source_ids[index], per_sample)
 
+    reduced = images.reduced
+    uses = by_row(reduced, num_feature_rows)
     blank = np.zeros((1, tile, tile, 3), dtype=np.uint8)
     return Batch(
         input_ids=torch.from_numpy(np.concatenate(ids).astype(np.int64))[None],
@@ -134,7 +144,11 @@ def collate(
         ),
         tiles=torch.from_numpy(np.concatenate(tiles) if tiles else blank),
         image_positions=_int64(image_positions),
-        image_sources=_int64(image_sources),
+        image_sources=_int64(images.sources),
+        reduced_rows=torch.from_numpy(reduced.rows),
+        reduced_weights=torch.from_numpy(reduced.weights),
+        reduced_uses=torch.from_numpy(uses.rows),
+        reduced_use_weights=torch.from_numpy(uses.weights),
         target_positions=_int64(targets.positions),
         target_ids=_int64(targets.ids),
         target_sources=_int64(targets.sources),
@@ -156,6 +170,48 @@ def _distinct_tiles(examples: Sequence[Example]) -> tuple[list[np.ndarray], list
                 tiles.append(example.tiles)
         first_tiles.append(first_of[id(example.tiles)])
     return tiles, first_tiles
+
+
+class _ImageSources:
+    """Accumulates the sources of a row's image tokens, and the reduced feature maps among them.
+
+    Args:
+        num_feature_rows: rows of tile features.
+    """
+
+    def __init__(self, num_feature_rows: int) -> None:
+        self._newline = num_feature_rows
+        self._num_reduced = 0
+        self._first_reduced: dict[tuple[int, ImageLayout], int] = {}
+        self._rows: list[np.ndarray] = [np.zeros((0, 4), dtype=np.int64)]
+        self._weights: list[np.ndarray] = [np.zeros((0, 4), dtype=np.float32)]
+        self.sources: list[np.ndarray] = []
+
+    def add(self, image: ImageLayout, offset: int) -> None:
+        """Adds an image whose first row of tile features is `offset`."""
+        sources = image.token_sources()
+        in_row = np.where(sources == NEWLINE, self._newline, sources + offset)
+        if image.reduced_hw is not None:
+            num_rows = image.num_tiles * image.patches_per_side**2
+            is_reduced = sources >= num_rows
+            in_row[is_reduced] = self._newline + 1 + self._reduce(image, offset) + sources[is_reduced] - num_rows
+        self.sources.append(in_row)
+
+    def _reduce(self, image: ImageLayout, offset: int) -> int:
+        """Number of the image's first reduced token. A map that several examples share is reduced once."""
+        key = (offset, image)
+        if key not in self._first_reduced:
+            tokens = reduced_map(image)
+            self._rows.append(tokens.rows + offset)
+            self._weights.append(tokens.weights)
+            self._first_reduced[key] = self._num_reduced
+            self._num_reduced += image.num_reduced
+        return self._first_reduced[key]
+
+    @property
+    def reduced(self) -> WeightedRows:
+        """The tokens of all reduced feature maps."""
+        return WeightedRows(np.concatenate(self._rows), np.concatenate(self._weights))
 
 
 class _Targets:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from llava_next.config import ModelError, ProcessorConfig, check_grids
+from llava_next.config import ModelError, ProcessorConfig, check_grids, check_views
 from llava_next.inputs.anyres import ImageLayout, SizeHW, cut_tiles, decode, image_layout
 from llava_next.inputs.chat_template import resolve_template
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, NO_SYSTEM_TURN, MessageLike, Segment
@@ -28,8 +28,9 @@ _OTHER_TEMPLATE = "choose another template with stage.template=NAME"
 
 
 class RejectReason(StrEnum):
-    """The reason why a valid record cannot be trained on with this model and maximum length."""
+    """The reason why a valid record cannot be trained on with this model, these views and this maximum length."""
 
+    SEVERAL_IMAGES = "several_images"
     TOO_LONG = "too_long"
     NO_SUPERVISED = "no_supervised"
     SYSTEM_TURN = "system_turn"
@@ -90,7 +91,7 @@ class Example:
 
 
 class Processor:
-    """Encodes samples for one tokenizer, template, image mode and maximum length.
+    """Encodes samples for one tokenizer, template, views and maximum length.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer in whose vocabulary the image token is one id.
@@ -103,10 +104,11 @@ class Processor:
 
     def __init__(self, tokenizer: Any, config: ProcessorConfig) -> None:
         check_grids(config.grids)
-        if (config.image_mode == "pad") != (config.pad_colour is not None):
+        check_views(config.views)
+        if ("pad" in config.views.modes) != (config.pad_colour is not None):
             raise ModelError(
-                f"pad_colour must be set in image mode pad only, got pad_colour={config.pad_colour} in image mode "
-                f"{config.image_mode}"
+                f"pad_colour must be set if an image is padded and only then, got pad_colour={config.pad_colour} with "
+                f"views {config.views}"
             )
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(f"{type(tokenizer).__name__} has no character offsets; use a fast tokenizer")
@@ -119,6 +121,7 @@ class Processor:
         self._released_ids = self._find_released_ids()
         self._opening_ids = self._find_opening_ids()
         self._special_text = _special_text(tokenizer)
+        self._single_rule, self._several_rule = config.views.rule(1), config.views.rule(2)
 
     def _find_opening_ids(self) -> list[int]:
         bos = self.tokenizer.bos_token_id
@@ -147,7 +150,7 @@ class Processor:
         tokenizer = json.loads(self.tokenizer.backend_tokenizer.to_str())
         tokenizer.pop("post_processor")  # it only adds special tokens, and encoding uses add_special_tokens=False
         parts = [
-            json.dumps(asdict(self.config), sort_keys=True),
+            json.dumps(self.config.fingerprint_values(), sort_keys=True),
             json.dumps(asdict(self.template), sort_keys=True),
             json.dumps(tokenizer, sort_keys=True),
             str(self.tokenizer.bos_token_id),
@@ -164,13 +167,13 @@ class Processor:
             sizes_hw: (height, width) of each image in pixels.
 
         Raises:
-            SampleRejected: no answer ends within the maximum length, no token is supervised, or the template does not
-                support a system turn.
+            SampleRejected: no answer ends within the maximum length, no token is supervised, the template does not
+                support a system turn, or the views have no rule for several images.
             ModelError: the numbers of placeholders and images differ.
         """
         if self.template.system_format is None and messages and messages[0].role == "system":
             raise SampleRejected(RejectReason.SYSTEM_TURN, f"template {self.template.name}: {NO_SYSTEM_TURN}")
-        images = tuple(self._image_layout(size) for size in sizes_hw)
+        images = self._image_layouts(sizes_hw)
         ids, labels, round_ends = self._tokens(self._render(messages), images)
         num_rounds = len(round_ends)
         if len(ids) > self.config.max_length:
@@ -204,20 +207,28 @@ class Processor:
         start = 0
         for encoded, image in zip(images[: len(layout.images)], layout.images, strict=True):
             view = tiles[start : start + image.num_tiles]
-            squash = self.config.image_mode == "squash"
-            cut_tiles(decode(encoded), image, tile, pad_colour=self.config.pad_colour, squash=squash, out=view)
+            cut_tiles(decode(encoded), image, tile, pad_colour=self.config.pad_colour, out=view)
             start += image.num_tiles
         return Example(layout, tiles)
 
     def prompt(
-        self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW]
+        self, messages: Sequence[MessageLike], sizes_hw: Sequence[SizeHW], *, num_images: int | None = None
     ) -> tuple[np.ndarray, tuple[ImageLayout, ...]]:
         """Encodes a conversation that ends with a question.
 
+        Args:
+            messages: the turns, ending with a question.
+            sizes_hw: (height, width) of each image in pixels.
+            num_images: number of images of the sample that the turns are the beginning of, which decides on their
+                views; None: the turns are all of it.
+
         Returns:
             The ids up to the beginning of the answer, int32 [T], and the layouts of the images.
+
+        Raises:
+            SampleRejected: the views have no rule for several images.
         """
-        images = tuple(self._image_layout(size) for size in sizes_hw)
+        images = self._image_layouts(sizes_hw, num_images)
         ids, _, _ = self._tokens(self._render(messages), images)
         return ids, images
 
@@ -236,15 +247,30 @@ class Processor:
             return self.template.render(messages)
         return self.template.render(messages, whole_answers=True)
 
-    def _image_layout(self, size_hw: SizeHW) -> ImageLayout:
-        config = self.config
-        return image_layout(
-            size_hw,
-            mode=config.image_mode,
-            grids=config.grids,
-            tile=config.tile,
-            patches_per_side=config.patches_per_side,
-            rounding=config.rounding,
+    def _image_layouts(self, sizes_hw: Sequence[SizeHW], num_images: int | None = None) -> tuple[ImageLayout, ...]:
+        """The layouts of images of a sample. Their rule depends on the number of its images, by default that of
+        `sizes_hw`."""
+        if not sizes_hw:
+            return ()
+        if num_images is None:
+            num_images = len(sizes_hw)
+        config, rule = self.config, self._single_rule if num_images == 1 else self._several_rule
+        if rule is None:
+            raise SampleRejected(
+                RejectReason.SEVERAL_IMAGES, f"{num_images} images, and stage.views.several has no value"
+            )
+        return tuple(
+            image_layout(
+                size_hw,
+                mode=rule.mode,
+                grids=config.grids,
+                tile=config.tile,
+                patches_per_side=config.patches_per_side,
+                rounding=config.rounding,
+                max_views=rule.max_views,
+                closing_newline=rule.closing_newline,
+            )
+            for size_hw in sizes_hw
         )
 
     def _tokens(

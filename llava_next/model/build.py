@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from llava_next.config import PARTS, AttentionKernel, ImageMode, ModelConfig, ModelError, ProcessorConfig, check_grids
+from llava_next.config import PARTS, AttentionKernel, ModelConfig, ModelError, ProcessorConfig, ViewsConfig, check_grids
 from llava_next.file_access import permission_problem
 from llava_next.inputs.chat_template import is_bos_added, set_post_processor
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
@@ -57,32 +57,32 @@ class Backbone(Architecture):
         return red, green, blue
 
     def processor(
-        self, *, template: str | None, image_mode: ImageMode, max_length: int, unmask_special_tokens: bool = False
+        self, *, template: str | None, views: ViewsConfig, max_length: int, unmask_special_tokens: bool = False
     ) -> Processor:
         """Builds the processor of a stage.
 
         Args:
             template: name of the chat template; None means the language model's.
-            image_mode: how an image becomes views.
+            views: how images become views.
             max_length: maximum length of a sample in tokens.
             unmask_special_tokens: see `ProcessorConfig`.
 
         Raises:
-            ModelError: the template is unknown or does not match the tokenizer, or the maximum length exceeds the
-                model's positions.
+            ModelError: the template or a view is unknown, the template does not match the tokenizer, or the maximum
+                length exceeds the model's positions.
         """
         self.check_length(max_length)
         return Processor(
             self.tokenizer,
             ProcessorConfig(
                 template=template or self.config.language_model.template,
-                image_mode=image_mode,
+                views=views,
                 grids=self.config.grids,
                 tile=self.tile,
                 patches_per_side=self.patches_per_side,
                 max_length=max_length,
                 unmask_special_tokens=unmask_special_tokens,
-                pad_colour=self._mean_color if image_mode == "pad" else None,
+                pad_colour=self._mean_color if "pad" in views.modes else None,
             ),
         )
 

@@ -63,8 +63,9 @@ def step_costs(
 
     The backward pass costs twice the forward pass for a trained part, and once for a frozen part through which a
     gradient passes. The projector is counted in `tile`, as trained. The head, which runs at supervised positions only,
-    is not counted. Attention is counted in every block, although on a CPU the last block attends from supervised
-    positions only.
+    is not counted. Nor is the interpolation of reduced feature maps (`anyres_max_N`): it takes about a millionth of the
+    FLOPs of their tokens, which are counted. Attention is counted in every block, although on a CPU the last block
+    attends from supervised positions only.
 
     Args:
         vision, language: the Hugging Face configs.

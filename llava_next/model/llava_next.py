@@ -3,7 +3,7 @@
 `LlavaNext` wraps transformers' `LlavaNextForConditionalGeneration` through its public attributes. It computes the same
 function, but the tower stops at the layer whose features are used, image tokens are inserted with one gather and one
 indexed write, attention stays inside segments, and the head and most of the last block run at supervised positions
-only.
+only. The reduced feature maps of `anyres_max_N` are computed as in transformers' LLaVA-OneVision.
 """
 
 from dataclasses import dataclass, replace
@@ -20,6 +20,7 @@ from llava_next.model.language_models import check_language_model_supported
 from llava_next.model.loss import token_losses
 from llava_next.model.supervised_last_block import run_at_targets
 from llava_next.model.towers import num_prefix_tokens
+from llava_next.model.weighted_rows import weighted_rows
 
 
 class LossSums(NamedTuple):
@@ -181,8 +182,19 @@ class LlavaNext(nn.Module):
     def _target_states(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states that predict the supervised tokens, [L, D], and the head's weight, [V, D]."""
         model = self.hf.model
-        features = self.tile_features(batch.tiles)
-        table = torch.cat([features.flatten(0, 1), model.image_newline[None]])
+        features = self.tile_features(batch.tiles).flatten(0, 1)
+        rows = [features, model.image_newline[None]]
+        if len(batch.reduced_rows):
+            rows.append(
+                weighted_rows(
+                    features,
+                    batch.reduced_rows,
+                    batch.reduced_weights,
+                    batch.reduced_uses,
+                    batch.reduced_use_weights,
+                )
+            )
+        table = torch.cat(rows)
         embeds = self.hf.get_input_embeddings()(batch.input_ids)
         if len(batch.image_positions):
             embeds = embeds.index_copy(1, batch.image_positions, table[batch.image_sources][None])

@@ -52,7 +52,7 @@ def fetch(cache: Path, endpoint: str | None = None) -> Path:
                 f"--hub: {REPOSITORY} could not be fetched from the model hub ({reason}); run the quickstart without "
                 "--hub, which needs no hub, or set HF_ENDPOINT to a mirror."
             ) from error
-        shutil.rmtree(folder / ".cache", ignore_errors=True)  # the client's notes on the download
+        shutil.rmtree((folder / ".cache/huggingface").parent, ignore_errors=True)  # the client's notes on the download
         actual = file_sha256(folder / WEIGHTS)
         if actual != WEIGHTS_SHA256:
             raise AssetError(

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from data_recipes.schema.config_dir import CONFIG_DIR
-from llava_next.config import AUTHORS_GRIDS, ModelConfig
+from llava_next.config import AUTHORS_GRIDS, ModelConfig, ViewsConfig
 from train.config.compose import check
 from train.config.schema import RunConfig
 
@@ -33,11 +33,11 @@ class Recipe(NamedTuple):
     max_length: int
     clip_norm: float | None
     template: str
-    image_mode: str
+    view: str
 
 
-LLAVA_1_5 = Recipe(256, (None, 1e-3, None), 2048, None, "plain", "square")
-LLAVA_NEXT = Recipe(256, (None, 1e-3, None), 8192, 1.0, "plain", "square")
+LLAVA_1_5 = Recipe(256, (None, 1e-3, None), 2048, None, "plain", "crop")
+LLAVA_NEXT = Recipe(256, (None, 1e-3, None), 8192, 1.0, "plain", "crop")
 
 PUBLISHED: dict[tuple[str, str], Recipe] = {
     ("vicuna_7b", "align"): LLAVA_1_5,
@@ -80,13 +80,14 @@ def composed(*overrides: str) -> RunConfig:
 def recipe_of(config: RunConfig) -> Recipe:
     """Return the values of a composed configuration."""
     stage = config.stage
+    assert stage.views == ViewsConfig(stage.views.single, stage.views.single)
     return Recipe(
         stage.batch_size,
         (stage.rates.get("vision_tower"), stage.rates["projector"], stage.rates.get("language_model")),
         stage.max_length,
         stage.clip_norm,
         stage.template or config.model.language_model.template,
-        stage.image_mode,
+        stage.views.single,
     )
 
 
@@ -112,9 +113,10 @@ def test_stage_1_of_siglip(language_model: str) -> None:
     precedence."""
     words = (f"model/language_model={language_model}", "stage=align", "model/vision_tower=siglip_so400m_384")
     config = composed(*words)
-    assert recipe_of(config) == PUBLISHED[language_model, "align"]._replace(image_mode="squash")
-    assert composed(*words, "stage.image_mode=square").stage.image_mode == "square"
-    assert composed(*words[:2], "model/vision_tower=dinov2_large").stage.image_mode == "square"
+    assert recipe_of(config) == PUBLISHED[language_model, "align"]._replace(view="squash")
+    chosen = composed(*words, "stage.views.single=crop", "stage.views.several=pad").stage.views
+    assert chosen == ViewsConfig("crop", "pad")
+    assert composed(*words[:2], "model/vision_tower=dinov2_large").stage.views == ViewsConfig("crop", "crop")
 
 
 def test_tower_recipes() -> None:
@@ -149,8 +151,8 @@ def test_every_language_model_composes_with_every_tower(language_model: str) -> 
 EARLIER: dict[str, tuple[Recipe, str]] = {
     "llava_1_5/align": (LLAVA_1_5, "mlp2x_gelu"),
     "llava_1_5/finetune": (Recipe(128, (None, 2e-5, 2e-5), 2048, None, "", "pad"), "mlp2x_gelu"),
-    "llava/align": (Recipe(128, (None, 2e-3, None), 2048, None, "plain", "square"), "linear"),
-    "llava/finetune": (Recipe(128, (None, 2e-5, 2e-5), 2048, None, "", "square"), "linear"),
+    "llava/align": (Recipe(128, (None, 2e-3, None), 2048, None, "plain", "crop"), "linear"),
+    "llava/finetune": (Recipe(128, (None, 2e-5, 2e-5), 2048, None, "", "crop"), "linear"),
 }
 
 
@@ -190,6 +192,12 @@ def test_command_line_overrides_recipe() -> None:
     assert config.stage.rates["language_model"] == 2e-5
     config = composed("model/language_model=qwen1_5_0_5b", "+stage.learning_rates.vision_tower=2.0e-6")
     assert config.stage.rates["vision_tower"] == 2e-6
+
+
+def test_grids_of_onevision() -> None:
+    """`+model/grids=onevision36` has all grids of up to 6 x 6 tiles, in the order of the authors' scripts."""
+    grids = tuple((rows, columns) for columns in range(1, 7) for rows in range(1, 7))
+    assert composed("+model/grids=onevision36", "packing.max_tiles=48").model.grids == grids
 
 
 def test_seven_grids_preset() -> None:
@@ -284,7 +292,7 @@ def test_architectures_are_built_from_yaml(
     model = build_model(backbone, dtype=torch.float32, seed=0)
     assert model.hf.model.language_model.embed_tokens.weight.shape[0] == backbone.hf_config.text_config.vocab_size
     stage = config.stage
-    processor = backbone.processor(template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length)
+    processor = backbone.processor(template=stage.template, views=stage.views, max_length=stage.max_length)
     layout = processor.layout(image_question(), [(2 * tile, 2 * tile)])
     assert count_image_tokens(layout) == patches**2 + (2 * patches) * (2 * patches + 1)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llava_next.config import ANYRES
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import build_model, read_backbone
 from tests.house.pages import FENCE, WALKED, commands_of
@@ -37,7 +38,7 @@ def write_folder(folder: Path) -> None:
 def write_released_model(folder: Path, parts: Path) -> None:
     """A tiny model with random weights, in the layout of the released one."""
     backbone = read_backbone(tiny_model(parts, tower="clip", template="mistral_instruct"))
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     write_hf(build_model(backbone, dtype=torch.float32, seed=7), backbone, processor, folder)
 
 

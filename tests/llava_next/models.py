@@ -18,11 +18,14 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from data_recipes.schema.sample import Message
-from llava_next.config import ImageMode, ModelConfig
+from llava_next.config import ANYRES, Grid, ModelConfig, ViewsConfig
 from llava_next.inputs.batch import Batch, collate
 from llava_next.inputs.processor import Example
 from llava_next.model.build import Backbone, read_backbone
@@ -45,7 +48,7 @@ def encoded(
     *,
     seed: int = 0,
     rounds: int = 1,
-    image_mode: ImageMode = "anyres",
+    views: ViewsConfig = ANYRES,
 ) -> Encoded:
     """A conversation of `rounds` rounds whose first question has images of these sizes."""
     messages = []
@@ -54,7 +57,7 @@ def encoded(
         messages.append(Message("user", f"{shown}What is number {seed} in line {turn}?"))
         messages.append(Message("assistant", "It is " + " ".join("0123456789"[: 2 + (seed + turn) % 5]) + "."))
     images = tuple(encode_noise_image(100 * seed + i, size) for i, size in enumerate(sizes_hw))
-    processor = backbone.processor(template=None, image_mode=image_mode, max_length=4096)
+    processor = backbone.processor(template=None, views=views, max_length=4096)
     return Encoded(processor.encode(messages, sizes_hw, images), images)
 
 
@@ -131,8 +134,8 @@ def stock_square_twin(model: LlavaNext, backbone: Backbone) -> LlavaForCondition
 
 
 def stock_square_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]:
-    """The inputs of stock LLaVA-1.5 for a sample in square mode: pixels of the stock CLIP processor, ids and labels of
-    ours."""
+    """The inputs of stock LLaVA-1.5 for a sample with cropped images: pixels of the stock CLIP processor, ids and
+    labels of ours."""
     inputs = stock_inputs(backbone, replace(sample, images=()))
     tower, side = backbone.config.vision_tower, {"height": backbone.tile, "width": backbone.tile}
     processor = CLIPImageProcessorPil(
@@ -143,6 +146,55 @@ def stock_square_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.
     )
     images = [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
     return inputs | {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
+
+
+def with_grids(backbone: Backbone, grids: tuple[Grid, ...]) -> Backbone:
+    """The backbone with other grids."""
+    tile = backbone.tile
+    backbone.hf_config.image_grid_pinpoints = [[rows * tile, cols * tile] for rows, cols in grids]
+    return replace(backbone, config=replace(backbone.config, grids=grids))
+
+
+def stock_onevision_twin(
+    model: LlavaNext, backbone: Backbone, max_views: int
+) -> LlavaOnevisionForConditionalGeneration:
+    """A stock LLaVA-OneVision with the same weights and anyres_max_N, N = `max_views`."""
+    config = deepcopy(backbone.hf_config)
+    config.text_config._attn_implementation = "sdpa"
+    stock = LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=config.vision_config,
+            text_config=config.text_config,
+            image_token_index=config.image_token_index,
+            vision_feature_layer=config.vision_feature_layer,
+            vision_feature_select_strategy=config.vision_feature_select_strategy,
+            image_grid_pinpoints=config.image_grid_pinpoints,
+            vision_aspect_ratio=f"anyres_max_{max_views}",
+        )
+    ).to(model.hf.model.image_newline.dtype)
+    state = {name.removeprefix("hf."): p.detach().clone() for name, p in live_parameters(model)}
+    stock.load_state_dict(state)
+    return stock
+
+
+def stock_onevision_inputs(backbone: Backbone, sample: Encoded) -> dict[str, torch.Tensor]:
+    """The inputs of stock LLaVA-OneVision for a sample: pixels of its processor, ids and labels of ours.
+
+    The images are a nested list, since the processor cuts each image of a flat list with AnyRes.
+    """
+    inputs = stock_inputs(backbone, replace(sample, images=()))
+    if sample.images:
+        tower = backbone.config.vision_tower
+        stock = LlavaOnevisionImageProcessorPil(
+            size={"height": backbone.tile, "width": backbone.tile},
+            image_grid_pinpoints=backbone.hf_config.image_grid_pinpoints,
+            image_mean=list(tower.image_mean),
+            image_std=list(tower.image_std),
+        )
+        images = [Image.open(io.BytesIO(image)).convert("RGB") for image in sample.images]
+        pixels = stock([images], return_tensors="pt")
+        inputs |= {key: pixels[key] for key in ("pixel_values", "image_sizes", "batch_num_images")}
+    return inputs
 
 
 def gradients(model: LlavaNext) -> dict[str, torch.Tensor | None]:

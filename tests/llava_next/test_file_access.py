@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_next.config import ModelError
+from llava_next.config import ANYRES, ModelError
 from llava_next.file_access import permission_problem, write_problem
 from llava_next.formats.atomic import atomic_directory
 from llava_next.formats.connector import write_connector
@@ -42,7 +42,7 @@ def test_results_follow_the_umask(make_backbone: MakeBackbone, tmp_path: Path, u
     """Every file of a connector and of an export has the permissions of a newly created file."""
     backbone = make_backbone()
     model = build_model(backbone, dtype=torch.float32, seed=0)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=512)
     (tmp_path / "data.json").write_text("{}")
     attachments = (tmp_path / "data.json",)
     write_connector(model, backbone, tmp_path / "connector", attachments=attachments)

@@ -11,7 +11,7 @@ from itertools import combinations
 from typing import Any
 
 from data_recipes.schema.sample import Message
-from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
+from llava_next.config import AUTHORS_GRIDS, ProcessorConfig, ViewsConfig
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER, Segment, Template, get_template, move_image_to_front
 from llava_next.inputs.processor import Processor, SampleRejected
 from tests.oracles.digests import IGNORE, IMAGE
@@ -175,7 +175,7 @@ class Comparison:
         if key not in self._processors:
             config = ProcessorConfig(
                 template=self._template,
-                image_mode="square",
+                views=ViewsConfig("crop", "crop"),
                 grids=AUTHORS_GRIDS,
                 tile=336,
                 patches_per_side=1,

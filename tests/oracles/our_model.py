@@ -6,12 +6,15 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
-from llava_next.config import LanguageModelConfig, ModelConfig, VisionTowerConfig
+from llava_next.config import ANYRES, LanguageModelConfig, ModelConfig, ViewsConfig, VisionTowerConfig
 from llava_next.formats.tensor_names import published_name
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import live_parameters
 from tests.oracles import tiny_model
+
+VIEWS = {"anyres": ANYRES, "square": ViewsConfig("crop", "crop")}
+"""Our views for the authors' `image_aspect_ratio`."""
 
 
 def write_directories(folder: Path) -> ModelConfig:

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from data_recipes.prepare import __main__ as prepare
-from llava_next.config import PARTS
+from llava_next.config import ANYRES, PARTS
 from llava_next.formats.hugging_face import write_hf
 from tests.oracles import our_model, tiny_model, tiny_runs
 from tests.oracles.save_fixture import save
@@ -44,7 +44,7 @@ class OurSide:
         self.configs = folder / "configs"
         config = self.model_config = our_model.write_directories(folder / "model")
         backbone, model = our_model.build(config)
-        processor = backbone.processor(template=None, image_mode="anyres", max_length=tiny_model.MAX_LENGTH)
+        processor = backbone.processor(template=None, views=ANYRES, max_length=tiny_model.MAX_LENGTH)
         write_hf(model, backbone, processor, folder / "start")
         for source in sorted({source for run in RUNS for source in run.sources}):
             tiny_runs.write_raw(folder / "raw" / source, tiny_runs.records(source))
@@ -96,7 +96,7 @@ class OurSide:
             "epochs": tiny_runs.EPOCHS,
             "max_length": tiny_model.MAX_LENGTH,
             "template": run.template,
-            "image_mode": run.image_mode,
+            "views": asdict(our_model.VIEWS[run.image_mode]),
             "init_from": str(self.folder / "start"),
             "warmup_ratio": tiny_runs.WARMUP_RATIO,
             "clip_norm": tiny_runs.CLIP_NORM,

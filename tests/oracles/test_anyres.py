@@ -120,12 +120,12 @@ def test_tile_pixels_are_the_authors(index: int) -> None:
         assert bytes_digest(padded.tobytes()) == authors["pad"]
     else:  # a single pixel is a square already, and misread as below
         assert authors["pad"] == authors["square"]
-    single = cut_tiles(image, _ours((height, width), "square"), TILE)[0]
+    single = cut_tiles(image, _ours((height, width), "crop"), TILE)[0]
     misread = height == 1
     assert (bytes_digest(single.tobytes()) == authors["square"]) == (not misread)
     if misread:  # rule `height_taken_for_channels`: one channel, as high as it is wide, three pixels wide
         grey = Image.frombytes("L", (3, width), image_bytes(index)).convert("RGB")
-        single = cut_tiles(grey, _ours((width, 3), "square"), TILE)[0, :, :, 0]
+        single = cut_tiles(grey, _ours((width, 3), "crop"), TILE)[0, :, :, 0]
         assert bytes_digest(single.tobytes()) == authors["square"]
 
 
@@ -166,7 +166,7 @@ def test_image_files_are_read_as_the_authors_but_for_the_listed_rules(index: int
 
 
 def _digest_of_view(image: Image.Image) -> str:
-    view = cut_tiles(image, _ours((image.height, image.width), "square"), TILE)[0]
+    view = cut_tiles(image, _ours((image.height, image.width), "crop"), TILE)[0]
     return bytes_digest(view.tobytes())
 
 
@@ -174,7 +174,7 @@ def _squashed(image: Image.Image) -> np.ndarray:
     layout = image_layout(
         (image.height, image.width), mode="squash", grids=AUTHORS_GRIDS, tile=SIGLIP_TILE, patches_per_side=27
     )
-    return cut_tiles(image, layout, SIGLIP_TILE, squash=True)[0]
+    return cut_tiles(image, layout, SIGLIP_TILE)[0]
 
 
 def test_the_images_choose_every_grid() -> None:

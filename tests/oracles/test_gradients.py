@@ -47,7 +47,8 @@ def authors() -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 
 
 def _encoded(backbone: Backbone, case: Case, record: Record) -> Example:
-    processor = backbone.processor(template=case.template, image_mode=case.image_mode, max_length=tiny_model.MAX_LENGTH)
+    views = our_model.VIEWS[case.image_mode]
+    processor = backbone.processor(template=case.template, views=views, max_length=tiny_model.MAX_LENGTH)
     messages = [
         Message("user" if turn["from"] == "human" else "assistant", turn["value"]) for turn in record["conversations"]
     ]

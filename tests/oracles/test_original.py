@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from data_recipes.schema.sample import Message
 from llava_next.cache_root import cache_root
+from llava_next.config import ANYRES
 from llava_next.formats.hugging_face import published_tensors
 from llava_next.formats.load_weights import load_weights
 from llava_next.formats.original import original_model, write_original_folder
@@ -45,7 +46,7 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> tuple[Backbone, LlavaNext]
 
 
 def _processor(backbone: Backbone) -> Processor:
-    return backbone.processor(template="vicuna_v1", image_mode="anyres", max_length=tiny_model.MAX_LENGTH)
+    return backbone.processor(template="vicuna_v1", views=ANYRES, max_length=tiny_model.MAX_LENGTH)
 
 
 def _examples(backbone: Backbone, folder: Path) -> list[Example]:

@@ -14,7 +14,7 @@ import pytest
 
 from data_recipes.raw.image_files import ImageError, load_image
 from data_recipes.schema.sample import Reason, Reject, Sample, assemble, check_sample
-from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
+from llava_next.config import AUTHORS_GRIDS, ProcessorConfig, ViewsConfig
 from llava_next.inputs.processor import Processor
 from tests.oracles.differences import RECORD_RULES
 from tests.oracles.digests import supervised_runs
@@ -68,7 +68,7 @@ def test_each_record_is_handled_as_listed(record: Conversation) -> None:
         return
     assert isinstance(ours, Sample)
     assert ours.repairs == (expected,)
-    config = ProcessorConfig("vicuna_v1", "square", AUTHORS_GRIDS, 336, 24, max_length=2048)
+    config = ProcessorConfig("vicuna_v1", ViewsConfig("crop", "crop"), AUTHORS_GRIDS, 336, 24, max_length=2048)
     layout = Processor(real, config).layout(ours.messages, [])
     (run,) = supervised_runs(layout.labels.tolist())
     assert real.decode(layout.ids[slice(*run)]) == ANSWER

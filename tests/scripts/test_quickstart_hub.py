@@ -121,6 +121,7 @@ def test_the_tower_is_fetched_once_and_loaded(
     assert torch.equal(fc1, published["vision_model.encoder.layers.0.mlp.fc1.weight"])
 
 
+@pytest.mark.full  # the client retries for twenty seconds
 def test_other_weights_and_a_hub_that_does_not_answer_leave_nothing(endpoint: str, tmp_path: Path) -> None:
     """The message says what to do, and no folder is left."""
     for address, words in ((endpoint, "is pinned in"), ("http://127.0.0.1:1", "run the quickstart without --hub")):

@@ -18,7 +18,7 @@ import torch
 
 from data_recipes.schema.sample import Message
 from llava_next.cache_root import cache_root
-from llava_next.config import ImageMode
+from llava_next.config import ANYRES, ImageMode, ViewsConfig
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.batch import Batch
 from llava_next.inputs.processor import Example, Processor
@@ -129,7 +129,7 @@ def test_vllm_gives_our_log_probabilities(tmp_path: Path, tower: TowerName, imag
     torch.set_num_threads(1)
     backbone = _tiny(tmp_path / "parts", tower)
     model = build_model(backbone, dtype=torch.float32, seed=1)
-    processor = backbone.processor(template=None, image_mode=image_mode, max_length=2048)
+    processor = backbone.processor(template=None, views=ViewsConfig(image_mode, image_mode), max_length=2048)
     write_hf(model, backbone, processor, tmp_path / "export")
 
     sizes = [*([size] for size in (*SIZES_HW, (28, 56), LINE_APART_HW)), [(45, 61), (90, 31)]]
@@ -169,7 +169,7 @@ def test_a_chat_request_is_our_prompt_with_a_real_tokenizer(tmp_path: Path, toke
     )
     config = replace(config, language_model=replace(config.language_model, tokenizer=str(real)))
     backbone = read_backbone(config)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=2048)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=2048)
     write_hf(build_model(backbone, dtype=torch.float32, seed=1), backbone, processor, tmp_path / "export")
     _, case = _example(processor, "What is it?", [(45, 61)], tmp_path)
     (results,) = _vllm(tmp_path / "export", [{"question": "What is this?", "pictures": case["pictures"]}], tmp_path)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data_recipes.schema.mixture_config import MixtureConfig
-from llava_next.config import ModelConfig
+from llava_next.config import ModelConfig, ViewsConfig
 from train.config.schema import DataConfig, PackingConfig, RunConfig, SaveConfig, StageConfig
 
 Array = npt.NDArray[Any]
@@ -71,7 +71,7 @@ def aligning(config: RunConfig, **changes: Any) -> RunConfig:
         "name": "align",
         "learning_rates": {"projector": 1.0e-3},
         "template": "plain",
-        "image_mode": "square",
+        "views": ViewsConfig("crop", "crop"),
         "result": "connector",
     }
     return with_stage(config, **(values | changes))
@@ -91,6 +91,8 @@ def earlier_yaml(config: RunConfig) -> str:
     for key in LATER_KEYS:
         del values[key]
     del values["stage"]["betas"], values["stage"]["eps"]
+    view = values["stage"].pop("views")["single"]
+    values["stage"]["image_mode"] = "square" if view == "crop" else view
     return str(yaml.safe_dump(values | {"linear": "auto", "elementwise": "auto"}, sort_keys=False))
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, Phi3Config, Siglip2VisionConfig
 
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import Message
-from llava_next.config import ModelConfig
+from llava_next.config import ANYRES, ModelConfig
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import build_model, read_backbone
 from tests.llava_next.model.test_language_models import SIZES
@@ -94,7 +94,7 @@ def test_vllm_is_promised_for_tried_language_models_only(tmp_path: Path, capsys:
     config = tiny_model(tmp_path)
     AutoConfig.for_model("olmo2", **SIZES).save_pretrained(config.language_model.path)
     backbone = read_backbone(config)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
     assert export([str(tmp_path / "export"), "--out", str(tmp_path / "out")]) == 0
     printed = capsys.readouterr().out

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from data_recipes.schema.console import EXIT_BROKEN_PIPE, run_program
+from llava_next.config import ANYRES
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import build_model, read_backbone
 from tests.tiny import tiny_mixture, tiny_model
@@ -42,7 +43,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_run(model_config, mixture, store_root, folder / "outputs")
     Program(config, folder)  # configs/, with the tiny parts
     backbone = read_backbone(model_config)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=config.stage.max_length)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=config.stage.max_length)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, folder / EXPORT)
     with chdir(folder):
         (folder / RUN / "config.yaml").write_text(to_yaml(with_absolute_paths(load(overrides(), "configs"))))
@@ -167,7 +168,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "empty local_dir": (["data.local_dir="], "set it to null"),
     "local_dir is a file": (["data.local_dir=file"], "no folder file"),
     "empty model": (["model.language_model.path="], "model.language_model.path is empty"),
-    "model is a file": (["model.vision_tower.path=file"], "no folder file"),
+    "model is a file": (["model.vision_tower.path=file"], "file is a file"),
     "empty choice": (["mixture="], "mixture=: there is no such choice"),
     "no choice": (["mixture=null"], "mixture=null"),
     "choice with a folder": (["stage=a/b"], "stage=a/b: there is no such choice"),
@@ -498,7 +499,7 @@ def test_folders_of_another_user(
 
 def test_root_of_another_user(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that could not write its folder is refused before it starts."""
-    monkeypatch.setattr(os, "access", lambda *_: False)
+    monkeypatch.setattr(os, "access", lambda _, mode, **__: not mode & os.W_OK)
     with pytest.raises(ConfigError, match=r"^root: .* cannot be written by this user"):
         composed(monkeypatch)
 

@@ -66,7 +66,8 @@ def test_run_folder_is_complete(program: Program, by_torchrun: list[dict[str, An
     assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_index
 
 
-@pytest.mark.parametrize("hostile", [False, pytest.param(True, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("hostile", [False, True])
 def test_a_run_starts_from_the_authors_connector(program: Program, tiny_parts: RunConfig, hostile: bool) -> None:
     """`stage.init_from=path/to/mm_projector.bin`: the start reports, in the terminal and the log, what was loaded and
     what starts fresh. A file that would run code is rejected with one sentence and exit code 2, and runs none."""
@@ -111,16 +112,16 @@ def test_a_siglip_tower_is_shown_whole_images(program: Program, tmp_path: Path) 
     code, output = program.run("plain", "name=shipped_siglip", *shipped)
     assert code == 0, output
     assert "vision_tower/siglip_so400m_384_align.yaml" in output
-    assert "crops the centre" not in output
-    assert load_yaml(program.root / "shipped_siglip" / "align" / "config.yaml").stage.image_mode == "squash"
+    assert "the centre of an image" not in output
+    assert load_yaml(program.root / "shipped_siglip" / "align" / "config.yaml").stage.views.modes == {"squash"}
     mine = ("name=own_siglip", "stage=align", *own)
     code, output = program.run("plain", *mine)
     assert code == 0, output
     assert "changed for this vision tower" not in output
-    assert "stage.image_mode=square crops the centre" in output
-    code, output = program.run("plain", *mine, "stage.image_mode=squash")
+    assert "crop shows the centre of an image only" in output
+    code, output = program.run("plain", *mine, "stage.views.single=squash")
     assert code == 2, output
-    assert "stage.image_mode was square, is squash" in output
+    assert "stage.views.single was crop, is squash" in output
     code, output = program.run("plain", *mine, "max_steps=2")
     assert code == 0, output
     assert "resumed from" in output

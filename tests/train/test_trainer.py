@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llava_next.config import ANYRES, ViewsConfig
 from tests.ranks import Ranks
 from tests.tiny import tiny_mixture, tiny_model
 from tests.train import cases
@@ -181,7 +182,7 @@ def test_align_trains_the_connector_alone(
     start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int
 ) -> None:
     """Stage 1 changes every tensor of projector and newline; the frozen parts are bit-equal."""
-    config = replace(aligning(run_config, image_mode="anyres"), engine=zero(stage))
+    config = replace(aligning(run_config, views=ANYRES), engine=zero(stage))
     record = start_ranks(size).run(cases.train, config)[0]
     for name, part in record.parts.items():
         same = np.array_equal(record.before[name], record.after[name])
@@ -275,7 +276,7 @@ def test_a_linear_connector_and_padded_views_go_through_both_stages(
     config = replace(run_config, engine=zero(3), model=replace(run_config.model, projector="linear"))
     aligned = aligning(config)
     written = start_ranks(2).run(cases.train_and_write, aligned)[0]
-    tuned = with_stage(config, init_from=str(aligned.run_dir / "connector"), image_mode="pad")
+    tuned = with_stage(config, init_from=str(aligned.run_dir / "connector"), views=ViewsConfig("pad", "pad"))
     record = start_ranks(2).run(cases.train_and_write, tuned)[0]
     connector = [name for name, part in record.parts.items() if part == "projector"]
     assert [name.rpartition(".")[2] for name in connector] == ["weight", "bias"]

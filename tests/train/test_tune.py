@@ -11,7 +11,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_next.config import LanguageModelConfig, LoraConfig, ModelConfig, ModelError, VisionTowerConfig
+from llava_next.config import ANYRES, LanguageModelConfig, LoraConfig, ModelConfig, ModelError, VisionTowerConfig
 from llava_next.formats.hugging_face import published_tensors, write_hf
 from llava_next.formats.original import original_model, write_original_folder
 from llava_next.model.build import build_model, read_backbone
@@ -32,7 +32,7 @@ def finished(folder: Path) -> tuple[ModelConfig, LlavaNext]:
     config = replace(tiny_model(folder / "parts", tower="clip"), grids=GRIDS)
     backbone = read_backbone(config)
     model = build_model(backbone, dtype=torch.float32, seed=77)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=512)
     write_hf(model, backbone, processor, folder / "hf")
     (folder / "original").mkdir()
     write_original_folder(
@@ -106,7 +106,7 @@ def test_image_statistics_are_read_from_the_directory(tmp_path: Path, files: tup
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     config = replace(parts, vision_tower=replace(parts.vision_tower, image_mean=mean, image_std=std))
     backbone, export = read_backbone(config), tmp_path / "export"
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=512)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
     new, old = export / "processor_config.json", export / "preprocessor_config.json"
     assert not old.exists()

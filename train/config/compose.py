@@ -30,7 +30,7 @@ from llava_next.model.checkpoint_config import settings_from_checkpoint
 from llava_next.model_directory import find_model_directory
 from train.config.error_messages import explain_composition, explain_invalid
 from train.config.exit_codes import describe_denied
-from train.config.removed_keys import upgraded
+from train.config.removed_keys import upgraded, with_views, with_views_overrides
 from train.config.rules import check_folders, check_installed, check_values
 from train.config.schema import ConfigError, RunConfig
 
@@ -71,6 +71,7 @@ def compose_overrides(overrides: Sequence[str], config_dir: str | None = None) -
     """
     GlobalHydra.instance().clear()
     drop_empty_variables()
+    overrides = with_views_overrides(overrides)
     try:
         if config_dir is None:
             with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
@@ -174,6 +175,8 @@ def check(composed: DictConfig, *, folders: bool = True) -> RunConfig:
         mixture.setdefault("seed", 0)
         if isinstance(mixture.get("sources"), dict):
             mixture["sources"] = {name: share or {} for name, share in mixture["sources"].items()}
+    if isinstance(plain.get("stage"), dict):
+        plain["stage"] = with_views(plain["stage"])
     _check_origin(plain)
     _expand_paths(plain)
     try:

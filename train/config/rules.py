@@ -11,7 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from llava_next.config import PARTS, LoraConfig, ModelError, check_grids, check_lora, check_peft
+from llava_next.config import (
+    PARTS,
+    LoraConfig,
+    ModelError,
+    check_grids,
+    check_lora,
+    check_peft,
+    check_views,
+    exported_mode,
+)
 from llava_next.inputs.conversation import check_template_name
 from llava_next.model_directory import check_directories
 from train.config.schema import ConfigError, LogConfig, RunConfig, StageConfig
@@ -92,6 +101,7 @@ _MAX_NAME_BYTES = 200
 
 def check_values(config: RunConfig) -> None:
     """Raises ConfigError for a value out of its range, or for two values that contradict each other."""
+    _check_views(config.stage)
     _check_rates(config.stage)
     _check_numbers(config)
     _check_names(config)
@@ -120,6 +130,16 @@ def check_values(config: RunConfig) -> None:
             "hooks, so torch.compile recompiles each block until its limit stops the run; set compile=[], or "
             "engine=zero2"
         )
+
+
+def _check_views(stage: StageConfig) -> None:
+    """The views are known, and the export of a stage that writes one can represent them."""
+    try:
+        check_views(stage.views)
+        if stage.result == "export":
+            exported_mode(stage.views)
+    except ModelError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_rates(stage: StageConfig) -> None:
@@ -243,7 +263,7 @@ def _check_row_budgets(config: RunConfig) -> None:
             f"packing.max_tokens={packing.max_tokens} is smaller than stage.max_length={stage.max_length}: the longest "
             f"allowed sample would not fit into a row; raise packing.max_tokens to at least {stage.max_length}"
         )
-    max_tiles = 1 if stage.image_mode != "anyres" else 1 + max(r * c for r, c in config.model.grids)
+    max_tiles = 1 if "anyres" not in stage.views.modes else 1 + max(r * c for r, c in config.model.grids)
     if packing.max_tiles < max_tiles:
         raise ConfigError(
             f"packing.max_tiles={packing.max_tiles} is smaller than the {max_tiles} tiles of one image in the largest "

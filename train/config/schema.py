@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_recipes.schema.mixture_config import MixtureConfig
-from llava_next.config import AttentionKernel, ImageMode, LoraConfig, ModelConfig
+from llava_next.config import ANYRES, AttentionKernel, LoraConfig, ModelConfig, ViewsConfig
 
 _STRICT = {"extra": "forbid"}
 
@@ -22,10 +22,10 @@ class ConfigError(ValueError):
 class StageConfig:
     """The parts that a stage trains, their learning rates, and the length of the stage.
 
-    A part is trained if `learning_rates` names it with a rate, and frozen otherwise (with AnyRes, image_newline has the
-    projector's rate unless it is named). `init_from` is the folder whose weights the stage starts from, or the authors'
-    `mm_projector.bin` (null: newly initialised parts). Lengths are in tokens, image tokens included. `betas` and `eps`
-    are AdamW's: the decay rates of its two moments, and the term added to its denominator.
+    A part is trained if `learning_rates` names it with a rate, and frozen otherwise (image_newline, where images have
+    newlines, has the projector's rate unless it is named). `init_from` is the folder whose weights the stage starts
+    from, or the authors' `mm_projector.bin` (null: newly initialised parts). Lengths are in tokens, image tokens
+    included. `betas` and `eps` are AdamW's: the decay rates of its two moments, and the term added to its denominator.
     """
 
     __pydantic_config__ = _STRICT
@@ -36,7 +36,7 @@ class StageConfig:
     max_length: int
     epochs: float = 1.0
     template: str | None = None
-    image_mode: ImageMode = "anyres"
+    views: ViewsConfig = ANYRES
     unmask_special_tokens: bool = False
     init_from: str | None = None
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -52,7 +52,7 @@ class StageConfig:
     def rates(self) -> dict[str, float]:
         """The learning rate of each trained part, image_newline included."""
         rates = dict(self.learning_rates)
-        if "projector" in rates and self.image_mode == "anyres":  # a single view has no newline
+        if "projector" in rates and self.views.has_newlines:
             rates.setdefault("image_newline", rates["projector"])
         return {part: rate for part, rate in rates.items() if rate is not None}
 

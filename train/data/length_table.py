@@ -173,8 +173,8 @@ def _check_all_sources_have_samples(mixture: Mixture, table: LengthTable) -> Non
     others = f" (nor of {', '.join(lost[1:])})" if lost[1:] else ""
     raise ConfigError(
         f"mixture.sources.{lost[0]}: none of its {sum(reasons.values())} samples has a place in this run{others}: "
-        f"{counts}; raise stage.max_length if they are too long, choose another template, or remove the source from "
-        f"the mixture; {table.quarantine} lists them"
+        f"{counts}; raise stage.max_length if they are too long, set stage.views.several if they have several images, "
+        f"choose another template, or remove the source from the mixture; {table.quarantine} lists them"
     )
 
 

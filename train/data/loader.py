@@ -45,7 +45,7 @@ def build_processor(backbone: "Backbone", stage: StageConfig) -> Processor:
     """Builds the processor of a stage. Errors are those of `Backbone.processor`."""
     return backbone.processor(
         template=stage.template,
-        image_mode=stage.image_mode,
+        views=stage.views,
         max_length=stage.max_length,
         unmask_special_tokens=stage.unmask_special_tokens,
     )

@@ -121,10 +121,10 @@ def evaluate(options: argparse.Namespace, ranks: EvaluationRanks) -> tuple[dict[
     reason = stock_unsupported_reason(evaluated.backbone.hf_config.vision_config)
     if reason is not None and options.generate != 0:
         raise ModelError(f"stock transformers cannot run {evaluated.export}: {reason}; {LOSS_ONLY_HINT}")
-    image_mode = evaluated.processor.config.image_mode
-    if options.base_view and image_mode != "anyres":
+    single = evaluated.processor.config.views.rules[0]
+    if options.base_view and single.mode != "anyres":
         raise ConfigError(
-            f"--base-view: {options.path} shows an image as one view (image mode {image_mode}), so it has no tiles; "
+            f"--base-view: {options.path} shows an image as one view ({single.mode}), so it has no tiles; "
             "leave out --base-view"
         )
     losses, held_out = _compute_losses(evaluated, ranks)

@@ -16,7 +16,14 @@ from data_recipes.mixture.mixture import Mixture
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import METRICS
 from data_recipes.store.reader import Store, read_manifest
-from llava_next.config import ImageMode, LanguageModelConfig, ModelConfig, ModelError, VisionTowerConfig
+from llava_next.config import (
+    ImageMode,
+    LanguageModelConfig,
+    ModelConfig,
+    ModelError,
+    ViewsConfig,
+    VisionTowerConfig,
+)
 from llava_next.file_access import permission_problem
 from llava_next.formats.hugging_face import read_hf, stock_image_mode
 from llava_next.inputs.conversation import FROM_TOKENIZER
@@ -150,7 +157,9 @@ def load_directory(
     maxima.check_sources(samples)
     config, image_mode = _read_config(export)
     backbone, model = _load(export, config, device)
-    processor = backbone.processor(template=FROM_TOKENIZER, image_mode=image_mode, max_length=backbone.max_positions)
+    processor = backbone.processor(
+        template=FROM_TOKENIZER, views=ViewsConfig(image_mode, image_mode), max_length=backbone.max_positions
+    )
     metrics = _select_metrics({path.name: path for path in stores}, chosen)
     return EvaluatedModel(export, backbone, model, processor, _PACKING, False, samples, metrics)
 

@@ -17,6 +17,7 @@ import torch
 from data_recipes.raw.questions import RESPONSE_FORMAT_PROMPTS
 from data_recipes.schema.sample import DataError, Message
 from data_recipes.store.reader import StoredSample
+from llava_next.config import ViewsConfig
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import Example, Processor, SampleRejected
 from llava_next.model.llava_next import LlavaNext
@@ -171,13 +172,13 @@ def answer_base_views(
 ) -> npt.NDArray[np.bool_]:
     """Answers every question with the base view of its image alone: the same weights, without tiles and newlines.
 
-    The base view of AnyRes is the entire image, resized to a square of one tile, which is image mode squash. Every rank
+    The base view of AnyRes is the entire image, resized to a square of one tile, which is the view squash. Every rank
     must call it. Arguments and errors are those of `answer_all`.
 
     Returns:
         Whether the answers are right, bool [num_questions].
     """
-    single_view = Processor(processor.tokenizer, replace(processor.config, image_mode="squash"))
+    single_view = Processor(processor.tokenizer, replace(processor.config, views=ViewsConfig("squash")))
     uses = [_Use(index, question.sample, True) for index, question in enumerate(questions)]
     return np.array(_answer_uses(model, single_view, samples, questions, uses, packing, ranks), dtype=bool)
 

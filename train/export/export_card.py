@@ -90,7 +90,7 @@ def _list_recipe(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for part, lora in (config.lora or {}).items():
         layers = ", ".join(lora.targets)
         yield f"adapters of {part} (LoRA, merged)", f"rank {lora.rank}, alpha {lora.alpha:g}, in {layers}"
-    for key in ("batch_size", "epochs", "max_length", "template", "image_mode", "schedule", "warmup_ratio"):
+    for key in ("batch_size", "epochs", "max_length", "template", "views", "schedule", "warmup_ratio"):
         value = getattr(stage, key)
         yield key, config.model.language_model.template if key == "template" and value is None else value
     for key in ("weight_decay", "betas", "eps", "clip_norm", "loss_weighting"):

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
 
-from llava_next.config import PARTS, ImageMode, ModelError
+from llava_next.config import PARTS, ImageMode, ModelError, exported_mode
 from llava_next.file_access import permission_problem
 from llava_next.formats.hugging_face import (
     stock_image_mode,
@@ -79,7 +79,7 @@ class ExportedModel:
     def image_mode(self) -> ImageMode:
         """How images are presented to the model."""
         if self.config is not None:
-            return self.config.stage.image_mode
+            return exported_mode(self.config.stage.views)
         return stock_image_mode(
             self.stock_config["model_type"], AutoImageProcessor.from_pretrained(self.path), self.path
         )
@@ -198,6 +198,7 @@ def _open_checkpoint(checkpoint_dir: Path, dtype: torch.dtype | None, verify: bo
     checks = [_verify_files(checkpoint_dir)] if verify else []
     checkpoint.refuse_unsafe_pickles(checkpoint_dir)
     config = load_yaml(checkpoint.config_path(checkpoint_dir))
+    image_mode = exported_mode(config.stage.views)
     state = checkpoint.read_state(checkpoint_dir)
     saved_dtype = getattr(torch, state.dtype)
     backbone = read_backbone(config.model)
@@ -208,14 +209,14 @@ def _open_checkpoint(checkpoint_dir: Path, dtype: torch.dtype | None, verify: bo
     trained = trained_weights(model, checkpoint_dir, masters=masters)
     wide = torch.promote_types(export_dtype, saved_dtype)  # adapters are merged before rounding
     live = [(trained[name] if name in trained else frozen[name]).cast(wide) for name, _ in live_parameters(model)]
-    tensors = [tensor.cast(export_dtype) for tensor in to_stock_tensors(live, model, backbone, config.stage.image_mode)]
+    tensors = [tensor.cast(export_dtype) for tensor in to_stock_tensors(live, model, backbone, image_mode)]
     run_dir = checkpoint_dir.parent.parent
     layout = f"{state.layout['num_ranks']} rank(s), ZeRO {state.layout['zero_stage']}, {state.dtype}"
     return ExportedModel(
         f"checkpoint {checkpoint_dir} (step {state.step}; {layout})",
         checkpoint_dir,
         tensors,
-        _make_stock_config(backbone, config.stage.image_mode),
+        _make_stock_config(backbone, image_mode),
         config,
         backbone,
         processor,

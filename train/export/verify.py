@@ -81,7 +81,7 @@ def verify_logits(folder: Path, source: ExportedModel) -> str:
         return "stock transformers loads all tensors; logits NOT compared: without a run, its prompts are unknown"
     processor = source.backbone.processor(
         template=source.config.stage.template,
-        image_mode=source.config.stage.image_mode,
+        views=source.config.stage.views,
         max_length=source.backbone.max_positions,
     )
     questions = [_ImageQuestion(processor, folder, shape) for shape in _SHAPES]

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from llava_next.config import ImageMode
 from llava_next.inputs.anyres import Box, ImageLayout, box_in_square, box_on_canvas, center_box, decode
 
 _PIXELS_PER_PAGE = 24_000_000
@@ -39,14 +38,13 @@ class Canvas:
         return max(40, min(int(np.clip(width, _MIN_WIDTH, _MAX_WIDTH)), _MAX_HEIGHT * width // height))
 
 
-def canvas_of(image: ImageLayout, tiles: np.ndarray, encoded: bytes, image_mode: ImageMode) -> Canvas:
+def canvas_of(image: ImageLayout, tiles: np.ndarray, encoded: bytes) -> Canvas:
     """What the views of an image are cut from.
 
     Args:
         image: its layout.
         tiles: uint8 [num_tiles, S, S, 3], its views.
         encoded: its bytes; read where the views do not show all of it.
-        image_mode: in which it was cut.
     """
     size = tiles.shape[1]
     if image.grid is not None:
@@ -61,10 +59,10 @@ def canvas_of(image: ImageLayout, tiles: np.ndarray, encoded: bytes, image_mode:
         return Canvas(
             pixels, box_on_canvas(image.size_hw, (rows * size, cols * size)), (top, left, bottom, right), image.grid
         )
-    if image_mode == "pad":
+    if image.mode == "pad":
         top, left, bottom, right = (line * size // max(image.size_hw) for line in box_in_square(image.size_hw))
         return Canvas(tiles[0], (top, left, bottom, right), (0, 0, size, size))
-    if image_mode == "squash":
+    if image.mode == "squash":
         return Canvas(tiles[0], (0, 0, size, size), (0, 0, size, size))
     (height, width), kept = center_box(image.size_hw, size)
     pixels = np.asarray(decode(encoded).resize((width, height), Image.Resampling.BICUBIC))

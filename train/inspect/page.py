@@ -97,7 +97,7 @@ def _card(subject: Subject, number: int, loss: SampleLoss | None, side: int) -> 
     for image, encoded in zip(example.layout.images, sample.images, strict=True):
         tiles = example.tiles[start : start + image.num_tiles]
         start += image.num_tiles
-        canvas = canvas_of(image, tiles, encoded, processor.config.image_mode)
+        canvas = canvas_of(image, tiles, encoded)
         urls = [jpeg_url(Image.fromarray(pixels), side) for pixels in (canvas.pixels, tiles[0])]
         images.append((image, canvas, *urls))
     turns = _turns(example.layout, split_prompt(example.layout, processor.tokenizer), loss)

@@ -81,12 +81,12 @@ def draw_published(config: RunConfig, architecture: Architecture, num_samples: i
     shapes = draw_shapes(NUM_DRAWN, sources=CAPTIONS if captions else SOURCES)
     sizes, which = np.unique(shapes.sizes_hw, axis=0, return_inverse=True)
     counts = np.zeros((len(sizes), 2), dtype=np.int64)
-    patches = architecture.patches_per_side
+    patches, rule = architecture.patches_per_side, stage.views.rules[0]
     for number, (height, width) in enumerate(sizes.tolist()):
         if height:
             layout = image_layout(
-                (height, width), mode=stage.image_mode, grids=config.model.grids, tile=architecture.tile,
-                patches_per_side=patches,
+                (height, width), mode=rule.mode, grids=config.model.grids, tile=architecture.tile,
+                patches_per_side=patches, max_views=rule.max_views, closing_newline=rule.closing_newline,
             )  # fmt: skip
             counts[number] = layout.num_tokens, layout.num_tiles
     image_counts = counts[which.ravel()]
@@ -148,7 +148,7 @@ def _load_length_table(config: RunConfig, architecture: Architecture, mixture: M
     stage = config.stage
     processor = architecture.processor(
         template=stage.template,
-        image_mode=stage.image_mode,
+        views=stage.views,
         max_length=stage.max_length,
         unmask_special_tokens=stage.unmask_special_tokens,
     )

@@ -10,6 +10,7 @@ import PIL.Image
 from data_recipes.schema.sample import DataError
 from llava_next.config import Grid, ModelError
 from llava_next.inputs.anyres import cut_tiles, decode, grids_from_pinpoints, image_layout
+from train.config.removed_keys import with_views
 from train.html.page import is_number, jpeg_url
 from train.html.views import Canvas, canvas_of
 from train.observability.run_folder import Run
@@ -117,10 +118,15 @@ class _Tiling(NamedTuple):
 def _read_tiling(runs: Sequence[Run]) -> _Tiling | None:
     """That of the first run with an export and AnyRes tiles; None if there is none."""
     for run in runs:
-        vision, pinpoints = run.exported.get("vision_config"), run.exported.get("image_grid_pinpoints")
-        if run.stage.get("image_mode") != "anyres" or not isinstance(vision, dict) or not pinpoints:
+        vision: Any = run.exported.get("vision_config")
+        pinpoints = run.exported.get("image_grid_pinpoints")
+        views = with_views(run.stage).get("views")
+        if not isinstance(views, dict) or not str(views.get("single")).startswith("anyres"):
             continue
-        tile, patch = vision.get("image_size"), vision.get("patch_size")
+        if not isinstance(vision, dict) or not pinpoints:
+            continue
+        tile: Any = vision.get("image_size")
+        patch: Any = vision.get("patch_size")
         if is_number(tile) and is_number(patch) and tile >= patch > 0:
             try:
                 return _Tiling(grids_from_pinpoints(pinpoints, int(tile)), int(tile), int(tile // patch))
@@ -162,7 +168,7 @@ class _Images:
         size_hw = (image.height, image.width)
         layout = image_layout(size_hw, mode="anyres", grids=grids, tile=tile, patches_per_side=patches)
         tiles = cut_tiles(image, layout, tile)
-        canvas = canvas_of(layout, tiles, encoded, "anyres")
+        canvas = canvas_of(layout, tiles, encoded)
         urls = [jpeg_url(PIL.Image.fromarray(pixels), _CANVAS_SIDE) for pixels in (canvas.pixels, tiles[0])]
         return Image(urls[0], canvas=canvas, base_view_url=urls[1])
 

@@ -186,7 +186,7 @@ def _make_probe(sample: HeldOutSample, processor: Processor) -> Probe | None:
     at = next(number for number, message in enumerate(text.messages) if message.role == "assistant")
     messages = text.messages[:at]
     sizes_hw = text.sizes_hw[: sum(message.text.count(IMAGE_PLACEHOLDER) for message in messages)]
-    prompt, images = processor.prompt(messages, sizes_hw)
+    prompt, images = processor.prompt(messages, sizes_hw, num_images=len(text.sizes_hw))
     question = messages[-1].text.replace(IMAGE_PLACEHOLDER, "").strip()
     num_tiles = sum(image.num_tiles for image in images)
     probe = Probe(sample, text.id, question, text.messages[at].text, prompt, len(images), num_tiles)

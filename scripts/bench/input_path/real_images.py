@@ -18,7 +18,7 @@ from data_recipes.schema.sample import Message, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.cache_root import cache_root
-from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
+from llava_next.config import ANYRES, AUTHORS_GRIDS, ProcessorConfig
 from llava_next.inputs.anyres import ImageLayout, decode, image_layout
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import read_tokenizer
@@ -103,7 +103,7 @@ def processor() -> Processor:
     """AnyRes tiles of 336 pixels and SmolLM2's tokenizer."""
     config = ProcessorConfig(
         template="chatml",
-        image_mode="anyres",
+        views=ANYRES,
         tile=TILE,
         patches_per_side=PATCHES_PER_SIDE,
         grids=AUTHORS_GRIDS,

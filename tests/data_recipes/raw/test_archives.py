@@ -27,10 +27,8 @@ TYPES = ["a.zip", "a.tar", "a.tar.gz", "a.tgz", "a.tar.bz2", "a.tar.xz"]
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path) -> Iterator[Path]:
     """Use a cache folder of the test's own."""
-    before = archives._cache_folder
-    archives.set_cache_folder(tmp_path / "cache")
-    yield tmp_path / "cache"
-    archives._cache_folder = before
+    with archives.archives_cached_in(tmp_path / "cache"):
+        yield tmp_path / "cache"
 
 
 def read(archive: Archive, name: str) -> bytes:

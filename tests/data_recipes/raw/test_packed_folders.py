@@ -20,11 +20,9 @@ IMAGES = {f"{number % 2}/{number}.png": make_image(number) for number in range(6
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path) -> Iterator[None]:
     """Use a cache folder of the test's own, and print every message again."""
-    before = archives._cache_folder
-    archives.set_cache_folder(tmp_path.parent / f"{tmp_path.name}_cache")
     packed_folders._printed.clear()
-    yield
-    archives._cache_folder = before
+    with archives.archives_cached_in(tmp_path.parent / f"{tmp_path.name}_cache"):
+        yield
 
 
 def prefixed(prefix: str) -> dict[str, bytes]:

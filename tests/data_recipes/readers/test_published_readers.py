@@ -33,10 +33,8 @@ from tests.data_recipes.raw_folders import cell, docvqa_question, write_file, wr
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path) -> Iterator[None]:
     """Use a cache folder of the test's own."""
-    before = archives._cache_folder
-    archives.set_cache_folder(tmp_path.parent / f"{tmp_path.name}_cache")
-    yield
-    archives._cache_folder = before
+    with archives.archives_cached_in(tmp_path.parent / f"{tmp_path.name}_cache"):
+        yield
 
 
 def split(items: object) -> tuple[list[Sample], list[Reason]]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_next.config import ModelError, ProjectorKind
+from llava_next.config import ANYRES, ModelError, ProjectorKind
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import write_hf
 from llava_next.formats.load_weights import load_weights
@@ -314,7 +314,7 @@ def test_connector_file_of_any_name_is_loaded(make_backbone: MakeBackbone, tmp_p
     assert torch.equal(
         fresh.hf.model.multi_modal_projector.linear_1.bias, source.hf.model.multi_modal_projector.linear_1.bias
     )
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=64)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=64)
     write_hf(source, backbone, processor, tmp_path / "export")
     (tmp_path / "checkpoint-100.bin").rename(tmp_path / "export" / "mm_projector.bin")
     with pytest.raises(ModelError, match=r"a model \(model\.safetensors\)"):

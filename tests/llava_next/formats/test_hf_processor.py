@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from data_recipes.schema.sample import Message
+from llava_next.config import ANYRES
 from llava_next.formats.hugging_face import save_processor, write_hf, write_tokenizer_settings
 from llava_next.formats.original import original_model
 from llava_next.inputs.chat_template import template_from_tokenizer
@@ -40,7 +41,7 @@ def _model(backbone: Backbone, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def _processor(backbone: Backbone) -> Processor:
-    return backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    return backbone.processor(template=None, views=ANYRES, max_length=4096)
 
 
 def _write(backbone: Backbone, folder: Path, seed: int = 0) -> LlavaNext:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from data_recipes.schema.sample import Message
-from llava_next.config import ModelError
+from llava_next.config import ANYRES, ModelError
 from llava_next.formats import tensors
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import read_hf, write_hf
@@ -37,7 +37,7 @@ def _model(backbone: Backbone, seed: int = 0, dtype: torch.dtype = torch.float32
 
 
 def _processor(backbone: Backbone) -> Processor:
-    return backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    return backbone.processor(template=None, views=ANYRES, max_length=4096)
 
 
 def _state(model: LlavaNext) -> dict[str, torch.Tensor]:

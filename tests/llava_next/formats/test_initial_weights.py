@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, Qwen2Config, Qwen2ForCausalLM
 
-from llava_next.config import PARTS, ModelConfig
+from llava_next.config import PARTS, ModelConfig, ViewsConfig
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import published_tensors, write_hf
 from llava_next.formats.initial_weights import read_initial_weights
@@ -141,8 +141,8 @@ def test_init_from_is_read_without_building(tmp_path: Path, monkeypatch: pytest.
     with torch.no_grad():
         for _, parameter in live_parameters(model):
             parameter.add_(0.25)
-    mode: Any = "square" if layout == "single_view" else "anyres"
-    processor = backbone.processor(template=None, image_mode=mode, max_length=512)
+    mode: Any = "crop" if layout == "single_view" else "anyres"
+    processor = backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=512)
     folder = tmp_path / layout
     if layout in ("hf", "single_view"):
         write_hf(model, backbone, processor, folder)

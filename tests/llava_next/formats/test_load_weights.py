@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llava_next.config import ModelError
+from llava_next.config import ANYRES, ModelError
 from llava_next.formats.hugging_face import read_hf, write_hf
 from llava_next.formats.load_weights import load_weights
 from llava_next.model.build import Backbone, build_model
@@ -27,7 +27,7 @@ def _state(model: LlavaNext) -> dict[str, torch.Tensor]:
 
 
 def _write(model: LlavaNext, backbone: Backbone, folder: Path) -> dict[str, torch.Tensor]:
-    write_hf(model, backbone, backbone.processor(template=None, image_mode="anyres", max_length=4096), folder)
+    write_hf(model, backbone, backbone.processor(template=None, views=ANYRES, max_length=4096), folder)
     return load_file(folder / "model.safetensors")
 
 

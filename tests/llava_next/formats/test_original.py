@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, LlavaConfig
 
 from data_recipes.schema.sample import Message
-from llava_next.config import ImageMode, ModelError
+from llava_next.config import ANYRES, ImageMode, ModelError, ViewsConfig
 from llava_next.formats.hugging_face import published_tensors
 from llava_next.formats.load_weights import load_weights
 from llava_next.formats.original import num_vocabulary_rows, original_config, original_model, write_original_folder
@@ -43,7 +43,7 @@ def _vicuna_like(make_backbone: MakeBackbone) -> Backbone:
 def _write(backbone: Backbone, folder: Path, seed: int = 1, image_mode: ImageMode = "anyres") -> LlavaNext:
     """Writes a model with random weights in the authors' layout."""
     model = build_model(backbone, dtype=torch.float32, seed=seed)
-    processor = backbone.processor(template=None, image_mode=image_mode, max_length=4096)
+    processor = backbone.processor(template=None, views=ViewsConfig(image_mode, image_mode), max_length=4096)
     tensors = published_tensors(model, backbone, image_mode)
     tensors = [tensor for tensor in tensors if backbone.config.projector != "linear" or "linear_2" not in tensor.name]
     folder.mkdir()
@@ -148,7 +148,7 @@ def test_original_round_trip(make_backbone: MakeBackbone, tmp_path: Path, kind: 
     description = load_weights(fresh, backbone, tmp_path / "first")
     assert "in the authors' layout" in description
     assert "with the mean of the others" in description
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     (tmp_path / "second").mkdir()
     original = original_model(backbone, processor, "openai/clip-tiny", RATES)
     write_original_folder(published_tensors(fresh, backbone, "anyres"), original, tmp_path / "second")
@@ -171,7 +171,7 @@ def test_added_vocabulary_rows_are_omitted(make_backbone: MakeBackbone, tmp_path
     assert torch.equal(fresh.hf.lm_head.weight[:token], model.hf.lm_head.weight[:token])
     torch.testing.assert_close(fresh.hf.lm_head.weight[token:], table.mean(0).expand(size - token, -1))
     wide = make_backbone(vocab_size=1000)
-    processor = wide.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = wide.processor(template=None, views=ANYRES, max_length=4096)
     assert num_vocabulary_rows(original_model(wide, processor)) == wide.hf_config.text_config.vocab_size == 1024
 
 
@@ -201,7 +201,7 @@ def test_llava_1_5_without_tower_and_newline(make_backbone: MakeBackbone, tmp_pa
 
 
 @pytest.mark.parametrize("size", [(33, 50), (50, 33), (1, 70)])
-@pytest.mark.parametrize("mode", ["square", "squash"])
+@pytest.mark.parametrize("mode", ["crop", "squash"])
 def test_image_processor_distinguishes_crop_and_squash(
     make_backbone: MakeBackbone, tmp_path: Path, mode: ImageMode, size: tuple[int, int]
 ) -> None:
@@ -213,7 +213,7 @@ def test_image_processor_distinguishes_crop_and_squash(
     assert (config["image_aspect_ratio"], config["mm_patch_merge_type"]) == ("square", "flat")
     encoded = encode_noise_image(5, size)
     messages = [Message("user", "<image>\nWhat?"), Message("assistant", "A circle.")]
-    processor = backbone.processor(template=None, image_mode=mode, max_length=4096)
+    processor = backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=4096)
     tiles = processor.encode(messages, [size], [encoded]).tiles
     image_processor = AutoImageProcessor.from_pretrained(tmp_path / "original")
     image = Image.open(io.BytesIO(encoded))
@@ -281,7 +281,7 @@ def test_mismatches_are_errors(make_backbone: MakeBackbone, tmp_path: Path) -> N
     ):
         load_weights(fresh, backbone, tmp_path / "original")
     assert all(torch.equal(tensor, before[name]) for name, tensor in _state(fresh).items())
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     original = original_model(backbone, processor)
     original.config["text_config"]["model_type"] = "gemma"
     with pytest.raises(ModelError, match=r"no class for a gemma, only LlavaLlamaForCausalLM.*--format hf"):

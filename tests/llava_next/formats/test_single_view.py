@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from data_recipes.schema.sample import Message
-from llava_next.config import ImageMode, ModelError, ProjectorKind
+from llava_next.config import ImageMode, ModelError, ProjectorKind, ViewsConfig
 from llava_next.formats.hugging_face import read_hf, stock_image_mode, write_hf
 from llava_next.formats.load_weights import load_weights
 from llava_next.inputs.processor import Example, Processor
@@ -35,9 +35,9 @@ from tests.tiny import SIZES_HW, TowerName, encode_noise_image
 QUESTION = "What is in the picture?"
 CASES: list[tuple[TowerName, ImageMode, ProjectorKind]] = [
     ("clip", "pad", "mlp2x_gelu"),
-    ("clip", "square", "linear"),
+    ("clip", "crop", "linear"),
     ("siglip", "pad", "linear"),
-    ("siglip", "square", "mlp2x_gelu"),
+    ("siglip", "crop", "mlp2x_gelu"),
     ("siglip", "squash", "mlp2x_gelu"),
     ("clip", "squash", "linear"),
     ("dinov2", "pad", "mlp2x_gelu"),
@@ -49,7 +49,7 @@ def _written(
     make_backbone: MakeBackbone, folder: Path, tower: TowerName, mode: ImageMode, kind: ProjectorKind
 ) -> tuple[Backbone, Processor, LlavaNext]:
     backbone = make_backbone(tower, projector=kind)
-    processor = backbone.processor(template=None, image_mode=mode, max_length=256)
+    processor = backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=256)
     model = build_model(backbone, dtype=torch.float32, seed=0)
     write_hf(model, backbone, processor, folder)
     return backbone, processor, model
@@ -124,7 +124,7 @@ def test_published_image_processors_have_an_image_mode() -> None:
     not square are errors."""
     square = {"height": 28, "width": 28}
     assert stock_image_mode("llava", SiglipImageProcessorPil(size=square), Path("there")) == "squash"
-    assert stock_image_mode("llava", CLIPImageProcessorPil(size={"shortest_edge": 28}), Path("there")) == "square"
+    assert stock_image_mode("llava", CLIPImageProcessorPil(size={"shortest_edge": 28}), Path("there")) == "crop"
     same = LlavaImageProcessorPil(size=square, crop_size=square)
     assert stock_image_mode("llava", same, Path("there")) == "squash"
     for size, crop in ((square, {"height": 14, "width": 14}), ({"height": 28, "width": 42}, None)):

@@ -217,7 +217,7 @@ def test_square_mode_equals_the_clip_processor() -> None:
         do_rescale=False, do_normalize=False,
     )  # fmt: skip
     for seed, size in enumerate(IMAGE_SIZES_HW):
-        layout = image_layout(size, mode="square", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE)
+        layout = image_layout(size, mode="crop", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=SIDE)
         assert (layout.num_tiles, layout.num_tokens) == (1, SIDE * SIDE)
         np.testing.assert_array_equal(layout.token_sources(), np.arange(SIDE * SIDE))
         image = _noise(size, seed)
@@ -237,7 +237,7 @@ def test_squash_mode_equals_the_stock_processors(size: tuple[int, int]) -> None:
     assert (layout.num_tiles, layout.num_tokens) == (1, SIDE * SIDE)
     np.testing.assert_array_equal(layout.token_sources(), np.arange(SIDE * SIDE))
     image = _noise(size, sum(size))
-    view = cut_tiles(image, layout, TILE, squash=True)
+    view = cut_tiles(image, layout, TILE)
     assert view.shape == (1, TILE, TILE, 3)
     for stock in (SiglipImageProcessorPil(**plain), LlavaImageProcessorPil(do_center_crop=False, **plain)):
         expected = np.asarray(stock(image, return_tensors="np")["pixel_values"])

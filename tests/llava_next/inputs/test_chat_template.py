@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_recipes.schema.sample import Message
-from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig
+from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig, ViewsConfig
 from llava_next.inputs.chat_template import chat_template, resolve_template, template_from_tokenizer
 from llava_next.inputs.conversation import TEMPLATES, Template
 from llava_next.inputs.processor import IGNORE, Processor, RejectReason, SampleRejected
@@ -71,7 +71,9 @@ def _tokenizer(folder: Path, jinja: str | None, bos: str | None = "<s>") -> Any:
 
 
 def _processor(tokenizer: Any, template: str = "tokenizer") -> Processor:
-    config = ProcessorConfig(template, "square", AUTHORS_GRIDS, TILE, PATCHES_PER_SIDE, max_length=100_000)
+    config = ProcessorConfig(
+        template, ViewsConfig("crop", "crop"), AUTHORS_GRIDS, TILE, PATCHES_PER_SIDE, max_length=100_000
+    )
     return Processor(tokenizer, config)
 
 

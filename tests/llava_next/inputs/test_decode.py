@@ -16,7 +16,7 @@ from data_recipes.mixture.mixture import Mixture
 from data_recipes.raw.image_files import probe_image
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import Message, Sample
-from llava_next.config import AUTHORS_GRIDS, ProcessorConfig
+from llava_next.config import AUTHORS_GRIDS, ProcessorConfig, ViewsConfig
 from llava_next.inputs.anyres import decode
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import read_tokenizer
@@ -239,8 +239,8 @@ def test_thin_images(size_hw: tuple[int, int]) -> None:
     assert (probe_image(data).height, probe_image(data).width) == size_hw
 
 
-@pytest.mark.parametrize("image_mode", ["anyres", "square"])
-def test_samples_encode_as_counted(tmp_path: Path, image_mode: Any) -> None:
+@pytest.mark.parametrize("view", ["anyres", "crop"])
+def test_samples_encode_as_counted(tmp_path: Path, view: str) -> None:
     """The layout from the sizes in a store equals that of the encoded sample, for samples with images of every kind,
     rotated ones and thin ones."""
     thin = [_saved(Image.new("RGB", size), "PNG") for size in ((1, 100), (100, 1), (1, 1))]
@@ -256,7 +256,7 @@ def test_samples_encode_as_counted(tmp_path: Path, image_mode: Any) -> None:
     ]
     tiny_store(tmp_path, "odd", samples)
     mixture = Mixture.open(MixtureConfig("odd", 0, {"odd": SourceShare()}), tmp_path)
-    config = ProcessorConfig("chatml", image_mode, AUTHORS_GRIDS, TILE, PATCHES_PER_SIDE, max_length=4096)
+    config = ProcessorConfig("chatml", ViewsConfig(view, view), AUTHORS_GRIDS, TILE, PATCHES_PER_SIDE, max_length=4096)
     processor = Processor(read_tokenizer(str(tiny_tokenizer(tmp_path / "tokenizer"))), config)
     assert mixture.num_samples == len(groups)
     for number in range(mixture.num_samples):

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,29 +11,37 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoTokenizer
 
 from data_recipes.schema.sample import Message
-from llava_next.config import AUTHORS_GRIDS, ImageMode, ModelError, ProcessorConfig
-from llava_next.inputs.anyres import image_layout
+from llava_next.config import ANYRES, AUTHORS_GRIDS, ModelError, ProcessorConfig, ViewsConfig
+from llava_next.inputs.anyres import NEWLINE, image_layout
 from llava_next.inputs.conversation import TEMPLATES, Segment
 from llava_next.inputs.processor import IGNORE, Processor, RejectReason, SampleLayout, SampleRejected
 from llava_next.model.build import read_tokenizer
 from tests.tiny import PATCHES_PER_SIDE, SIZES_HW, TILE, TokenizerName, encode_noise_image, tiny_tokenizer
 
 SIZE = (45, 61)
+MEAN_COLOUR = (122, 116, 104)
+MIXED_VIEWS = (
+    ViewsConfig("squash", "squash"),
+    ViewsConfig("anyres_max_1", "anyres"),
+    ViewsConfig("anyres", "anyres_max_2"),
+    ViewsConfig("anyres_max_1", "pad", closing_newline=True),
+    ViewsConfig("pad", "crop"),
+    ViewsConfig("crop", "squash", closing_newline=True),
+)
 NUM_IMAGE_TOKENS = image_layout(
     SIZE, mode="anyres", grids=AUTHORS_GRIDS, tile=TILE, patches_per_side=PATCHES_PER_SIDE
 ).num_tokens
 
 
-def _processor(
-    tokenizer_path: Path, template: str, max_length: int = 4096, image_mode: ImageMode = "anyres"
-) -> Processor:
+def _processor(tokenizer_path: Path, template: str, max_length: int = 4096, views: ViewsConfig = ANYRES) -> Processor:
     config = ProcessorConfig(
         template=template,
-        image_mode=image_mode,
+        views=views,
         grids=AUTHORS_GRIDS,
         tile=TILE,
         patches_per_side=PATCHES_PER_SIDE,
         max_length=max_length,
+        pad_colour=MEAN_COLOUR if "pad" in views.modes else None,
     )
     return Processor(read_tokenizer(str(tokenizer_path)), config)
 
@@ -167,10 +175,10 @@ def test_mistral_supervises_the_space_before_the_end(tmp_path: Path) -> None:
     assert processor.tokenizer.decode(layout.labels[layout.labels != IGNORE]) == " Blue. </s>"
 
 
-@pytest.mark.parametrize("image_mode", ["anyres", "square", "squash"])
-def test_counts_with_and_without_pixels_are_equal(tmp_path: Path, image_mode: ImageMode) -> None:
+@pytest.mark.parametrize("views", [ANYRES, *MIXED_VIEWS], ids=str)
+def test_counts_with_and_without_pixels_are_equal(tmp_path: Path, views: ViewsConfig) -> None:
     """`encode` gives the ids, labels and counts of `layout`, and as many tiles as counted, in every grid."""
-    processor = _processor(tiny_tokenizer(tmp_path), "chatml", image_mode=image_mode)
+    processor = _processor(tiny_tokenizer(tmp_path), "chatml", views=views)
     for number, size in enumerate(SIZES_HW):
         other = SIZES_HW[number - 1]
         messages = _rounds("Compare <image> with it.", "They differ.", "Sure?", "Yes.")
@@ -237,6 +245,31 @@ def test_sample_without_a_fitting_answer_is_rejected(tmp_path: Path) -> None:
     assert caught.value.reason is RejectReason.TOO_LONG
 
 
+def test_the_rule_follows_the_number_of_images(tmp_path: Path) -> None:
+    """A sample with one image has the tokens of `single`, one with several those of `several`, also where the maximum
+    length leaves only one of them; without a rule for several images the sample is rejected with a reason."""
+    path, sizes = tiny_tokenizer(tmp_path), [(56, 56), (45, 61)]
+    views = ViewsConfig("anyres", "pad", closing_newline=True)
+    processor = _processor(path, "chatml", views=views)
+    one = _rounds("What is it?", "A red circle.")
+    two = [*_rounds("What is it?", "A red circle."), *_rounds("And this?", "A blue square.")]
+    patches = PATCHES_PER_SIDE**2
+    assert [image.num_tokens for image in processor.layout(one, sizes[:1]).images] == [patches + 8 * 9]
+    whole = processor.layout(two, sizes)
+    assert [image.num_tokens for image in whole.images] == [patches + 1, patches + 1]
+    assert [image.token_sources()[-1] for image in whole.images] == [NEWLINE, NEWLINE]
+    cut = _processor(path, "chatml", len(whole.ids) - 5, views).layout(two, sizes)
+    assert cut.num_rounds_cut == 1
+    assert cut.images == whole.images[:1]
+    refusing = _processor(path, "chatml", views=ViewsConfig("anyres"))
+    assert refusing.layout(one, sizes[:1]).images == processor.layout(one, sizes[:1]).images
+    text_only = _rounds("Hi", "Ho", with_image=False)
+    assert refusing.layout(text_only, []).images == processor.layout(text_only, []).images == ()
+    with pytest.raises(SampleRejected, match=r"2 images, and stage\.views\.several has no value") as caught:
+        refusing.layout(two, sizes)
+    assert caught.value.reason is RejectReason.SEVERAL_IMAGES
+
+
 def test_sample_without_an_answer_is_rejected(tmp_path: Path) -> None:
     """A sample without supervised tokens is rejected with a reason."""
     with pytest.raises(SampleRejected) as caught:
@@ -261,13 +294,14 @@ def test_fingerprint_depends_on_all_settings(tmp_path: Path) -> None:
         for change in (
             {"max_length": 4095},
             {"template": "qwen_1_5"},
-            {"image_mode": "square"},
-            {"image_mode": "squash"},
+            {"views": ViewsConfig("crop", "crop")},
+            {"views": ViewsConfig("anyres")},
             {"grids": AUTHORS_GRIDS[::-1]},
             {"tile": 42},
             {"patches_per_side": 2},
         )
     ]
+    changed += [_processor(path, "chatml", views=views) for views in MIXED_VIEWS]
     changed.append(_processor(tiny_tokenizer(tmp_path / "b", "metaspace"), "chatml"))
     fingerprints = [processor.fingerprint for processor in (base, *changed)]
     assert len(set(fingerprints)) == len(fingerprints)
@@ -293,16 +327,19 @@ def test_fingerprint_follows_what_the_tokenizers_engine_does_not_hold(tmp_path: 
     assert len(prints) == 3
 
 
-@pytest.mark.parametrize(("image_mode", "pad_colour"), [("anyres", None), ("square", None), ("pad", (122, 116, 104))])
+@pytest.mark.parametrize(
+    ("view", "image_mode", "pad_colour"),
+    [("anyres", "anyres", None), ("crop", "square", None), ("pad", "pad", MEAN_COLOUR)],
+)
 def test_fingerprint_of_earlier_versions_is_unchanged(
-    tmp_path: Path, image_mode: ImageMode, pad_colour: tuple[int, int, int] | None
+    tmp_path: Path, view: str, image_mode: str, pad_colour: tuple[int, int, int] | None
 ) -> None:
     """The hashed configuration has the keys and values of earlier versions, so that their length tables and checkpoints
     remain valid."""
     base = _processor(tiny_tokenizer(tmp_path), "chatml")
-    processor = Processor(base.tokenizer, replace(base.config, image_mode=image_mode, pad_colour=pad_colour))
+    config = replace(base.config, views=ViewsConfig(view, view), pad_colour=pad_colour)
     colour = "null" if pad_colour is None else "[122, 116, 104]"
-    assert json.dumps(asdict(processor.config), sort_keys=True) == (
+    assert json.dumps(config.fingerprint_values(), sort_keys=True) == (
         '{"grids": [[2, 1], [1, 2], [2, 2], [1, 3], [3, 1]], '
         f'"image_mode": "{image_mode}", "max_length": 4096, "pad_colour": {colour}, "patches_per_side": 4, '
         '"rounding": "exact", "template": "chatml", "tile": 28, "unmask_special_tokens": false}'

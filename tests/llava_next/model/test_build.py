@@ -11,7 +11,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, CLIPConfig, CLIPModel
 
-from llava_next.config import LanguageModelConfig, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig, Weights
+from llava_next.config import (
+    ANYRES,
+    LanguageModelConfig,
+    ModelConfig,
+    ModelError,
+    ProjectorKind,
+    VisionTowerConfig,
+    Weights,
+)
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
 from llava_next.model.architecture import VOCABULARY_MULTIPLE
@@ -373,9 +381,9 @@ def test_length_beyond_the_positions_is_an_error(make_backbone: MakeBackbone) ->
     """The message has both numbers and the fix."""
     backbone = make_backbone()
     with pytest.raises(ModelError, match=r"max_length=5000 exceeds the 4096 positions.*decrease it"):
-        backbone.processor(template=None, image_mode="anyres", max_length=5000)
-    assert backbone.processor(template=None, image_mode="anyres", max_length=64).config.template == "chatml"
-    assert backbone.processor(template="plain", image_mode="square", max_length=64).config.template == "plain"
+        backbone.processor(template=None, views=ANYRES, max_length=5000)
+    assert backbone.processor(template=None, views=ANYRES, max_length=64).config.template == "chatml"
+    assert backbone.processor(template="plain", views=ANYRES, max_length=64).config.template == "plain"
 
 
 def test_image_token_is_added_once(tmp_path: Path) -> None:
@@ -433,7 +441,7 @@ def test_complete_model_as_language_model(make_backbone: MakeBackbone, tmp_path:
     """Weights of the language model are not read from a complete model; its config alone is."""
     backbone = make_backbone()
     model = build_model(backbone, dtype=torch.float32, seed=0)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     write_hf(model, backbone, processor, tmp_path / "whole")
     language = replace(backbone.config.language_model, path=str(tmp_path / "whole"), weights=weights)
     config = replace(backbone.config, language_model=language)

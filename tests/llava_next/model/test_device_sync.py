@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from llava_next.config import PARTS
+from llava_next.config import PARTS, ViewsConfig
 from llava_next.inputs.batch import Batch
 from llava_next.model.build import build_model
 from llava_next.model.llava_next import LlavaNext
 from llava_next.model.parts import set_trained_parts
 from tests.llava_next.conftest import MakeBackbone
-from tests.llava_next.models import mixed, row
+from tests.llava_next.models import encoded, mixed, row
 from tests.tiny import TowerName
 
 
@@ -42,7 +42,7 @@ def _forward_without_values(model: LlavaNext, batch: Batch) -> None:
 @pytest.mark.parametrize(
     ("tower", "kind"),
     [
-        *(("clip", kind) for kind in ("mixed", "text_only", "empty")),
+        *(("clip", kind) for kind in ("mixed", "reduced", "text_only", "empty")),
         *((tower, "mixed") for tower in ("siglip", "dinov2")),
         # A tower runs on tiles only, on a blank one where there are none.
         *(
@@ -53,12 +53,16 @@ def _forward_without_values(model: LlavaNext, batch: Batch) -> None:
     ],
 )
 def test_forward_does_not_synchronize(make_backbone: MakeBackbone, tower: TowerName, kind: str) -> None:
-    """Rows with images in several grids, with text only, and without samples."""
+    """Rows with images in several grids, with reduced feature maps, with text only, and without samples."""
     backbone = make_backbone(tower)
     model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8, attention="sdpa")
     set_trained_parts(model, PARTS)
     samples = [sample for sample in mixed(backbone) if kind == "mixed" or not sample.images]
-    _forward_without_values(model, row(backbone, [sample.example for sample in samples if kind != "empty"]))
+    if kind == "reduced":
+        samples.append(encoded(backbone, [(56, 56)], views=ViewsConfig("anyres_max_1")))
+    batch = row(backbone, [sample.example for sample in samples if kind != "empty"])
+    assert (len(batch.reduced_rows) > 0) == (kind == "reduced")
+    _forward_without_values(model, batch)
 
 
 def test_synchronization_is_detected(make_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:

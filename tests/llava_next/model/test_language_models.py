@@ -32,7 +32,7 @@ from transformers import (
     XGLMConfig,
 )
 
-from llava_next.config import ModelConfig, ModelError
+from llava_next.config import ANYRES, ModelConfig, ModelError
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.language_models import SUPPORTED_MODEL_TYPES, check_language_model_supported, check_positions
@@ -207,7 +207,7 @@ def test_advice_about_windows_gives_an_export_that_runs(tmp_path: Path, kind: st
     backbone = read_backbone(_with_overrides(config, sliding_window=int(advice[1])))
     model = build_model(backbone, dtype=torch.float32, seed=3)
     sample = encoded(backbone, [(45, 61)])
-    write_hf(model, backbone, backbone.processor(template=None, image_mode="anyres", max_length=4096), tmp_path / "out")
+    write_hf(model, backbone, backbone.processor(template=None, views=ANYRES, max_length=4096), tmp_path / "out")
     stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading_info.values())
     batch = row(backbone, [sample.example])

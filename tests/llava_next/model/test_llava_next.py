@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from llava_next.config import PARTS, ModelError
+from llava_next.config import PARTS, ModelError, ViewsConfig
 from llava_next.inputs.batch import Batch
 from llava_next.inputs.processor import IGNORE, Example
 from llava_next.model.build import Backbone, build_model, read_backbone
@@ -185,7 +185,7 @@ def test_square_mode_equals_stock_llava_1_5(make_backbone: MakeBackbone, tower: 
     backbone = make_backbone(tower)
     model = _model(backbone)
     stock = stock_square_twin(model, backbone)
-    sample = encoded(backbone, CASES[case], seed=5, rounds=2, image_mode="square")
+    sample = encoded(backbone, CASES[case], seed=5, rounds=2, views=ViewsConfig("crop", "crop"))
     total, _, actual = _backward(model, [row(backbone, [sample.example])])
     expected = stock(**stock_square_inputs(backbone, sample)).loss * sample.example.layout.num_supervised
     expected.backward()

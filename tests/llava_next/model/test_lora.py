@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_next.config import LoraConfig, ModelError
+from llava_next.config import ANYRES, LoraConfig, ModelError
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import Backbone, build_model
 from llava_next.model.llava_next import LlavaNext
@@ -54,7 +54,7 @@ def test_merged_adapters_equal_the_adapted_model(make_backbone: MakeBackbone, tm
         tensor.normal_(std=0.3, generator=generator)
     actual = model.target_logits(batch)
     assert float((actual - before).norm() / before.norm()) > 1e-2
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     write_hf(model, backbone, processor, tmp_path / "export")
     assert torch.equal(model.target_logits(batch), actual), "the live model is as it was"
     stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(

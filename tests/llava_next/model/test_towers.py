@@ -19,7 +19,7 @@ from transformers import (
     ViTConfig,
 )
 
-from llava_next.config import ModelConfig, ModelError
+from llava_next.config import ANYRES, ModelConfig, ModelError
 from llava_next.formats.hugging_face import read_hf, write_hf
 from llava_next.model.build import Backbone, build_model, read_backbone
 from llava_next.model.flops import step_costs
@@ -145,7 +145,7 @@ def test_export_has_the_published_tower_names(make_backbone: MakeBackbone, tmp_p
     all of them."""
     backbone = make_backbone(tower)
     model = _model(backbone)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     write_hf(model, backbone, processor, tmp_path / "out")
     AutoModel.from_config(backbone.hf_config.vision_config).save_pretrained(tmp_path / "tower")
     prefix = TOWER_FAMILIES[backbone.hf_config.vision_config.model_type].published_prefix

@@ -222,7 +222,7 @@ def test_another_run_is_refused_key_by_key(start_ranks: StartRanks, run_config: 
                 ("max_length", 511),
                 ("learning_rates.projector", 2.0e-3),
                 ("template", "plain"),
-                ("image_mode", "square"),
+                ("views.single", "crop"),
                 ("unmask_special_tokens", True),
                 ("schedule", "constant"),
                 ("warmup_ratio", 0.5),

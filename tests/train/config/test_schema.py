@@ -15,6 +15,7 @@ import pydantic
 import pytest
 from omegaconf import OmegaConf
 
+from llava_next.config import ViewsConfig
 from tests.train.cases import RATES, tiny_run
 from train.config.compose import check, load, load_yaml, to_yaml
 from train.config.schema import ConfigError, RunConfig
@@ -146,9 +147,12 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"model.language_model.template": "nope"},
         ["model.language_model.template", "'nope'", "vicuna_v1"],
     ),
-    "image mode": (
-        {"stage.image_mode": "round"},
-        ["stage.image_mode", "'anyres', 'square', 'pad' or 'squash'", "'round'"],
+    "view": ({"stage.views.single": "round"}, ["stage.views.single", "anyres, crop, pad, squash", "_max_N", "'round'"]),
+    "reduction to nothing": ({"stage.views.several": "anyres_max_0"}, ["stage.views.several", "'anyres_max_0'"]),
+    "newline of no image": ({"stage.views.closing_newline": True}, ["stage.views.closing_newline=true", "no effect"]),
+    "export of OneVision's views": (
+        {"stage.views.single": "anyres_max_9"},
+        ["stage.views={single: anyres_max_9, several: anyres}", "cannot be exported", "stage.result=connector"],
     ),
     "projector": ({"model.projector": "mlp3x_gelu"}, ["model.projector", "'mlp2x_gelu' or 'linear'", "'mlp3x_gelu'"]),
     "schedule": ({"stage.schedule": "linear"}, ["stage.schedule", "'linear'"]),
@@ -240,12 +244,28 @@ def test_derived_engine_keys_are_refused(tiny_parts: RunConfig, key: str) -> Non
         checked(tiny_parts, {f"engine.{key}": {}})
 
 
-@pytest.mark.parametrize("mode", ["square", "pad", "squash"])
+@pytest.mark.parametrize("mode", ["crop", "pad", "squash"])
 def test_single_views_need_one_tile(tiny_parts: RunConfig, mode: str) -> None:
     """If images are single views, a row of one tile is enough, and there is no newline to train."""
-    config = checked(tiny_parts, {"packing.max_tiles": 1, "stage.image_mode": mode})
+    config = checked(tiny_parts, {"packing.max_tiles": 1, "stage.views": {"single": mode, "several": mode}})
     assert config.packing.max_tiles == 1
     assert set(config.stage.rates) == {"vision_tower", "projector", "language_model"}
+
+
+def test_views_that_no_export_has_end_with_a_connector(tiny_parts: RunConfig) -> None:
+    """OneVision's views are accepted then, with the tiles of the largest grid; a newline that closes single views is
+    trained with the projector. Samples with one image alone can be exported."""
+    onevision = {"single": "anyres_max_9", "several": "pad", "closing_newline": True}
+    config = checked(tiny_parts, {"stage.views": onevision, "stage.result": "connector"})
+    assert config.stage.views == ViewsConfig("anyres_max_9", "pad", closing_newline=True)
+    with pytest.raises(ConfigError, match=r"packing\.max_tiles=4 "):
+        checked(tiny_parts, {"stage.views": onevision, "stage.result": "connector", "packing.max_tiles": 4})
+    closed = {"single": "pad", "several": "pad", "closing_newline": True}
+    config = checked(tiny_parts, {"stage.views": closed, "stage.result": "connector", "packing.max_tiles": 1})
+    assert config.stage.rates["image_newline"] == config.stage.rates["projector"]
+    with pytest.raises(ConfigError, match="cannot be exported"):
+        checked(tiny_parts, {"stage.views": closed})
+    assert checked(tiny_parts, {"stage.views": {"single": "anyres"}}).stage.views == ViewsConfig("anyres", None)
 
 
 def test_the_tokenizers_own_template_is_a_name(tiny_parts: RunConfig) -> None:

@@ -22,7 +22,7 @@ from data_recipes.mixture.mixture import Mixture
 from data_recipes.schema.mixture_config import MixtureConfig, SourceShare
 from data_recipes.schema.sample import Message, Sample
 from data_recipes.store.reader import StoredText
-from llava_next.config import ModelError
+from llava_next.config import ANYRES, ModelError, ViewsConfig
 from llava_next.inputs.processor import Processor, SampleRejected
 from llava_next.model.build import read_backbone
 from tests.tiny import tiny_model, tiny_samples, tiny_store
@@ -38,7 +38,7 @@ def processor_of(config: RunConfig, **changes: Any) -> Processor:
     """Returns the processor of the run's stage with these changes."""
     stage = replace(config.stage, **changes)
     return read_backbone(config.model).processor(
-        template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
+        template=stage.template, views=stage.views, max_length=stage.max_length
     )
 
 
@@ -154,7 +154,7 @@ def test_other_data_has_another_table(tiny_parts: RunConfig, tmp_path: Path) -> 
     others = [
         (mixture_of(tiny_parts, sources=fewer), processor),
         (mixture, processor_of(tiny_parts, template="plain")),
-        (mixture, processor_of(tiny_parts, image_mode="square")),
+        (mixture, processor_of(tiny_parts, views=ViewsConfig("crop", "crop"))),
         (mixture, processor_of(tiny_parts, max_length=100)),
     ]
     result = {first.fingerprint, *(data_fingerprint(*other) for other in others)}
@@ -174,6 +174,18 @@ def test_a_row_budget_must_hold_the_largest_sample(tiny_parts: RunConfig, tmp_pa
         check_budgets(table, PackingConfig(tokens, tiles - 1))
 
 
+def test_sets_without_a_rule_are_rejected_and_counted(tiny_parts: RunConfig, tmp_path: Path) -> None:
+    """Samples with several images, if the views have no rule for them; the others are kept."""
+    mixture = mixture_of(tiny_parts)
+    whole = made(mixture, processor_of(tiny_parts), tmp_path)
+    table = made(mixture, processor_of(tiny_parts, views=ViewsConfig("anyres")), tmp_path)
+    num_sets = sum(len(mixture.text(number).sizes_hw) > 1 for number in range(mixture.num_samples))
+    assert num_sets > 0
+    assert table.rejects == {"several_images": num_sets}
+    assert len(table) == len(whole) - num_sets
+    assert "2 images, and stage.views.several has no value" in table.quarantine.read_text()
+
+
 def test_rejecting_every_sample_is_an_error(tiny_parts: RunConfig, tmp_path: Path) -> None:
     """A maximum length that rejects every sample is one sentence with the key, the reasons and the file."""
     with pytest.raises(ConfigError, match=r"stage\.max_length=10 leaves no sample .*\d+ too_long.*quarantine"):
@@ -189,7 +201,7 @@ def test_source_without_accepted_samples_is_an_error(tmp_path: Path) -> None:
     tiny_store(tmp_path / "stores", "tiny_short", tiny_samples(5, pictures=False))
     config = MixtureConfig("tiny", 0, {"tiny_long": SourceShare(), "tiny_short": SourceShare()})
     mixture = Mixture.open(config, tmp_path / "stores")
-    processor = read_backbone(model).processor(template=None, image_mode="square", max_length=300)
+    processor = read_backbone(model).processor(template=None, views=ANYRES, max_length=300)
     for is_writer in (True, False):
         with pytest.raises(
             ConfigError,

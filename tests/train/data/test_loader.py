@@ -45,7 +45,7 @@ class Data:
         stage = config.stage
         self.mixture = Mixture.open(config.mixture, Path(config.data.store_root))
         self.processor: Processor = read_backbone(config.model).processor(
-            template=stage.template, image_mode=stage.image_mode, max_length=stage.max_length
+            template=stage.template, views=stage.views, max_length=stage.max_length
         )
         folder = Path(config.data.store_root) / ".lengths"
         self.table: LengthTable = open_table(

@@ -7,7 +7,7 @@ import torch
 
 from data_recipes.schema.sample import Message
 from data_recipes.store.reader import StoredSample
-from llava_next.config import ModelConfig
+from llava_next.config import ANYRES, ModelConfig
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import Processor
@@ -45,7 +45,7 @@ def learn(folder: Path) -> Learned:
     config = tiny_model(folder, tower="clip")
     backbone = read_backbone(config)
     model = build_model(backbone, dtype=torch.float32, seed=0)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=512)
     samples = [sample(number) for number in range(len(ANSWERS))]
     examples = [processor.encode(s.messages, s.sizes_hw, s.images) for s in samples[:3]]
     batch = collate(examples, tile=backbone.tile, patches_per_tile=backbone.patches_per_side**2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llava_next.config import ModelError
+from llava_next.config import ANYRES, ModelError
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import build_model, read_backbone
 from tests.tiny import SIZES_HW, encoded_picture, tiny_model
@@ -65,7 +65,7 @@ def test_a_template_that_begins_the_text_itself(tmp_path: Path) -> None:
     """If both Vicuna's template and its tokenizer add <s>, the prompt differs from the training's."""
     config = tiny_model(tmp_path, template="vicuna_v1", kind="metaspace")
     backbone = read_backbone(config)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=512)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
     stock = StockModel(tmp_path / "export", processor, ALONE, batch_size=2, max_new_tokens=1)
     samples = [sample(number) for number in range(2)]

@@ -135,6 +135,7 @@ def test_figures_add_up() -> None:
     assert accuracy.interval[0] < accuracy.difference < accuracy.interval[1]
     assert accuracy.difference == pytest.approx(accuracy.right_picture - accuracy.other_picture)
     assert accuracy.base_view_interval is not None
+    assert accuracy.base_view_difference is not None
     assert accuracy.base_view_difference == pytest.approx(right.mean() - base_view.mean())
     assert accuracy.base_view_interval[0] < accuracy.base_view_difference < accuracy.base_view_interval[1]
 

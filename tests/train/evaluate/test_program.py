@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 from data_recipes.schema.sample import Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
-from llava_next.config import ImageMode
+from llava_next.config import ImageMode, ViewsConfig
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.batch import collate
 from llava_next.model.build import build_model, read_backbone
@@ -40,11 +40,12 @@ def test_a_run_is_evaluated_from_its_folder(
     leave out. The loss equals the model's on the held-out samples one by one."""
     model_config = tiny_model(tmp_path / "models")
     mixture_config, store_root = tiny_mixture(tmp_path / "data", 16, holdout=6)
-    config = with_stage(tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs"), image_mode=mode)
+    views = ViewsConfig(mode, mode)
+    config = with_stage(tiny_run(model_config, mixture_config, store_root, tmp_path / "outputs"), views=views)
     config = replace(config, packing=replace(config.packing, max_tokens=512))
     backbone = read_backbone(model_config)
     model = build_model(backbone, dtype=torch.float32, seed=0)
-    processor = backbone.processor(template=None, image_mode=mode, max_length=config.stage.max_length)
+    processor = backbone.processor(template=None, views=views, max_length=config.stage.max_length)
     run_dir = tmp_path / "run"
     write_hf(model, backbone, processor, run_dir / "export")
     (run_dir / "config.yaml").write_text(to_yaml(config))
@@ -102,14 +103,14 @@ def test_a_directory_is_evaluated_on_stores(
 def test_image_mode_is_read_from_the_directory(tmp_path: Path, mode: ImageMode) -> None:
     """Without a run, images are encoded in the mode of the directory's processor."""
     backbone = read_backbone(tiny_model(tmp_path / "models", "siglip"))
-    processor = backbone.processor(template=None, image_mode=mode, max_length=512)
+    processor = backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=512)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
     store = tiny_store(tmp_path, "tiny", tiny_samples(3))
     subject = load_directory(
         tmp_path / "export", [store], torch.device("cpu"), maxima=SampleMaxima(1), seed=0, chosen={}
     )
     actual, trained = subject.processor.config, processor.config
-    assert (actual.image_mode, actual.pad_colour) == (mode, trained.pad_colour)
+    assert (actual.views, actual.pad_colour) == (ViewsConfig(mode, mode), trained.pad_colour)
     assert (actual.tile, actual.patches_per_side, actual.grids) == (
         trained.tile,
         trained.patches_per_side,

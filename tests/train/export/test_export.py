@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_next.config import ImageMode, LoraConfig, ProjectorKind
+from llava_next.config import ANYRES, ImageMode, LoraConfig, ProjectorKind, ViewsConfig
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import build_model, read_backbone
 from llava_next.model.parts import set_trained_parts
@@ -95,12 +95,12 @@ def test_a_squashing_siglip_exports_and_reloads(
     """Trained on squashed images with a SigLIP tower and exported from the checkpoint: the verification with stock
     transformers passes, and the directory without its run still exports as squashing."""
     model = tiny_model(tmp_path / "parts", "siglip")
-    config = cases.with_stage(replace(run_config, model=model), image_mode="squash")
+    config = cases.with_stage(replace(run_config, model=model), views=ViewsConfig("squash", "squash"))
     config, saved = _trained(start_ranks, config, 1, 0)
     assert main([str(saved)]) == 0, capsys.readouterr().err
     assert "gives the same logits" in capsys.readouterr().out
     card = (config.run_dir / "exports" / "step_000004_hf" / "README.md").read_text()
-    assert re.search(r"image_mode +\| squash ", card)
+    assert re.search(r"views +\| \{single: squash, several: squash\} ", card)
     shutil.copytree(config.run_dir / "export", tmp_path / "alone")
     source = open_model(tmp_path / "alone", None)
     assert (source.config, source.image_mode) == (None, "squash")
@@ -113,16 +113,29 @@ def test_a_directory_without_its_run_keeps_its_image_mode(
     """The mode is read from the directory's image processor; the authors' layout has their value, and the card says
     that their code cannot squash for a CLIP tower."""
     backbone = read_backbone(tiny_model(tmp_path / "parts"))
-    processor = backbone.processor(template=None, image_mode=mode, max_length=4096)
+    processor = backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=4096)
     export, out = tmp_path / "export", tmp_path / "original"
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
     assert open_model(export, None).image_mode == mode
     command = [str(export), "--format", "original", "--out", str(out), "--vision-tower", "some/clip"]
     assert main(command) == 0, capsys.readouterr().err
     value = json.loads((out / "config.json").read_text())["image_aspect_ratio"]
-    assert value == ("square" if mode == "squash" else mode)
+    assert value == ("square" if mode in ("crop", "squash") else mode)
     authors = "no, it crops the centre" if mode == "squash" else "yes"
     assert f"the authors' code (llava): {authors}" in (out / "README.md").read_text()
+
+
+def test_a_checkpoint_whose_views_no_class_has_is_refused(
+    run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With exit code 2 and one sentence, before weights are read."""
+    views = ViewsConfig("anyres_max_9", "pad", closing_newline=True)
+    config = cases.with_stage(run_config, views=views, result="connector")
+    (tmp_path / "run_state.json").write_text("{}")
+    config_path(tmp_path).write_text(to_yaml(config))
+    assert main([str(tmp_path), "--no-verify"]) == 2
+    error = capsys.readouterr().err
+    assert "stage.views={single: anyres_max_9, several: pad, closing_newline: true} cannot be exported" in error
 
 
 @pytest.mark.full
@@ -353,7 +366,7 @@ def test_logits_are_not_compared_without_memory(
 ) -> None:
     """The free memory is that of the host or of a control group around this process, of either version."""
     backbone = read_backbone(run_config.model)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "model")
     proc = tmp_path / "root" / "proc"
     (proc / "self").mkdir(parents=True)
@@ -387,7 +400,7 @@ def test_an_output_that_is_something_else_is_left_alone(
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     backbone = read_backbone(run_config.model)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, source)
     for out, rule in ((tmp_path / "mine", "is not a model directory"), (source, "is or contains the exported source")):
         assert main([str(source), "--out", str(out)]) == 2
@@ -435,7 +448,7 @@ def test_export_names_the_supported_software(
     """The output and the card name the supported software: transformers with any tower, the servers by tower, and the
     purpose of the other layout."""
     backbone = read_backbone(replace(tiny_model(tmp_path / "parts", tower), projector=projector))
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=4096)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     export = tmp_path / "export"
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
     other = {"hf": "SGLang and the authors' code: no, use --format original",

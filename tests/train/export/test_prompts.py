@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
-from llava_next.config import ModelConfig
+from llava_next.config import ANYRES, ModelConfig
 from llava_next.formats.hugging_face import write_hf
 from llava_next.inputs.chat_template import is_bos_added, set_post_processor, template_from_tokenizer
 from llava_next.model.build import build_model, read_backbone, read_tokenizer
@@ -31,7 +31,7 @@ def _run_with_export(config: RunConfig, model: ModelConfig) -> Path:
     """Returns the folder of a run that has written its export, with random weights."""
     config = replace(config, model=model)
     backbone = read_backbone(model)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=512)
     config.run_dir.mkdir(parents=True)
     write_hf(build_model(backbone, dtype=torch.float32, seed=1), backbone, processor, config.run_dir / "export")
     (config.run_dir / "config.yaml").write_text(to_yaml(config))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 from data_recipes.schema.sample import Message, Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
-from llava_next.config import ImageMode
+from llava_next.config import ANYRES, ImageMode, ViewsConfig
 from llava_next.inputs.processor import IGNORE, Processor, SampleLayout
 from llava_next.model.build import read_backbone
 from tests.tiny import (
@@ -48,7 +49,7 @@ def _processor(
     folder: Path, kind: TokenizerName = "bytes", template: str = "chatml", mode: ImageMode = "anyres"
 ) -> Processor:
     backbone = read_backbone(tiny_model(folder, template=template, kind=kind))
-    return backbone.processor(template=None, image_mode=mode, max_length=512)
+    return backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=512)
 
 
 # ------------------------------------------------------------------------------------------------ one sample
@@ -91,7 +92,7 @@ def test_bytes_that_are_no_character_are_shown(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size_hw", SIZES_HW)
-@pytest.mark.parametrize("mode", ["anyres", "pad", "square", "squash"])
+@pytest.mark.parametrize("mode", get_args(ImageMode))
 def test_edges_and_kept_part_match_the_pixels(tmp_path: Path, size_hw: tuple[int, int], mode: ImageMode) -> None:
     """The canvas of a white image is white inside the drawn edge and padding outside, and the kept box holds all of the
     image that tokens represent."""
@@ -100,7 +101,7 @@ def test_edges_and_kept_part_match_the_pixels(tmp_path: Path, size_hw: tuple[int
     messages = (Message("user", "<image>"), Message("assistant", "White."))
     example = processor.encode(messages, [size_hw], [white])
     (image,) = example.layout.images
-    canvas = canvas_of(image, example.tiles, white, processor.config.image_mode)
+    canvas = canvas_of(image, example.tiles, white)
     top, left, bottom, right = canvas.image
     outside = np.ones(canvas.pixels.shape[:2], dtype=bool)
     outside[top:bottom, left:right] = False
@@ -113,7 +114,7 @@ def test_edges_and_kept_part_match_the_pixels(tmp_path: Path, size_hw: tuple[int
         assert kept_h * kept_w == patch**2 * (image.num_tokens - image.patches_per_side**2 - kept_h // patch)
         assert bottom - top - kept_h < 2 * patch  # at most a part of a patch is lost on either side
         assert right - left - kept_w < 2 * patch
-    elif mode == "square":
+    elif mode == "crop":
         top, left, bottom, right = canvas.kept
         assert np.array_equal(canvas.pixels[top:bottom, left:right], example.tiles[0])
     elif mode == "squash":
@@ -230,7 +231,7 @@ def test_counts_are_those_of_the_processor(look: Callable[..., _Page], tiny_part
     sample = tiny_samples(5)[4]
     page = look(tiny_store(tmp_path / "stores", "one", [sample]))
     backbone = read_backbone(tiny_parts.model)
-    processor = backbone.processor(template=None, image_mode="anyres", max_length=512)
+    processor = backbone.processor(template=None, views=ANYRES, max_length=512)
     sizes = [SIZES_HW[(4 + number) % len(SIZES_HW)] for number in range(2)]
     layout = processor.layout(sample.messages, sizes)
     assert f"{layout.num_tokens} tokens · {sum(i.num_tokens for i in layout.images)} of images" in page.text

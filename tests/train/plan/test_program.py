@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from data_recipes.mixture.mixture import Mixture
+from llava_next.config import ViewsConfig
 from llava_next.model.build import read_backbone
+from tests.train.cases import with_stage
 from tests.train.plan.test_hours import hardware
 from train.config.schema import PackingConfig, RunConfig
 from train.data.length_table import find_table, open_table, table_folders
@@ -127,6 +129,25 @@ def test_lengths_are_the_runs_own_once_it_has_counted(tiny_parts: RunConfig, tmp
     assert counted.origin.startswith("lengths counted")
     assert counted.tokens.tolist() == table.rows["tokens"].tolist()
     assert counted.num_samples == len(table)
+
+
+def test_published_lengths_follow_the_views(tiny_parts: RunConfig) -> None:
+    """A reduced feature map has fewer tokens in as many tiles; an image with one view has one tile."""
+    architecture = read_architecture(tiny_parts.model)
+    plain, reduced, single, closed = (
+        load_population(with_stage(tiny_parts, max_length=4096, views=views), architecture, num_samples=500)
+        for views in (
+            ViewsConfig("anyres"),
+            ViewsConfig("anyres_max_1", "pad"),
+            ViewsConfig("pad", "anyres"),
+            ViewsConfig("pad", closing_newline=True),
+        )
+    )
+    np.testing.assert_array_equal(reduced.tiles, plain.tiles)
+    assert (reduced.tokens <= plain.tokens).all()
+    assert reduced.tokens.sum() < plain.tokens.sum()
+    assert single.tiles.max() == 1
+    np.testing.assert_array_equal(closed.tokens - single.tokens, single.tiles)
 
 
 def test_lengths_of_the_runs_own_folder(run_config: RunConfig, tmp_path: Path) -> None:

@@ -334,11 +334,12 @@ def test_questions_have_the_images_of_their_store(make: Make, tmp_path: Path) ->
     assert page.text.count("perhaps 5") == 1
 
 
-def test_tiles_are_drawn_over_the_images_of_questions(make: Make, tmp_path: Path) -> None:
+@pytest.mark.parametrize("views", [{"image_mode": "anyres"}, {"views": {"single": "anyres_max_9", "several": "pad"}}])
+def test_tiles_are_drawn_over_the_images_of_questions(make: Make, tmp_path: Path, views: dict[str, Any]) -> None:
     """With an export and AnyRes: each image on the canvas of its grid, the lines between its tiles, and its base view.
     An export that is damaged is named, and the images are shown without tiles."""
     tiny_store(tmp_path / "stores", "pictures", tiny_samples(6))
-    config = {"data": {"store_root": str(tmp_path / "stores")}, "stage": {**CONFIG["stage"], "image_mode": "anyres"}}  # type: ignore[dict-item]
+    config = {"data": {"store_root": str(tmp_path / "stores")}, "stage": {**CONFIG["stage"], **views}}  # type: ignore[dict-item]
     asked = [_answer("pictures", f"{number:06d}", "What is it?") for number in range(6)]
     folder = make("a", config=config, evaluation__answers__jsonl=asked)
     (folder / "export").mkdir()

@@ -14,11 +14,13 @@ import torch
 
 from data_recipes.mixture.mixture import Mixture
 from data_recipes.schema.mixture_config import SourceShare
+from data_recipes.schema.sample import Message, Sample
+from llava_next.config import ViewsConfig
 from llava_next.inputs.batch import Batch, collate
 from llava_next.inputs.processor import IGNORE, Example
 from llava_next.model.build import build_model, read_backbone
 from llava_next.model.flops import StepCosts
-from tests.tiny import tiny_mixture
+from tests.tiny import PATCHES_PER_SIDE, SIZES_HW, encode_noise_image, tiny_mixture, tiny_store
 from tests.train import cases
 from tests.train.cases import Record, with_stage, zero
 from tests.train.conftest import StartRanks
@@ -130,6 +132,23 @@ def test_a_prompt_is_the_trained_one_up_to_the_answer(holding_out: RunConfig) ->
         assert probe.question in text.messages[0].text
         assert "<image>" not in probe.question
     assert {probe.num_images for probe in live.probes} == {1, 2}
+
+
+def test_a_prompt_has_the_views_of_its_whole_sample(holding_out: RunConfig, tmp_path: Path) -> None:
+    """A sample with an image in each of two rounds has two images, also where the first round alone is asked: its views
+    are those of several images, in the ids and in the row."""
+    sizes = SIZES_HW[3:5]
+    turns = [("user", "<image>\nWhat is it?"), ("assistant", "A."), ("user", "<image>\nAnd this?"), ("assistant", "B.")]
+    images = tuple(encode_noise_image(number, size) for number, size in enumerate(sizes))
+    sample = Sample("0", tuple(Message(role, text) for role, text in turns), images, "tiny:0")  # type: ignore[arg-type]
+    config = with_stage(holding_out, views=ViewsConfig("anyres", "pad", closing_newline=True))
+    live = _live(config, list_store_samples(tiny_store(tmp_path, "rounds", [sample]), 1))
+    (probe,) = live.probes
+    layout = live.processor.layout(sample.messages, sizes)
+    assert layout.ids[: len(probe.prompt)].tolist() == probe.prompt.tolist()
+    assert (probe.num_images, probe.num_tiles) == (1, 1)
+    batch = live._make_batch((0,))
+    assert len(batch.image_positions) == layout.images[0].num_tokens == PATCHES_PER_SIDE**2 + 1
 
 
 def test_questions_are_selected_from_the_data(holding_out: RunConfig) -> None:
