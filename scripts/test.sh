@@ -33,4 +33,4 @@ export HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 WANDB_MODE=${WANDB_MODE:-disa
 # Two processes (-n N in the arguments changes this), because many tests wait for programs and ranks. The tests of one
 # file stay together: they share ranks and runs.
 # -rs: the reason of every skipped test, which has the command that makes it run.
-exec python -m pytest -n 2 --dist loadfile -m "$marks" --durations=15 -rs "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "$marks" --durations=15 -rs "$@"

@@ -14,11 +14,33 @@ import pytest
 from train.engine import deepspeed_ops
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST = (
+    "scripts/test_slurm.py",
+    "house/test_pages_run.py",
+    "train/acceptance/test_program.py",
+    "train/checkpoint/test_kills.py",
+    "train/checkpoint/test_resume.py",
+    "train/engine/test_contract.py",
+    "train/test_trainer.py",
+    "scripts/test_vllm.py",
+    "train/test_program.py",
+    "house/test_wheel.py",
+    "house/test_your_own_images.py",
+    "train/test_shipped_backbones.py",
+    "train/test_tune.py",
+    "scripts/test_lmms_eval.py",
+    "train/checkpoint/test_disk.py",
+    "scripts/test_bench_step.py",
+)
+"""Files that take minutes. They run first, so that two processes end at about the same time."""
 _OPS = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a CUDA device where there is none; torch is imported only if a test asks for one."""
+    """Sort the files, and skip what needs a CUDA device where there is none; torch is imported only if a test asks for
+    one."""
+    order = {str(ROOT / "tests" / name): number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(str(item.path), len(order)))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:
         return
