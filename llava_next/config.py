@@ -237,20 +237,30 @@ def check_views(views: ViewsConfig) -> None:
         )
 
 
-def exported_mode(views: ViewsConfig) -> ImageMode:
-    """The mode of every image in the stock class that an export is written as: LLaVA-NeXT (anyres) or LLaVA (others).
+StockClass = Literal["llava_next", "llava", "llava_onevision"]
+"""The `model_type` of the stock classes that a model is exported as."""
+
+
+def stock_class(views: ViewsConfig) -> StockClass:
+    """The stock class whose processor makes these views.
+
+    A LLaVA-NeXT cuts every image with AnyRes, and a LLaVA makes the same single view of every image. A LLaVA-OneVision
+    reduces the feature map of a single image (anyres_max_N), and pads each of several images to a square, with a
+    closing newline.
 
     Raises:
-        ModelError: neither class can represent the views.
+        ModelError: no class makes the views.
     """
     first = views.rules[0]
-    if any(rule != ViewRule(first.mode) for rule in views.rules):
-        raise ModelError(
-            f"stage.views={views} cannot be exported: an export is a llava_next or llava model, which makes the same "
-            "views of every image, without anyres_max_N and without a closing newline; choose such views, or "
-            "stage.result=connector"
-        )
-    return first.mode
+    if all(rule == ViewRule(first.mode) for rule in views.rules):
+        return "llava_next" if first.mode == "anyres" else "llava"
+    if first.max_views is not None and views.rules[1:] in ((), (ViewRule("pad", closing_newline=True),)):
+        return "llava_onevision"
+    raise ModelError(
+        f"stage.views={views} cannot be exported: an export is a llava_next or llava model, which makes the same views "
+        "of every image, without anyres_max_N and without a closing newline, or a llava_onevision model, which has "
+        "{single: anyres_max_N, several: pad, closing_newline: true}; choose such views, or stage.result=connector"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`python -m train.chat EXPORT [IMAGE]`: a conversation about an image in the terminal, with streamed answers.
+"""`python -m train.chat EXPORT [IMAGE ...]`: a conversation about images in the terminal, with streamed answers.
 
 Stock transformers runs the export with its own model, processor and chat template. Every line is a question; empty
 lines are ignored.
@@ -7,6 +7,7 @@ lines are ignored.
 import argparse
 import io
 import math
+import shlex
 import sys
 import threading
 from collections.abc import Iterator, Sequence
@@ -19,7 +20,6 @@ from PIL import Image, UnidentifiedImageError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    AutoProcessor,
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
@@ -28,6 +28,7 @@ from transformers import (
 from data_recipes.schema.arguments import ArgumentParser, path_argument
 from data_recipes.schema.console import run_program
 from llava_next.config import ModelError
+from llava_next.formats.onevision import load_processor
 from llava_next.inputs.anyres import decode
 from llava_next.inputs.chat_template import should_add_special_tokens
 from llava_next.model.towers import stock_unsupported_reason
@@ -35,7 +36,10 @@ from llava_next.model_directory import model_argument
 from train.config.exit_codes import report_mistake
 from train.distributed.quiet_libraries import quiet_libraries
 
-_HELP = "/image FILE: new conversation about another image   /new: new conversation   /quit or Ctrl-D: exit"
+_HELP = (
+    "/image FILE: new conversation about another image   /images FILE FILE ...: about several   /new: new conversation"
+    "   /quit or Ctrl-D: exit"
+)
 
 
 class _StopOnEvent(StoppingCriteria):  # type: ignore[misc]
@@ -50,9 +54,9 @@ class _StopOnEvent(StoppingCriteria):  # type: ignore[misc]
 
 @dataclass
 class Conversation:
-    """An image, or None, and the turns so far in the format of chat templates."""
+    """The images, which belong to the first question, and the turns so far in the format of chat templates."""
 
-    image: Image.Image | None = None
+    images: Sequence[Image.Image] = ()
     turns: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -85,7 +89,7 @@ class Chat:
                     f"stock transformers cannot run {path}: {reason}; `python -m train.evaluate RUN --generate 0` "
                     "computes its losses (for a directory without a run, add --store STORE)"
                 )
-            self._processor = AutoProcessor.from_pretrained(path)
+            self._processor = load_processor(path)
             model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
         except ModelError:
             raise
@@ -107,10 +111,10 @@ class Chat:
         """
         question = question.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # bytes that are not UTF-8
         content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if conversation.image is not None and not conversation.turns:
-            content.insert(0, {"type": "image"})
+        if not conversation.turns:
+            content[:0] = [{"type": "image"} for _ in conversation.images]
         turns = [*conversation.turns, {"role": "user", "content": content}]
-        inputs = self._make_inputs(turns, conversation.image)
+        inputs = self._make_inputs(turns, conversation.images)
         num_free = self._max_positions - inputs["input_ids"].shape[1]
         if num_free < 1:
             raise ModelError(
@@ -147,11 +151,12 @@ class Chat:
                 {"role": "assistant", "content": [{"type": "text", "text": written.strip()}]},
             ]
 
-    def _make_inputs(self, turns: list[dict[str, Any]], image: Image.Image | None) -> Any:
+    def _make_inputs(self, turns: list[dict[str, Any]], images: Sequence[Image.Image]) -> Any:
         text = self._processor.apply_chat_template(turns, add_generation_prompt=True)
-        images = {} if image is None else {"images": [image]}
+        # In a list of lists, each has the images of one sample. LLaVA-OneVision depends on it.
+        pixels = {"images": [list(images)]} if images else {}
         special = should_add_special_tokens(self._processor.tokenizer, text)
-        inputs = self._processor(text=text, return_tensors="pt", add_special_tokens=special, **images)
+        inputs = self._processor(text=text, return_tensors="pt", add_special_tokens=special, **pixels)
         return inputs.to(self._model.device, self._model.dtype)
 
 
@@ -175,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_libraries(on_cpu=not torch.cuda.is_available())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        conversation = Conversation(read_image(options.image) if options.image else None)
+        conversation = Conversation([read_image(path) for path in options.images])
         chat = Chat(options.export, device, max_new_tokens=options.max_new_tokens, temperature=options.temperature)
         if options.ask is not None:
             _print_answer(chat, conversation, options.ask)
@@ -203,15 +208,25 @@ def _read_questions(chat: Chat, conversation: Conversation) -> None:
             return
         try:
             if word in ("/image", "/picture"):
-                conversation = Conversation(read_image(Path(rest.strip())))
+                conversation = Conversation([read_image(Path(rest.strip()))])
+            elif word == "/images":
+                conversation = Conversation([read_image(Path(name)) for name in _split(rest)])
             elif word == "/new":
-                conversation = Conversation(conversation.image)
+                conversation = Conversation(conversation.images)
             elif line.startswith("/"):
                 print(_HELP)
             elif line:
                 _print_answer(chat, conversation, line)
         except ModelError as error:
             print(f"error: {error}", file=sys.stderr)
+
+
+def _split(names: str) -> list[str]:
+    """Splits names of files as a shell does."""
+    try:
+        return shlex.split(names)
+    except ValueError as error:
+        raise ModelError(f"/images {names}: {error}") from error
 
 
 def _print_answer(chat: Chat, conversation: Conversation, question: str) -> None:
@@ -233,7 +248,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="EXPORT",
         help="a run folder, its export/, any LLaVA-NeXT directory, or the id of a fetched one on the hub",
     )
-    parser.add_argument("image", type=path_argument, metavar="IMAGE", nargs="?", help="the image to ask about")
+    parser.add_argument("images", type=path_argument, metavar="IMAGE", nargs="*", help="the images to ask about")
     parser.add_argument("--ask", metavar="QUESTION", help="answer one question and exit")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="maximum length of an answer (%(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 selects greedy decoding (%(default)s)")

@@ -15,9 +15,11 @@ from pathlib import Path
 import torch
 
 from data_recipes.mixture.mixture import Mixture
+from llava_next.config import stock_class
 from llava_next.file_access import write_problem
 from llava_next.formats.connector import write_connector
 from llava_next.formats.hugging_face import write_hf
+from llava_next.formats.onevision import ONEVISION_SERVING
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone
 from llava_next.model.llava_next import LlavaNext
@@ -262,6 +264,8 @@ def _describe_start(config: RunConfig, world: World, data: RunData, num_steps: i
     reason = stock_unsupported_reason(data.backbone.hf_config.vision_config)
     if reason is not None:
         lines.append(f"stock transformers will load the export of this model but cannot run it: {reason}")
+    if stage.result == "export" and stock_class(stage.views) == "llava_onevision":
+        lines.append(f"the export will be a llava_onevision model. {ONEVISION_SERVING}")
     return "\n".join(lines)
 
 

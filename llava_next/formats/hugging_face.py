@@ -1,8 +1,7 @@
 """Reads and writes complete models in the Hugging Face layout, for transformers and vLLM.
 
-Weights are written one tensor at a time, from a model in memory or from files. A model trained on AnyRes tiles is
-written as a LLaVA-NeXT. A model trained on single views is written as a LLaVA (1.5), whose stock processor makes the
-same view.
+Weights are written one tensor at a time, from a model in memory or from files. A model is written as the stock class
+whose processor makes the views of its training: LLaVA-NeXT, LLaVA (1.5) or LLaVA-OneVision (`stock_class`).
 """
 
 import copy
@@ -23,16 +22,19 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
     PreTrainedModel,
 )
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
-from llava_next.config import Grid, ImageMode, ModelConfig, ModelError, exported_mode
+from llava_next.config import ANYRES, Grid, ImageMode, ModelConfig, ModelError, ViewsConfig, stock_class
 from llava_next.file_access import permission_problem
 from llava_next.formats.atomic import atomic_directory
 from llava_next.formats.merge_adapters import merge_adapters
+from llava_next.formats.onevision import ImagesOnlyProcessor, onevision_processor, save_onevision_processor
 from llava_next.formats.tensor_names import NEWLINE, SECOND_LAYER, published_name
 from llava_next.formats.tensors import Gather, LazyTensor, from_tensor, no_gather, write_shards
 from llava_next.inputs.anyres import grids_from_pinpoints
@@ -47,14 +49,13 @@ from llava_next.model.towers import prepare_tower_config
 
 _SHARED_KEYS = (
     "image_token_index",
-    "image_seq_length",
     "projector_hidden_act",
     "vision_feature_select_strategy",
     "vision_feature_layer",
     "tie_word_embeddings",
     "pad_token_id",
 )
-"""Keys that the configs of LLaVA and LLaVA-NeXT share, besides the configs of the two parts."""
+"""Keys that the configs of the three classes share, besides the configs of the two parts."""
 
 
 def write_hf(
@@ -80,7 +81,7 @@ def write_hf(
         ModelError: no stock class makes the processor's views.
     """
     keep = target is not None
-    tensors = published_tensors(model, backbone, exported_mode(processor.config.views), gather, keep=keep)
+    tensors = published_tensors(model, backbone, processor.config.views, gather, keep=keep)
     with atomic_directory(target, attachments) as folder:
         write_hf_folder(tensors, backbone, processor, folder)
 
@@ -104,7 +105,7 @@ def write_hf_folder(
     write_shards(tensors, folder, shard_bytes)
     if folder is None:
         return
-    config = stock_config(backbone, exported_mode(processor.config.views))
+    config = stock_config(backbone, processor.config.views)
     for part_config in (config, config.text_config, config.vision_config):
         part_config.dtype = tensors[0].dtype
     config.save_pretrained(folder)
@@ -132,25 +133,25 @@ def check_identity(tensor: torch.Tensor, name: str, source: Path) -> None:
 
 
 def published_tensors(
-    model: LlavaNext, backbone: Backbone, image_mode: ImageMode, gather: Gather = no_gather, *, keep: bool = True
+    model: LlavaNext, backbone: Backbone, views: ViewsConfig, gather: Gather = no_gather, *, keep: bool = True
 ) -> list[LazyTensor]:
     """The tensors of a model under their published names, as `to_stock_tensors` returns them.
 
     Args:
         model: the model in memory.
         backbone: its configuration.
-        image_mode: whether the stock model is a LLaVA-NeXT or a LLaVA.
+        views: of the training; they determine the stock class.
         gather: completes partitioned parameters.
         keep: whether this rank keeps the tensors that it gathers.
     """
     tensors = [lazy_parameter(name, parameter, gather, keep=keep) for name, parameter in live_parameters(model)]
-    return to_stock_tensors(tensors, model, backbone, image_mode)
+    return to_stock_tensors(tensors, model, backbone, views)
 
 
 def to_stock_tensors(
-    tensors: Iterable[LazyTensor], model: LlavaNext, backbone: Backbone, image_mode: ImageMode
+    tensors: Iterable[LazyTensor], model: LlavaNext, backbone: Backbone, views: ViewsConfig
 ) -> list[LazyTensor]:
-    """Converts the tensors of a model to those of the stock model of the image mode.
+    """Converts the tensors of a model to those of the stock model of its views.
 
     Adapters are merged, a linear projector gets its identity second layer, and `image_newline` is omitted for a LLaVA.
 
@@ -158,7 +159,7 @@ def to_stock_tensors(
         tensors: all of `live_parameters(model)`, by parameter name.
         model: gives the adapters.
         backbone: its configuration.
-        image_mode: whether the stock model is a LLaVA-NeXT or a LLaVA.
+        views: of the training; they determine the stock class.
 
     Returns:
         The tensors under their published names.
@@ -170,7 +171,7 @@ def to_stock_tensors(
         width = backbone.hf_config.text_config.hidden_size
         identity = (torch.eye(width, dtype=dtype), torch.zeros(width, dtype=dtype))
         named += [from_tensor(name, tensor) for name, tensor in zip(SECOND_LAYER, identity, strict=True)]
-    return [tensor for tensor in named if image_mode == "anyres" or tensor.name != NEWLINE]
+    return [tensor for tensor in named if stock_class(views) != "llava" or tensor.name != NEWLINE]
 
 
 def lazy_parameter(name: str, parameter: nn.Parameter, gather: Gather = no_gather, *, keep: bool = True) -> LazyTensor:
@@ -191,20 +192,33 @@ def lazy_parameter(name: str, parameter: nn.Parameter, gather: Gather = no_gathe
     return LazyTensor(name, shape, parameter.dtype, read)
 
 
-def stock_config(backbone: Backbone, image_mode: ImageMode) -> LlavaNextConfig | LlavaConfig:
-    """The config of the stock model whose processor makes the views of the image mode."""
-    config = backbone.hf_config
-    if image_mode == "anyres":
+def stock_config(backbone: Backbone, views: ViewsConfig) -> LlavaNextConfig | LlavaConfig | LlavaOnevisionConfig:
+    """The config of the stock model whose processor makes the views."""
+    config, kind = backbone.hf_config, stock_class(views)
+    if kind == "llava_next":
         config.architectures = ["LlavaNextForConditionalGeneration"]
         return config
-    config = copy.deepcopy(config)  # LlavaConfig resets the attention implementation of the configs passed to it
-    single = LlavaConfig(
-        vision_config=config.vision_config,
-        text_config=config.text_config,
-        **{key: getattr(config, key) for key in _SHARED_KEYS},
+    config = copy.deepcopy(config)  # the others reset the attention implementation of the configs passed to them
+    shared = {"vision_config": config.vision_config, "text_config": config.text_config}
+    shared |= {key: getattr(config, key) for key in _SHARED_KEYS}
+    stock: LlavaConfig | LlavaOnevisionConfig
+    if kind == "llava":
+        stock = LlavaConfig(image_seq_length=config.image_seq_length, **shared)
+        stock.architectures = ["LlavaForConditionalGeneration"]
+        return stock
+    stock = LlavaOnevisionConfig(
+        image_grid_pinpoints=config.image_grid_pinpoints,
+        vision_aspect_ratio=views.single,
+        video_token_index=_video_token_id(backbone),
+        **shared,
     )
-    single.architectures = ["LlavaForConditionalGeneration"]
-    return single
+    stock.architectures = ["LlavaOnevisionForConditionalGeneration"]
+    return stock
+
+
+def _video_token_id(backbone: Backbone) -> int:
+    """The tokenizer's id of the stock placeholder of a video; -1, which no text has, if it has none."""
+    return int(backbone.tokenizer.get_vocab().get("<video>", -1))
 
 
 def _stop_ids(backbone: Backbone, template: Template) -> int | list[int] | None:
@@ -215,45 +229,63 @@ def _stop_ids(backbone: Backbone, template: Template) -> int | list[int] | None:
     return end if eos is None or end == eos else [end, eos]
 
 
-def stock_processor(backbone: Backbone, processor: Processor) -> LlavaNextProcessor | LlavaProcessor:
+def stock_processor(
+    backbone: Backbone, processor: Processor
+) -> LlavaNextProcessor | LlavaProcessor | ImagesOnlyProcessor:
     """The stock processor that makes the same views and renders the same prompt."""
-    tower, image_mode = backbone.config.vision_tower, exported_mode(processor.config.views)
-    pixels: dict[str, Any] = {
-        "size": {"shortest_edge": backbone.tile},
-        "crop_size": {"height": backbone.tile, "width": backbone.tile},
-        "image_mean": list(tower.image_mean),
-        "image_std": list(tower.image_std),
-    }
+    tower, kind = backbone.config.vision_tower, stock_class(processor.config.views)
+    square = {"height": backbone.tile, "width": backbone.tile}
+    pixels: dict[str, Any] = {"image_mean": list(tower.image_mean), "image_std": list(tower.image_std)}
+    grids = backbone.hf_config.image_grid_pinpoints
     strategy = backbone.hf_config.vision_feature_select_strategy
     tokenizer = serving_tokenizer(backbone, processor.template)
     text_options: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "patch_size": backbone.hf_config.vision_config.patch_size,
         "vision_feature_select_strategy": strategy,
-        "num_additional_image_tokens": 1 if strategy == "default" else 0,
         "chat_template": chat_template(processor.template, separator=word_separator(tokenizer)),
     }
-    if image_mode == "squash":  # resized without keeping the aspect ratio, as SigLIP's processor does
-        pixels |= {"size": {"height": backbone.tile, "width": backbone.tile}, "do_center_crop": False}
-    if image_mode != "anyres":
-        return LlavaProcessor(LlavaImageProcessorPil(do_pad=image_mode == "pad", **pixels), **text_options)
-    grids = backbone.hf_config.image_grid_pinpoints
+    num_prefix_tokens = 1 if strategy == "default" else 0
+    if kind == "llava_onevision":
+        return onevision_processor(
+            {"size": square, "image_grid_pinpoints": grids, **pixels},
+            num_image_tokens=processor.config.patches_per_side**2 + num_prefix_tokens,
+            vision_aspect_ratio=processor.config.views.single,
+            **text_options,
+        )
+    text_options |= {
+        "patch_size": backbone.hf_config.vision_config.patch_size,
+        "num_additional_image_tokens": num_prefix_tokens,
+    }
+    mode = processor.config.views.rules[0].mode
+    if mode == "squash":  # resized without keeping the aspect ratio, as SigLIP's processor does
+        pixels |= {"size": square, "crop_size": square, "do_center_crop": False}
+    else:
+        pixels |= {"size": {"shortest_edge": backbone.tile}, "crop_size": square}
+    if kind == "llava":
+        return LlavaProcessor(LlavaImageProcessorPil(do_pad=mode == "pad", **pixels), **text_options)
     return LlavaNextProcessor(LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **pixels), **text_options)
 
 
-def stock_image_mode(model_type: str, images: Any, source: Path) -> ImageMode:
-    """The image mode of a stock model's image processor; the inverse of `stock_processor`.
+def stock_views(config: Any, images: Any, source: Path) -> ViewsConfig:
+    """The views that a stock model's processor makes; the inverse of `stock_processor`.
 
     Args:
-        model_type: of the directory's config, llava_next or llava.
+        config: of the model, a LLaVA-NeXT, a LLaVA or a LLaVA-OneVision.
         images: the image processor; for a LLaVA, one of LLaVA's, CLIP's or SigLIP's.
         source: the directory, for messages.
 
     Raises:
-        ModelError: the view is not square, or it is a crop of an image that was resized to a square.
+        ModelError: the view of a LLaVA is not square, or it is a crop of an image that was resized to a square.
     """
-    if model_type == "llava_next":
-        return "anyres"
+    if config.model_type == "llava_next":
+        return ANYRES
+    if config.model_type == "llava_onevision":
+        return ViewsConfig(config.vision_aspect_ratio, "pad", closing_newline=True)
+    mode = _single_view(images, source)
+    return ViewsConfig(mode, mode)
+
+
+def _single_view(images: Any, source: Path) -> ImageMode:
     if getattr(images, "do_pad", False):
         return "pad"
     height, width = images.size.get("height"), images.size.get("width")
@@ -271,7 +303,10 @@ def stock_image_mode(model_type: str, images: Any, source: Path) -> ImageMode:
 def save_processor(backbone: Backbone, processor: Processor, folder: Path) -> None:
     """Writes the stock processor in the format of `AutoProcessor`."""
     stock = stock_processor(backbone, processor)
-    stock.save_pretrained(folder)
+    if isinstance(stock, ImagesOnlyProcessor):
+        save_onevision_processor(stock, folder)
+    else:
+        stock.save_pretrained(folder)
     write_tokenizer_settings(folder, stock.tokenizer)
 
 
@@ -332,7 +367,7 @@ def read_hf(source: Path, config: ModelConfig) -> tuple[Backbone, LlavaNext]:
     model = wrap_stock_model(stock, config, source)
     tower = replace(config.vision_tower, feature_layer=model.hf.config.vision_feature_layer)
     grids = config.grids
-    if isinstance(stock, LlavaNextForConditionalGeneration):
+    if isinstance(stock, LlavaNextForConditionalGeneration | LlavaOnevisionForConditionalGeneration):
         grids = grids_from_pinpoints(stock.config.image_grid_pinpoints, stock.config.vision_config.image_size)
     kind = projector_kind(model.hf.config.to_dict(), source)
     config = replace(config, grids=grids, vision_tower=tower, projector=kind)
@@ -350,26 +385,25 @@ def wrap_stock_model(stock: PreTrainedModel, config: ModelConfig, source: Path) 
     """Wraps a stock model for packed rows. `stock` is modified and must not be run afterwards.
 
     Args:
-        stock: a LLaVA-NeXT or a LLaVA.
+        stock: a LLaVA-NeXT, a LLaVA or a LLaVA-OneVision.
         config: gives the tower's image mean and standard deviation, and the grids of a LLaVA.
         source: for messages.
 
     Raises:
-        ModelError: the model is neither, the tower or the projector is not supported, or the grids are not multiples
-            of the tile.
+        ModelError: the model is none of them, the tower or the projector is not supported, or the grids are not
+            multiples of the tile.
     """
-    if isinstance(stock, LlavaForConditionalGeneration | LlavaNextForConditionalGeneration):
-        prepare_tower_config(stock.config.vision_config)
-    if isinstance(stock, LlavaForConditionalGeneration):
-        hf = _with_newline(stock, config.grids)
-    elif isinstance(stock, LlavaNextForConditionalGeneration):
-        hf = stock
+    if not isinstance(stock, _SUPPORTED):
+        raise ModelError(
+            f"{source} is a {type(stock).__name__}; only LLaVA, LLaVA-NeXT and LLaVA-OneVision are supported"
+        )
+    prepare_tower_config(stock.config.vision_config)
+    if not isinstance(stock, LlavaForConditionalGeneration):
         try:
-            grids_from_pinpoints(hf.config.image_grid_pinpoints, hf.config.vision_config.image_size)
+            grids_from_pinpoints(stock.config.image_grid_pinpoints, stock.config.vision_config.image_size)
         except ModelError as error:
             raise ModelError(f"{source}: {error}") from error
-    else:
-        raise ModelError(f"{source} is a {type(stock).__name__}; only LLaVA and LLaVA-NeXT are supported")
+    hf = stock if isinstance(stock, LlavaNextForConditionalGeneration) else _as_llava_next(stock, config.grids)
     if projector_kind(hf.config.to_dict(), source) == "linear":
         for tensor, name in zip(hf.model.multi_modal_projector.linear_2.parameters(), SECOND_LAYER, strict=True):
             check_identity(tensor.detach(), name, source)
@@ -378,20 +412,40 @@ def wrap_stock_model(stock: PreTrainedModel, config: ModelConfig, source: Path) 
     return LlavaNext(hf, image_mean=tower.image_mean, image_std=tower.image_std)
 
 
-def _with_newline(stock: LlavaForConditionalGeneration, grids: tuple[Grid, ...]) -> LlavaNextForConditionalGeneration:
-    """A LLaVA-NeXT with the parts of a LLaVA. Its newline vector is zero; single views do not use it."""
+_SUPPORTED = (
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionForConditionalGeneration,
+)
+
+
+def _as_llava_next(
+    stock: LlavaForConditionalGeneration | LlavaOnevisionForConditionalGeneration, grids: tuple[Grid, ...]
+) -> LlavaNextForConditionalGeneration:
+    """A LLaVA-NeXT with the parts of another class.
+
+    Args:
+        stock: a LLaVA gets a newline vector of zeros, which its single views do not use.
+        grids: for a LLaVA.
+    """
     old = stock.config
     tile = old.vision_config.image_size
+    newline = getattr(stock.model, "image_newline", None)
     config = LlavaNextConfig(
         vision_config=old.vision_config,
         text_config=old.text_config,
-        image_grid_pinpoints=[[rows * tile, cols * tile] for rows, cols in grids],
+        image_grid_pinpoints=getattr(old, "image_grid_pinpoints", None)
+        or [[rows * tile, cols * tile] for rows, cols in grids],
         **{key: getattr(old, key) for key in _SHARED_KEYS},
     )
+    if hasattr(old, "image_seq_length"):
+        config.image_seq_length = old.image_seq_length
     with torch.device("meta"):
         hf = LlavaNextForConditionalGeneration(config)
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
         setattr(hf.model, part, getattr(stock.model, part))
     hf.lm_head = stock.lm_head
-    hf.model.image_newline = nn.Parameter(torch.zeros(config.text_config.hidden_size, dtype=stock.dtype))
+    if newline is None:
+        newline = nn.Parameter(torch.zeros(config.text_config.hidden_size, dtype=stock.dtype))
+    hf.model.image_newline = newline
     return hf

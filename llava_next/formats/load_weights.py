@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import LlavaConfig
+from transformers import LlavaConfig, LlavaOnevisionConfig
 
 from llava_next.config import ModelError, ProjectorKind
 from llava_next.file_access import permission_problem
@@ -172,10 +172,12 @@ def _check_config(config: dict[str, Any], kind: ProjectorKind, backbone: Backbon
             f"the model in {source} has a projector of kind {kind}, this model's is {backbone.config.projector}; set "
             f"model.projector={kind}"
         )
-    layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", -2))
+    default = -1 if config["model_type"] == LlavaOnevisionConfig.model_type else -2
+    layer = config.get("vision_feature_layer", config.get("mm_vision_select_layer", default))
     depth = backbone.hf_config.vision_config.num_hidden_layers
+    own_depth = config.get("vision_config", {}).get("num_hidden_layers", depth)
     configured = backbone.config.vision_tower.feature_layer
-    if not isinstance(layer, int) or layer % (depth + 1) != configured % (depth + 1):
+    if not isinstance(layer, int) or layer % (own_depth + 1) != configured % (depth + 1):
         raise ModelError(
             f"the model in {source} was trained on the tower's layer {layer}, but model.vision_tower.feature_layer is "
             f"{configured}; set model.vision_tower.feature_layer={layer}"

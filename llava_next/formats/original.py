@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import CLIPImageProcessorPil, GenerationConfig, PreTrainedTokenizerFast, SiglipImageProcessorPil
 
-from llava_next.config import ImageMode, ModelError, ProjectorKind, exported_mode
+from llava_next.config import ModelError, ProjectorKind, ViewsConfig, stock_class
 from llava_next.formats.hugging_face import generation_config, serving_tokenizer, write_tokenizer_settings
 from llava_next.formats.tensor_names import to_original_name
 from llava_next.formats.tensors import LazyTensor, write_shards
@@ -33,7 +33,7 @@ class OriginalModel:
     Attributes:
         config: `to_dict()` of the stock LLaVA-NeXT's (or LLaVA's) config.
         kind: of the projector.
-        image_mode: how images became views in training.
+        views: how images became views in training.
         tokenizer: with its chat template.
         generation: the generation config, which gives the stop tokens.
         vision_tower: the tower's directory or its name on the hub, from which the authors' code and SGLang read the
@@ -44,7 +44,7 @@ class OriginalModel:
 
     config: dict[str, Any]
     kind: ProjectorKind
-    image_mode: ImageMode
+    views: ViewsConfig
     tokenizer: PreTrainedTokenizerFast
     generation: GenerationConfig
     vision_tower: str
@@ -71,7 +71,7 @@ def original_model(
     return OriginalModel(
         backbone.hf_config.to_dict(),
         backbone.config.projector,
-        exported_mode(processor.config.views),
+        processor.config.views,
         tokenizer,
         generation_config(backbone, processor.template),
         vision_tower or str(Path(tower.path).absolute()),
@@ -104,7 +104,7 @@ def write_original_folder(
     tile = model.config["vision_config"]["image_size"]
     square, colours = {"height": tile, "width": tile}, {"image_mean": model.image_mean, "image_std": model.image_std}
     colours = {key: list(values) for key, values in colours.items()}
-    if model.image_mode == "squash":
+    if model.views.single == "squash":
         SiglipImageProcessorPil(size=square, **colours).save_pretrained(folder)
     else:
         CLIPImageProcessorPil(size={"shortest_edge": tile}, crop_size=square, **colours).save_pretrained(folder)
@@ -162,7 +162,7 @@ def original_config(model: OriginalModel, dtype: torch.dtype) -> dict[str, Any]:
             "export with --format hf"
         )
     tile = int(vision["image_size"])
-    anyres = model.image_mode == "anyres"
+    anyres = stock_class(model.views) != "llava"
     config = {key: value for key, value in text.items() if key not in _HF_KEYS}
     config |= _rope(text) | {
         "architectures": [ARCHITECTURES[text["model_type"]]],
@@ -174,7 +174,7 @@ def original_config(model: OriginalModel, dtype: torch.dtype) -> dict[str, Any]:
         "bos_token_id": model.generation.bos_token_id,
         "eos_token_id": model.generation.eos_token_id,
         "image_token_index": model.config["image_token_index"],
-        "image_aspect_ratio": "square" if model.image_mode in ("crop", "squash") else model.image_mode,
+        "image_aspect_ratio": "square" if model.views.single in ("crop", "squash") else model.views.single,
         "mm_hidden_size": vision["hidden_size"],
         "mm_patch_merge_type": "spatial_unpad" if anyres else "flat",
         "mm_projector_type": model.kind,

@@ -8,11 +8,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from llava_next.config import IMAGE_PROCESSOR_FILES, Grid, ModelConfig, ModelError, ProjectorKind, VisionTowerConfig
+from llava_next.config import (
+    IMAGE_PROCESSOR_FILES,
+    Grid,
+    ModelConfig,
+    ModelError,
+    ProjectorKind,
+    StockClass,
+    VisionTowerConfig,
+)
 from llava_next.file_access import permission_problem
 from llava_next.inputs.anyres import grids_from_pinpoints
 
@@ -30,7 +38,7 @@ transformers' projector always has two linear layers. A linear projector is stor
 identity as second layer (see `hugging_face.py`). vLLM does not support this activation.
 """
 
-HF_MODEL_TYPES = ("llava_next", "llava")
+HF_MODEL_TYPES = get_args(StockClass)
 """model_type of the supported models in the Hugging Face layout."""
 
 
@@ -209,7 +217,7 @@ def _hf_settings(config: Mapping[str, Any], directory: Path) -> _CheckpointSetti
             "model.language_model.path for a language model without a tower"
         )
     tile = config.get("vision_config", {}).get("image_size", 336)
-    pinpoints = config.get("image_grid_pinpoints") if config["model_type"] == "llava_next" else None
+    pinpoints = config.get("image_grid_pinpoints") if config["model_type"] != "llava" else None
     return _CheckpointSettings(
         grids_from_pinpoints(pinpoints, tile) if isinstance(pinpoints, list) and pinpoints else None,
         projector_kind(config, directory),

@@ -103,7 +103,7 @@ def test_the_authors_code_loads_our_export(ours: tuple[Backbone, LlavaNext], tmp
     examples = _examples(backbone, tmp_path)
     original = original_model(backbone, _processor(backbone), str(tmp_path / "clip_tower"))
     (tmp_path / "export").mkdir()
-    write_original_folder(published_tensors(model, backbone, "anyres"), original, tmp_path / "export")
+    write_original_folder(published_tensors(model, backbone, ANYRES), original, tmp_path / "export")
     assert len({example.layout.images[0].grid for example in examples}) == len(backbone.config.grids)
     _compare(backbone, model, examples, _authors_logits(tmp_path / "export", tmp_path))
 

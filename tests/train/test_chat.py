@@ -3,12 +3,16 @@
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from llava_next.config import ModelError
-from tests.tiny import encoded_picture
+from data_recipes.schema.sample import Message
+from llava_next.config import ANYRES, ModelError, ViewsConfig
+from llava_next.formats.hugging_face import write_hf
+from llava_next.model.build import build_model, read_backbone
+from tests.tiny import encoded_picture, tiny_model
 from tests.train.evaluate.learned import SIZE_HW, Learned, learn
 from train.chat import Chat, Conversation, main, read_image
 
@@ -52,7 +56,7 @@ def test_a_second_turn_has_the_first_before_it(learned: Learned, pictures: list[
     """The image is in the first turn only; answers are appended to the conversation, also if they were stopped
     early."""
     chat = Chat(learned.export, torch.device("cpu"), max_new_tokens=8, temperature=0.0)
-    conversation = Conversation(read_image(pictures[0]))
+    conversation = Conversation([read_image(pictures[0])])
     assert "".join(chat.answer(conversation, "What is it?")).strip() == "red"
     second = chat.answer(conversation, "Really?")
     next(second)
@@ -60,6 +64,36 @@ def test_a_second_turn_has_the_first_before_it(learned: Learned, pictures: list[
     kinds = [[part["type"] for part in turn["content"]] for turn in conversation.turns]
     assert kinds == [["image", "text"], ["text"], ["text"], ["text"]]
     assert [turn["role"] for turn in conversation.turns] == ["user", "assistant"] * 2
+
+
+ONEVISION = ViewsConfig("anyres_max_2", "pad", closing_newline=True)
+
+
+@pytest.mark.parametrize("views", [ANYRES, ViewsConfig("squash", "squash"), ONEVISION], ids=str)
+def test_several_images_belong_to_the_first_question(
+    tmp_path: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch, views: ViewsConfig
+) -> None:
+    """The prompt is that of training, for every class of an export. `/images` begins a conversation about others."""
+    backbone = read_backbone(tiny_model(tmp_path / "parts", "siglip"))
+    processor = backbone.processor(template=None, views=views, max_length=4096)
+    write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
+    prompts: list[list[int]] = []
+    make_inputs = Chat._make_inputs
+
+    def noted(self: Chat, *args: Any) -> Any:
+        inputs = make_inputs(self, *args)
+        prompts.append(inputs["input_ids"][0].tolist())
+        return inputs
+
+    monkeypatch.setattr(Chat, "_make_inputs", noted)
+    names = " ".join(f"'{path}'" for path in pictures)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"What is it?\n/images {names}\nWhat is it?\n/images '\n"))
+    command = [str(tmp_path / "export"), *map(str, pictures[:2]), "--max-new-tokens", "2"]
+    assert main(command) == 0
+    for prompt, num_images in zip(prompts, (2, 3), strict=True):
+        question = Message("user", "<image>\n" * num_images + "What is it?")
+        ids, _ = processor.prompt([question], [SIZE_HW] * num_images)
+        assert prompt == ids.tolist()
 
 
 def test_conversation_that_is_too_long_is_an_error(learned: Learned) -> None:

@@ -36,7 +36,7 @@ def finished(folder: Path) -> tuple[ModelConfig, LlavaNext]:
     write_hf(model, backbone, processor, folder / "hf")
     (folder / "original").mkdir()
     write_original_folder(
-        published_tensors(model, backbone, "anyres"),
+        published_tensors(model, backbone, ANYRES),
         original_model(backbone, processor),
         folder / "original",
     )

@@ -19,7 +19,7 @@ from llava_next.config import (
     check_lora,
     check_peft,
     check_views,
-    exported_mode,
+    stock_class,
 )
 from llava_next.inputs.conversation import check_template_name
 from llava_next.model_directory import check_directories
@@ -137,7 +137,7 @@ def _check_views(stage: StageConfig) -> None:
     try:
         check_views(stage.views)
         if stage.result == "export":
-            exported_mode(stage.views)
+            stock_class(stage.views)
     except ModelError as error:
         raise ConfigError(str(error)) from error
 

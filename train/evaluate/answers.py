@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from data_recipes.schema.sample import Message
 from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
+from llava_next.formats.onevision import load_processor
 from llava_next.inputs.anyres import decode
 from llava_next.inputs.chat_template import should_add_special_tokens
 from llava_next.inputs.processor import Processor
@@ -63,7 +64,7 @@ class StockModel:
         dtype = "auto" if ranks.device.type == "cuda" else torch.float32
         self._export, self._processor, self._ranks = export, processor, ranks
         self._batch_size, self._max_new_tokens = batch_size, max_new_tokens
-        self._stock = AutoProcessor.from_pretrained(export)
+        self._stock = load_processor(export)
         self._model = AutoModelForImageTextToText.from_pretrained(export, dtype=dtype).to(ranks.device).eval()
 
     def generate_answers(

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig
 
 from data_recipes.mixture.mixture import Mixture
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import METRICS
 from data_recipes.store.reader import Store, read_manifest
 from llava_next.config import (
-    ImageMode,
     LanguageModelConfig,
     ModelConfig,
     ModelError,
@@ -25,7 +24,8 @@ from llava_next.config import (
     VisionTowerConfig,
 )
 from llava_next.file_access import permission_problem
-from llava_next.formats.hugging_face import read_hf, stock_image_mode
+from llava_next.formats.hugging_face import read_hf, stock_views
+from llava_next.formats.onevision import load_processor
 from llava_next.inputs.conversation import FROM_TOKENIZER
 from llava_next.inputs.processor import Processor
 from llava_next.model.build import Backbone
@@ -155,11 +155,9 @@ def load_directory(
         raise ConfigError(f"{export} is a model directory without a run; pass prepared sources with --store STORE")
     samples = _draw_samples(stores, maxima, seed)
     maxima.check_sources(samples)
-    config, image_mode = _read_config(export)
+    config, views = _read_config(export)
     backbone, model = _load(export, config, device)
-    processor = backbone.processor(
-        template=FROM_TOKENIZER, views=ViewsConfig(image_mode, image_mode), max_length=backbone.max_positions
-    )
+    processor = backbone.processor(template=FROM_TOKENIZER, views=views, max_length=backbone.max_positions)
     metrics = _select_metrics({path.name: path for path in stores}, chosen)
     return EvaluatedModel(export, backbone, model, processor, _PACKING, False, samples, metrics)
 
@@ -196,21 +194,21 @@ def _select_metrics(paths: Mapping[str, Path], chosen: Mapping[str, str]) -> dic
     return metrics
 
 
-def _read_config(export: Path) -> tuple[ModelConfig, ImageMode]:
-    """Reads the model configuration and the image mode of a directory.
+def _read_config(export: Path) -> tuple[ModelConfig, ViewsConfig]:
+    """Reads the model configuration and the views of a directory.
 
     Raises:
         ModelError: transformers cannot read the config or the processor.
     """
     try:
-        kind = AutoConfig.from_pretrained(export).model_type
-        images: Any = AutoProcessor.from_pretrained(export).image_processor
+        config = AutoConfig.from_pretrained(export)
+        images: Any = load_processor(export).image_processor
         mean, std = tuple(images.image_mean), tuple(images.image_std)
     except (OSError, ValueError, AttributeError, json.JSONDecodeError) as error:
         raise ModelError(
             permission_problem(export) or f"{export} is not a model directory with a processor: {error}"
         ) from error
-    image_mode = stock_image_mode(kind, images, export)
+    views = stock_views(config, images, export)
     name = export.resolve().name
     language_model = LanguageModelConfig(name, str(export), FROM_TOKENIZER)
-    return ModelConfig(language_model, VisionTowerConfig(name, str(export), image_mean=mean, image_std=std)), image_mode
+    return ModelConfig(language_model, VisionTowerConfig(name, str(export), image_mean=mean, image_std=std)), views

@@ -6,6 +6,7 @@ from typing import Any
 from tabulate import tabulate
 from transformers import AutoConfig
 
+from llava_next.formats.onevision import ONEVISION_SERVING
 from llava_next.model.checkpoint_config import ARCHITECTURES
 from llava_next.model.towers import TOWER_FAMILIES, stock_unsupported_reason
 from train.config.schema import RunConfig
@@ -51,11 +52,13 @@ def describe_servers(source: ExportedModel, layout: str) -> Iterator[str]:
             yield f"vLLM: not tested with a language model of type {language}; its LLaVA supports those of vLLM"
         else:
             yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' makes it resize images as training did'
+        if source.stock_config["model_type"] == "llava_onevision":
+            yield ONEVISION_SERVING
         yield "SGLang and the authors' code: no, use --format original"
         return
     if not family.is_in_authors_code:
         yield f"the authors' code (llava): no, the tower is a {tower}"
-    elif source.image_mode == "squash":
+    elif source.views.single == "squash":
         yield "the authors' code (llava): no, it crops the centre of images for CLIP, and this model saw whole images"
     else:
         yield "the authors' code (llava): yes"

@@ -10,21 +10,22 @@ import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, AutoProcessor, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig
 
-from llava_next.config import PARTS, ImageMode, ModelError, exported_mode
+from llava_next.config import PARTS, ModelError, StockClass, ViewsConfig, stock_class
 from llava_next.file_access import permission_problem
 from llava_next.formats.hugging_face import (
-    stock_image_mode,
+    stock_views,
     to_stock_tensors,
     write_hf_folder,
     write_tokenizer_settings,
 )
 from llava_next.formats.initial_weights import read_initial_weights
+from llava_next.formats.onevision import load_processor
 from llava_next.formats.original import OriginalModel, original_model
 from llava_next.formats.tensor_names import SECOND_LAYER, to_published_name
 from llava_next.formats.tensors import LazyTensor, read_folder, write_shards
@@ -76,12 +77,12 @@ class ExportedModel:
     checks: list[str] = field(default_factory=list)
 
     @property
-    def image_mode(self) -> ImageMode:
+    def views(self) -> ViewsConfig:
         """How images are presented to the model."""
         if self.config is not None:
-            return exported_mode(self.config.stage.views)
-        return stock_image_mode(
-            self.stock_config["model_type"], AutoImageProcessor.from_pretrained(self.path), self.path
+            return self.config.stage.views
+        return stock_views(
+            AutoConfig.from_pretrained(self.path), AutoImageProcessor.from_pretrained(self.path), self.path
         )
 
     def write_hf(self, folder: Path, shard_bytes: int) -> None:
@@ -130,7 +131,7 @@ class ExportedModel:
         return OriginalModel(
             self.stock_config,
             projector_kind(self.stock_config, self.path),
-            self.image_mode,
+            self.views,
             _load_original_tokenizer(self.path),
             GenerationConfig.from_pretrained(self.path),
             vision_tower,
@@ -198,7 +199,7 @@ def _open_checkpoint(checkpoint_dir: Path, dtype: torch.dtype | None, verify: bo
     checks = [_verify_files(checkpoint_dir)] if verify else []
     checkpoint.refuse_unsafe_pickles(checkpoint_dir)
     config = load_yaml(checkpoint.config_path(checkpoint_dir))
-    image_mode = exported_mode(config.stage.views)
+    stock_class(config.stage.views)  # before the files are read
     state = checkpoint.read_state(checkpoint_dir)
     saved_dtype = getattr(torch, state.dtype)
     backbone = read_backbone(config.model)
@@ -209,14 +210,14 @@ def _open_checkpoint(checkpoint_dir: Path, dtype: torch.dtype | None, verify: bo
     trained = trained_weights(model, checkpoint_dir, masters=masters)
     wide = torch.promote_types(export_dtype, saved_dtype)  # adapters are merged before rounding
     live = [(trained[name] if name in trained else frozen[name]).cast(wide) for name, _ in live_parameters(model)]
-    tensors = [tensor.cast(export_dtype) for tensor in to_stock_tensors(live, model, backbone, image_mode)]
+    tensors = [tensor.cast(export_dtype) for tensor in to_stock_tensors(live, model, backbone, config.stage.views)]
     run_dir = checkpoint_dir.parent.parent
     layout = f"{state.layout['num_ranks']} rank(s), ZeRO {state.layout['zero_stage']}, {state.dtype}"
     return ExportedModel(
         f"checkpoint {checkpoint_dir} (step {state.step}; {layout})",
         checkpoint_dir,
         tensors,
-        _make_stock_config(backbone, image_mode),
+        backbone.hf_config.to_dict() | {"model_type": stock_class(config.stage.views)},
         config,
         backbone,
         processor,
@@ -244,11 +245,6 @@ def _verify_files(path: Path) -> str:
             "you changed that file yourself"
         )
     return "the checkpoint's files match their sha256"
-
-
-def _make_stock_config(backbone: Backbone, image_mode: ImageMode) -> dict[str, Any]:
-    stock_config: dict[str, Any] = backbone.hf_config.to_dict()
-    return stock_config | ({} if image_mode == "anyres" else {"model_type": "llava"})
 
 
 def _open_frozen_parts(
@@ -288,9 +284,9 @@ def _open_folder(folder: Path, dtype: torch.dtype | None, config: RunConfig | No
     stock_config = json.loads((folder / "config.json").read_text())
     if not isinstance(stock_config, dict):
         raise ConfigError(f"{folder / 'config.json'} is not the configuration of a model: it holds no keys")
-    if is_original(stock_config) or stock_config.get("model_type") not in ("llava", "llava_next"):
+    if is_original(stock_config) or stock_config.get("model_type") not in get_args(StockClass):
         raise ConfigError(
-            f"{folder} is not a Hugging Face llava or llava_next directory (model_type "
+            f"{folder} is not a Hugging Face llava, llava_next or llava_onevision directory (model_type "
             f"{stock_config.get('model_type')}, {stock_config.get('architectures')}); to train from it, set "
             f"stage.init_from={folder}"
         )
@@ -359,7 +355,7 @@ def _correct_tokenizer(folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     if is_bos_added(tokenizer):
         turn = {"role": "user", "content": [{"type": "text", "text": "x"}]}
-        rendered = AutoProcessor.from_pretrained(folder).apply_chat_template([turn], add_generation_prompt=True)
+        rendered = load_processor(folder).apply_chat_template([turn], add_generation_prompt=True)
         if not should_add_special_tokens(tokenizer, rendered):
             set_post_processor(tokenizer, add_bos=False)
             tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))

@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from data_recipes.schema.sample import Message
 from llava_next.config import ModelError
 from llava_next.formats.hugging_face import wrap_stock_model
+from llava_next.formats.onevision import load_processor
 from llava_next.formats.tensors import LazyTensor, read_folder
 from llava_next.inputs.batch import collate
 from llava_next.inputs.processor import Processor
@@ -29,6 +30,9 @@ TOLERANCE = 1e-4
 """Largest ‖a - b‖ / ‖b‖ of fp32 logits; the two paths add the same terms in another order, over dozens of layers."""
 _SHAPES = ((1.5, 2.0), (0.6, 2.4), (2.4, 0.7), (0.5, 0.5))
 """(height, width) of the test images in tiles; they cover several grids and uneven crops."""
+_SET = _SHAPES[:2]
+"""Images of a test with several, where the views of several images have a rule of their own."""
+_PIXEL_KEYS = ("pixel_values", "image_sizes", "batch_num_images")
 _GIB = 2**30
 
 
@@ -84,7 +88,9 @@ def verify_logits(folder: Path, source: ExportedModel) -> str:
         views=source.config.stage.views,
         max_length=source.backbone.max_positions,
     )
-    questions = [_ImageQuestion(processor, folder, shape) for shape in _SHAPES]
+    views = processor.config.views
+    sets = [_SET] if len(set(views.rules)) > 1 else []
+    questions = [_ImageQuestion(processor, folder, shapes) for shapes in (*((shape,) for shape in _SHAPES), *sets)]
     with torch.no_grad():
         stock_logits = [question.compute_stock_logits(stock.eval()) for question in questions]
     # Wrapping removes tower layers, so the stock model cannot run afterwards.
@@ -95,7 +101,9 @@ def verify_logits(folder: Path, source: ExportedModel) -> str:
         worst = max(worst, float((our_logits - logits).norm() / logits.norm()))
     if not worst <= TOLERANCE:
         raise ModelError(f"{folder}: logits of stock transformers and ours differ by {worst:.1e} of their norm")
-    sizes = ", ".join(f"{height}x{width}" for height, width in (question.size_hw for question in questions))
+    sizes = ", ".join(
+        " and ".join(f"{height}x{width}" for height, width in question.sizes_hw) for question in questions
+    )
     return (
         f"stock transformers loads all tensors, renders the training's prompt, and gives the same logits (largest "
         f"difference {worst:.1e} of their norm, fp32, images of {sizes})"
@@ -103,26 +111,23 @@ def verify_logits(folder: Path, source: ExportedModel) -> str:
 
 
 class _ImageQuestion:
-    """One image and a question about it, encoded by our processor and by the stock one."""
+    """One or several images and a question about them, encoded by our processor and by the stock one."""
 
-    def __init__(self, processor: Processor, folder: Path, shape: tuple[float, float]) -> None:
+    def __init__(self, processor: Processor, folder: Path, shapes: Sequence[tuple[float, float]]) -> None:
         tile = processor.config.tile
-        self.size_hw = (max(1, int(shape[0] * tile)), max(1, int(shape[1] * tile)))
-        noise = np.random.default_rng(0).integers(0, 256, (*self.size_hw, 3), dtype=np.uint8)
-        stream = io.BytesIO()
-        Image.fromarray(noise).save(stream, "PNG")
-        self._image = stream.getvalue()
-        question = Message("user", "<image>\nWhat is shown?")
+        self.sizes_hw = [(max(1, int(height * tile)), max(1, int(width * tile))) for height, width in shapes]
+        images = [_make_noise_image(size_hw) for size_hw in self.sizes_hw]
+        question = Message("user", "<image>\n" * len(images) + "What is shown?")
         messages = [question, Message("assistant", "Noise, in three colours.")]
         self._config = processor.config
-        self.example = processor.encode(messages, [self.size_hw], [self._image])
-        prompt, _ = processor.prompt([question], [self.size_hw])
-        self._pixels = _encode_with_stock(folder, Image.open(io.BytesIO(self._image)), prompt.tolist())
+        self.example = processor.encode(messages, self.sizes_hw, images)
+        prompt, _ = processor.prompt([question], self.sizes_hw)
+        self._pixels = _encode_with_stock(folder, [Image.open(io.BytesIO(image)) for image in images], prompt.tolist())
 
     def compute_stock_logits(self, stock: Any) -> torch.Tensor:
         """Returns the logits at the supervised positions, [num_supervised, V]."""
         ids = torch.from_numpy(self.example.layout.ids.astype(np.int64))[None]
-        pixels = {key: value for key, value in self._pixels.items() if key in ("pixel_values", "image_sizes")}
+        pixels = {key: value for key, value in self._pixels.items() if key in _PIXEL_KEYS}
         logits = stock(input_ids=ids, attention_mask=torch.ones_like(ids), **pixels).logits
         assert isinstance(logits, torch.Tensor)
         return logits[0, self._make_batch().target_positions]
@@ -136,7 +141,14 @@ class _ImageQuestion:
         return collate([self.example], tile=config.tile, patches_per_tile=config.patches_per_side**2)
 
 
-def _encode_with_stock(folder: Path, image: Image.Image, prompt: list[int]) -> Any:
+def _make_noise_image(size_hw: tuple[int, int]) -> bytes:
+    noise = np.random.default_rng(0).integers(0, 256, (*size_hw, 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _encode_with_stock(folder: Path, images: Sequence[Image.Image], prompt: list[int]) -> Any:
     """Encodes the question with the stock processor, with `apply_chat_template` alone and with rendered text.
 
     Returns:
@@ -145,16 +157,18 @@ def _encode_with_stock(folder: Path, image: Image.Image, prompt: list[int]) -> A
     Raises:
         ModelError: the ids of one way differ from the training's prompt.
     """
-    stock = AutoProcessor.from_pretrained(folder)
+    stock = load_processor(folder)
     text_part = {"type": "text", "text": "What is shown?"}
 
-    def render(image_part: dict[str, Any], **options: Any) -> Any:
-        turn = {"role": "user", "content": [image_part, text_part]}
+    def render(image_parts: Sequence[dict[str, Any]], **options: Any) -> Any:
+        turn = {"role": "user", "content": [*image_parts, text_part]}
         return stock.apply_chat_template([turn], add_generation_prompt=True, **options)
 
-    text = render({"type": "image"}, tokenize=False)
-    inputs = stock(images=image, text=text, return_tensors="pt")
-    tokenized = render({"type": "image", "image": image}, tokenize=True, return_dict=True, return_tensors="pt")
+    text = render([{"type": "image"}] * len(images), tokenize=False)
+    # A LLaVA-OneVision cuts each image of a flat list with AnyRes; the images of one sample are a list in the list.
+    inputs = stock(images=images[0] if len(images) == 1 else [list(images)], text=text, return_tensors="pt")
+    image_parts = [{"type": "image", "image": image} for image in images]
+    tokenized = render(image_parts, tokenize=True, return_dict=True, return_tensors="pt")
     for call, ids in (("processor(images, text)", inputs), ("apply_chat_template(tokenize=True)", tokenized)):
         if ids["input_ids"][0].tolist() != prompt:
             raise ModelError(

@@ -150,7 +150,7 @@ def test_init_from_is_read_without_building(tmp_path: Path, monkeypatch: pytest.
         write_connector(model, backbone, folder)
     else:
         folder.mkdir()
-        tensors = published_tensors(model, backbone, mode)
+        tensors = published_tensors(model, backbone, ViewsConfig(mode, mode))
         if layout == "without_tower":
             tensors = [tensor for tensor in tensors if not tensor.name.startswith("vision_tower.")]
         write_original_folder(tensors, original_model(backbone, processor), folder)

@@ -44,7 +44,7 @@ def _write(backbone: Backbone, folder: Path, seed: int = 1, image_mode: ImageMod
     """Writes a model with random weights in the authors' layout."""
     model = build_model(backbone, dtype=torch.float32, seed=seed)
     processor = backbone.processor(template=None, views=ViewsConfig(image_mode, image_mode), max_length=4096)
-    tensors = published_tensors(model, backbone, image_mode)
+    tensors = published_tensors(model, backbone, processor.config.views)
     tensors = [tensor for tensor in tensors if backbone.config.projector != "linear" or "linear_2" not in tensor.name]
     folder.mkdir()
     write_original_folder(tensors, original_model(backbone, processor, "openai/clip-tiny", RATES), folder)
@@ -87,7 +87,7 @@ def test_names_and_config_are_those_of_the_releases(make_backbone: MakeBackbone,
     assert {key: config[key] for key in released} == released
     assert not {"text_config", "vision_config", "rope_parameters"} & set(config)
     tensors = load_file(tmp_path / "original" / "model.safetensors")
-    published = {tensor.name: tensor.value() for tensor in published_tensors(model, backbone, "anyres")}
+    published = {tensor.name: tensor.value() for tensor in published_tensors(model, backbone, ANYRES)}
     assert {tiny_model.published_name(name) for name in tensors} == set(published)
     for name, tensor in tensors.items():
         assert torch.equal(tensor, published[tiny_model.published_name(name)][: len(tensor)]), name
@@ -151,7 +151,7 @@ def test_original_round_trip(make_backbone: MakeBackbone, tmp_path: Path, kind: 
     processor = backbone.processor(template=None, views=ANYRES, max_length=4096)
     (tmp_path / "second").mkdir()
     original = original_model(backbone, processor, "openai/clip-tiny", RATES)
-    write_original_folder(published_tensors(fresh, backbone, "anyres"), original, tmp_path / "second")
+    write_original_folder(published_tensors(fresh, backbone, ANYRES), original, tmp_path / "second")
     second = load_file(tmp_path / "second" / "model.safetensors")
     assert set(first) == set(second)
     assert all(torch.equal(first[name], second[name]) for name in first)

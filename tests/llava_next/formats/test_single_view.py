@@ -3,6 +3,7 @@ round trips are exact."""
 
 import io
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     CLIPImageProcessorPil,
+    LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaImageProcessorPil,
     LlavaProcessor,
@@ -22,7 +24,7 @@ from transformers import (
 
 from data_recipes.schema.sample import Message
 from llava_next.config import ImageMode, ModelError, ProjectorKind, ViewsConfig
-from llava_next.formats.hugging_face import read_hf, stock_image_mode, write_hf
+from llava_next.formats.hugging_face import read_hf, stock_views, write_hf
 from llava_next.formats.load_weights import load_weights
 from llava_next.inputs.processor import Example, Processor
 from llava_next.model.build import Backbone, build_model
@@ -116,21 +118,21 @@ def test_image_mode_is_read_from_the_directory(
     """The directory's processor gives the image mode that it was written for."""
     _written(make_backbone, tmp_path / "export", tower, mode, kind)
     images = AutoProcessor.from_pretrained(tmp_path / "export").image_processor
-    assert stock_image_mode("llava", images, tmp_path) == mode
+    assert stock_views(LlavaConfig(), images, tmp_path) == ViewsConfig(mode, mode)
 
 
 def test_published_image_processors_have_an_image_mode() -> None:
     """CLIP's processor crops the center and SigLIP's resizes to a square. A crop of a squashed image and a view that is
     not square are errors."""
     square = {"height": 28, "width": 28}
-    assert stock_image_mode("llava", SiglipImageProcessorPil(size=square), Path("there")) == "squash"
-    assert stock_image_mode("llava", CLIPImageProcessorPil(size={"shortest_edge": 28}), Path("there")) == "crop"
-    same = LlavaImageProcessorPil(size=square, crop_size=square)
-    assert stock_image_mode("llava", same, Path("there")) == "squash"
+    views = partial(stock_views, LlavaConfig(), source=Path("there"))
+    assert views(SiglipImageProcessorPil(size=square)).single == "squash"
+    assert views(CLIPImageProcessorPil(size={"shortest_edge": 28})).single == "crop"
+    assert views(LlavaImageProcessorPil(size=square, crop_size=square)).single == "squash"
     for size, crop in ((square, {"height": 14, "width": 14}), ({"height": 28, "width": 42}, None)):
         odd = LlavaImageProcessorPil(size=size, crop_size=crop, do_center_crop=crop is not None)
         with pytest.raises(ModelError, match=r"there: .*28 x (28|42) and crops to (14 x 14|28 x 42)"):
-            stock_image_mode("llava", odd, Path("there"))
+            views(odd)
 
 
 @cases

@@ -253,13 +253,13 @@ def test_single_views_need_one_tile(tiny_parts: RunConfig, mode: str) -> None:
 
 
 def test_views_that_no_export_has_end_with_a_connector(tiny_parts: RunConfig) -> None:
-    """OneVision's views are accepted then, with the tiles of the largest grid; a newline that closes single views is
-    trained with the projector. Samples with one image alone can be exported."""
+    """A newline that closes single views is trained with the projector. OneVision's views can be exported, and need the
+    tiles of the largest grid. Samples with one image alone can be exported."""
     onevision = {"single": "anyres_max_9", "several": "pad", "closing_newline": True}
-    config = checked(tiny_parts, {"stage.views": onevision, "stage.result": "connector"})
+    config = checked(tiny_parts, {"stage.views": onevision})
     assert config.stage.views == ViewsConfig("anyres_max_9", "pad", closing_newline=True)
     with pytest.raises(ConfigError, match=r"packing\.max_tiles=4 "):
-        checked(tiny_parts, {"stage.views": onevision, "stage.result": "connector", "packing.max_tiles": 4})
+        checked(tiny_parts, {"stage.views": onevision, "packing.max_tiles": 4})
     closed = {"single": "pad", "several": "pad", "closing_newline": True}
     config = checked(tiny_parts, {"stage.views": closed, "stage.result": "connector", "packing.max_tiles": 1})
     assert config.stage.rates["image_newline"] == config.stage.rates["projector"]

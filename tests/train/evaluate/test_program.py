@@ -99,23 +99,30 @@ def test_a_directory_is_evaluated_on_stores(
     assert _result(out)[0]["by_source"]["shapes"]["score"] is None
 
 
-@pytest.mark.parametrize("mode", get_args(ImageMode))
-def test_image_mode_is_read_from_the_directory(tmp_path: Path, mode: ImageMode) -> None:
-    """Without a run, images are encoded in the mode of the directory's processor."""
+ONEVISION = ViewsConfig("anyres_max_2", "pad", closing_newline=True)
+
+
+@pytest.mark.parametrize("views", [*(ViewsConfig(mode, mode) for mode in get_args(ImageMode)), ONEVISION], ids=str)
+def test_views_are_read_from_the_directory(tmp_path: Path, views: ViewsConfig) -> None:
+    """Without a run, images become the views of the directory's processor; free answers have the training's prompts."""
     backbone = read_backbone(tiny_model(tmp_path / "models", "siglip"))
-    processor = backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=512)
+    processor = backbone.processor(template=None, views=views, max_length=512)
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, tmp_path / "export")
     store = tiny_store(tmp_path, "tiny", tiny_samples(3))
     subject = load_directory(
         tmp_path / "export", [store], torch.device("cpu"), maxima=SampleMaxima(1), seed=0, chosen={}
     )
     actual, trained = subject.processor.config, processor.config
-    assert (actual.views, actual.pad_colour) == (ViewsConfig(mode, mode), trained.pad_colour)
+    assert (actual.views, actual.pad_colour) == (views, trained.pad_colour)
     assert (actual.tile, actual.patches_per_side, actual.grids) == (
         trained.tile,
         trained.patches_per_side,
         trained.grids,
     )
+    out = tmp_path / "evaluation.json"
+    command = [str(tmp_path / "export"), "--store", str(store), "--max-new-tokens", "2", "--out", str(out)]
+    assert main(command) == 0
+    assert _result(out)[0]["all"]["num_questions"] > 0
 
 
 def test_stores_are_drawn_by_seed(learned: Learned, tmp_path: Path) -> None:

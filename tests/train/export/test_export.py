@@ -103,7 +103,37 @@ def test_a_squashing_siglip_exports_and_reloads(
     assert re.search(r"views +\| \{single: squash, several: squash\} ", card)
     shutil.copytree(config.run_dir / "export", tmp_path / "alone")
     source = open_model(tmp_path / "alone", None)
-    assert (source.config, source.image_mode) == (None, "squash")
+    assert (source.config, source.views) == (None, ViewsConfig("squash", "squash"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("tower", ["siglip", "clip"])
+def test_onevision_views_export_and_reload(
+    start_ranks: Start, run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], tower: TowerName
+) -> None:
+    """Trained on OneVision's views under ZeRO-3 and exported from the checkpoint: the verification with stock
+    transformers, which includes a set, passes; the export alone is written again in both layouts."""
+    model = tiny_model(tmp_path / "parts", tower)
+    views = ViewsConfig("anyres_max_2", "pad", closing_newline=True)
+    config, saved = _trained(start_ranks, cases.with_stage(replace(run_config, model=model), views=views), 2, 3)
+    assert main([str(saved)]) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "gives the same logits" in printed
+    assert " and " in printed[printed.index("images of") :].splitlines()[0]
+    assert "vLLM cuts each of several images" in printed
+    shutil.copytree(config.run_dir / "export", tmp_path / "alone")
+    source = open_model(tmp_path / "alone", None)
+    assert (source.config, source.views) == (None, views)
+    for layout, more in (("hf", []), ("original", ["--vision-tower", "some/siglip"])):
+        out = tmp_path / layout
+        assert main([str(tmp_path / "alone"), "--format", layout, "--out", str(out), *more]) == 0
+        written = json.loads((out / "config.json").read_text())
+        if layout == "hf":
+            assert written["vision_aspect_ratio"] == "anyres_max_2"
+        else:
+            assert written["image_aspect_ratio"] == "anyres_max_2"
+            assert written["mm_patch_merge_type"] == "spatial_unpad"
+            assert written["image_grid_pinpoints"]
 
 
 @pytest.mark.parametrize("mode", get_args(ImageMode))
@@ -116,7 +146,7 @@ def test_a_directory_without_its_run_keeps_its_image_mode(
     processor = backbone.processor(template=None, views=ViewsConfig(mode, mode), max_length=4096)
     export, out = tmp_path / "export", tmp_path / "original"
     write_hf(build_model(backbone, dtype=torch.float32, seed=0), backbone, processor, export)
-    assert open_model(export, None).image_mode == mode
+    assert open_model(export, None).views == ViewsConfig(mode, mode)
     command = [str(export), "--format", "original", "--out", str(out), "--vision-tower", "some/clip"]
     assert main(command) == 0, capsys.readouterr().err
     value = json.loads((out / "config.json").read_text())["image_aspect_ratio"]
