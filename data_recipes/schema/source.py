@@ -23,7 +23,16 @@ from data_recipes.schema.sample import DataError, Reject, Sample
 NOT_STATED = "not stated"
 """Shown for values that the YAML does not give."""
 
-METRICS = ("exact_match", "vqa_accuracy", "relaxed_accuracy", "anls", "options", "edit_similarity", "grounding_iou")
+METRICS = (
+    "exact_match",
+    "vqa_accuracy",
+    "relaxed_accuracy",
+    "anls",
+    "options",
+    "edit_similarity",
+    "grounding_iou",
+    "rouge_l",
+)
 """Values of `metric` besides `none`; `train/evaluate/metrics.py` computes them."""
 
 _VALUE_TYPES: dict[str, tuple[type, ...]] = {

@@ -52,7 +52,7 @@ from train.evaluate.image_questions import (
     answer_base_views,
     extract_questions,
     filter_by_length,
-    read_single_image_samples,
+    read_image_samples,
     summarize,
 )
 from train.evaluate.results import SourceReport, format_tables, make_result
@@ -195,11 +195,11 @@ def _compute_losses(evaluated: EvaluatedModel, ranks: EvaluationRanks) -> tuple[
 def _select_questions(
     evaluated: EvaluatedModel, held_out: HeldOutSet, options: argparse.Namespace
 ) -> _QuestionsBySource:
-    """Returns the samples with one image, their questions, and the number of questions that are too long."""
+    """Returns the samples with images, their questions, and the number of questions that are too long."""
     questions_by_source: _QuestionsBySource = {}
     for source in evaluated.samples:
         accepted = [sample for sample in held_out.samples if sample.source == source]
-        samples = read_single_image_samples(accepted, options.limit)
+        samples = read_image_samples(accepted, options.limit)
         questions, num_unasked = filter_by_length(
             evaluated.processor, samples, extract_questions(source, samples, options.limit, options.per_picture)
         )

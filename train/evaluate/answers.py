@@ -6,6 +6,7 @@ For every question, the prompt of the stock processor is compared with that of t
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText
@@ -104,7 +105,11 @@ class StockModel:
     @torch.no_grad()
     def _generate(self, samples: Sequence[StoredSample], questions: Sequence[Question]) -> list[tuple[str, bool]]:
         prompts = [self._render_prompt(question) for question in questions]
-        images = [decode(samples[question.sample].images[0]) for question in questions]
+        # In a list of lists, each has the images of one sample. LLaVA-OneVision depends on it.
+        images = [
+            [decode(image) for image in samples[question.sample].images[: question.num_images]]
+            for question in questions
+        ]
         inputs = self._stock(
             images=images,
             text=prompts,
@@ -124,12 +129,16 @@ class StockModel:
         return [(text.strip(), bool(cut)) for text, cut in zip(texts, is_cut, strict=True)]
 
     def _render_prompt(self, question: Question) -> str:
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}
+        # A text with placeholders keeps them in their places; parts would bring the images to the front.
+        content: Any = question.prompt
+        if question.num_images == 1:
+            content = [{"type": "image"}, {"type": "text", "text": question.text}]
+        turn = {"role": "user", "content": content}
         return str(self._stock.apply_chat_template([turn], add_generation_prompt=True))
 
     def _encode_prompt(self, samples: Sequence[StoredSample], question: Question) -> list[int]:
-        message = Message("user", f"<image>\n{question.text}")
-        ids, _ = self._processor.prompt([message], samples[question.sample].sizes_hw)
+        sizes_hw = samples[question.sample].sizes_hw[: question.num_images]
+        ids, _ = self._processor.prompt([Message("user", question.prompt)], sizes_hw)
         return ids.tolist()  # type: ignore[no-any-return]
 
     def _check_prompts(

@@ -1,5 +1,8 @@
-"""Measures the effect of the image: the accuracy of single questions with their own image, with another one, and with
-the base view of their own image alone.
+"""Measures the effect of the images: the accuracy of single questions with their own images, with others, and with the
+base view of their own image alone.
+
+The other image of a question about one image is that of another sample. In a set, every image but the first is replaced
+by those of another sample, so that a model that sees only one image of a set gains nothing.
 
 An answer is right if greedy decoding gives exactly the truth, with its end token. This is the case if every token of
 the truth is the most likely one after the true tokens before it, so one forward pass over prompt and truth decides it.
@@ -8,7 +11,7 @@ the truth is the most likely one after the true tokens before it, so one forward
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,25 +21,40 @@ from data_recipes.raw.questions import RESPONSE_FORMAT_PROMPTS
 from data_recipes.schema.sample import DataError, Message
 from data_recipes.store.reader import StoredSample
 from llava_next.config import ViewsConfig
+from llava_next.inputs.anyres import SizeHW
 from llava_next.inputs.batch import collate
+from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
 from llava_next.inputs.processor import Example, Processor, SampleRejected
 from llava_next.model.llava_next import LlavaNext
 from train.config.schema import PackingConfig
 from train.evaluate.evaluation_ranks import EvaluationRanks, describe_row_budgets, explain_out_of_memory
 from train.validation.held_out import HeldOutSample
 
+_T = TypeVar("_T")
 _IMAGES_PER_GROUP = 8  # that are each other's other image
 _NUM_RESAMPLES = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image. `sample` is the position of its sample in the list of samples."""
+    """One question about the images of a sample.
+
+    Attributes:
+        sample: the position of its sample in the list of samples.
+        text: without a placeholder if it is about one image, else with one for each image.
+        num_images: it is asked with the first images of the sample, as many.
+    """
 
     source: str
     sample: int
     text: str
     truth: str
+    num_images: int = 1
+
+    @property
+    def prompt(self) -> str:
+        """The text with a placeholder for each image, as training has it."""
+        return f"{IMAGE_PLACEHOLDER}\n{self.text}" if self.num_images == 1 else self.text
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,7 @@ class Accuracy:
     """Shares of exactly answered questions.
 
     Attributes:
-        right_picture, other_picture: with the question's own image and with another one.
+        right_picture, other_picture: with the question's own images and with others.
         commonest_answer: share that the most frequent truth, `commonest`, would reach.
         difference: right_picture - other_picture.
         interval: 95 % confidence interval of the difference.
@@ -66,66 +84,100 @@ class Accuracy:
     base_view_interval: tuple[float, float] | None = None
 
 
-def read_single_image_samples(samples: Sequence[HeldOutSample], limit: int) -> list[StoredSample]:
-    """Reads the first `limit` samples that have exactly one image."""
-    single: list[StoredSample] = []
+def read_image_samples(samples: Sequence[HeldOutSample], limit: int) -> list[StoredSample]:
+    """Reads the first `limit` samples that have images."""
+    chosen: list[StoredSample] = []
     for sample in samples:
-        if len(single) == limit:
+        if len(chosen) == limit:
             break
-        if len(sample.text().sizes_hw) == 1:
-            single.append(sample.read())
-    return single
+        if sample.text().sizes_hw:
+            chosen.append(sample.read())
+    return chosen
 
 
 def extract_questions(source: str, samples: Sequence[StoredSample], limit: int, per_picture: int) -> list[Question]:
     """Returns the first `per_picture` questions of each conversation, up to `limit` in total.
 
     If the first question of a conversation ends with an instruction on the form of the answer, it is appended to the
-    other questions too, since each is asked without the others.
+    other questions too, since each is asked without the others. A question about a set is asked with all images up to
+    it; those of earlier turns come first.
     """
     questions = []
     for number, sample in enumerate(samples):
         turns = [message for message in sample.messages if message.role != "system"]
         pairs = list(zip(turns[0::2], turns[1::2], strict=False))[:per_picture]
         ending = next((ending for ending in RESPONSE_FORMAT_PROMPTS if pairs and pairs[0][0].text.endswith(ending)), "")
+        num_before = 0
         for question, answer in pairs:
-            text = question.text.replace("<image>", "").strip()
+            text = question.text
+            num_images = num_before + text.count(IMAGE_PLACEHOLDER)
+            if len(sample.images) == 1:
+                num_images, text = 1, text.replace(IMAGE_PLACEHOLDER, "")
+            else:
+                text = f"{IMAGE_PLACEHOLDER}\n" * num_before + text
+            text = text.strip()
             if not text.endswith(ending):
                 text = f"{text}\n{ending}"
-            questions.append(Question(source, number, text, answer.text))
+            if num_images > 0:
+                questions.append(Question(source, number, text, answer.text, num_images))
+            num_before = num_images
     return questions[:limit]
 
 
 def filter_by_length(
     processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question]
 ) -> tuple[list[Question], int]:
-    """Selects the questions that fit the maximum length with every image, since each is also asked with another one.
+    """Selects the questions that fit the maximum length with every image, since each is also asked with others.
 
     Returns:
         These questions, and the number of the others.
     """
     if not questions:
         return [], 0
-    message = [Message("user", "<image>")]
-    largest = max(samples, key=lambda sample: len(processor.prompt(message, sample.sizes_hw)[0]))
-    fitting = [question for question in questions if _has_space(processor, question, largest)]
+    kinds = {question.num_images > 1 for question in questions}
+    largest = {is_set: _find_largest(processor, samples, is_set=is_set) for is_set in kinds}
+    fitting = [
+        question
+        for question in questions
+        if _has_space(processor, question, [largest[question.num_images > 1]] * question.num_images)
+    ]
     return fitting, len(questions) - len(fitting)
 
 
-def _has_space(processor: Processor, question: Question, image_sample: StoredSample) -> bool:
+def _find_largest(processor: Processor, samples: Sequence[StoredSample], *, is_set: bool) -> SizeHW:
+    """The size of an image with the most tokens, in samples with one image or in sets."""
+    num_images = 2 if is_set else 1
+    message = [Message("user", IMAGE_PLACEHOLDER * num_images)]
+    sizes = {size for sample in samples for size in sample.sizes_hw if (len(sample.sizes_hw) > 1) == is_set}
+    return max(sorted(sizes), key=lambda size: len(processor.prompt(message, [size] * num_images)[0]))
+
+
+def _has_space(processor: Processor, question: Question, sizes_hw: Sequence[SizeHW]) -> bool:
     try:
-        processor.layout(_make_messages(question), image_sample.sizes_hw)
+        processor.layout(_make_messages(question), sizes_hw)
     except SampleRejected:
         return False
     return True
 
 
 class _Use(NamedTuple):
-    """A question that is asked with an image; both are positions, in the questions and in the samples."""
+    """A question that is asked with the images of a sample; both are positions, in the questions and in the samples."""
 
     question: int
     image: int
     is_own: bool
+
+    def key(self, question: Question) -> tuple[int, ...]:
+        """Equal for uses of equal images."""
+        if question.num_images == 1:
+            return (self.image,)
+        return (question.sample, self.image, question.num_images)
+
+    def choose(self, question: Question, own: Sequence[_T], other: Sequence[_T]) -> list[_T]:
+        """The sizes or the images of this use, of those of the question's own sample and of the other one."""
+        if self.is_own or question.num_images == 1:
+            return list((own if self.is_own else other)[: question.num_images])
+        return [own[0], *other[1 : question.num_images]]
 
 
 def answer_all(
@@ -136,24 +188,24 @@ def answer_all(
     packing: PackingConfig,
     ranks: EvaluationRanks,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Answers every question with its own image and with another one, and returns which answers are right.
+    """Answers every question with its own images and with others, and returns which answers are right.
 
-    The other image is that of the next sample, so every image is used equally often in both roles. Questions with one
-    image follow each other, so that they mostly share a row and therefore the tower's features. Every rank must call
+    The others are those of the next sample, so every image is used equally often in both roles. Questions with equal
+    images follow each other, so that they mostly share a row and therefore the tower's features. Every rank must call
     it.
 
     Args:
         packing: budgets of a row.
 
     Returns:
-        Whether the answers with the own and with the other image are right, bool [num_questions] each.
+        Whether the answers with the own and with the other images are right, bool [num_questions] each.
 
     Raises:
         DataError: an image cannot be read.
         EvaluationError: a row did not fit into memory.
     """
 
-    uses = _list_uses(questions)
+    uses = _list_uses(samples, questions)
     hits = _answer_uses(model, processor, samples, questions, uses, packing, ranks)
     right = np.zeros(len(questions), dtype=bool)
     other = np.zeros(len(questions), dtype=bool)
@@ -170,17 +222,26 @@ def answer_base_views(
     packing: PackingConfig,
     ranks: EvaluationRanks,
 ) -> npt.NDArray[np.bool_]:
-    """Answers every question with the base view of its image alone: the same weights, without tiles and newlines.
+    """Answers every question with the base view of its images alone: the same weights, without tiles and newlines.
 
-    The base view of AnyRes is the entire image, resized to a square of one tile, which is the view squash. Every rank
-    must call it. Arguments and errors are those of `answer_all`.
+    The base view of AnyRes is the entire image, resized to a square of one tile, which is the view squash. Images of a
+    set that are not cut with AnyRes keep their view. Every rank must call it. Arguments and errors are those of
+    `answer_all`.
 
     Returns:
         Whether the answers are right, bool [num_questions].
     """
-    single_view = Processor(processor.tokenizer, replace(processor.config, views=ViewsConfig("squash")))
-    uses = [_Use(index, question.sample, True) for index, question in enumerate(questions)]
-    return np.array(_answer_uses(model, single_view, samples, questions, uses, packing, ranks), dtype=bool)
+    views = processor.config.views
+    several = "squash" if views.several is None or views.rules[1].mode == "anyres" else views.several
+    closing_newline = views.closing_newline and several == views.several
+    hits = np.zeros(len(questions), dtype=bool)
+    for is_set, base in ((False, ViewsConfig("squash")), (True, ViewsConfig("squash", several, closing_newline))):
+        indices = [index for index, question in enumerate(questions) if (question.num_images > 1) == is_set]
+        uses = [_Use(index, questions[index].sample, True) for index in indices]
+        single_view = Processor(processor.tokenizer, replace(processor.config, views=base))
+        if uses:
+            hits[indices] = _answer_uses(model, single_view, samples, questions, uses, packing, ranks)
+    return hits
 
 
 def _answer_uses(
@@ -218,38 +279,46 @@ def _pack_uses(
     """
     rows: list[list[_Use]] = [[]]
     num_tokens = num_tiles = 0
-    images: set[int] = set()
+    images: set[tuple[int, ...]] = set()
     for use in uses:
-        layout = processor.layout(_make_messages(questions[use.question]), samples[use.image].sizes_hw)
-        new_tiles = 0 if use.image in images else layout.num_tiles
+        question = questions[use.question]
+        sizes = use.choose(question, samples[question.sample].sizes_hw, samples[use.image].sizes_hw)
+        layout = processor.layout(_make_messages(question), sizes)
+        key = use.key(question)
+        new_tiles = 0 if key in images else layout.num_tiles
         exceeds = num_tokens + layout.num_tokens > packing.max_tokens or num_tiles + new_tiles > packing.max_tiles
         if rows[-1] and exceeds:
             rows.append([])
             num_tokens, num_tiles, images, new_tiles = 0, 0, set(), layout.num_tiles
         rows[-1].append(use)
         num_tokens, num_tiles = num_tokens + layout.num_tokens, num_tiles + new_tiles
-        images.add(use.image)
+        images.add(key)
     return rows
 
 
-def _list_uses(questions: Sequence[Question]) -> list[_Use]:
-    """Returns every question with its own image and with the next sample's, sorted by image."""
-    by_sample: dict[int, list[int]] = {}
+def _list_uses(samples: Sequence[StoredSample], questions: Sequence[Question]) -> list[_Use]:
+    """Returns every question with its own images and with the next sample's, sorted by image.
+
+    Samples with the same number of images exchange them.
+    """
+    by_count: dict[int, dict[int, list[int]]] = {}
     for index, question in enumerate(questions):
-        by_sample.setdefault(question.sample, []).append(index)
+        of_count = by_count.setdefault(len(samples[question.sample].images), {})
+        of_count.setdefault(question.sample, []).append(index)
     uses = []
-    for group in _split_into_groups(sorted(by_sample)):
-        for position, number in enumerate(group):
-            uses += [_Use(index, number, True) for index in by_sample[number]]
-            uses += [_Use(index, group[(position + 1) % len(group)], False) for index in by_sample[number]]
+    for by_sample in by_count.values():
+        for group in _split_into_groups(sorted(by_sample)):
+            for position, number in enumerate(group):
+                uses += [_Use(index, number, True) for index in by_sample[number]]
+                uses += [_Use(index, group[(position + 1) % len(group)], False) for index in by_sample[number]]
     return sorted(uses, key=lambda use: (use.image, not use.is_own, use.question))
 
 
 def _encode_row(
     processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question], row: Sequence[_Use]
 ) -> list[Example]:
-    encoded: dict[int, Example] = {}
-    return [_encode_question(processor, samples[use.image], questions[use.question], encoded, use.image) for use in row]
+    encoded: dict[tuple[int, ...], Example] = {}
+    return [_encode_use(processor, samples, questions[use.question], use, encoded) for use in row]
 
 
 def _answer_row(
@@ -302,23 +371,27 @@ def summarize(
     )
 
 
-def _encode_question(
-    processor: Processor, image_sample: StoredSample, question: Question, encoded: dict[int, Example], number: int
+def _encode_use(
+    processor: Processor,
+    samples: Sequence[StoredSample],
+    question: Question,
+    use: _Use,
+    encoded: dict[tuple[int, ...], Example],
 ) -> Example:
-    """Encodes a question with the image of a sample. `encoded` caches the tiles by the number of the sample."""
-    messages = _make_messages(question)
+    """Encodes a question with the images of a use. `encoded` caches the tiles by the images."""
+    messages, key = _make_messages(question), use.key(question)
+    own, other = samples[question.sample], samples[use.image]
+    sizes = use.choose(question, own.sizes_hw, other.sizes_hw)
     try:
-        if number not in encoded:
-            encoded[number] = processor.encode(messages, image_sample.sizes_hw, image_sample.images)
-        return Example(processor.layout(messages, image_sample.sizes_hw), encoded[number].tiles)
+        if key not in encoded:
+            encoded[key] = processor.encode(messages, sizes, use.choose(question, own.images, other.images))
+        return Example(processor.layout(messages, sizes), encoded[key].tiles)
     except OSError as error:
-        raise DataError(
-            f"the image of sample {image_sample.id!r} of source {image_sample.source} cannot be read: {error}"
-        ) from error
+        raise DataError(f"an image of sample {other.id!r} of source {other.source} cannot be read: {error}") from error
 
 
 def _make_messages(question: Question) -> tuple[Message, Message]:
-    return Message("user", f"<image>\n{question.text}"), Message("assistant", question.truth)
+    return Message("user", question.prompt), Message("assistant", question.truth)
 
 
 def _split_into_groups(numbers: Sequence[int]) -> Iterator[list[int]]:

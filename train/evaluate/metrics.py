@@ -197,9 +197,41 @@ def _compute_area(box: Box) -> float:
     return max(box[2] - box[0], 0.0) * max(box[3] - box[1], 0.0)
 
 
+def rouge_l(answer: str, truths: Sequence[str]) -> float:
+    """Returns the F1 score of the longest common subsequence of words with the nearest truth.
+
+    ROUGE-L (Lin, ROUGE: A Package for Automatic Evaluation of Summaries, 2004, section 3, with beta = 1) over words of
+    letters and digits in lower case, as google-research/rouge computes it without stemming. LLaVA-NeXT-Interleave's
+    evaluation reports it for open answers, of which it takes the first 512 characters.
+    """
+    words = _split_words(answer)
+    return max(_compute_lcs_f1(words, _split_words(truth)) for truth in truths)
+
+
+def _split_words(text: str) -> list[str]:
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def _compute_lcs_f1(a: Sequence[str], b: Sequence[str]) -> float:
+    """F1 of the longest common subsequence; computed row by row, where the left neighbour is a running maximum."""
+    row, others = np.zeros(len(b) + 1, dtype=np.int64), np.array(b, dtype=object)
+    for word in a:
+        row[1:] = np.maximum.accumulate(np.maximum(row[1:], row[:-1] + (others == word)))
+    return 2 * int(row[-1]) / (len(a) + len(b)) if a and b else 0.0
+
+
 METRICS_BY_NAME: dict[str, Metric] = {
     function.__name__: function
-    for function in (exact_match, vqa_accuracy, relaxed_accuracy, anls, options, edit_similarity, grounding_iou)
+    for function in (
+        exact_match,
+        vqa_accuracy,
+        relaxed_accuracy,
+        anls,
+        options,
+        edit_similarity,
+        grounding_iou,
+        rouge_l,
+    )
 }
 """All metrics by name."""
 

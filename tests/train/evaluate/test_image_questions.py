@@ -10,6 +10,7 @@ import torch
 from data_recipes.mixture.mixture import Mixture
 from data_recipes.raw.questions import SHORT_ANSWER
 from data_recipes.schema.sample import Message
+from data_recipes.store.reader import StoredSample
 from llava_next.formats.hugging_face import read_hf
 from llava_next.inputs.batch import Batch
 from llava_next.inputs.processor import Processor
@@ -25,7 +26,7 @@ from train.evaluate.image_questions import (
     answer_base_views,
     extract_questions,
     filter_by_length,
-    read_single_image_samples,
+    read_image_samples,
     summarize,
 )
 from train.validation.held_out import list_mixture_samples
@@ -141,12 +142,10 @@ def test_figures_add_up() -> None:
 
 
 def test_questions_are_asked_one_at_a_time(tmp_path: Path) -> None:
-    """Only held-out samples with one image are used, each turn as a question without a placeholder."""
+    """Only held-out samples with images are used, each turn as a question, without a placeholder about one image."""
     mixture_config, store_root = tiny_mixture(tmp_path, 20, holdout=5)
     mixture = Mixture.open(mixture_config, store_root)
-    held_out = {
-        source: read_single_image_samples(samples, 9) for source, samples in list_mixture_samples(mixture).items()
-    }
+    held_out = {source: read_image_samples(samples, 9) for source, samples in list_mixture_samples(mixture).items()}
     trained = {h for n in range(mixture.num_samples) for h in mixture.sample(n).image_hashes}
     assert set(held_out) == {"tiny_pictures"}
     samples = held_out["tiny_pictures"]
@@ -155,6 +154,61 @@ def test_questions_are_asked_one_at_a_time(tmp_path: Path) -> None:
     questions = extract_questions("tiny_pictures", samples, limit=4, per_picture=2)
     assert len(questions) <= 4
     assert all("<image>" not in question.text and question.truth for question in questions)
+
+
+def _set(*numbers: int, text: str = "First <image>, then <image>: what is it now?") -> StoredSample:
+    """A set of learned images; the truth is the answer about the second."""
+    parts = [sample(number) for number in numbers]
+    messages = (Message("user", text), Message("assistant", ANSWERS[numbers[1]]))
+    return replace(
+        parts[0],
+        id="".join(map(str, numbers)),
+        messages=messages,
+        sizes_hw=tuple(part.sizes_hw[0] for part in parts),
+        images=tuple(part.images[0] for part in parts),
+    )
+
+
+def test_questions_about_sets() -> None:
+    """The placeholders stay where they are. A later turn has the images of the earlier ones in front, a sample is asked
+    with the images up to the question."""
+    turns = ["<image> and <image>: equal?", "no", "And <image>?", "yes", "Why?", "so"]
+    messages = tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns))
+    images = replace(_set(0, 1, 2), messages=messages)
+    asked = extract_questions("sets", [images], limit=9, per_picture=9)
+    assert [(question.num_images, question.prompt) for question in asked] == [
+        (2, "<image> and <image>: equal?"),
+        (3, "<image>\n<image>\nAnd <image>?"),
+        (3, "<image>\n<image>\n<image>\nWhy?"),
+    ]
+
+
+def test_every_image_of_a_set_but_the_first_is_exchanged(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between sets of the same number of images; the hits with the own images are what stock `generate` answers."""
+    processor = learned.processor
+    samples = [_set(0, 1), sample(0), _set(2, 0), _set(1, 2, 0, text="<image><image><image>\nWhat?"), sample(1)]
+    questions = extract_questions("sets", samples, 9, 9)
+    _, model = read_hf(learned.export, learned.config)
+    tiles: list[np.ndarray] = []
+    score = model.score
+
+    def watched(batch: Batch) -> TokenScores:
+        tiles.append(batch.tiles.numpy())
+        return score(batch)
+
+    monkeypatch.setattr(model, "score", watched)
+    right, other = answer_all(model, processor, samples, questions, PackingConfig(1, 1), ALONE)
+    images = [processor.encode(each.messages, each.sizes_hw, each.images).tiles for each in map(sample, range(4))]
+    shown = [[0, 1], [0, 0], [0], [1], [2, 0], [2, 1], [1, 2, 0], [1, 2, 0], [1], [0]]
+    by_sample = [shown[0], shown[5], shown[2], shown[9], shown[4], shown[1], *shown[6:8], shown[8], shown[3]]
+    for actual, numbers in zip(tiles, by_sample, strict=True):
+        assert np.array_equal(actual, np.concatenate([images[number] for number in numbers]))
+    assert (right.shape, other.shape) == ((5,), (5,))
+    stock = StockModel(learned.export, processor, ALONE, batch_size=2, max_new_tokens=24)
+    answers = [answer.answer for answer in stock.generate_answers(samples, questions, "none")]
+    assert [answer == question.truth for answer, question in zip(answers, questions, strict=True)] == right.tolist()
+    base_views = answer_base_views(model, processor, samples, questions, WIDE, ALONE)
+    assert base_views.shape == (5,)
 
 
 def test_form_of_answer_is_appended_to_every_question() -> None:

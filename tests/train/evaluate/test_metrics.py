@@ -171,3 +171,35 @@ def test_none_scores_nothing() -> None:
     """The metric none has no score; captions are evaluated by their loss only."""
     assert metrics.score("none", "a", ["a"]) is None
     assert metrics.score("exact_match", "a", ["a"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "truths", "expected"),
+    [
+        # Lin (2004), section 3.1: with beta = 1, the first candidate scores 3/4 and the second 2/4.
+        ("police kill the gunman", ["police killed the gunman"], 3 / 4),
+        ("the gunman kill police", ["police killed the gunman"], 2 / 4),
+        # google-research/rouge, rouge_scorer_test.py: precision 1, recall 1/3.
+        ("testing", ["testing one two"], 1 / 2),
+        ("A red Hat!", ["nothing", "a red hat"], 1.0),
+        ("", ["a red hat"], 0.0),
+        ("red", ["..."], 0.0),
+        ("两 辆 车", ["两 辆 红 车"], 6 / 7),
+    ],
+)
+def test_rouge_l(answer: str, truths: list[str], expected: float) -> None:
+    """The nearest truth counts; case and punctuation do not."""
+    assert metrics.rouge_l(answer, truths) == pytest.approx(expected)
+
+
+def test_rouge_l_is_the_longest_common_subsequence() -> None:
+    """On random words, against the textbook recurrence."""
+    draw = random.Random(0)
+    for _ in range(200):
+        a, b = ([draw.choice("abcd") for _ in range(draw.randint(1, 12))] for _ in range(2))
+        table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
+        for i, word in enumerate(a):
+            for j, other in enumerate(b):
+                table[i + 1][j + 1] = table[i][j] + 1 if word == other else max(table[i][j + 1], table[i + 1][j])
+        expected = 2 * table[-1][-1] / (len(a) + len(b))
+        assert metrics.rouge_l(" ".join(a), [" ".join(b)]) == pytest.approx(expected)
