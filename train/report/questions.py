@@ -18,6 +18,8 @@ from train.observability.run_folder import Run
 _SIDE, _CANVAS_SIDE = 384, 768
 MAX_STEPS = 8
 """Answers of one run to one question."""
+_MAX_IMAGES = 8
+"""Shown images of a set."""
 _Key = tuple[str, str, str]
 _Answers = dict[_Key, list[tuple[int, dict[str, Any]]]]
 """Answers by source, id and question, each with the number of its run."""
@@ -25,7 +27,7 @@ _Answers = dict[_Key, list[tuple[int, dict[str, Any]]]]
 
 @dataclass(frozen=True)
 class Image:
-    """The image of a question as the model sees it.
+    """An image of a question as the model sees it.
 
     Attributes:
         url: data URL of the image; None if it cannot be shown.
@@ -42,12 +44,12 @@ class Image:
 
 @dataclass(frozen=True)
 class Question:
-    """A question: its image, and (name, text) of the question, the truth and each answer."""
+    """A question: its images, and (name, text) of the question, the truth and each answer."""
 
     source: str
     id: str
     facts: list[tuple[str, str]]
-    image: Image
+    images: tuple[Image, ...]
 
 
 def evaluation_questions(runs: Sequence[Run], num: int) -> list[Question]:
@@ -108,11 +110,13 @@ def _choose(by_key: _Answers, num: int) -> list[_Key]:
 
 
 class _Tiling(NamedTuple):
-    """What decides the tiles of an image: the grids, and pixels and patches along a side of a tile."""
+    """What decides the tiles of an image: the grids, pixels and patches along a side of a tile, and whether the images
+    of a set are cut too."""
 
     grids: tuple[Grid, ...]
     tile: int
     patches_per_side: int
+    cuts_sets: bool
 
 
 def _read_tiling(runs: Sequence[Run]) -> _Tiling | None:
@@ -129,7 +133,8 @@ def _read_tiling(runs: Sequence[Run]) -> _Tiling | None:
         patch: Any = vision.get("patch_size")
         if is_number(tile) and is_number(patch) and tile >= patch > 0:
             try:
-                return _Tiling(grids_from_pinpoints(pinpoints, int(tile)), int(tile), int(tile // patch))
+                grids, cuts_sets = grids_from_pinpoints(pinpoints, int(tile)), str(views.get("several"))
+                return _Tiling(grids, int(tile), int(tile // patch), cuts_sets.startswith("anyres"))
             except (ModelError, TypeError):
                 continue  # not the config of a LLaVA-NeXT; images are shown without tiles
     return None
@@ -144,27 +149,31 @@ class _Images:
         self._tiling = _read_tiling(runs)
         self._stores: dict[str, tuple[Any, dict[str, int]] | str] = {}
 
-    def read(self, source: str, name: str) -> Image:
-        """The sample's first image, or why there is none."""
+    def read(self, source: str, name: str) -> tuple[Image, ...]:
+        """The sample's images, or why there is none."""
         if source not in self._stores:
             self._stores[source] = self._open(source)
         opened = self._stores[source]
         if isinstance(opened, str):
-            return Image(why=opened)
+            return (Image(why=opened),)
         store, numbers = opened
         if name not in numbers:
-            return Image(why=f"no sample of the store {store.path} has this id")
+            return (Image(why=f"no sample of the store {store.path} has this id"),)
         try:
             sample = store.sample(numbers[name])
-            return self._show(sample.images[0]) if sample.images else Image(why="the sample has no image")
+            shown = [self._show(encoded, len(sample.images)) for encoded in sample.images[:_MAX_IMAGES]]
         except (OSError, ValueError) as error:
-            return Image(why=f"its image cannot be read: {error}")
+            return (Image(why=f"its image cannot be read: {error}"),)
+        num_hidden = len(sample.images) - len(shown)
+        if num_hidden > 0:
+            shown.append(Image(why=f"{num_hidden} more are not shown"))
+        return tuple(shown) or (Image(why="the sample has no image"),)
 
-    def _show(self, encoded: bytes) -> Image:
+    def _show(self, encoded: bytes, num_images: int) -> Image:
         image = decode(encoded)
-        if self._tiling is None:
+        if self._tiling is None or (num_images > 1 and not self._tiling.cuts_sets):
             return Image(jpeg_url(image, _SIDE))
-        grids, tile, patches = self._tiling
+        grids, tile, patches, _ = self._tiling
         size_hw = (image.height, image.width)
         layout = image_layout(size_hw, mode="anyres", grids=grids, tile=tile, patches_per_side=patches)
         tiles = cut_tiles(image, layout, tile)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.tiny import tiny_samples, tiny_store
+from data_recipes.schema.sample import Message, Sample
+from tests.tiny import encode_noise_image, tiny_samples, tiny_store
 from train.html.charts import Chart
 from train.observability.run_folder import read_runs
 from train.report.__main__ import main
@@ -326,12 +327,38 @@ def test_questions_have_the_images_of_their_store(make: Make, tmp_path: Path) ->
     assert sorted(each.source for each in questions) == ["gone", "pictures", "pictures", "pictures"]
     answers = [("one/finetune", "4  (score 0.00)"), ("two/finetune", "perhaps 5  (score 0.00)")]
     assert [each.facts[2:] for each in questions if each.id == "000003"] == [answers]
-    reasons = [(each.image.url, each.image.why[:15]) for each in questions if each.source == "gone"]
+    reasons = [(each.images[0].url, each.images[0].why[:15]) for each in questions if each.source == "gone"]
     assert reasons == [(None, "there is no sto")]
     page = page_of(first, second)
-    assert len({value for name, value in page.attributes if value.startswith("data:image/jpeg;base64,")}) == 6
+    assert len({value for name, value in page.attributes if value.startswith("data:image/jpeg;base64,")}) == 7
     assert "No image: there is no store in" in page.text
     assert page.text.count("perhaps 5") == 1
+
+
+@pytest.mark.parametrize(("several", "num_cut"), [("pad", 0), ("anyres", 3)])
+def test_all_images_of_a_set_are_shown(make: Make, tmp_path: Path, several: str, num_cut: int) -> None:
+    """With their tiles, if the images of a set have any; of a large set the first ones, and how many are not."""
+    sizes = [(40, 60), (60, 40), (28, 28)]
+    images = [encode_noise_image(number, size) for number, size in enumerate(sizes)]
+    messages = (Message("user", "<image>" * 3 + "Which?"), Message("assistant", "one"))
+    large = (Message("user", "<image>" * 10 + "Which?"), Message("assistant", "one"))
+    samples = [Sample("few", messages, tuple(images)), Sample("many", large, (images[0],) * 10)]
+    tiny_store(tmp_path / "stores", "sets", samples)
+    views = {"views": {"single": "anyres", "several": several}}
+    config = {"data": {"store_root": str(tmp_path / "stores")}, "stage": {**CONFIG["stage"], **views}}  # type: ignore[dict-item]
+    asked = [_answer("sets", name, "Which?") for name in ("few", "many")]
+    folder = make("a", config=config, evaluation__answers__jsonl=asked)
+    (folder / "export").mkdir()
+    exported = {"image_grid_pinpoints": [[28, 56], [56, 28]], "vision_config": {"image_size": 28, "patch_size": 7}}
+    (folder / "export" / "config.json").write_text(json.dumps(exported))
+    few, many = (each.images for each in evaluation_questions(read_runs([folder]), 6))
+    assert (len(few), sum(image.canvas is not None for image in few)) == (3, num_cut)
+    assert (len(many), many[-1].why) == (9, "2 more are not shown")
+    page = page_of(folder)
+    assert page.text.count("base view") == num_cut + (8 if num_cut else 0)
+    assert len([value for name, value in page.attributes if name == "id"]) == len(
+        {value for name, value in page.attributes if name == "id"}
+    )
 
 
 @pytest.mark.parametrize("views", [{"image_mode": "anyres"}, {"views": {"single": "anyres_max_9", "several": "pad"}}])
@@ -349,18 +376,20 @@ def test_tiles_are_drawn_over_the_images_of_questions(make: Make, tmp_path: Path
         "vision_config": {"image_size": 28, "patch_size": 7},
     }
     (folder / "export" / "config.json").write_text(json.dumps(exported))
-    shown = [each.image for each in evaluation_questions(read_runs([folder]), 6)]
+    shown = [image for each in evaluation_questions(read_runs([folder]), 6) for image in each.images]
     sizes = {image.canvas.grid: image.canvas.pixels.shape[:2] for image in shown if image.canvas}
     assert len(sizes) > 1
     assert all(size == (28 * rows, 28 * columns) for (rows, columns), size in sizes.items())
     page = page_of(folder)
-    assert page.html.count('<path class="cuts"') == len(shown) == 6
-    assert page.text.count("base view") == 6
+    cut = [image for image in shown if image.canvas]
+    assert len(shown) == 7  # one sample has two
+    assert len(cut) == (7 if "image_mode" in views else 5)
+    assert page.html.count('<path class="cuts"') == page.text.count("base view") == len(cut)
     assert "2 × 2 tiles" in page.text
-    assert "img" not in page.tags
+    assert page.tags.count("img") == 7 - len(cut)
     (folder / "export" / "config.json").write_text("{")
     page = page_of(folder)
-    assert page.tags.count("img") == 6
+    assert page.tags.count("img") == 7
     assert "config.json is damaged" in page.text
 
 
