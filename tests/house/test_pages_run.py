@@ -32,6 +32,10 @@ SMALLER = {  # {file: {text: replacement in the copy}}
         "{count: 8, holdout: 8}": "{count: 2, holdout: 1}",
         "{count: 80}": "{count: 2}",
     },
+    "configs/mixture/quickstart_sets.yaml": {
+        "{count: 2400, holdout: 320}": "{count: 8, holdout: 2}",
+        "{count: 72}": "{count: 2}",
+    },
     "scripts/quickstart.sh": {
         "--limit 320": "--limit 2",
         "--num-samples 320 --num-samples easy_vqa_test=20 --generate 6": "--num-samples 2 --generate 1",
@@ -48,6 +52,7 @@ REPLACED = {  # {word of a command: replacement}
 ADDED = {  # {start of a command: additional arguments that shorten it}
     "python -m train.chat": "--max-new-tokens 4",
     "python -m train.evaluate": "--num-samples 2 --limit 2 --max-new-tokens 4",
+    "python scripts/quickstart/draw.py --set quickstart_sets": "--scale 0.01",
     "python scripts/bench/input.py stores": "--parts rate --pictures 3",
     "python scripts/bench/input.py batches": "--parts lengths --samples 40",
     "python scripts/bench/input.py archives": "--images 40",

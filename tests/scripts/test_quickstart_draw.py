@@ -265,3 +265,32 @@ def test_letters_and_their_questions_agree(tmp_path: Path) -> None:
     assert draw.draw("small_letters", _cache(), tmp_path, 0.03, 0, patch=16).endswith("is up to date")
     assert "78 records" in draw.draw("small_letters", _cache(), tmp_path, 0.03, 0)
     assert draw.main(["--raw", str(tmp_path), "--patch", "7"]) == 2
+
+
+def test_pages_of_a_pair_differ_in_one_half(tmp_path: Path) -> None:
+    """The answer is the letter that only the second page has; each answer and each half are about equally frequent."""
+    assert "96 records" in draw.draw("letter_pairs", _cache(), tmp_path, 0.024, 0)
+    folder = tmp_path / "letter_pairs"
+    records = json.loads((folder / "pairs.json").read_text())
+    answers = [record["conversations"][1]["value"] for record in records]
+    assert sorted(answers) == sorted(source_small_letters.LETTERS * 16)
+    changed_halves = []
+    for record in records:
+        first, second = (np.asarray(Image.open(folder / name)) for name in record["image"])
+        assert first.shape == second.shape == (56, 56, 3)
+        differs = (first != second).reshape(2, 28, -1).any(axis=(1, 2)).tolist()
+        assert sorted(differs) == [False, True]
+        changed_halves.append(differs.index(True))
+    assert 30 < sum(changed_halves) < 66
+
+
+def test_each_set_has_its_sources() -> None:
+    """The pairs are drawn for their own experiment alone, and it needs no other source."""
+    cache = _cache()
+    names = {
+        which: {source.name for source in draw.chosen_sources(cache, which)}
+        for which in ("quickstart", "quickstart_sets")
+    }
+    assert names["quickstart_sets"] == {"letter_pairs"}
+    assert "small_letters" in names["quickstart"]
+    assert not names["quickstart"] & {"letter_pairs", *draw.CAPTIONED}
