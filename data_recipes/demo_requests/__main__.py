@@ -38,7 +38,7 @@ from data_recipes.schema.arguments import (
     text_argument,
 )
 from data_recipes.schema.console import run_program
-from data_recipes.schema.file_access import describe_error
+from data_recipes.schema.denied_files import describe_error
 from data_recipes.schema.sample import IMAGE_PLACEHOLDER, DataError
 
 

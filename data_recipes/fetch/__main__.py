@@ -19,10 +19,10 @@ from pathlib import Path
 import requests
 
 from data_recipes.fetch.byte_progress import ByteProgress
+from data_recipes.fetch.fetch_plan import Plan, make_plan
 from data_recipes.fetch.lock_file import LockFile
-from data_recipes.fetch.plan import Plan, make_plan
+from data_recipes.fetch.plan_report import check_space, describe_missing, describe_plan
 from data_recipes.fetch.remote_file import FetchError
-from data_recipes.fetch.report import check_space, describe_missing, describe_plan
 from data_recipes.fetch.transfer import Transfer, count_bytes_to_fetch, run_parallel
 from data_recipes.mixture.mixture import list_sources, read_mixture
 from data_recipes.schema.arguments import (
@@ -35,7 +35,7 @@ from data_recipes.schema.arguments import (
 )
 from data_recipes.schema.config_dir import CONFIG_DIR, list_config_folders
 from data_recipes.schema.console import run_program
-from data_recipes.schema.file_access import describe_error
+from data_recipes.schema.denied_files import describe_error
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_source
 from data_recipes.store.durable import exclusive_lock

@@ -32,7 +32,7 @@ from data_recipes.raw.image_pool import ImagePool
 from data_recipes.schema.arguments import ArgumentParser, output_folder, path_argument, text_argument
 from data_recipes.schema.config_dir import CONFIG_DIR, list_config_folders
 from data_recipes.schema.console import run_program
-from data_recipes.schema.file_access import describe_error
+from data_recipes.schema.denied_files import describe_error
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import SourceInfo, read_source
 from data_recipes.store.durable import exclusive_lock

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_recipes.schema.file_access import describe_error
+from data_recipes.schema.denied_files import describe_error
 from data_recipes.schema.sample import DataError
 from data_recipes.store.durable import sync_folder
 from data_recipes.store.reader import Store, read_manifest

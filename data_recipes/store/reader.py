@@ -19,7 +19,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 
-from data_recipes.schema.file_access import describe_denied
+from data_recipes.schema.denied_files import describe_denied
 from data_recipes.schema.sample import DataError, Message
 from data_recipes.store.images import StoreImages
 

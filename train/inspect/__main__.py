@@ -21,8 +21,8 @@ from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.distributed.quiet_libraries import quiet_libraries
 from train.html.page import write_page
-from train.inspect.page import page_values
 from train.inspect.replay import replay
+from train.inspect.sample_page import page_values
 from train.inspect.sample_set import Subject, compose_config, open_run, open_store
 
 _NUM_OF_STORE = 16

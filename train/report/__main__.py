@@ -17,7 +17,7 @@ from train.config.exit_codes import report_mistake
 from train.config.schema import ConfigError
 from train.html.page import write_page
 from train.observability.run_folder import read_runs
-from train.report.page import page_values
+from train.report.report_page import page_values
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

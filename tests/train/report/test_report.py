@@ -16,9 +16,9 @@ from tests.tiny import encode_noise_image, tiny_samples, tiny_store
 from train.html.charts import Chart
 from train.observability.run_folder import read_runs
 from train.report.__main__ import main
+from train.report.asked_questions import evaluation_questions
 from train.report.comparison import UNKNOWN, compare
 from train.report.curves import MAX_POINTS, charts_of, parts_of_time, series
-from train.report.questions import evaluation_questions
 
 CONFIG = {
     "name": "tiny",

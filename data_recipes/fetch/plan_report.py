@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from data_recipes.fetch.plan import ByHand, Item, Plan
+from data_recipes.fetch.fetch_plan import ByHand, Item, Plan
 from data_recipes.fetch.remote_file import RemoteFile
 from data_recipes.fetch.transfer import count_bytes_to_fetch, has_published_size
 from data_recipes.schema.sample import DataError

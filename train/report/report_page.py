@@ -7,9 +7,9 @@ import numpy as np
 
 from train.html.charts import Numbers
 from train.observability.run_folder import Run
+from train.report.asked_questions import MAX_STEPS, evaluation_questions, live_questions
 from train.report.comparison import compare
 from train.report.curves import MAX_POINTS, charts_of, parts_of_time, predicted_gib, series
-from train.report.questions import MAX_STEPS, evaluation_questions, live_questions
 
 _FIGURES: tuple[tuple[str, str, Callable[[Numbers], Any]], ...] = (
     ("first_loss", "train/loss", lambda losses: losses[:10].mean()),
