@@ -98,6 +98,16 @@ TABLES: dict[str, tuple[Rule, ...]] = {
         Rule("sam", ("sam/",)),
         Rule("knowledge", _KNOWLEDGE),
     ),
+    # m4_instruct_annotations.json: 3D as lists of views (ScanNet, nuScenes, ALFRED), clips as lists of frames (NExT-QA,
+    # STAR), and all other folders. A record with `video` has no image; the reader rejects it.
+    "m4_instruct": (
+        Rule("scannet", ("scannet_frames_25k/",)),
+        Rule("nuscenes", ("nuscenes/",)),
+        Rule("alfred", ("ALFRED/",)),
+        Rule("frames", ("nextqa/", "star/")),
+        Rule("multi_image", ("",)),
+        Rule("multi_image"),
+    ),
 }
 
 

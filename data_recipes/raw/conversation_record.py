@@ -77,7 +77,13 @@ class _Turn:
 
 
 def convert_record(
-    record: Mapping[str, Any] | list[Any], image_root: Path, location: str, keys: RecordKeys = _USUAL_KEYS
+    record: Mapping[str, Any] | list[Any],
+    image_root: Path,
+    location: str,
+    keys: RecordKeys = _USUAL_KEYS,
+    *,
+    images_first: bool = False,
+    suffix: str = "",
 ) -> Sample | Reject:
     """Convert one record to a sample.
 
@@ -86,6 +92,9 @@ def convert_record(
         image_root: folder that image paths are relative to.
         location: file and record number.
         keys: which keys hold which part.
+        images_first: place the images of a record without any placeholder before its first question in LLaVA's layout
+            too.
+        suffix: a line that is appended to the first question.
 
     Returns:
         The sample, with a note for each unknown key; or a `Reject`, which is `unsupported_key` for a key that changes
@@ -95,10 +104,11 @@ def convert_record(
         record = {next(iter(keys.parts["messages"]), "messages"): record}
     sample_id = record_id(record, location, keys)
     try:
-        reader = _RecordReader(keys)
+        reader = _RecordReader(keys, images_first)
         turns, images = reader.read(record)
         resolved = resolve_images(images, image_root)
         repairs = _merge_questions(turns)
+        _append_to_question(turns, suffix)
         sample = assemble(sample_id, [(turn.speaker, turn.text) for turn in turns], resolved, location)
         if isinstance(sample, Reject):
             return sample
@@ -129,9 +139,10 @@ class _RecordReader:
         notes: {name: example} of unknown keys.
     """
 
-    def __init__(self, keys: RecordKeys) -> None:
+    def __init__(self, keys: RecordKeys, images_first: bool) -> None:
         self.notes: dict[str, str] = {}
         self._keys = keys
+        self._images_first = images_first
 
     def read(self, record: Mapping[str, Any]) -> tuple[list[_Turn], list[object]]:
         """Return the turns and, in the order of their placeholders, the raw images."""
@@ -146,7 +157,7 @@ class _RecordReader:
         if "system" in parts:
             _add_system(turns, values["system"], parts["system"][0])
         beside = values.get("images", [])
-        return turns, _order_images(turns, beside if isinstance(beside, list) else [beside])
+        return turns, _order_images(turns, beside if isinstance(beside, list) else [beside], self._images_first)
 
     def _find_parts(self, record: Mapping[str, Any]) -> dict[str, list[str]]:
         """Return {part: the keys of the record that hold it}; several keys with the same value are one."""
@@ -423,13 +434,14 @@ def _add_system(turns: list[_Turn], system: object, key: str) -> None:
     turns.insert(0, _Turn("system", system, _count_placeholders(system)))
 
 
-def _order_images(turns: Sequence[_Turn], beside: Sequence[object]) -> list[object]:
+def _order_images(turns: Sequence[_Turn], beside: Sequence[object], images_first: bool) -> list[object]:
     """Return the images in the order of the placeholders; those beside the turns that have none come last.
 
-    If no turn has a placeholder, all images are placed before the first question, as in TRL and ms-swift, except in
-    LLaVA's layout. `check_sample` rejects a sample with another number of images than placeholders.
+    If no turn has a placeholder, all images are placed before the first question, as in TRL and ms-swift; in LLaVA's
+    layout with `images_first` only. `check_sample` rejects a sample with another number of images than placeholders.
     """
-    if beside and not any(turn.images for turn in turns) and not any(turn.is_llava for turn in turns):
+    has_placeholders = any(turn.images for turn in turns)
+    if beside and not has_placeholders and (images_first or not any(turn.is_llava for turn in turns)):
         first = next((turn for turn in turns if turn.role == "user" and isinstance(turn.text, str)), None)
         if first is not None:
             first.text = f"{IMAGE_PLACEHOLDER}\n" * len(beside) + str(first.text)
@@ -442,6 +454,13 @@ def _order_images(turns: Sequence[_Turn], beside: Sequence[object]) -> list[obje
         elif rest:
             ordered.append(rest.pop(0))
     return [*ordered, *rest]
+
+
+def _append_to_question(turns: Sequence[_Turn], suffix: str) -> None:
+    """Append a line to the first question."""
+    first = next((turn for turn in turns if turn.role == "user" and isinstance(turn.text, str)), None)
+    if suffix and first is not None:
+        first.text = f"{first.text}\n{suffix}"
 
 
 def _merge_questions(turns: list[_Turn]) -> list[str]:

@@ -18,19 +18,26 @@ _ROWS_AT_ONCE = 16
 _BUFFER_BYTES = 1 << 20
 
 
-def find_shards(root: Path, pattern: str) -> list[Path]:
+def find_shards(root: Path, patterns: str | Sequence[str]) -> list[Path]:
     """Return the files below `root` that match a glob pattern (`data/train-*.parquet`), sorted by name.
 
+    Args:
+        root: the source's raw folder.
+        patterns: the pattern, or several of them, whose files follow each other.
+
     Raises:
-        DataError: no file matches.
+        DataError: no file matches one of the patterns.
     """
-    shards = sorted(path for path in root.glob(pattern) if path.is_file())
-    if not shards:
-        raise DataError(
-            f"{root / pattern}: no file matches. The raw folder exists, but has no such shards: download them, or "
-            "correct the pattern in `options` of the source's YAML."
-        )
-    return shards
+    shards: list[Path] = []
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        found = sorted(path for path in root.glob(pattern) if path.is_file())
+        if not found:
+            raise DataError(
+                f"{root / pattern}: no file matches. The raw folder exists, but has no such shards: download them, or "
+                "correct the pattern in `options` of the source's YAML."
+            )
+        shards += found
+    return list(dict.fromkeys(shards))
 
 
 def list_columns(shard: Path) -> list[str]:

@@ -5,7 +5,7 @@ conversations); the other layouts of `messages_parquet.py` are read too. The rel
 so its components cannot be separated; use `llava_json.py` with the raw form instead.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from data_recipes.readers import messages_parquet
@@ -14,9 +14,11 @@ from data_recipes.schema.sample import Reject, Sample
 
 def samples(
     root: Path,
-    shards: str = "data/train-*.parquet",
+    shards: str | Sequence[str] = "data/train-*.parquet",
     image_root: str = ".",
     columns: Mapping[str, str | None] | None = None,
+    images_first: bool = False,
+    suffix: str = "",
 ) -> Iterator[Sample | Reject]:
-    """Yield one sample per row, shards sorted by name; arguments and errors as for `messages_parquet.samples`."""
-    yield from messages_parquet.samples(root, shards, image_root, columns)
+    """Yield one sample per row; arguments, order and errors as for `messages_parquet.samples`."""
+    yield from messages_parquet.samples(root, shards, image_root, columns, images_first, suffix)

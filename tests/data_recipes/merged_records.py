@@ -18,6 +18,17 @@ def record(sample_id: str | int, image: str | None, turns: Turns, **more: Any) -
     return {"id": sample_id, **({"image": image} if image else {}), "conversations": conversations, **more}
 
 
+def set_of_images(sample_id: str, images: list[str], question: str, answer: str, **more: Any) -> dict[str, Any]:
+    """Build one record of M4-Instruct, whose id has another key; a placeholder for each image precedes the question."""
+    turns = [{"from": "human", "value": "<image>" * len(images) + question}, {"from": "gpt", "value": answer}]
+    return {"sample_id": sample_id, "image": images, "conversations": turns, "metadata": {"split": "train"}, **more}
+
+
+def record_name(record: dict[str, Any]) -> str:
+    """Return the id of a record of any merged file."""
+    return str(record.get("sample_id", record.get("id")))
+
+
 def coco(number: int) -> str:
     """Return the path of a COCO image in the merged files."""
     return f"coco/train2017/{number:012d}.jpg"
@@ -64,6 +75,9 @@ _OTHER_QUESTION_SETS = [
 _CHAT = record("aB3xY_0", None, [("Write a haiku.", "Snow on the harbour."), ("Another.", "Rain.")], model="")
 _DESCRIBED = record("000000000010", coco(10), [("What is the man doing?", "He is mending a net on the quay.")])
 _ONE_SENTENCE = "Provide a one-sentence caption for the provided image."
+
+_SCAN = "scannet_frames_25k/scene0000_00/color"
+_CAMERAS = [f"CAM_{each}" for each in ("FRONT_LEFT", "FRONT", "FRONT_RIGHT", "BACK_RIGHT", "BACK", "BACK_LEFT")]
 
 # {table: [(component, record)]}
 MERGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
@@ -132,5 +146,17 @@ MERGED: dict[str, list[tuple[str, dict[str, Any]]]] = {
         ("sam", record("sa_1", "sam/images/sa_1.jpg", [("Describe it.", "A square at noon.")])),
         ("knowledge", record("l1", "web-landmark/images/l1.jpg", [("Describe it.", "A tower.")])),
         ("knowledge", record("p1", "wikiart/images/p1.jpg", [("Describe it.", "An oil painting.")])),
+    ],
+    "m4_instruct": [
+        (
+            "scannet",
+            set_of_images("s1", [f"{_SCAN}/{n:06d}.jpg" for n in (0, 100, 200)], "Where is it?", "At the wall."),
+        ),
+        ("nuscenes", set_of_images("n1", [f"nuscenes/{camera}/1.jpg" for camera in _CAMERAS], "Who waits?", "A car.")),
+        ("alfred", set_of_images("a1", ["ALFRED/images/1.jpg", "ALFRED/images/2.jpg"], "Next?", "Open the door.")),
+        ("frames", set_of_images("q1", [f"nextqa/7/{n}.jpg" for n in range(4)], "Why?", "It rains.")),
+        ("frames", set_of_images("t1", [f"star/8/{n}.jpg" for n in range(4)], "What follows?", "He sits.")),
+        ("multi_image", set_of_images("d1", ["Spot-the-Diff/1.jpg", "Spot-the-Diff/2.jpg"], "What differs?", "A cup.")),
+        ("multi_image", set_of_images("v1", ["VISION/1.jpg"], "Which?", "The left one.")),
     ],
 }

@@ -100,7 +100,8 @@ def write_easy_vqa(root: Path, num_images: int = 4, split: str = "train") -> Pat
 def write_records(root: Path, annotations: str, records: Sequence[dict[str, Any]], image_root: str = ".") -> Path:
     """Write LLaVA JSON of these records, with their images."""
     write_file(root / annotations, json.dumps(list(records)))
-    for number, name in enumerate(each["image"] for each in records if "image" in each):
+    images = [each["image"] for each in records if "image" in each]
+    for number, name in enumerate(name for each in images for name in ([each] if isinstance(each, str) else each)):
         write_file(root / image_root / name, make_image(400 + number, kind="JPEG"))
     return root
 
@@ -117,15 +118,16 @@ def cell(number: int, kind: str = "JPEG") -> dict[str, Any]:
     return {"bytes": make_image(number, kind=kind), "path": f"{number}.jpg"}
 
 
-def write_llava_parquet(root: Path) -> Path:
+def write_llava_parquet(root: Path, shard: str = "data/train-00000-of-00001.parquet", first_image: int = 501) -> Path:
     """Write the release's parquet form: embedded images, null for a text-only record, a constant `data_source`."""
+    greeting = "Hello." if first_image == 501 else f"Hello {first_image}."
     described = record("000000000010", coco(10), [("What is the man doing?", "Mending a net.")])
     rows = [
-        {**described, "data_source": "llava-next-instruct", "image": cell(501)},
-        {**described, "data_source": "llava-next-instruct", "image": cell(502), "id": "VG_100K/7"},
-        {**record("aB3xY_0", None, [("Hello.", "Hi.")]), "data_source": "llava-next-instruct", "image": None},
+        {**described, "data_source": "llava-next-instruct", "image": cell(first_image)},
+        {**described, "data_source": "llava-next-instruct", "image": cell(first_image + 1), "id": "VG_100K/7"},
+        {**record("aB3xY_0", None, [(greeting, "Hi.")]), "data_source": "llava-next-instruct", "image": None},
     ]
-    write_parquet(root / "data" / "train-00000-of-00001.parquet", rows)
+    write_parquet(root / shard, rows)
     return root
 
 
@@ -284,7 +286,6 @@ LAYOUTS = {
     "docvqa": write_docvqa,
     "dvqa": write_dvqa,
     "laion_gpt4v": write_laion_gpt4v,
-    "llava_parquet": write_llava_parquet,
     "synthdog": write_synthdog,
     "synthdog_parquet": write_synthdog_parquet,
 }
@@ -300,6 +301,11 @@ def write_source(source: SourceInfo, raw_root: Path) -> Path:
             [each for _, each in MERGED[table]] if table else [llava_record(1, "00453/a.jpg"), llava_record(2, "b.jpg")]
         )
         return write_records(folder, options["annotations"], records, options.get("image_root", "."))
+    if source.reader == "llava_parquet":
+        shards = options["shards"]
+        for number, pattern in enumerate([shards] if isinstance(shards, str) else shards):
+            write_llava_parquet(folder, pattern.replace("*", "00000-of-00001"), first_image=501 + 2 * number)
+        return folder
     if source.reader == "easy_vqa":
         return write_easy_vqa(folder, split=options["split"])
     return LAYOUTS[source.reader](folder)

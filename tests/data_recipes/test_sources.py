@@ -1,6 +1,9 @@
 """Tests of the shipped sources and mixtures: readers, descriptions, downloads and published counts."""
 
+import json
+import math
 import re
+import shutil
 from collections import Counter
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -12,10 +15,12 @@ import yaml
 
 from data_recipes.mixture.mixture import Mixture, read_mixture
 from data_recipes.prepare.__main__ import main
+from data_recipes.raw import archives
 from data_recipes.raw.components import TABLES
-from data_recipes.schema.sample import DataError, Reject, Sample, check_sample
+from data_recipes.schema.sample import ArchiveMember, DataError, Reject, Sample, check_sample
 from data_recipes.schema.source import SourceInfo, describe_source, read_source
-from tests.data_recipes.merged_records import MERGED
+from tests.data_recipes.archive_files import files_of, pack
+from tests.data_recipes.merged_records import MERGED, record_name
 from tests.data_recipes.raw_folders import write_file, write_messages, write_source
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -49,7 +54,7 @@ def test_every_shipped_source_reads_its_layout(name: str, tmp_path: Path) -> Non
         assert all(isinstance(image, bytes) or (isinstance(image, Path) and image.is_file()) for image in sample.images)
     table = source.options.get("components")
     if table:
-        expected = [str(each["id"]) for part, each in MERGED[table] if part == source.options["component"]]
+        expected = [record_name(each) for part, each in MERGED[table] if part == source.options["component"]]
         assert [sample.id for sample in samples] == expected
 
 
@@ -111,9 +116,10 @@ def test_what_a_reader_opens_is_downloaded() -> None:
     for name in set(SOURCES) - without:
         source = shipped(name)
         files = [file for entry in downloads(name) for file in downloaded(entry)]
-        opened = str(source.options.get("annotations") or source.options.get("shards"))
+        patterns: Any = source.options.get("annotations") or source.options.get("shards")
         if source.reader in ("llava_json", "llava_parquet"):
-            assert any(fnmatchcase(opened, file) for file in files), (name, opened)
+            for opened in [patterns] if isinstance(patterns, str) else patterns:
+                assert any(fnmatchcase(opened, file) for file in files), (name, opened)
         if source.reader == "synthdog_parquet":
             assert f"data/{source.options['split']}-*.parquet" in files
 
@@ -200,8 +206,99 @@ def test_the_760k_is_the_779k_without_captions_and_textcaps() -> None:
     assert "textcaps" not in without_captions
 
 
+# The subsets of LLaVA-NeXT's scripts/train/single_image.yaml that are used in part: {source: (percent, [subset of the
+# hub's dataset, number in the name of the file])}.
+USED_IN_PART = {
+    "onevision_si_magpie": (
+        50,
+        [
+            ("magpie_pro(qwen2_72b_st)", 299_992),
+            ("magpie_pro(l3_80b_st)", 300_000),
+            ("magpie_pro(l3_80b_mt)", 299_998),
+        ],
+    ),
+    "onevision_si_10pct": (10, [("hme100k", 74_502), ("tallyqa(cauldron,llava_format)", 98_680)]),
+    "onevision_si_5pct": (
+        5,
+        [
+            ("scienceqa(nona_context)", 19_218),
+            ("FigureQA(MathV360K)", 17_597),
+            ("IconQA(MathV360K)", 22_599),
+            ("PMC-VQA(MathV360K)", 35_958),
+            ("raven(cauldron)", 42_000),
+            ("iconqa(cauldron,llava_format)", 27_307),
+            ("tqa(cauldron,llava_format)", 27_307),
+        ],
+    ),
+    "onevision_si_1pct": (
+        1,
+        [
+            ("k12_printing", 256_646),
+            ("clevr(cauldron,llava_format)", 70_000),
+            ("dvqa(cauldron,llava_format)", 200_000),
+            ("figureqa(cauldron,llava_format)", 100_000),
+        ],
+    ),
+}
+
+
+def test_counts_of_the_single_image_stage() -> None:
+    """Files that the authors use in part have that share of their samples, and no subset is in two sources."""
+    chosen = counts("onevision_single_image")
+    for name, (percent, subsets) in USED_IN_PART.items():
+        assert chosen[name] == sum(math.ceil(percent * number / 100) for _, number in subsets)
+        assert shipped(name).options["shards"] == [f"{subset}/train-*.parquet" for subset, _ in subsets]
+    assert chosen["onevision_mid_evol_instruct"] == math.ceil(30 * 143_000 / 100)
+    whole = shipped("onevision_si_all").options["shards"]
+    assert len(whole) == 64
+    everything = [*whole, *(f"{subset}/train-*.parquet" for _, part in USED_IN_PART.values() for subset, _ in part)]
+    assert len(set(everything)) == len(everything) == 80
+    assert total("onevision_single_image", *(f"next_779k_{part}" for part in NEXT_PARTS)) == 738_590
+
+
+NEXT_PARTS = [name.removeprefix("next_779k_") for name in SOURCES if name.startswith("next_779k_")]
+NEXT_PARTS.remove("parquet")
+
+
+def test_clips_of_m4_instruct_are_rejected(tmp_path: Path) -> None:
+    """A record of m4_instruct_video.json is rejected with the name of its key; lists of views keep their order."""
+    clip = {"id": "h1", "video": "hound/1", "conversations": [{"from": "human", "value": "<image>\nWhy?"}]}
+    write_file(tmp_path / "m4_instruct" / "m4_instruct_annotations.json", json.dumps([clip]))
+    (item,) = shipped("m4_multi_image").samples(tmp_path)
+    assert isinstance(item, Reject)
+    assert item.reason == "unsupported_key"
+    assert "`video`" in item.detail
+    write_source(shipped("m4_nuscenes"), tmp_path / "drawn")
+    (views,) = shipped("m4_nuscenes").samples(tmp_path / "drawn")
+    assert isinstance(views, Sample)
+    cameras = ["CAM_FRONT_LEFT", "CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_BACK_RIGHT", "CAM_BACK", "CAM_BACK_LEFT"]
+    assert [image.parent.name for image in views.images if isinstance(image, Path)] == cameras
+
+
+@pytest.mark.parametrize(
+    ("name", "archive", "top"),
+    [("m4_nuscenes", "nuscenes.zip", "nuscenes/"), ("m4_nuscenes", "nuscenes.zip", ""), ("m4_frames", "other.zip", "")],
+)
+def test_lists_of_views_in_the_archives_of_the_release(name: str, archive: str, top: str, tmp_path: Path) -> None:
+    """Views are found in an archive with or without the folder of its name, and frames in one with another name."""
+    folder = write_source(shipped(name), tmp_path)
+    samples = [item for item in shipped(name).samples(tmp_path) if isinstance(item, Sample)]
+    unpacked = folder / "nuscenes" if name == "m4_nuscenes" else folder
+    packed = {f"{top}{path}": data for path, data in files_of(unpacked).items() if not path.endswith(".json")}
+    for part in ("nuscenes", "nextqa", "star"):
+        shutil.rmtree(folder / part)
+    pack(folder / archive, packed)
+    with archives.archives_cached_in(tmp_path / "cache"):
+        found = [item for item in shipped(name).samples(tmp_path) if isinstance(item, Sample)]
+    assert [sample.messages for sample in found] == [sample.messages for sample in samples]
+    for sample, before in zip(found, samples, strict=True):
+        members = [image for image in sample.images if isinstance(image, ArchiveMember)]
+        assert [member.path for member in members] == list(before.images)
+
+
 def test_assumptions_are_marked() -> None:
     """Assumptions are marked as such."""
+    assert "OUR READING" in (CONFIGS / "mixture" / "interleave.yaml").read_text()
     assert "OUR READING" in (CONFIGS / "mixture" / "llava_next_760k.yaml").read_text()
     assert "INVENTED" in (CONFIGS / "source" / "laion_gpt4v.yaml").read_text()
 

@@ -14,9 +14,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from data_recipes.schema.config_dir import CONFIG_DIR
-from llava_next.config import AUTHORS_GRIDS, ModelConfig, ViewsConfig
+from llava_next.config import AUTHORS_GRIDS, ModelConfig, ViewsConfig, stock_class
 from train.config.compose import check
-from train.config.schema import RunConfig
+from train.config.schema import ConfigError, RunConfig
+from train.plan.__main__ import _split_stages
 
 STAGES = ("align", "finetune")
 TOWERS = ("clip_vit_l_336", "dinov2_large", "siglip_so400m_384")
@@ -51,6 +52,7 @@ PUBLISHED: dict[tuple[str, str], Recipe] = {
     ("qwen1_5_32b", "align"): LLAVA_NEXT,
     ("qwen1_5_72b", "align"): LLAVA_NEXT,
     ("qwen1_5_110b", "align"): LLAVA_NEXT,
+    ("qwen2_0_5b", "align"): LLAVA_NEXT,
     ("qwen2_7b", "align"): LLAVA_NEXT,
     ("vicuna_7b", "finetune"): Recipe(128, (2e-6, 2e-5, 2e-5), 4096, None, "vicuna_v1", "anyres"),
     ("vicuna_13b", "finetune"): Recipe(128, (2e-6, 2e-5, 2e-5), 4096, None, "vicuna_v1", "anyres"),
@@ -63,6 +65,7 @@ PUBLISHED: dict[tuple[str, str], Recipe] = {
     ("qwen1_5_32b", "finetune"): Recipe(128, (1e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_72b", "finetune"): Recipe(128, (2e-6, 5e-6, 5e-6), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen1_5_110b", "finetune"): Recipe(128, (2e-6, 5e-6, 5e-6), 32768, 1.0, "qwen_1_5", "anyres"),
+    ("qwen2_0_5b", "finetune"): Recipe(128, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
     ("qwen2_7b", "finetune"): Recipe(128, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
 }
 
@@ -173,9 +176,106 @@ def test_earlier_models(language_model: str, stage: str) -> None:
     assert config.stage.result == ("connector" if name == "align" else "export")
 
 
-def test_earlier_stages_and_table_agree() -> None:
-    """The stage files in folders and the table agree."""
-    assert {f"{path.parent.name}/{path.stem}" for path in (CONFIG_DIR / "stage").glob("*/*.yaml")} == set(EARLIER)
+class Later(NamedTuple):
+    """A stage of the later works: its values, its views of several images, and what it starts from and results in."""
+
+    name: str
+    recipe: Recipe
+    several: str
+    closing_newline: bool
+    grids: int
+    init_from: str
+    result: str
+    mixture: str
+
+
+# Every size of a work has the same values. For Interleave only views and start are published, the numbers are those of
+# LLaVA-NeXT's script for SigLIP; for OneVision's stage 1.5 only the rates.
+INTERLEAVE = Later(
+    "interleave",
+    Recipe(128, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres"),
+    "pad",
+    False,
+    5,
+    "finetune/export",
+    "connector",
+    "interleave",
+)
+ONEVISION = Recipe(256, (2e-6, 1e-5, 1e-5), 32768, 1.0, "qwen_1_5", "anyres_max_9")
+MID = Later("mid", ONEVISION, "pad", True, 36, "align/connector", "export", "onevision_mid")
+SINGLE_IMAGE = Later("single_image", ONEVISION, "pad", True, 36, "mid/export", "export", "onevision_single_image")
+LATER: dict[str, Later] = {
+    "interleave/finetune": INTERLEAVE,
+    "onevision/mid": MID,
+    "onevision/single_image": SINGLE_IMAGE,
+}
+# {experiment: (language model, its stages)}
+LATER_MODELS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "interleave_0_5b": ("qwen1_5_0_5b", ("interleave/finetune",)),
+    "interleave_7b": ("qwen1_5_7b", ("interleave/finetune",)),
+    "interleave_14b": ("qwen1_5_14b", ("interleave/finetune",)),
+    "onevision_0_5b": ("qwen2_0_5b", ("onevision/single_image", "onevision/mid")),
+    "onevision_7b": ("qwen2_7b", ("onevision/single_image", "onevision/mid")),
+}
+
+
+@pytest.mark.parametrize(
+    ("experiment", "stage"), [(name, stage) for name, (_, stages) in LATER_MODELS.items() for stage in stages]
+)
+def test_later_works(experiment: str, stage: str) -> None:
+    """An experiment selects backbones and the last stage; `stage=` selects another, with the values of the table."""
+    language_model, stages = LATER_MODELS[experiment]
+    expected = LATER[stage]
+    words = [] if stage == stages[0] else [f"stage={stage}"]
+    config = composed(f"experiment={experiment}", *words, f"mixture={expected.mixture}")
+    assert config.model.language_model.name == language_model
+    assert config.model.vision_tower.name == "siglip_so400m_384"
+    assert config.stage.name == expected.name
+    views = ViewsConfig(expected.recipe.view, expected.several, expected.closing_newline)
+    assert config.stage.views == views
+    assert recipe_of(replace(config, stage=replace(config.stage, views=ViewsConfig(views.single, views.single)))) == (
+        expected.recipe
+    )
+    common = config.stage
+    assert (common.epochs, common.schedule, common.warmup_ratio, common.weight_decay) == (1.0, "cosine", 0.03, 0.0)
+    assert len(config.model.grids) == expected.grids
+    assert config.model.grids == composed(*(["+model/grids=onevision36"] if expected.grids == 36 else [])).model.grids
+    assert (common.init_from, common.result) == (f"outputs/test/{expected.init_from}", expected.result)
+    # A stage that starts from a whole model reads all of it.
+    start = common.init_from if expected.init_from.endswith("export") else None
+    for part in (config.model.language_model, config.model.vision_tower):
+        assert (part.weights, part.path) == ("init_from", start) if start else part.weights == "pretrained"
+    assert config.engine["zero_optimization"]["stage"] == 3
+
+
+@pytest.mark.parametrize("experiment", ["onevision_0_5b", "onevision_7b"])
+def test_stage_1_of_onevision(experiment: str) -> None:
+    """Stage 1 is `stage=align`: one view of 729 tokens."""
+    config = composed(f"experiment={experiment}", "stage=align", "mixture=lcs_558k")
+    assert recipe_of(config) == LLAVA_NEXT._replace(view="squash")
+
+
+@pytest.mark.parametrize("experiment", [name for name in LATER_MODELS if name.startswith("interleave")])
+def test_what_interleave_exports(experiment: str) -> None:
+    """The views of the training have no export, which is said; the views of the release's serving are a LLaVA's."""
+    words = (f"experiment={experiment}", "stage.result=export")
+    with pytest.raises(ConfigError, match="cannot be exported"):
+        composed(*words)
+    assert stock_class(composed(*words, "stage.views.single=pad").stage.views) == "llava"
+
+
+def test_stages_in_folders_and_tables_agree() -> None:
+    """The stage files in folders and the tables agree."""
+    files = {f"{path.parent.name}/{path.stem}" for path in (CONFIG_DIR / "stage").glob("*/*.yaml")}
+    assert files == set(EARLIER) | set(LATER)
+    assert {name for name in choices("experiment") if name.startswith(("interleave", "onevision"))} == set(LATER_MODELS)
+
+
+@pytest.mark.parametrize("stage", LATER)
+def test_planner_knows_the_mixture_of_a_later_stage(stage: str) -> None:
+    """Without `mixture=`, the planner uses the stage's own."""
+    words = [f"stage={stage}", "hardware=cpu", "model/language_model=qwen2_7b"]
+    assert _split_stages(words) == [["name=plan", *words, f"mixture={LATER[stage].mixture}"]]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,7 +11,15 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from transformers import LlavaNextForConditionalGeneration
 
-from llava_next.config import ANYRES, LanguageModelConfig, LoraConfig, ModelConfig, ModelError, VisionTowerConfig
+from llava_next.config import (
+    ANYRES,
+    LanguageModelConfig,
+    LoraConfig,
+    ModelConfig,
+    ModelError,
+    ViewsConfig,
+    VisionTowerConfig,
+)
 from llava_next.formats.hugging_face import published_tensors, write_hf
 from llava_next.formats.original import original_model, write_original_folder
 from llava_next.model.build import build_model, read_backbone
@@ -162,3 +170,45 @@ def test_the_command_line_takes_them_from_the_directory(tmp_path: Path) -> None:
         load([*overrides, f"stage.init_from={tmp_path}"], folders=False)
     with pytest.raises(ConfigError, match=r"stage\.init_from has no value"):
         load(overrides, folders=False)
+
+
+@pytest.mark.parametrize(
+    ("stage_file", "before"),
+    [
+        ("interleave/finetune", ANYRES),
+        ("onevision/single_image", ViewsConfig("anyres_max_9", "pad", closing_newline=True)),
+    ],
+)
+def test_later_stages_start_from_a_whole_model(
+    start_ranks: StartRanks, run_config: RunConfig, tmp_path: Path, stage_file: str, before: ViewsConfig
+) -> None:
+    """A stage that names `stage.init_from` as both backbones starts with exactly those weights, and its result is what
+    it says: with OneVision's views a model that the next stage can start from."""
+    config = replace(tiny_model(tmp_path / "parts", tower="siglip"), grids=GRIDS)
+    backbone = read_backbone(config)
+    model = build_model(backbone, dtype=torch.float32, seed=77)
+    processor = backbone.processor(template=None, views=before, max_length=512)
+    start = tmp_path / "start"
+    write_hf(model, backbone, processor, start)
+    shipped = load([f"stage={stage_file}", f"stage.init_from={start}", "name=x", "mixture=lcs_558k"], folders=False)
+    assert shipped.model.grids == GRIDS  # of the directory
+    language_model = replace(shipped.model.language_model, template="chatml")
+    stage = replace(
+        run_config.stage, views=shipped.stage.views, init_from=shipped.stage.init_from, result=shipped.stage.result
+    )
+    shipped_run = replace(run_config, model=replace(shipped.model, language_model=language_model), stage=stage)
+    record = start_ranks(1).run(cases.train_and_write, shipped_run)[0]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(torch.from_numpy(record.before[name]), parameter.detach(), rtol=0, atol=0)
+    assert all(loss > 0 for loss in record.losses)
+    result = shipped_run.run_dir / shipped_run.stage.result
+    if stage_file == "interleave/finetune":
+        assert result.name == "connector"
+    else:
+        assert json.loads((result / "config.json").read_text())["model_type"] == "llava_onevision"
+        assert (
+            load(
+                [f"stage={stage_file}", f"stage.init_from={result}", "name=x", "mixture=lcs_558k"], folders=False
+            ).model.grids
+            == GRIDS
+        )

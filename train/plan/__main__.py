@@ -27,6 +27,11 @@ from train.plan.hardware import Hardware, check_hardware
 
 EXIT_DOES_NOT_FIT = 1
 PUBLISHED_MIXTURES = {"align": "lcs_558k", "finetune": "llava_next_779k"}
+_LATER_MIXTURES = {
+    "interleave/finetune": "interleave",
+    "onevision/mid": "onevision_mid",
+    "onevision/single_image": "onevision_single_image",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -128,7 +133,12 @@ def _split_stages(overrides: list[str]) -> list[list[str]]:
         stages = {stage: [*overrides, f"stage={stage}"] for stage in PUBLISHED_MIXTURES}
     if has_mixture or _is_set(overrides, "experiment"):
         return list(stages.values())
-    return [[*words, f"mixture={PUBLISHED_MIXTURES[stage.rpartition('/')[2]]}"] for stage, words in stages.items()]
+    return [[*words, f"mixture={_published_mixture(stage)}"] for stage, words in stages.items()]
+
+
+def _published_mixture(stage: str) -> str:
+    """Returns the mixture of a stage; a stage of an own file has none, which the configuration reports."""
+    return _LATER_MIXTURES.get(stage) or PUBLISHED_MIXTURES.get(stage.rpartition("/")[2], "null")
 
 
 def _compose(overrides: list[str], config_dir: str | None) -> tuple[RunConfig, Hardware, int]:

@@ -192,12 +192,13 @@ def test_group_by_file() -> None:
 
 
 def test_groups_of_shipped_sources() -> None:
-    """Each of the four merged files forms one group."""
+    """Each of the five merged files forms one group."""
     configs = Path(__file__).resolve().parents[3] / "configs"
     sources = [read_source(configs, path.stem) for path in sorted((configs / "source").glob("*.yaml"))]
     merged = [group for group in group_by_file(sources) if len(group) > 1]
     assert sorted((group[0].options["components"], len(group)) for group in merged) == [
         ("llava_next_779k", 16),
+        ("m4_instruct", 5),
         ("mix665k", 10),
         ("open_llava_next_1m", 8),
         ("sharegpt4v_100k", 4),

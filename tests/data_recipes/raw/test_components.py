@@ -9,13 +9,13 @@ import pytest
 from data_recipes.raw.components import TABLES, find_table, match_component
 from data_recipes.readers import llava_json
 from data_recipes.schema.sample import DataError, Reason, Reject, Sample
-from tests.data_recipes.merged_records import LETTER, MERGED, SHORT, coco, record
+from tests.data_recipes.merged_records import LETTER, MERGED, SHORT, coco, record, record_name
 from tests.data_recipes.raw_folders import write_file
 
 ALL = [(table, component, each) for table, parts in MERGED.items() for component, each in parts]
 
 
-@pytest.mark.parametrize(("table", "component", "each"), ALL, ids=[f"{t}-{c}-{r['id']}" for t, c, r in ALL])
+@pytest.mark.parametrize(("table", "component", "each"), ALL, ids=[f"{t}-{c}-{record_name(r)}" for t, c, r in ALL])
 def test_published_records(table: str, component: str, each: dict[str, Any]) -> None:
     """The records of every component are assigned to it."""
     assert match_component(each, TABLES[table]) == component

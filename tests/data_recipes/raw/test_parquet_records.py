@@ -24,8 +24,11 @@ def test_find_shards(tmp_path: Path) -> None:
     for name in ("c", "a", "b"):
         write_file(tmp_path / "data" / f"train-{name}.parquet", "")
     assert [path.name[6] for path in find_shards(tmp_path, "data/train-*.parquet")] == ["a", "b", "c"]
-    with pytest.raises(DataError, match=r"data/test-\*\.parquet: no file matches"):
-        find_shards(tmp_path, "data/test-*.parquet")
+    several = find_shards(tmp_path, ["data/train-c.parquet", "data/train-*.parquet"])
+    assert [path.name[6] for path in several] == ["c", "a", "b"]
+    for patterns in ("data/test-*.parquet", ["data/train-*.parquet", "data/test-*.parquet"]):
+        with pytest.raises(DataError, match=r"data/test-\*\.parquet: no file matches"):
+            find_shards(tmp_path, patterns)
 
 
 def test_missing_column(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from data_recipes.readers import (
     messages_parquet,
     synthdog_parquet,
 )
-from data_recipes.schema.sample import ArchiveMember, DataError, Reason, Reject, Sample
+from data_recipes.schema.sample import ArchiveMember, DataError, Reason, Reject, Sample, check_sample
 from tests.data_recipes import raw_folders
 from tests.data_recipes.archive_files import files_of, pack
 from tests.data_recipes.raw_folders import cell, docvqa_question, write_file, write_parquet
@@ -325,6 +325,27 @@ def test_release_in_parquet(tmp_path: Path) -> None:
     assert samples[2].images == ()
     assert texts(samples[2]) == ["Hello.", "Hi."]
     assert reasons == []
+
+
+def test_placeholders_and_prompts_in_parquet(tmp_path: Path) -> None:
+    """`images_first` places the image of a record without `<image>`, and `suffix` follows the first question only."""
+    asked = {"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Two."}
+    placed = {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Two cups."}
+    rows = [
+        {"id": "a", "conversations": [*asked, *asked], "image": cell(1)},
+        {"id": "b", "conversations": list(placed), "image": cell(2)},
+        {"id": "c", "conversations": list(asked), "image": None},
+    ]
+    write_parquet(tmp_path / "data" / "train-0.parquet", rows)
+    rejects = [check_sample(sample) for sample in split(llava_parquet.samples(tmp_path))[0]]
+    assert [reject.reason if reject else None for reject in rejects] == [Reason.PLACEHOLDER_MISMATCH, None, None]
+    samples, reasons = split(llava_parquet.samples(tmp_path, images_first=True, suffix="Count them."))
+    assert reasons == []
+    assert [check_sample(sample) for sample in samples] == [None] * 3
+    assert texts(samples[0]) == ["<image>\nHow many?\nCount them.", "Two.", "How many?", "Two."]
+    assert texts(samples[1])[0] == "<image>\nCount them."
+    assert texts(samples[2])[0] == "How many?\nCount them."
+    assert [len(sample.images) for sample in samples] == [1, 1, 0]
 
 
 def test_images_in_parquet_may_be_paths(tmp_path: Path) -> None:
