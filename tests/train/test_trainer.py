@@ -82,6 +82,21 @@ def test_ranks_zero_and_budgets_change_nothing(
     assert_same_training(finished(start_ranks, run_config, size, stage, budget), alone)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize(("size", "stage", "budget"), [(2, 3, "narrow"), (3, 2, "wide"), (2, 0, "few_tiles")])
+def test_sets_are_trained_alike_on_any_ranks(
+    start_ranks: StartRanks, run_config: RunConfig, size: int, stage: int, budget: str
+) -> None:
+    """With OneVision's views, where single images, sets and text-only samples differ in views and newlines."""
+    config = with_stage(run_config, views=ViewsConfig("anyres_max_2", "pad", closing_newline=True))
+    alone = start_ranks(1).run(cases.train, replace(config, name="alone", engine=zero(2), packing=BUDGETS["narrow"]))[0]
+    plain = finished(start_ranks, run_config, *ALONE)
+    assert alone.samples == plain.samples
+    assert alone.losses != plain.losses
+    other = start_ranks(size).run(cases.train, replace(config, engine=zero(stage), packing=BUDGETS[budget]))[0]
+    assert_same_training(other, alone)
+
+
 def test_budgets_and_ranks_change_the_rows(start_ranks: StartRanks, run_config: RunConfig) -> None:
     """The runs that are compared above have different rows."""
     runs = [ALONE, (1, 2, "wide"), (2, 3, "narrow"), (2, 3, "wide"), (3, 3, "few_tiles")]

@@ -14,6 +14,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data_recipes.schema.mixture_config import SourceShare
+from llava_next.config import ViewsConfig
 from tests.ranks import RankError
 from tests.train import cases, faults
 from tests.train.cases import aligning, with_stage, zero
@@ -35,6 +36,8 @@ SAVED = RunState(1, "f" * 64, {"num_ranks": 1, "zero_stage": 2}, "float32", [], 
     [
         ("finetune", 2, 2),
         ("align", 2, 3),
+        pytest.param("sets", 2, 3, marks=pytest.mark.full),
+        pytest.param("sets", 1, 2, marks=pytest.mark.full),
         *(
             pytest.param(kind, size, stage, marks=pytest.mark.full)
             for kind in ("finetune", "align")
@@ -49,7 +52,8 @@ def test_resumed_is_uninterrupted(
 ) -> None:
     """Stopped after two steps and resumed with new engines, a run trains on the remaining samples, has the same losses,
     and ends with bit-identical weights; metrics.jsonl has every step once."""
-    config = replace(run_config if kind == "finetune" else aligning(run_config), engine=zero(stage))
+    sets = with_stage(run_config, views=ViewsConfig("anyres_max_2", "pad", closing_newline=True))
+    config = replace({"finetune": run_config, "align": aligning(run_config), "sets": sets}[kind], engine=zero(stage))
     ranks = start_ranks(size)
     whole = ranks.run(cases.train, replace(config, name="whole"))[0]
     ranks.run(cases.train_up_to, config, 2)
