@@ -49,14 +49,16 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("inputs", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--onevision", action="store_true", help="a LLaVA-OneVision: no videos, images by torchvision")
     options = parser.parse_args()
     cases = json.loads(options.inputs.read_text())
     max_images = max(len(case["pictures"]) for case in cases)
     llm = LLM(
         str(options.model),
         dtype="float32",  # given, since vLLM converts a checkpoint in fp32 to half precision by default
-        mm_processor_kwargs={"backend": "pil"},  # as in training; torchvision gives other pixel values in places
-        limit_mm_per_prompt={"image": max_images},
+        # As in training; torchvision gives other pixel values in places.
+        mm_processor_kwargs=None if options.onevision else {"backend": "pil"},
+        limit_mm_per_prompt={"image": max_images} | ({"video": 0} if options.onevision else {}),
         enforce_eager=True,
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=NUM_ANSWER_TOKENS, ignore_eos=True, prompt_logprobs=0)

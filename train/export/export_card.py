@@ -50,6 +50,11 @@ def describe_servers(source: ExportedModel, layout: str) -> Iterator[str]:
             yield "vLLM: no, it does not support linear projectors"
         elif language not in ARCHITECTURES:
             yield f"vLLM: not tested with a language model of type {language}; its LLaVA supports those of vLLM"
+        elif source.stock_config["model_type"] == "llava_onevision":
+            yield (
+                'vLLM: yes, for one image, with --limit-mm-per-prompt \'{"image": 1, "video": 0}\'; it resizes by '
+                "torchvision, whose pixel values differ from training's in places"
+            )
         else:
             yield 'vLLM: yes; --mm-processor-kwargs \'{"backend": "pil"}\' makes it resize images as training did'
         if source.stock_config["model_type"] == "llava_onevision":
