@@ -116,6 +116,7 @@ def test_every_command_of_a_wheel(installed: Path, tmp_path: Path) -> None:
     tiny = [*config_dir, "name=tiny", *model, *data, *budgets]
     run_folder = "outputs/tiny/finetune"
     commands = [
+        ["guess", "raw/mine", "--raw", "raw"],
         ["prepare", "--mixture", "mine", "--raw", "raw", "--stores", "stores", *config_dir],
         ["demo-requests", "collect", "--logs", "logs", "--out", "requests", "--model", "stronger"],
         ["inspect", "stores/mine", *config_dir, *model, "stage=finetune", "--num", "2"],
@@ -130,7 +131,8 @@ def test_every_command_of_a_wheel(installed: Path, tmp_path: Path) -> None:
         ["chat", run_folder, "raw/mine/images/1.png", "--ask", "What is it?", "--max-new-tokens", "4"],
         ["accept", "--nproc", "2", "--out", "accepted", "--quick"],
     ]
-    assert {command[0] for command in commands} == set(_PROGRAMS)
+    # `fetch` needs a publisher: tests/llava_next/test_command.py starts it.
+    assert {command[0] for command in commands} == set(_PROGRAMS) - {"fetch"}
     for command in commands:
         ended = run(installed, tmp_path, *command)
         assert ended.returncode == 0, f"{' '.join(command)}\n{ended.stdout}\n{ended.stderr}"
