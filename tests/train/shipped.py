@@ -49,7 +49,7 @@ FAMILIES = {
     "mistral_7b": Family(
         "mistral", {"model_type": "mistral", "rope_theta": 1000000.0, "sliding_window": None, "num_key_value_heads": 2}
     ),
-    "qwen1_5_0_5b": Family("qwen", _QWEN | {"tie_word_embeddings": True}),
+    "qwen1_5_0_5b": Family("qwen", _QWEN | {"tie_word_embeddings": True}, ("qwen2_0_5b",)),
     "qwen2_7b": Family(
         "qwen",
         _QWEN,

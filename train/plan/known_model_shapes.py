@@ -69,13 +69,14 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     ),
     # meta-llama/Meta-Llama-3-8B-Instruct
     "llama3_8b": _decoder("llama", 128_256, 4096, 14_336, 32, 32, num_key_value_heads=8, max_position_embeddings=8192),
-    # Qwen/Qwen1.5-*-Chat, Qwen/Qwen2-7B-Instruct
+    # Qwen/Qwen1.5-*-Chat, Qwen/Qwen2-*-Instruct
     "qwen1_5_0_5b": _qwen(151_936, 1024, 2816, 24, 16, tie_word_embeddings=True),
     "qwen1_5_7b": _qwen(151_936, 4096, 11_008, 32, 32),
     "qwen1_5_14b": _qwen(152_064, 5120, 13_696, 40, 40),
     "qwen1_5_32b": _qwen(152_064, 5120, 27_392, 64, 40, num_key_value_heads=8),
     "qwen1_5_72b": _qwen(152_064, 8192, 24_576, 80, 64),
     "qwen1_5_110b": _qwen(152_064, 8192, 49_152, 80, 64, num_key_value_heads=8),
+    "qwen2_0_5b": _qwen(151_936, 896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen2_7b": _qwen(152_064, 3584, 18_944, 28, 28, num_key_value_heads=4),
     # HuggingFaceTB/SmolLM2-135M-Instruct, and six of its layers (scripts/quickstart/assets.py)
     "smollm2_135m": _SMOLLM2,

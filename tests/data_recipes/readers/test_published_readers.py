@@ -331,7 +331,7 @@ def test_placeholders_and_prompts_in_parquet(tmp_path: Path) -> None:
     """`images_first` places the image of a record without `<image>`, and `suffix` follows the first question only."""
     asked = {"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Two."}
     placed = {"from": "human", "value": "<image>"}, {"from": "gpt", "value": "Two cups."}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"id": "a", "conversations": [*asked, *asked], "image": cell(1)},
         {"id": "b", "conversations": list(placed), "image": cell(2)},
         {"id": "c", "conversations": list(asked), "image": None},

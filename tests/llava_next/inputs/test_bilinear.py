@@ -81,7 +81,7 @@ def _compare(size_hw: SizeHW, grids: tuple[Grid, ...], tile: int, side: int, max
         (1, num_lines),  # the newline's gradient is a sum over lines, which may nearly cancel
         strict=True,
     ):
-        scale = max(float(num_terms), float(expected.abs().max()))
+        scale = max(1.0, float(num_terms), float(expected.abs().max()))
         torch.testing.assert_close(actual / scale, expected / scale, rtol=0, atol=1e-6, msg=f"{size_hw}")
     return layout.num_reduced > 0
 

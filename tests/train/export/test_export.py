@@ -159,7 +159,7 @@ def test_a_checkpoint_whose_views_no_class_has_is_refused(
     run_config: RunConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With exit code 2 and one sentence, before weights are read."""
-    views = ViewsConfig("anyres_max_9", "pad", closing_newline=True)
+    views = ViewsConfig("anyres", "pad")
     config = cases.with_stage(run_config, views=views, result="connector")
     (tmp_path / "run_state.json").write_text("{}")
     config_path(tmp_path).write_text(to_yaml(config))
@@ -323,7 +323,10 @@ def test_what_cannot_be_exported_is_an_error(
         json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     )
     assert main([str(tmp_path / "llm")]) == 2
-    assert "is not a Hugging Face llava or llava_next directory (model_type llama" in capsys.readouterr().err
+    assert (
+        "is not a Hugging Face llava, llava_next or llava_onevision directory (model_type llama"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_checkpoint_that_would_run_code_is_refused(
