@@ -165,7 +165,7 @@ def test_a_checkpoint_whose_views_no_class_has_is_refused(
     config_path(tmp_path).write_text(to_yaml(config))
     assert main([str(tmp_path), "--no-verify"]) == 2
     error = capsys.readouterr().err
-    assert "stage.views={single: anyres_max_9, several: pad, closing_newline: true} cannot be exported" in error
+    assert "stage.views={single: anyres, several: pad} cannot be exported" in error
 
 
 @pytest.mark.full
