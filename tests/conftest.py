@@ -39,7 +39,7 @@ _OPS = pytest.StashKey[subprocess.Popen[bytes]]()
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the files, and skip what needs a CUDA device where there is none; torch is imported only if a test asks for
     one."""
-    order = {str(ROOT / "tests" / name): number for number, name in enumerate(LONGEST)}
+    order = {str((ROOT / "tests" / name).resolve(strict=True)): number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(str(item.path), len(order)))
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if not gpu_items:

@@ -27,13 +27,13 @@ from data_recipes.fetch.transfer import Transfer, count_bytes_to_fetch, run_para
 from data_recipes.mixture.mixture import list_sources, read_mixture
 from data_recipes.schema.arguments import (
     ArgumentParser,
+    add_source_arguments,
     output_file,
     output_folder,
     path_argument,
     positive_argument,
-    text_argument,
 )
-from data_recipes.schema.config_dir import CONFIG_DIR, list_config_folders
+from data_recipes.schema.config_dir import list_config_folders
 from data_recipes.schema.console import run_program
 from data_recipes.schema.denied_files import describe_error
 from data_recipes.schema.sample import DataError
@@ -66,16 +66,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         description="Fetch the raw files of sources from their publishers.",
         epilog="Models are fetched by `python -m train.fetch NAME`.",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--mixture",
-        type=text_argument,
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="fetch every source of configs/mixture/NAME.yaml",
-    )
-    what.add_argument("--source", nargs="+", default=[], help="fetch these sources of configs/source/*.yaml")
+    add_source_arguments(parser, "fetch")
     parser.add_argument("--raw", type=output_folder, required=True, help="folder of the raw folders")
     parser.add_argument(
         "--dry-run", action="store_true", help="only print what would be fetched, how much, and under which licence"
@@ -93,15 +84,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         help="a folder with copies, in which each file is looked up first",
     )
     parser.add_argument("--threads", type=positive_argument, default=4, help="files at the same time (%(default)s)")
-    parser.add_argument(
-        "--config-dir",
-        type=path_argument,
-        metavar="MINE",
-        help="a folder of further YAML files (MINE/mixture/*.yaml, MINE/source/*.yaml), which take precedence",
-    )
-    parser.add_argument(
-        "--configs", type=path_argument, default=CONFIG_DIR, help="folder of YAML files, instead of the shipped ones"
-    )
     return Arguments(**vars(parser.parse_args(argv)))
 
 

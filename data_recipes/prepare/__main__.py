@@ -29,8 +29,13 @@ from data_recipes.prepare.slices import make_slice_writer, merge_slices, read_sl
 from data_recipes.prepare.work_list import WorkItem, estimate_group_space, plan_work, report_up_to_date
 from data_recipes.raw.archives import archives_cached_in, describe_copies
 from data_recipes.raw.image_pool import ImagePool
-from data_recipes.schema.arguments import ArgumentParser, output_folder, path_argument, text_argument
-from data_recipes.schema.config_dir import CONFIG_DIR, list_config_folders
+from data_recipes.schema.arguments import (
+    ArgumentParser,
+    add_source_arguments,
+    output_folder,
+    path_argument,
+)
+from data_recipes.schema.config_dir import list_config_folders
 from data_recipes.schema.console import run_program
 from data_recipes.schema.denied_files import describe_error
 from data_recipes.schema.sample import DataError
@@ -71,16 +76,7 @@ class Arguments:
 def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
     """Parse the command line; argparse exits with code 2 on invalid arguments."""
     parser = ArgumentParser(prog="python -m data_recipes.prepare", description="Prepare stores from raw files.")
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--mixture",
-        type=text_argument,
-        nargs="+",
-        default=[],
-        metavar="NAME",
-        help="prepare every source of configs/mixture/NAME.yaml",
-    )
-    what.add_argument("--source", nargs="+", default=[], help="prepare these sources of configs/source/*.yaml")
+    add_source_arguments(parser, "prepare")
     parser.add_argument("--raw", type=path_argument, required=True, help="folder that contains the raw folders")
     parser.add_argument("--stores", type=_stores_argument, required=True, help="output folder of the stores")
     cores = len(os.sched_getaffinity(0))
@@ -106,18 +102,6 @@ def parse_arguments(argv: Sequence[str] | None = None) -> Arguments:
         help="prepare slice K of N only, for array jobs",
     )
     part.add_argument("--merge", type=int, metavar="N", help="merge N slices per source to stores, and remove them")
-    parser.add_argument(
-        "--config-dir",
-        type=path_argument,
-        metavar="MINE",
-        help="a folder of further YAML files (MINE/mixture/*.yaml, MINE/source/*.yaml), which take precedence",
-    )
-    parser.add_argument(
-        "--configs",
-        type=path_argument,
-        default=CONFIG_DIR,
-        help="folder of YAML files, instead of the shipped ones",
-    )
     arguments = Arguments(**vars(parser.parse_args(argv)))
     if arguments.workers < 1:
         parser.error(f"--workers {arguments.workers}: must be at least 1")

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+from data_recipes.schema.config_dir import CONFIG_DIR
 from data_recipes.schema.console import EXIT_USAGE
 
 
@@ -17,6 +18,34 @@ class ArgumentParser(argparse.ArgumentParser):
         """Prints the sentence and ends the program with EXIT_USAGE."""
         sentence = " ".join(message.split())  # a value may have line breaks
         self.exit(EXIT_USAGE, f"error: {sentence}; see `{self.prog} --help`\n")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser, verb: str) -> None:
+    """Adds --mixture or --source, one of which is required, and the folders of their YAML files.
+
+    Args:
+        parser: of the program.
+        verb: what the program does with the sources, for the help.
+    """
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--mixture",
+        type=text_argument,
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"{verb} every source of configs/mixture/NAME.yaml",
+    )
+    what.add_argument("--source", nargs="+", default=[], help=f"{verb} these sources of configs/source/*.yaml")
+    parser.add_argument(
+        "--config-dir",
+        type=path_argument,
+        metavar="MINE",
+        help="a folder of further YAML files (MINE/mixture/*.yaml, MINE/source/*.yaml), which take precedence",
+    )
+    parser.add_argument(
+        "--configs", type=path_argument, default=CONFIG_DIR, help="folder of YAML files, instead of the shipped ones"
+    )
 
 
 def path_argument(text: str) -> Path:

@@ -33,12 +33,13 @@ class ImagesOnlyProcessor(LlavaOnevisionProcessor):  # type: ignore[misc]
         vision_feature_select_strategy: str,
         chat_template: str | None = None,
         vision_aspect_ratio: str = "anyres_max_9",
-        **_: Any,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
     ) -> None:
         self.num_image_tokens = num_image_tokens
         self.vision_feature_select_strategy = vision_feature_select_strategy
         self.vision_aspect_ratio = vision_aspect_ratio
-        self.image_token, self.video_token = "<image>", "<video>"
+        self.image_token, self.video_token = image_token, video_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         self.video_token_id = None
         ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)

@@ -16,6 +16,7 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from llava_next.formats.onevision import load_processor
 from tests.tiny import encoded_picture, tiny_mixture
 from tests.train import shipped
 from tests.train.launch import ROOT
@@ -55,6 +56,38 @@ def test_both_stages_export_and_answers(
 ) -> None:
     """Two steps of each stage; the verified export of the checkpoint; the Auto classes load it, both ways of prompting
     agree, and a batch of two gives the answers of each alone."""
+    export = _train_and_export(tmp_path, language_model, tower, engine, f"recompute=[{recompute}]")
+    _check_answers(AutoProcessor.from_pretrained(export), export)
+    _check_chat(tmp_path, export, capsys)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("language_model", "tower", "engine"),
+    [("qwen2_7b", "siglip_so400m_384", "zero3"), ("vicuna_7b", "clip_vit_l_336", "zero2")],
+)
+def test_onevision_views_with_adapters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], language_model: str, tower: str, engine: str
+) -> None:
+    """The same with OneVision's views, adapters and recomputation of both parts. The stock processor needs torchvision,
+    so ours, which leaves out its videos, takes its place."""
+    adapters = "{rank:4,alpha:8,targets:[q_proj,v_proj]}"
+    export = _train_and_export(
+        tmp_path,
+        language_model,
+        tower,
+        engine,
+        "stage.views={single:anyres_max_9,several:pad,closing_newline:true}",
+        "recompute=[language_model,vision_tower]",
+        f"lora={{language_model:{adapters}}}",
+    )
+    assert json.loads((export / "config.json").read_text())["model_type"] == "llava_onevision"
+    _check_answers(load_processor(export), export)
+    _check_chat(tmp_path, export, capsys)
+
+
+def _train_and_export(tmp_path: Path, language_model: str, tower: str, engine: str, *finetune: str) -> Path:
+    """Both stages and the verified export of the last checkpoint; `finetune`: overrides of the second stage."""
     shipped.write_language_model(language_model, tmp_path)
     shipped.write_vision_tower(tower, tmp_path)
     mixture, stores = tiny_mixture(tmp_path, 8)
@@ -69,13 +102,16 @@ def test_both_stages_export_and_answers(
     ]
     _run(tmp_path, *command, "stage=align")
     assert (tmp_path / "runs" / "pair" / "align" / "connector" / "contract.json").is_file()
-    _run(tmp_path, *command, "stage=finetune", f"recompute=[{recompute}]")
+    _run(tmp_path, *command, "stage=finetune", *finetune)
     export = tmp_path / "export"
     message = _run(
         tmp_path, "train.export", f"{tmp_path}/runs/pair/finetune/checkpoints/step_000002", "--out", str(export)
     )
     assert "gives the same logits" in message
-    _check_answers(export)
+    return export
+
+
+def _check_chat(tmp_path: Path, export: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = tmp_path / "image.png"
     picture.write_bytes(encoded_picture(0, SIZES_HW[0]))
     assert chat([str(export), str(picture), "--ask", QUESTIONS[0], "--max-new-tokens", "4"]) == 0
@@ -95,8 +131,7 @@ def _run(folder: Path, *command: str) -> str:
     return done.stdout
 
 
-def _check_answers(export: Path) -> None:
-    stock = AutoProcessor.from_pretrained(export)
+def _check_answers(stock: Any, export: Path) -> None:
     model = AutoModelForImageTextToText.from_pretrained(export, dtype=torch.float32).eval()
     images = [Image.effect_noise((width, height), 60).convert("RGB") for height, width in SIZES_HW]
     texts, prompts = [], []

@@ -51,7 +51,7 @@ from train.evaluate.image_questions import (
     answer_all,
     answer_base_views,
     extract_questions,
-    filter_by_length,
+    filter_askable,
     read_image_samples,
     summarize,
 )
@@ -195,12 +195,12 @@ def _compute_losses(evaluated: EvaluatedModel, ranks: EvaluationRanks) -> tuple[
 def _select_questions(
     evaluated: EvaluatedModel, held_out: HeldOutSet, options: argparse.Namespace
 ) -> _QuestionsBySource:
-    """Returns the samples with images, their questions, and the number of questions that are too long."""
+    """Returns the samples with images, their questions, and the number of questions that cannot be asked."""
     questions_by_source: _QuestionsBySource = {}
     for source in evaluated.samples:
         accepted = [sample for sample in held_out.samples if sample.source == source]
         samples = read_image_samples(accepted, options.limit)
-        questions, num_unasked = filter_by_length(
+        questions, num_unasked = filter_askable(
             evaluated.processor, samples, extract_questions(source, samples, options.limit, options.per_picture)
         )
         questions_by_source[source] = samples, questions, num_unasked

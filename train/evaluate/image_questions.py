@@ -99,8 +99,8 @@ def extract_questions(source: str, samples: Sequence[StoredSample], limit: int, 
     """Returns the first `per_picture` questions of each conversation, up to `limit` in total.
 
     If the first question of a conversation ends with an instruction on the form of the answer, it is appended to the
-    other questions too, since each is asked without the others. A question about a set is asked with all images up to
-    it; those of earlier turns come first.
+    other questions too, since each is asked without the others. A question about a set has all images up to it; those
+    of earlier turns come first.
     """
     questions = []
     for number, sample in enumerate(samples):
@@ -118,30 +118,40 @@ def extract_questions(source: str, samples: Sequence[StoredSample], limit: int, 
             text = text.strip()
             if not text.endswith(ending):
                 text = f"{text}\n{ending}"
-            if num_images > 0:
-                questions.append(Question(source, number, text, answer.text, num_images))
+            questions.append(Question(source, number, text, answer.text, num_images))
             num_before = num_images
     return questions[:limit]
 
 
-def filter_by_length(
+def filter_askable(
     processor: Processor, samples: Sequence[StoredSample], questions: Sequence[Question]
 ) -> tuple[list[Question], int]:
-    """Selects the questions that fit the maximum length with every image, since each is also asked with others.
+    """Selects the questions that can be asked with their own images and with others, as training has them.
+
+    They fit the maximum length with every image. One about a set has several images, since training shows a set's
+    images in other views than a single one, and there is another set with as many.
 
     Returns:
         These questions, and the number of the others.
     """
-    if not questions:
-        return [], 0
-    kinds = {question.num_images > 1 for question in questions}
+    kinds = {len(sample.images) > 1 for sample in samples}
     largest = {is_set: _find_largest(processor, samples, is_set=is_set) for is_set in kinds}
-    fitting = [
-        question
-        for question in questions
-        if _has_space(processor, question, [largest[question.num_images > 1]] * question.num_images)
-    ]
-    return fitting, len(questions) - len(fitting)
+
+    def is_askable(question: Question) -> bool:
+        if len(samples[question.sample].images) > 1 and (
+            question.num_images < 2 or _find_other_set(samples, question) == question.sample
+        ):
+            return False
+        return _has_space(processor, question, [largest[question.num_images > 1]] * question.num_images)
+
+    askable = [question for question in questions if is_askable(question)]
+    return askable, len(questions) - len(askable)
+
+
+def _find_other_set(samples: Sequence[StoredSample], question: Question) -> int:
+    """The next sample with at least the question's number of images; its own where there is no other."""
+    order = [*range(question.sample + 1, len(samples)), *range(question.sample)]
+    return next((number for number in order if len(samples[number].images) >= question.num_images), question.sample)
 
 
 def _find_largest(processor: Processor, samples: Sequence[StoredSample], *, is_set: bool) -> SizeHW:
@@ -297,20 +307,19 @@ def _pack_uses(
 
 
 def _list_uses(samples: Sequence[StoredSample], questions: Sequence[Question]) -> list[_Use]:
-    """Returns every question with its own images and with the next sample's, sorted by image.
-
-    Samples with the same number of images exchange them.
-    """
-    by_count: dict[int, dict[int, list[int]]] = {}
-    for index, question in enumerate(questions):
-        of_count = by_count.setdefault(len(samples[question.sample].images), {})
-        of_count.setdefault(question.sample, []).append(index)
+    """Returns every question with its own images and with the next sample's, sorted by image."""
+    by_sample: dict[int, list[int]] = {}
     uses = []
-    for by_sample in by_count.values():
-        for group in _split_into_groups(sorted(by_sample)):
-            for position, number in enumerate(group):
-                uses += [_Use(index, number, True) for index in by_sample[number]]
-                uses += [_Use(index, group[(position + 1) % len(group)], False) for index in by_sample[number]]
+    for index, question in enumerate(questions):
+        if question.num_images == 1:
+            by_sample.setdefault(question.sample, []).append(index)
+        else:
+            other = _find_other_set(samples, question)
+            uses += [_Use(index, question.sample, True), _Use(index, other, False)]
+    for group in _split_into_groups(sorted(by_sample)):
+        for position, number in enumerate(group):
+            uses += [_Use(index, number, True) for index in by_sample[number]]
+            uses += [_Use(index, group[(position + 1) % len(group)], False) for index in by_sample[number]]
     return sorted(uses, key=lambda use: (use.image, not use.is_own, use.question))
 
 

@@ -21,7 +21,7 @@ class SourceReport:
         num_rejected: samples that are too long for the stage or have no supervised token.
         metric: name of the metric of the answers.
         accuracy: with the right and with another image; None if no sample has exactly one image.
-        num_unasked: questions that are too long to be asked with every image.
+        num_unasked: questions that cannot be asked with other images (`filter_askable`).
     """
 
     source: str
@@ -120,7 +120,7 @@ def _format_remarks(row: dict[str, Any]) -> str:
     if row["num_left_out"]:
         remarks.append(f"{row['num_left_out']} samples rejected")
     if row["num_unasked"]:
-        remarks.append(f"{row['num_unasked']} questions not asked, too long")
+        remarks.append(f"{row['num_unasked']} questions not asked: too long, or a set without another of its size")
     if row["num_cut"]:
         remarks.append(f"{row['num_cut']} answers cut at --max-new-tokens")
     if row["metric"] != "none" and row["num_scored"] < row["num_answers"]:

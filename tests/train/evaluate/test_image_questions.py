@@ -25,7 +25,7 @@ from train.evaluate.image_questions import (
     answer_all,
     answer_base_views,
     extract_questions,
-    filter_by_length,
+    filter_askable,
     read_image_samples,
     summarize,
 )
@@ -184,10 +184,12 @@ def test_questions_about_sets() -> None:
 
 
 def test_every_image_of_a_set_but_the_first_is_exchanged(learned: Learned, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between sets of the same number of images; the hits with the own images are what stock `generate` answers."""
+    """With those of the next set that has as many; the hits with the own images are what stock `generate` answers."""
     processor = learned.processor
     samples = [_set(0, 1), sample(0), _set(2, 0), _set(1, 2, 0, text="<image><image><image>\nWhat?"), sample(1)]
-    questions = extract_questions("sets", samples, 9, 9)
+    asked = extract_questions("sets", samples, 9, 9)
+    questions, num_others = filter_askable(processor, samples, asked)
+    assert (questions, num_others) == ([asked[0], asked[1], asked[2], asked[4]], 1)  # one set alone has three images
     _, model = read_hf(learned.export, learned.config)
     tiles: list[np.ndarray] = []
     score = model.score
@@ -199,16 +201,27 @@ def test_every_image_of_a_set_but_the_first_is_exchanged(learned: Learned, monke
     monkeypatch.setattr(model, "score", watched)
     right, other = answer_all(model, processor, samples, questions, PackingConfig(1, 1), ALONE)
     images = [processor.encode(each.messages, each.sizes_hw, each.images).tiles for each in map(sample, range(4))]
-    shown = [[0, 1], [0, 0], [0], [1], [2, 0], [2, 1], [1, 2, 0], [1, 2, 0], [1], [0]]
-    by_sample = [shown[0], shown[5], shown[2], shown[9], shown[4], shown[1], *shown[6:8], shown[8], shown[3]]
-    for actual, numbers in zip(tiles, by_sample, strict=True):
+    # Sorted by the sample that the images are of: own and other images of samples 0, 1, 2, 3 and 4.
+    shown = [[0, 1], [0], [0], [2, 0], [0, 0], [2, 2], [1], [1]]
+    for actual, numbers in zip(tiles, shown, strict=True):
         assert np.array_equal(actual, np.concatenate([images[number] for number in numbers]))
-    assert (right.shape, other.shape) == ((5,), (5,))
+    assert right.shape == other.shape == (4,)
     stock = StockModel(learned.export, processor, ALONE, batch_size=2, max_new_tokens=24)
     answers = [answer.answer for answer in stock.generate_answers(samples, questions, "none")]
     assert [answer == question.truth for answer, question in zip(answers, questions, strict=True)] == right.tolist()
     base_views = answer_base_views(model, processor, samples, questions, WIDE, ALONE)
-    assert base_views.shape == (5,)
+    assert base_views.shape == (4,)
+
+
+def test_questions_before_the_second_image_of_a_set_are_counted(learned: Learned) -> None:
+    """Training shows the first image of a set in the views of sets, which a question about it alone would not have."""
+    turns = ["Hello.", "Hi.", "<image>\nWhat is it?", "red", "And <image>?", "blue"]
+    messages = tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns))
+    samples = [replace(_set(0, 1), messages=messages), _set(1, 2)]
+    asked = extract_questions("sets", samples, 9, 9)
+    assert [question.num_images for question in asked] == [0, 1, 2, 2]
+    questions, num_others = filter_askable(learned.processor, samples, asked)
+    assert (questions, num_others) == (asked[2:], 2)
 
 
 def test_form_of_answer_is_appended_to_every_question() -> None:
@@ -229,5 +242,5 @@ def test_questions_too_long_for_another_image_are_counted(learned: Learned) -> N
     whole = [Message("user", f"<image>\n{long.text}"), Message("assistant", long.truth)]
     just_enough = learned.processor.layout(whole, small.sizes_hw).num_tokens
     processor = Processor(learned.processor.tokenizer, replace(learned.processor.config, max_length=just_enough))
-    assert filter_by_length(processor, [small], [short, long]) == ([short, long], 0)
-    assert filter_by_length(processor, [small, large], [short, long]) == ([short], 1)
+    assert filter_askable(processor, [small], [short, long]) == ([short, long], 0)
+    assert filter_askable(processor, [small, large], [short, long]) == ([short], 1)
