@@ -27,6 +27,20 @@ def tiny_job(bench: Bench, **changes: Any) -> Any:
 
 
 @pytest.mark.full
+def test_step_bench_of_sets(bench: Bench, tokenizer: Path) -> None:
+    """Single images and sets: ours and a stock LLaVA-OneVision have equal first losses and count the same tokens."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed: ./scripts/setup.sh --extras bench")
+    step, runs = bench("training_step.on_cpu"), bench("training_step.competitors")
+    materials = bench("training_step.materials")
+    with materials.prepared(materials.SHAPES["tiny_sets"], tokenizer, tiny_job(bench)) as job:
+        records = json.loads((Path(job.folder) / "raw" / "records.json").read_text())
+        outcomes = runs.run_all([step.OURS, step.STOCK_1, step.STOCK_4], job)
+    sets = [record["image"] for record in records if isinstance(record["image"], list)]
+    assert sorted(len(images) for images in sets) == [2, 3, 4, 6]
+    runs.check_same_work(outcomes)
+
+
+@pytest.mark.full
 def test_step_bench(
     bench: Bench, tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

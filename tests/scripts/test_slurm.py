@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,22 +98,28 @@ class Cluster:
         self.run("scontrol", "update", f"JobId={job}", "StartTime=now+5seconds")
 
 
+@contextmanager
+def running_cluster(folder: Path, **settings: str) -> Iterator[Cluster]:
+    """A Slurm cluster with these settings of the script, such as LAB_NODES."""
+    subprocess.run([CLUSTER_SCRIPT, "start", folder], check=True, timeout=60, env={**os.environ, **settings})
+    try:
+        yield Cluster(folder)
+    finally:
+        subprocess.run([CLUSTER_SCRIPT, "stop", folder], check=True, timeout=60)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Slurm cluster of two nodes for the tests of this file."""
-    folder = tmp_path_factory.mktemp("lab")
-    subprocess.run([CLUSTER_SCRIPT, "start", folder], check=True, timeout=60)
-    yield Cluster(folder)
-    subprocess.run([CLUSTER_SCRIPT, "stop", folder], check=True, timeout=60)
+    with running_cluster(tmp_path_factory.mktemp("lab")) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
 def cluster_with_gpus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A Slurm cluster whose two nodes have two simulated GPUs each."""
-    folder = tmp_path_factory.mktemp("lab_with_gpus")
-    subprocess.run([CLUSTER_SCRIPT, "start", folder], check=True, timeout=60, env={**os.environ, "LAB_GPUS": "2"})
-    yield Cluster(folder)
-    subprocess.run([CLUSTER_SCRIPT, "stop", folder], check=True, timeout=60)
+    with running_cluster(tmp_path_factory.mktemp("lab_with_gpus"), LAB_GPUS="2") as started:
+        yield started
 
 
 @pytest.fixture(scope="module")

@@ -122,7 +122,10 @@ def _no_such_key(key: str, config: type) -> str:
     if key.startswith("mixture.sources.") and source:
         known = [item.name for item in fields(SourceShare)]
         if last in known:
-            return f"{key}: the mixture has no source {source}; correct the name, or add a source with +{key}=VALUE"
+            return (
+                f"{key}: the mixture has no source {source}, or its YAML does not set {last}; correct the name, or write "
+                f"+{key}=VALUE"
+            )
         close = difflib.get_close_matches(last, known, n=1)
         near = f"; did you mean mixture.sources.{source}.{close[0]}?" if close else ""
         return f"{key}: there is no such key; a source of a mixture has {', '.join(known)}{near}"

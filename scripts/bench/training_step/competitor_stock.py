@@ -2,8 +2,9 @@
 
     python -m training_step.competitor_stock JOB.json
 
-Written as a careful user of these three would: SDPA attention, prompts by the chat template, labels at the answers,
-padding to the longest sample of a micro-batch, fused AdamW.
+The class is that of the exported model. LLaVA-OneVision's processor needs torchvision for videos; the one here is the
+same without them. Written as a careful user of these three would: SDPA attention, prompts by the chat template, labels
+at the answers, padding to the longest sample of a micro-batch, fused AdamW.
 """
 
 import json
@@ -26,14 +27,15 @@ from training_step.job import (
     use_threads,
 )
 from transformers import (
-    LlavaNextForConditionalGeneration,
-    LlavaNextProcessor,
+    AutoModelForImageTextToText,
     Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
+
+from llava_next.formats.onevision import load_processor
 
 Record = dict[str, Any]
 
@@ -42,12 +44,12 @@ def main(job: Job) -> None:
     """Runs the job and writes its outcome."""
     use_threads(job.threads)
     folder = Path(job.folder)
-    processor = LlavaNextProcessor.from_pretrained(folder / "model")
+    processor = load_processor(folder / "model")
     processor.tokenizer.padding_side = "right"
     records = json.loads((folder / "raw" / "records.json").read_text(encoding="utf-8"))
     outcome = Outcome(gemm_tflops=gemm_tflops(job.device))
     memory = MemoryMark(job.device)
-    model = LlavaNextForConditionalGeneration.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         folder / "model",
         dtype=torch.bfloat16 if job.half_weights else torch.float32,
         attn_implementation="sdpa",
@@ -82,7 +84,9 @@ class Collator:
         self.end = tokenizer.convert_tokens_to_ids(END)
 
     def __call__(self, records: list[Record]) -> dict[str, torch.Tensor]:
-        images = [Image.open(self.folder / record["image"]).convert("RGB") for record in records]
+        # A list per sample: LLaVA-OneVision's processor pads the images of a list with several, and cuts a single one.
+        names = [each["image"] if isinstance(each["image"], list) else [each["image"]] for each in records]
+        images = [[Image.open(self.folder / name).convert("RGB") for name in of_sample] for of_sample in names]
         texts = [self._text(record) for record in records]
         options = {"padding": True, "padding_side": "right", "return_tensors": "pt"}
         batch = self.processor(images=images, text=texts, **options)

@@ -5,7 +5,7 @@ Deterministic: the same arguments give the same bytes.
 
 import io
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import Image
@@ -27,14 +27,20 @@ _DRAWN_AS_PNG = ("chartqa", "dvqa", "ai2d")
 
 
 def draw_samples(
-    num_samples: int, seed: int, accept: Callable[[tuple[Message, ...], SizeHW], bool], shrink: int = 1
+    num_samples: int,
+    seed: int,
+    accept: Callable[[tuple[Message, ...], Sequence[SizeHW]], bool],
+    shrink: int = 1,
+    images_per_set: Sequence[int] = (1,),
 ) -> list[Sample]:
-    """Draws samples with an image until enough of them are accepted.
+    """Draws samples with images until enough of them are accepted.
 
     Args:
         num_samples: number of samples to return.
-        accept: decides by the messages and the image's (height, width).
+        accept: decides by the messages and the (height, width) of each image.
         shrink: divides the sides of the images and the number of words (for tiny tiles).
+        images_per_set: numbers of images of every other sample, in turn; the images of a set have the same size. The
+            others have one image.
 
     Raises:
         ValueError: fewer than one sample in a hundred is accepted.
@@ -51,20 +57,26 @@ def draw_samples(
         num_answer = int(shapes.supervised[number])
         num_question = int(shapes.text_tokens[number]) - SYSTEM_TOKENS - num_answer
         rounds = max(1, min(round(source.mean_rounds), num_question // 8, num_answer // 2) // shrink)
-        messages = _conversation(dice, rounds, num_question // shrink, num_answer // shrink)
-        if accept(messages, (height, width)):
+        num_images = images_per_set[len(accepted) // 2 % len(images_per_set)] if len(accepted) % 2 else 1
+        messages = _conversation(dice, rounds, num_question // shrink, num_answer // shrink, num_images)
+        if accept(messages, [(height, width)] * num_images):
             file_format = "PNG" if source.name in _DRAWN_AS_PNG else "JPEG"
-            image = _encode_noise_image(num_drawn * seed + number, (height, width), file_format)
-            accepted.append(Sample(f"{source.name}_{number:06d}", messages, (image,), f"{source.name}:{number}"))
+            first_seed = (num_drawn * seed + number) * max(images_per_set)
+            images = tuple(
+                _encode_noise_image(first_seed + image, (height, width), file_format) for image in range(num_images)
+            )
+            accepted.append(Sample(f"{source.name}_{number:06d}", messages, images, f"{source.name}:{number}"))
             if len(accepted) == num_samples:
                 return accepted
     raise ValueError(f"of {num_drawn} drawn samples only {len(accepted)} of {num_samples} were accepted")
 
 
-def _conversation(dice: random.Random, rounds: int, num_question: int, num_answer: int) -> tuple[Message, ...]:
+def _conversation(
+    dice: random.Random, rounds: int, num_question: int, num_answer: int, num_images: int
+) -> tuple[Message, ...]:
     messages = []
     for turn in range(rounds):
-        placeholder = "<image>\n" if turn == 0 else ""
+        placeholder = "<image>\n" * num_images if turn == 0 else ""
         messages.append(Message("user", placeholder + _sentence(dice, num_question // rounds - 6) + "?"))
         messages.append(Message("assistant", _sentence(dice, num_answer // rounds - 2) + "."))
     return tuple(messages)

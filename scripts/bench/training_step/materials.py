@@ -9,18 +9,18 @@ The folder of the materials:
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import yaml
 from training_step.drawn_samples import SizeHW, draw_samples
 from training_step.job import CLIP_NORM, LEARNING_RATE, TEMPLATE, Job
-from transformers import CLIPVisionConfig, LlamaConfig
+from transformers import CLIPVisionConfig, LlamaConfig, SiglipVisionConfig
 
 from data_recipes.mixture.mixture import Mixture
 from data_recipes.mixture.order import samples_of_step
@@ -30,9 +30,13 @@ from data_recipes.schema.sample import Sample
 from data_recipes.schema.source import SourceInfo
 from data_recipes.writing.writer import write_store
 from llava_next.config import (
+    ANYRES,
+    AUTHORS_GRIDS,
     AttentionKernel,
+    Grid,
     LanguageModelConfig,
     ModelConfig,
+    ViewsConfig,
     VisionTowerConfig,
 )
 from llava_next.formats.hugging_face import write_hf
@@ -51,7 +55,7 @@ class Shape:
 
     `window` is the smallest and the largest number of tokens of a sample. `spread` is the standard deviation of the
     language model's first weights: large, so that a wrong token or tile changes the fourth digit of the loss. `shrink`
-    divides images and texts, for tiny tiles.
+    divides images and texts, for tiny tiles. Every other sample has one image; the rest go through `images_per_set`.
     """
 
     width: int
@@ -67,17 +71,35 @@ class Shape:
     tile: int = 336
     patch: int = 14
     shrink: int = 1
+    positions: int = 4096
+    tower: Literal["clip", "siglip"] = "clip"
+    views: ViewsConfig = ANYRES
+    grids: tuple[Grid, ...] = AUTHORS_GRIDS
+    images_per_set: tuple[int, ...] = (1,)
 
+
+_WIDE = Shape(1024, 6, 16, 2752, 256, 6, 4)
+_TINY = Shape(32, 2, 4, 48, 24, 3, 3, window=(30, 400), vocabulary=512, tile=28, patch=7, shrink=12)
+_SETS: dict[str, Any] = {
+    "tower": "siglip",
+    "views": ViewsConfig("anyres_max_9", "pad", closing_newline=True),
+    "grids": tuple((rows, cols) for rows in range(1, 7) for cols in range(1, 7)),
+    "images_per_set": (2, 3, 4, 6),  # assumed: what M4-Instruct has is not published
+}
+"""LLaVA-OneVision: a single image with up to 36 tiles, reduced to about nine views, and sets of padded images."""
 
 SHAPES = {
     # Real geometry and vocabulary; widths such that a step of eight samples takes two cores less than a minute.
     # ViT-L's share of the FLOPs beside a 7B is 5 %; here it is 9 %.
     "narrow": Shape(384, 6, 6, 1024, 96, 6, 2),
     # Where attention and head weigh less, as they do in a large model.
-    "wide": Shape(1024, 6, 16, 2752, 256, 6, 4),
+    "wide": _WIDE,
+    # 384-pixel tiles of 729 patches, as SigLIP's.
+    "sets": replace(_WIDE, window=(1400, 8000), tile=384, positions=16384, **_SETS),
     # CLIP ViT-L/14-336 and layers of a 7B; on_gpu.py sets their number by the memory of the card.
     "large": Shape(4096, 1, 32, 11008, 1024, 24, 16, spread=0.02),
-    "tiny": Shape(32, 2, 4, 48, 24, 3, 3, window=(30, 400), vocabulary=512, tile=28, patch=7, shrink=12),
+    "tiny": _TINY,
+    "tiny_sets": replace(_TINY, **_SETS),
 }
 
 
@@ -93,21 +115,22 @@ def prepared(shape: Shape, tokenizer: Path, job: Job, seed: int = 0, *, weights:
 def _write_materials(job: Job, shape: Shape, tokenizer: Path, seed: int, *, weights: bool) -> None:
     folder, num_steps = Path(job.folder), job.num_steps
     model_config = _write_configs(folder, shape, tokenizer)
-    (folder / "model.json").write_text(json.dumps(asdict(model_config)), encoding="utf-8")
+    content = {"model": asdict(model_config), "views": asdict(shape.views)}
+    (folder / "model.json").write_text(json.dumps(content), encoding="utf-8")
     backbone = read_backbone(model_config)
     config = run_config(folder, Job(job.samples_per_step, num_steps, str(folder), max_tokens=shape.window[1]))
     processor = build_processor(backbone, config.stage)
     if weights:
         _write_model(folder, backbone, processor, seed, half=job.device == "cuda")
 
-    def fits(messages: Any, size_hw: SizeHW) -> bool:
+    def fits(messages: Any, sizes_hw: Sequence[SizeHW]) -> bool:
         try:
-            length = processor.layout(messages, [size_hw]).num_tokens
+            length = processor.layout(messages, sizes_hw).num_tokens
         except SampleRejected:
             return False
         return shape.window[0] <= length <= shape.window[1]
 
-    samples = draw_samples(job.samples_per_step * num_steps, seed, fits, shape.shrink)
+    samples = draw_samples(job.samples_per_step * num_steps, seed, fits, shape.shrink, shape.images_per_set)
     write_store(folder / "stores" / STORE, SourceInfo(name=STORE, reader="llava_json", root=STORE), samples)
     mixture, table = open_data(config, processor)
     order = [samples_of_step(k, len(table), job.samples_per_step, config.seed, 1.0) for k in range(num_steps)]
@@ -118,7 +141,7 @@ def _write_materials(job: Job, shape: Shape, tokenizer: Path, seed: int, *, weig
 
 def run_config(folder: Path, job: Job) -> RunConfig:
     """The configuration of this project's run on the materials."""
-    model = model_config(folder)
+    model, views = model_config(folder), json.loads((folder / "model.json").read_text(encoding="utf-8"))["views"]
     rates: dict[str, float | None] = {"projector": LEARNING_RATE, "language_model": LEARNING_RATE}
     if job.trains_tower:
         rates["vision_tower"] = LEARNING_RATE
@@ -132,6 +155,7 @@ def run_config(folder: Path, job: Job) -> RunConfig:
         schedule="constant",
         warmup_ratio=0.0,
         clip_norm=CLIP_NORM,
+        views=ViewsConfig(**views),
     )
     return RunConfig(
         root=str(folder / "outputs"),
@@ -155,7 +179,7 @@ def run_config(folder: Path, job: Job) -> RunConfig:
 
 def model_config(folder: Path) -> ModelConfig:
     """The model of the materials, with random weights until `model/` is read."""
-    content = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    content = json.loads((folder / "model.json").read_text(encoding="utf-8"))["model"]
     return ModelConfig(
         LanguageModelConfig(**content["language_model"]),
         VisionTowerConfig(**content["vision_tower"]),
@@ -179,10 +203,11 @@ def _write_configs(folder: Path, shape: Shape, tokenizer: Path) -> ModelConfig:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.heads,
-        max_position_embeddings=4096,
+        max_position_embeddings=shape.positions,
         initializer_range=shape.spread,
     ).save_pretrained(folder / "language_model")
-    CLIPVisionConfig(
+    tower_config = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[shape.tower]
+    tower_config(
         hidden_size=shape.tower_width,
         intermediate_size=4 * shape.tower_width,
         num_hidden_layers=shape.tower_layers,
@@ -194,7 +219,8 @@ def _write_configs(folder: Path, shape: Shape, tokenizer: Path) -> ModelConfig:
         LanguageModelConfig(
             "bench_llama", str(folder / "language_model"), TEMPLATE, tokenizer=str(tokenizer), weights="random"
         ),
-        VisionTowerConfig("bench_clip", str(folder / "tower"), weights="random"),
+        VisionTowerConfig(f"bench_{shape.tower}", str(folder / "tower"), weights="random"),
+        shape.grids,
     )
 
 
@@ -206,16 +232,17 @@ def _write_model(folder: Path, backbone: Backbone, processor: Processor, seed: i
 
 
 def _write_raw(folder: Path, samples: list[Sample]) -> None:
-    """LLaVA's JSON, one image per record."""
+    """LLaVA's JSON, with a list of images in the records that have several."""
     folder.mkdir()
     records = []
     for sample in samples:
-        (image,) = sample.images
-        assert isinstance(image, bytes)
-        (folder / f"{sample.id}.img").write_bytes(image)
+        names = [f"{sample.id}_{number}.img" for number in range(len(sample.images))]
+        for name, image in zip(names, sample.images, strict=True):
+            assert isinstance(image, bytes)
+            (folder / name).write_bytes(image)
         turns = [
             {"from": {"user": "human", "assistant": "gpt"}[message.role], "value": message.text}
             for message in sample.messages
         ]
-        records.append({"id": sample.id, "image": f"{sample.id}.img", "conversations": turns})
+        records.append({"id": sample.id, "image": names if len(names) > 1 else names[0], "conversations": turns})
     (folder / "records.json").write_text(json.dumps(records), encoding="utf-8")

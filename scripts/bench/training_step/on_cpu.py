@@ -1,6 +1,6 @@
 """A training step of this project, of stock transformers and of the authors' trainer, on this machine's cores.
 
-    python scripts/bench/step.py cpu [--quick] [--profile]
+    python scripts/bench/step.py cpu [--quick] [--profile] [--shape sets]
 
 One small model with real geometry (336-pixel tiles, samples of 2,000 to 3,200 tokens of the second stage's mixture),
 the same weights and samples for all; forward, backward, optimizer and input are timed. Each competitor runs in a
@@ -8,7 +8,8 @@ process of its own, one after the other, in reversed order in every other repeti
 The narrower a model, the larger the share of its head, which this project runs at supervised positions only and the
 others at every position: the head's shares are printed, and the default model is the wide one.
 Stock transformers needs `./scripts/setup.sh --extras bench`, the authors' trainer ./scripts/oracles.sh. Results:
-scripts/bench/results/step.json.
+scripts/bench/results/step.json; of `--shape sets`, where half of the samples are sets of images and the model is a
+LLaVA-OneVision, step_sets.json.
 """
 
 import argparse
@@ -121,8 +122,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "tokenizer")}
     content = {**settings, "model": asdict(SHAPES[options.shape]), **results, "profile_s": profile}
     facts = machine_facts(threads=options.threads)
-    print(f"\nwrote {save('step', 'step.py cpu', words, content, options.out, facts)}")
+    print(f"\nwrote {save(_result_name(options.shape), 'step.py cpu', words, content, options.out, facts)}")
     return 0
+
+
+def _result_name(shape: str) -> str:
+    return "step" if SHAPES[shape].images_per_set == (1,) else "step_sets"
 
 
 def summary(runs: Runs, samples_per_step: int) -> dict[str, Any]:
@@ -189,20 +194,30 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, help="default 2")
     parser.add_argument("--samples", type=int, help="of a step, a multiple of 4 (default 8)")
     parser.add_argument("--steps", type=int, help="of each run; the first is not timed (default 4)")
-    parser.add_argument("--max-tokens", type=int, default=6400, help="of a packed row (default 6400: two samples)")
+    parser.add_argument("--max-tokens", type=int, help="of a packed row (default 6400, of sets 8000)")
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=0, help="ZeRO stage of ours (default 0)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     names = [competitor.name for competitor in COMPETITORS]
     choices = [*names, *(variant.name for variant in VARIANTS)]
-    parser.add_argument("--only", nargs="+", choices=choices, default=names, help="some of them, including one of ours")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=choices,
+        help="some of them, including one of ours (default: all; of sets ours, stock-1 and stock-4)",
+    )
     parser.add_argument("--tokenizer", type=Path, help="a directory (default: Vicuna's, from the cache)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(arguments)
     options.repetitions = options.repetitions or (1 if options.quick else 2)
     options.samples = options.samples or (4 if options.quick else 8)
     options.steps = options.steps or (2 if options.quick else 4)
+    has_sets = SHAPES[options.shape].images_per_set != (1,)
+    options.only = options.only or (names[:3] if has_sets else names)
+    options.max_tokens = options.max_tokens or max(6400, SHAPES[options.shape].window[1])
     if options.samples % 4 or options.steps < 2:
         parser.error("--samples must be a multiple of 4 and --steps at least 2")
+    if has_sets and AUTHORS_4.name in options.only:
+        parser.error("--only must not name authors-4 for sets: its package has no OneVision")
     if not set(options.only) & {OURS.name, OURS_FROZEN.name}:
         parser.error("--only must name ours or ours-frozen: FLOPs are counted there")
     return options
