@@ -160,10 +160,10 @@ def test_layers_that_fit_on_a_card(bench: Bench) -> None:
 def test_samples_are_drawn_alike(bench: Bench) -> None:
     """The same seed gives the same bytes, another seed others; what is not accepted is not drawn."""
     draw = bench("training_step.drawn_samples").draw_samples
-    samples = [draw(3, seed, lambda messages, size: size[1] > size[0], shrink=8) for seed in (0, 0, 1)]
+    samples = [draw(3, seed, lambda messages, sizes: sizes[0][1] > sizes[0][0], shrink=8) for seed in (0, 0, 1)]
     assert samples[0] == samples[1] != samples[2]
     with pytest.raises(ValueError, match="0 of 1"):
-        draw(1, 0, lambda messages, size: False)
+        draw(1, 0, lambda messages, sizes: False)
 
 
 @pytest.mark.parametrize("words", [[], ["cqu"], ["cpu", "--steps", "1"], ["cpu", "--no-such-option"]])
