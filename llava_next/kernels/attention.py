@@ -35,6 +35,7 @@ def segment_attention(
     segments: Segments | None = None,
     targets: torch.Tensor | None = None,
     kernel: AttentionKernel = "auto",
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention within each segment.
@@ -45,6 +46,7 @@ def segment_attention(
         targets: int64 [L], ascending; for a module that is marked `reads_targets_only` (`supervised_last_block.py`),
             the positions whose output is read. With `sdpa` only these are computed, and the rest are zeros.
         kernel: `auto` is `varlen` on CUDA in half precision and `sdpa` elsewhere.
+        sliding_window: number of keys that a query attends to, its own included; None or 0 for all before it.
 
     Returns:
         [1, T, heads, head width], as transformers' attention functions do, and no weights.
@@ -56,14 +58,15 @@ def segment_attention(
         raise ValueError("this model attends within segments: call LlavaNext, or set_attn_implementation('sdpa')")
     if dropout:
         raise ValueError(f"segment attention has no dropout, the model asks for {dropout}")
+    window = sliding_window or None
     if kernel == "auto":
         kernel = "varlen" if _has_varlen(query.device, query.dtype) else "sdpa"
     if kernel == "sdpa":
         if targets is not None and getattr(module, "reads_targets_only", False):
-            return _sdpa_at_targets(query, key, value, segments, scaling, targets), None
-        return _sdpa_per_segment(query, key, value, segments, scaling), None
+            return _sdpa_at_targets(query, key, value, segments, scaling, targets, window), None
+        return _sdpa_per_segment(query, key, value, segments, scaling, window), None
     run = _varlen if kernel == "varlen" else partial(_flash, kernel)
-    return run(query, key, value, segments, scaling), None
+    return run(query, key, value, segments, scaling, window), None
 
 
 def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
@@ -72,20 +75,47 @@ def _has_varlen(device: torch.device, dtype: torch.dtype) -> bool:
 
 @torch.compiler.disable  # it would be compiled again for every list of lengths
 def _sdpa_per_segment(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None = None,
 ) -> torch.Tensor:
-    is_grouped = query.shape[1] != key.shape[1]
-    outputs = [
-        scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=is_grouped)
-        for q, k, v in zip(
-            query.split(segments.lengths, dim=2),
-            key.split(segments.lengths, dim=2),
-            value.split(segments.lengths, dim=2),
-            strict=True,
-        )
-    ]
+    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    outputs = []
+    for q, k, v in zip(
+        query.split(segments.lengths, dim=2),
+        key.split(segments.lengths, dim=2),
+        value.split(segments.lengths, dim=2),
+        strict=True,
+    ):
+        if window is None or q.shape[2] <= window:
+            outputs.append(scaled_dot_product_attention(q, k, v, is_causal=True, **options))
+        else:
+            outputs += _sdpa_in_window(q, k, v, window, options)
     # Concatenated in the returned layout: the model flattens the heads next, which then needs no second copy.
     return torch.cat([output.transpose(1, 2) for output in outputs], dim=1)
+
+
+def _sdpa_in_window(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, window: int, options: dict[str, Any]
+) -> list[torch.Tensor]:
+    """Attention of one sample, block by block of `window` queries, whose keys are in two blocks: time and the mask grow
+    with the length, not with its square."""
+    outputs = []
+    for start in range(0, query.shape[2], window):
+        end, first = min(start + window, query.shape[2]), max(0, start - window + 1)
+        distance = torch.arange(start, end, device=query.device)[:, None] - torch.arange(
+            first, end, device=query.device
+        )
+        mask = (distance >= 0) & (distance < window)
+        outputs.append(
+            scaled_dot_product_attention(
+                query[:, :, start:end], key[:, :, first:end], value[:, :, first:end], attn_mask=mask, **options
+            )
+        )
+    return outputs
 
 
 @torch.compiler.disable
@@ -96,20 +126,22 @@ def _sdpa_at_targets(
     segments: Segments,
     scaling: float | None,
     targets: torch.Tensor,
+    window: int | None,
 ) -> torch.Tensor:
     """As `_sdpa_per_segment` for the queries at `targets`, with an explicit causal mask; zeros elsewhere.
 
     SDPA computes masked scores too: if most of a row is supervised, causal attention at all positions is less work.
     """
     if 2 * len(targets) > query.shape[2]:
-        return _sdpa_per_segment(query, key, value, segments, scaling)
+        return _sdpa_per_segment(query, key, value, segments, scaling, window)
     is_grouped = query.shape[1] != key.shape[1]
     queries = query.index_select(2, targets).split(segments.num_targets, dim=2)
     positions = targets.split(segments.num_targets)
     keys, values = key.split(segments.lengths, dim=2), value.split(segments.lengths, dim=2)
     outputs, start = [], 0
     for q, k, v, position in zip(queries, keys, values, positions, strict=True):
-        mask = torch.arange(k.shape[2], device=position.device) <= (position - start)[:, None]
+        distance = (position - start)[:, None] - torch.arange(k.shape[2], device=position.device)
+        mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
         outputs.append(scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=is_grouped))
         start += k.shape[2]
     computed = torch.cat([output.transpose(1, 2) for output in outputs], dim=1)[0]
@@ -122,7 +154,12 @@ def _positions_first(states: torch.Tensor) -> torch.Tensor:
 
 
 def _varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     # torch 2.11 has no such argument: its kernel sees grouped heads from the shapes.
     is_grouped = query.shape[1] != key.shape[1]
@@ -136,7 +173,7 @@ def _varlen(
         segments.max_length,
         segments.max_length,
         scale=scaling,
-        window_size=(-1, 0),  # causal
+        window_size=(-1 if window is None else window - 1, 0),  # causal
         **grouping,
     )
     assert isinstance(output, torch.Tensor)
@@ -144,7 +181,13 @@ def _varlen(
 
 
 def _flash(
-    kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, segments: Segments, scaling: float | None
+    kernel: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    segments: Segments,
+    scaling: float | None,
+    window: int | None,
 ) -> torch.Tensor:
     """FlashAttention 2 or 3: both have this signature, and see grouped heads from the shapes."""
     function = importlib.import_module(_FLASH_MODULES[kernel]).flash_attn_varlen_func
@@ -158,6 +201,7 @@ def _flash(
         segments.max_length,
         softmax_scale=scaling,
         causal=True,
+        window_size=(-1 if window is None else window - 1, -1 if window is None else 0),
     )
     output = output[0] if isinstance(output, tuple) else output  # early releases of 3 also return the normaliser
     assert isinstance(output, torch.Tensor)

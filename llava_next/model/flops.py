@@ -12,6 +12,7 @@ import numpy.typing as npt
 from transformers import PretrainedConfig
 
 from llava_next.config import ProjectorKind
+from llava_next.model.language_models import attention_windows
 from llava_next.model.towers import mlp_shape
 
 
@@ -19,12 +20,13 @@ from llava_next.model.towers import mlp_shape
 class StepCosts:
     """FLOPs of the forward and backward pass per unit of a row.
 
-    A segment of n tokens costs n * token + n² / 2 * pair, plus its tiles and targets.
+    A segment of n tokens costs n * token + n² / 2 * pair, plus its tiles and targets. In layers with a sliding window
+    of w < n tokens it has w * n - w² / 2 pairs.
 
     Attributes:
         tile: of a tile.
         token: of a token.
-        pair: of a causal pair of tokens.
+        pair: of a causal pair of tokens, in the layers without a window.
         target: additional FLOPs of a supervised token, from the modules of the last block that run at these positions
             only (see `supervised_last_block.py`).
     """
@@ -33,6 +35,16 @@ class StepCosts:
     token: float
     pair: float
     target: float = 0.0
+    window: int = 0
+    """Of the layers with a sliding window, in tokens; 0 if there are none."""
+    window_pair: float = 0.0
+    """Of a pair, in the layers with a window."""
+
+    def attention(self, tokens: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        """FLOPs of the attention of samples with these numbers of tokens, [n]."""
+        lengths = tokens.astype(np.float64)
+        inside = np.minimum(lengths, self.window)
+        return lengths**2 / 2 * self.pair + (inside * lengths - inside**2 / 2) * self.window_pair
 
     def flops(
         self, tokens: npt.NDArray[Any], tiles: npt.NDArray[Any], targets: npt.NDArray[Any]
@@ -45,8 +57,7 @@ class StepCosts:
         Returns:
             float64 [n].
         """
-        lengths = tokens.astype(np.float64)
-        return tiles * self.tile + lengths * self.token + lengths**2 / 2 * self.pair + targets * self.target
+        return tiles * self.tile + tokens * self.token + self.attention(tokens) + targets * self.target
 
 
 def step_costs(
@@ -88,10 +99,13 @@ def step_costs(
     block = 2 * hidden * head_width * (2 * heads + 2 * kv_heads) + 6 * hidden * language.intermediate_size
     backward = 3 if trains_language_model and "language_model" not in adapted else 2
     last = 4 * hidden * head_width * heads + 6 * hidden * language.intermediate_size  # queries, their output, MLP
-    layers = language.num_hidden_layers
+    layers, windows = language.num_hidden_layers, [window for window in attention_windows(language) if window]
+    pair = float(4 * heads * head_width * 3)
     return StepCosts(
         tile=float(tower + patches * 2 * projected * 3),
         token=float((layers * block - last) * backward),
-        pair=float(layers * 4 * heads * head_width * 3),
+        pair=(layers - len(windows)) * pair,
         target=float(last * backward),
+        window=windows[0] if windows else 0,
+        window_pair=len(windows) * pair,
     )

@@ -1,8 +1,8 @@
 """Checks that a language model computes packed rows exactly.
 
 A sample in a packed row must have the same loss as alone, which depends on how a model attends and counts positions. So
-only architectures with a test are supported, and config keys that break this property (sliding windows, position tables
-that depend on the row) are errors.
+only architectures with a test are supported, and config keys that break this property (recurrent layers, position
+tables that depend on the row) are errors.
 """
 
 import inspect
@@ -67,21 +67,24 @@ def _check_dense(config: PretrainedConfig) -> None:
 
 
 def _check_window(config: PretrainedConfig) -> None:
-    """Checks that attention is full. A window that covers all positions is full attention in every program."""
-    window, positions = getattr(config, "sliding_window", None), getattr(config, "max_position_embeddings", 0)
-    if not getattr(config, "use_sliding_window", True):
-        return
-    if window and window < positions:
-        raise ModelError(
-            f"{config.model_type} uses a sliding window of {window} tokens, which packed attention does not implement; "
-            f"if every sample is shorter than that, set sliding_window: {positions} in {_OVERRIDES} (its "
-            "max_position_embeddings), which is equivalent"
-        )
-    if not window and "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+    """Checks that layers with a sliding window have one."""
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) and not window:
         raise ModelError(
             f"{config.model_type} has sliding_attention layers (layer_types) and sliding_window={window}, which stock "
-            f"transformers cannot run; set sliding_window: {positions} in {_OVERRIDES} (its max_position_embeddings)"
+            f"transformers cannot run; set sliding_window in {_OVERRIDES} to the model's own value, or to "
+            f"{config.max_position_embeddings} (its max_position_embeddings) for full attention"
         )
+
+
+def attention_windows(config: PretrainedConfig) -> list[int | None]:
+    """The sliding window of each layer in tokens; None where a token attends to all before it in its sample."""
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        is_used = getattr(config, "use_sliding_window", True)
+        return [window if is_used else None] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
 
 
 def check_positions(language_model: nn.Module, max_length: int) -> None:

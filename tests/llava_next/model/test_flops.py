@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, Qwen2Config
 
 from llava_next.config import ProjectorKind
 from llava_next.model.build import build_model
@@ -59,3 +60,17 @@ def test_flops_of_samples() -> None:
     costs = StepCosts(tile=7.0, token=3.0, pair=2.0, target=5.0)
     actual = costs.flops(np.array([10, 1]), np.array([2, 0]), np.array([4, 0]))
     assert actual.tolist() == [7 * 2 + 3 * 10 + 2 * 100 / 2 + 5 * 4, 3 + 2 / 2]
+
+
+def test_flops_of_a_sliding_window() -> None:
+    """In a layer with a window of w tokens a sample of n > w tokens has w * n - w² / 2 pairs; the layers without one
+    are counted as before."""
+    costs = StepCosts(tile=0.0, token=0.0, pair=2.0, window=4, window_pair=3.0)
+    assert costs.attention(np.array([10, 3])).tolist() == [2 * 100 / 2 + 3 * (40 - 8), 2 * 9 / 2 + 3 * 9 / 2]
+    sizes = {"hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 8}
+    options = {"projector": "mlp2x_gelu", "num_vision_layers": 1, "trains_tower": False, "trains_language_model": True}
+    full, windowed = (
+        step_costs(CLIPVisionConfig(), Qwen2Config(**sizes, **more), **options)  # type: ignore[arg-type]
+        for more in ({}, {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1})
+    )
+    assert (windowed.pair, windowed.window_pair, windowed.window) == (full.pair / 4, full.pair * 3 / 4, 4)

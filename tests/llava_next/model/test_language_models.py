@@ -35,8 +35,14 @@ from transformers import (
 from llava_next.config import ANYRES, ModelConfig, ModelError
 from llava_next.formats.hugging_face import write_hf
 from llava_next.model.build import Backbone, build_model, read_backbone
-from llava_next.model.language_models import SUPPORTED_MODEL_TYPES, check_language_model_supported, check_positions
-from tests.llava_next.models import encoded, mixed, row, stock_inputs, stock_twin
+from llava_next.model.language_models import (
+    SUPPORTED_MODEL_TYPES,
+    attention_windows,
+    check_language_model_supported,
+    check_positions,
+)
+from llava_next.model.parts import live_parameters
+from tests.llava_next.models import encoded, mixed, row, stock_inputs, stock_twin, worst_difference
 from tests.tiny import MAX_POSITIONS, WIDTH, tiny_model
 
 SIZES: dict[str, Any] = {
@@ -100,8 +106,6 @@ def test_packed_loss_equals_single_sample_loss(tmp_path: Path, kind: str) -> Non
 @pytest.mark.parametrize(
     ("config", "word"),
     [
-        (MistralConfig(sliding_window=4096), "sliding window of 4096"),
-        (Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0), "sliding window of 64"),
         (Gemma2Config(sliding_window=8192), "softcapping"),
         (GptOssConfig(sliding_window=131072), "sinks"),
         (Llama4TextConfig(), "chunked_attention layers"),
@@ -113,13 +117,12 @@ def test_packed_loss_equals_single_sample_loss(tmp_path: Path, kind: str) -> Non
         (Qwen3MoeConfig(), "mixture of experts"),
         (XGLMConfig(), "xglm is not supported"),
         (GemmaConfig(use_bidirectional_attention=True), "use_bidirectional_attention"),
-        (Gemma3TextConfig(), "sliding window"),
-        (Olmo3Config(max_position_embeddings=8192), "sliding window"),
+        (Olmo3Config(sliding_window=None), "sliding_attention layers"),
     ],
     ids=lambda value: getattr(value, "model_type", None),
 )
 def test_unsupported_features_are_errors(config: PretrainedConfig, word: str) -> None:
-    """Windows, softcapping, sinks, recurrent states and scaled logits are errors that name the feature."""
+    """Softcapping, sinks, recurrent states and scaled logits are errors that name the feature."""
     with pytest.raises(ModelError, match=word):
         check_language_model_supported(config)
 
@@ -134,10 +137,14 @@ def test_unsupported_features_are_errors(config: PretrainedConfig, word: str) ->
         GraniteConfig(logits_scaling=1.0),
         LlamaConfig(num_experts=0, num_local_experts=None, n_routed_experts=1),
         MistralConfig(sliding_window=32768, max_position_embeddings=32768),
+        MistralConfig(sliding_window=4096),
+        Qwen2Config(use_sliding_window=True, sliding_window=64, max_window_layers=0),
+        Gemma3TextConfig(),
+        Olmo3Config(max_position_embeddings=8192),
     ],
     ids=lambda config: str(config.model_type),
 )
-def test_full_attention_is_supported(config: PretrainedConfig) -> None:
+def test_full_attention_and_windows_are_supported(config: PretrainedConfig) -> None:
     """The published backbones are supported."""
     check_language_model_supported(config)
 
@@ -186,35 +193,66 @@ def test_dynamic_ntk_is_an_error_beyond_its_positions(tmp_path: Path, kind: str)
         check_positions(decoder, 300)
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "olmo3", "exaone4", "qwen2"])
-@pytest.mark.parametrize("window", [16, None])
-def test_advice_about_windows_gives_an_export_that_runs(tmp_path: Path, kind: str, window: int | None) -> None:
-    """A model with sliding layers is an error, with or without its window. With the override of the message, building,
-    exporting and reloading work and logits are equal."""
-    changes: dict[str, Any] = {"sliding_window": window or 16}
-    if kind == "qwen2":
-        changes |= {"use_sliding_window": True, "max_window_layers": 0}
-    config = _config(tmp_path, kind, **changes)
-    if window is None:
-        config = _with_overrides(config, sliding_window=None)
-    if window is None and kind == "mistral":  # it has no layer types: without a window its attention is full
-        read_backbone(config)
-        return
+WINDOWED: dict[str, dict[str, Any]] = {
+    "exaone4": {},
+    "gemma3_text": {},
+    "ministral": {},
+    "ministral3": {},
+    "mistral": {},
+    "olmo3": {},
+    "phi3": {},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 1},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 0},
+    "smollm3": {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"]},
+}
+"""Supported architectures that may have a sliding window, with what else turns it on."""
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_sliding_windows(tmp_path: Path, kind: str) -> None:
+    """With a window of 16 tokens, shorter than the samples, packed losses equal those of single samples and of stock
+    transformers, and the gradients too; without the window the loss differs. An export has the window."""
+    config = _config(tmp_path, kind, sliding_window=16, **WINDOWED[kind])
+    backbone = read_backbone(config)
+    assert set(attention_windows(backbone.hf_config.text_config)) <= {16, None}
+    assert 16 in attention_windows(backbone.hf_config.text_config)
+    model = build_model(backbone, dtype=torch.float32, seed=3, num_sources=8)
+    samples = mixed(backbone)
+    assert min(sample.example.layout.num_tokens for sample in samples) > 16
+    with torch.no_grad():
+        alone = torch.cat([model(row(backbone, [sample.example]))[1][:1] for sample in samples])
+        packed = model(row(backbone, [sample.example for sample in samples]))[1][: len(samples)]
+    torch.testing.assert_close(packed, alone, rtol=2e-6, atol=0)
+    stock = stock_twin(model, backbone).eval()
+    total = torch.zeros(())
+    for sample, expected in zip(samples, alone, strict=True):
+        loss = stock(**stock_inputs(backbone, sample)).loss * sample.example.layout.num_supervised
+        torch.testing.assert_close(loss, expected, rtol=5e-6, atol=0)
+        total = total + loss
+    total.backward()
+    model(row(backbone, [sample.example for sample in samples]))[0].backward()
+    theirs = {f"hf.{name}": parameter.grad for name, parameter in stock.named_parameters()}
+    ours = {name: parameter.grad for name, parameter in live_parameters(model)}
+    assert worst_difference(ours, theirs, ours) <= 1e-5
+    full = read_backbone(_with_overrides(config, sliding_window=MAX_POSITIONS))
+    unlimited = build_model(full, dtype=torch.float32, seed=3, num_sources=8)
+    with torch.no_grad():
+        other = torch.cat([unlimited(row(full, [sample.example]))[1][:1] for sample in samples])
+    assert float((other / alone - 1).abs().min()) > 1e-4
+    write_hf(model, backbone, backbone.processor(template=None, views=ANYRES, max_length=4096), tmp_path / "out")
+    exported = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out")
+    assert attention_windows(exported.config.text_config) == attention_windows(backbone.hf_config.text_config)
+
+
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo3", "exaone4"])
+def test_advice_about_missing_windows(tmp_path: Path, kind: str) -> None:
+    """Sliding layers without a window are an error; with the override of the message the model can be built."""
+    config = _with_overrides(_config(tmp_path, kind, sliding_window=16), sliding_window=None)
     with pytest.raises(ModelError, match="sliding") as error:
         read_backbone(config)
-    advice = re.search(r"set sliding_window: (\d+) in model\.language_model\.overrides", str(error.value))
+    advice = re.search(r"set sliding_window in model\.language_model\.overrides .* to (\d+)", str(error.value))
     assert advice is not None
-    backbone = read_backbone(_with_overrides(config, sliding_window=int(advice[1])))
-    model = build_model(backbone, dtype=torch.float32, seed=3)
-    sample = encoded(backbone, [(45, 61)])
-    write_hf(model, backbone, backbone.processor(template=None, views=ANYRES, max_length=4096), tmp_path / "out")
-    stock, loading_info = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "out", output_loading_info=True)
-    assert not any(loading_info.values())
-    batch = row(backbone, [sample.example])
-    assert batch.target_positions[-1] > 2 * 16
-    with torch.no_grad():
-        logits = stock.eval()(**stock_inputs(backbone, sample)).logits[0, batch.target_positions]
-        assert float((model.target_logits(batch) - logits).norm() / logits.norm()) < 1e-5
+    read_backbone(_with_overrides(config, sliding_window=int(advice[1])))
 
 
 ROPE_2024 = [
