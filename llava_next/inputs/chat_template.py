@@ -107,6 +107,7 @@ def set_post_processor(tokenizer: Any, *, add_bos: bool) -> None:
 def template_from_tokenizer(tokenizer: Any) -> Template:
     """Converts the tokenizer's chat template to a `Template` in which answers are supervised with their end token.
 
+    A chat template that writes the system text into the first question, as Gemma's, has no place for a system turn.
     `bos` is set if the chat template renders the beginning-of-sequence token at the beginning, or if it renders none
     and the tokenizer, which belongs to a vision-language model, adds it. (The tokenizer of a language model renders
     conversations without adding tokens.)
@@ -117,8 +118,15 @@ def template_from_tokenizer(tokenizer: Any) -> Template:
     """
     if not getattr(tokenizer, "chat_template", None):
         raise _unsupported(tokenizer, "the tokenizer has no chat template")
-    template = _parse(tokenizer)
-    _verify(template, tokenizer)
+    template = _parse(tokenizer, system=_system_pieces(tokenizer))
+    try:
+        _verify(template, tokenizer)
+    except ModelError:
+        if template.system_format is None:
+            raise
+        template = _without_system(tokenizer)
+        if template is None:
+            raise
     if not template.bos and _has_image_processor(tokenizer) and is_bos_added(tokenizer):
         return replace(template, bos=True)
     return template
@@ -130,8 +138,23 @@ def _has_image_processor(tokenizer: Any) -> bool:
     return any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES)
 
 
-def _parse(tokenizer: Any) -> Template:
-    """The text between markers, on the assumption that the chat template has the form of a `Template`."""
+def _without_system(tokenizer: Any) -> Template | None:
+    """The template of conversations without a system turn; None if a `Template` cannot represent these either."""
+    template = _parse(tokenizer, system=None)
+    try:
+        _verify(template, tokenizer)
+    except ModelError:
+        return None
+    return template
+
+
+def _parse(tokenizer: Any, *, system: Sequence[str] | None) -> Template:
+    """The text between markers, on the assumption that the chat template has the form of a `Template`.
+
+    Args:
+        tokenizer: with the chat template.
+        system: the text around a system turn; None for a template without one.
+    """
     question, prompt, one_round, two_rounds = (
         _pieces(tokenizer, _ROUNDS[:1]),
         _pieces(tokenizer, _ROUNDS[:1], prompt=True),
@@ -148,7 +171,6 @@ def _parse(tokenizer: Any) -> Template:
     opening = opening.removeprefix(bos)
     default_system = opening or None
     system_format = None
-    system = _system_pieces(tokenizer)
     if system is not None:
         before, after = system[0].removeprefix(bos), system[1].removesuffix(before_question)
         system_format = before + "{text}" + after

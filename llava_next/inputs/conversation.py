@@ -133,14 +133,20 @@ def move_image_to_front(text: str) -> str:
     return f"{IMAGE_PLACEHOLDER}\n{text.replace(IMAGE_PLACEHOLDER, '').strip()}".strip()
 
 
-def _chatml(name: str, default_system: str | None) -> Template:
-    """Standard ChatML, with a newline after every end token."""
+def _chatml(name: str, default_system: str | None, thought: str = "") -> Template:
+    """Standard ChatML, with a newline after every end token.
+
+    Args:
+        name: of the template.
+        default_system: as in `Template`.
+        thought: precedes every answer, not supervised.
+    """
     return Template(
         name=name,
         system_format="<|im_start|>system\n{text}<|im_end|>\n",
         default_system=default_system,
         question_format="<|im_start|>user\n{text}<|im_end|>\n",
-        header="<|im_start|>assistant\n",
+        header=f"<|im_start|>assistant\n{thought}",
         answer_format="{text}",
         end="<|im_end|>",
         between="\n",
@@ -217,6 +223,25 @@ _TEMPLATES = (
     _chatml("qwen_1_5", "You are a helpful assistant."),
     # SmolLM2-Instruct uses ChatML; this template has no default system turn.
     _chatml("chatml", None),
+    # Qwen3 without thinking: its own template renders this empty thought for enable_thinking=false, but only before the
+    # last answer of a conversation. Here it precedes every answer, as in the prompt of a first question.
+    _chatml("qwen3", None, "<think>\n\n</think>\n\n"),
+    # Llama 3.1 and 3.2. The date is that of Meta's template where no clock is given (3.2 renders today's otherwise).
+    Template(
+        name="llama_3_2",
+        system_format=(
+            "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
+            "Today Date: 26 Jul 2024\n\n{text}<|eot_id|>"
+        ),
+        default_system="",
+        question_format="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
+        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer_format="{text}",
+        end="<|eot_id|>",
+        between="",
+        bos=True,
+        trims=True,
+    ),
 )
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _TEMPLATES}

@@ -125,7 +125,9 @@ SPEAK: dict[str, tuple[str, ...]] = {
     "chatml_direct": CHATML_TOKENIZERS,
     "qwen_1_5": CHATML_TOKENIZERS,
     "chatml": CHATML_TOKENIZERS,
+    "qwen3": CHATML_TOKENIZERS,
     "llava_llama_3": ("llama3",),
+    "llama_3_2": ("llama3",),
     "tokenizer": NAMES,
 }
 """Template → the tokenizers that have its tokens. Every other pair is refused."""

@@ -16,7 +16,9 @@ from llava_next.inputs.processor import IGNORE, Processor, RejectReason, SampleR
 from llava_next.model.build import read_tokenizer
 from tests.jinja_shapes import (
     CHATML,
+    GEMMA,
     LITERAL_BOS,
+    LLAMA_2,
     LLAMA_3,
     LLAMA_3_1,
     MISTRAL,
@@ -56,6 +58,16 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         ROUNDS_WITH_BOS,
         {"question_format": "<s>[INST] {text} [/INST]", "answer_format": " {text} ", "bos": False,
          "system_format": None},
+    ),
+    "llama_2": (
+        LLAMA_2,
+        {"system_format": None, "question_format": "<s>[INST] {text} [/INST]", "answer_format": " {text} ",
+         "bos": False},
+    ),
+    "gemma": (
+        GEMMA,
+        {"system_format": None, "question_format": "<|im_start|>user\n{text}<|im_end|>\n", "end": "<|im_end|>",
+         "header": "<|im_start|>model\n", "between": "\n", "bos": True, "trims": True},
     ),
     "literal_bos": (LITERAL_BOS, {"bos": True, "default_system": None}),
     "fixed_opening": (
@@ -163,16 +175,6 @@ REFUSED: dict[str, tuple[str | None, str]] = {
         "{% set text = text | trim %}{% endif %}{{ '<|im_start|>' + message['role'] + '\n' + text + '<|im_end|>\n' }}"
         "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
         r"renders 'spaces around it<\|im_end\|>.*instead of '  spaces around it",
-    ),
-    # The system text is part of the first question (Llama-2).
-    "system_in_question": (
-        "{% if messages[0]['role'] == 'system' %}"
-        "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}"
-        "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}{% for message in messages %}"
-        "{% if message['role'] == 'user' %}"
-        "{{ bos_token + '[INST] ' + (system if loop.first else '') + message['content'] + ' [/INST]' }}"
-        "{% else %}{{ ' ' + message['content'] + ' ' + eos_token }}{% endif %}{% endfor %}",
-        r"after '.*', it renders '.*' instead of '",
     ),
     # The first question has a prefix.
     "first_turn": (_with("message['content'] → ('First: ' if loop.first else '') + message['content']"), "First: "),

@@ -46,6 +46,18 @@ WHOLE = {
         "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
     ),
+    # Published by the language models' authors, not LLaVA's.
+    "qwen3": (
+        "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA2<|im_end|>\n"
+    ),
+    "llama_3_2": (
+        "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024"
+        "\n\n<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n<image>\nQ1<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\nA2<|eot_id|>"
+    ),
 }
 
 SUPERVISED = {
@@ -56,9 +68,11 @@ SUPERVISED = {
     "llava_llama_3": ["A1<|eot_id|>", "A2<|eot_id|>"],
     "qwen_1_5": ["A1<|im_end|>", "A2<|im_end|>"],
     "chatml": ["A1<|im_end|>", "A2<|im_end|>"],
+    "qwen3": ["A1<|im_end|>", "A2<|im_end|>"],
+    "llama_3_2": ["A1<|eot_id|>", "A2<|eot_id|>"],
 }
 
-OPENS_WITH_BOS = {"plain", "vicuna_v1", "mistral_instruct", "llava_llama_3"}
+OPENS_WITH_BOS = {"plain", "vicuna_v1", "mistral_instruct", "llava_llama_3", "llama_3_2"}
 
 
 def test_every_template_has_a_published_string() -> None:
