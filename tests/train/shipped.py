@@ -25,6 +25,18 @@ _SIZES = {
 }
 _QWEN = {"model_type": "qwen2", "max_window_layers": 28, "sliding_window": 32768, "use_sliding_window": False}
 _QWEN |= {"rope_theta": 1000000.0, "num_key_value_heads": 2}
+_QWEN3 = {"model_type": "qwen3", "use_sliding_window": False, "rope_theta": 1000000.0, "num_key_value_heads": 2}
+_QWEN3 |= {"head_dim": 16}  # unlike the others', not the width divided by the heads
+_LLAMA3_1 = {"model_type": "llama", "rope_theta": 500000.0, "num_key_value_heads": 2}
+_LLAMA3_1 |= {
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 1024,
+        "rope_type": "llama3",
+    }
+}
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,10 @@ FAMILIES = {
         _QWEN,
         ("qwen1_5_7b", "qwen1_5_14b", "qwen1_5_32b", "qwen1_5_72b", "qwen1_5_110b"),
     ),
+    "qwen3_8b": Family("qwen", _QWEN3, ("qwen3_14b", "qwen3_32b")),
+    "qwen3_0_6b": Family("qwen", _QWEN3 | {"tie_word_embeddings": True}, ("qwen3_1_7b", "qwen3_4b")),
+    "llama3_1_8b": Family("llama3", _LLAMA3_1),
+    "llama3_2_1b": Family("llama3", _LLAMA3_1 | {"tie_word_embeddings": True}, ("llama3_2_3b",)),
     "smollm2_135m": Family("smollm2", {"model_type": "llama", "tie_word_embeddings": True}, ("quickstart",)),
 }
 """By the configuration that is run; sizes of one family differ in numbers alone."""
@@ -62,6 +78,7 @@ FAMILIES = {
 TOWERS = {
     "clip_vit_l_336": (),
     "siglip_so400m_384": (),
+    "siglip2_so400m_384": (),
     "dinov2_large": ("model.vision_tower.tile=28",),
     "dinov2_small_70": (),
 }
@@ -105,7 +122,7 @@ def write_vision_tower(name: str, root: Path) -> None:
         CLIPModel(CLIPConfig(vision_config=vision_config, text_config=text | narrow)).save_pretrained(folder)
         mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
         images |= {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 28}}
-    elif name == "siglip_so400m_384":
+    elif name in ("siglip_so400m_384", "siglip2_so400m_384"):
         vision_config = vision | narrow | {"image_size": 31}  # like 384 and 14, the patch does not divide it
         SiglipModel(SiglipConfig(vision_config=vision_config, text_config=text | narrow)).save_pretrained(folder)
         mean = std = [0.5, 0.5, 0.5]

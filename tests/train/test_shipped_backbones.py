@@ -31,6 +31,10 @@ PAIRS = [
     ("mistral_7b", "clip_vit_l_336", "zero3", ""),
     ("qwen1_5_0_5b", "siglip_so400m_384", "zero2", "language_model,vision_tower"),
     ("qwen2_7b", "clip_vit_l_336", "zero0", ""),
+    ("qwen3_8b", "siglip2_so400m_384", "zero3", "language_model"),
+    ("qwen3_0_6b", "siglip_so400m_384", "zero2", ""),
+    ("llama3_1_8b", "siglip2_so400m_384", "zero2", "vision_tower"),
+    ("llama3_2_1b", "clip_vit_l_336", "zero3", ""),
     ("smollm2_135m", "dinov2_small_70", "zero1", "language_model"),
 ]
 """Language model, tower, engine, recomputed parts."""

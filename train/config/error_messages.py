@@ -123,8 +123,8 @@ def _no_such_key(key: str, config: type) -> str:
         known = [item.name for item in fields(SourceShare)]
         if last in known:
             return (
-                f"{key}: the mixture has no source {source}, or its YAML does not set {last}; correct the name, or write "
-                f"+{key}=VALUE"
+                f"{key}: the mixture has no source {source}, or its YAML does not set {last}; correct the name, or "
+                f"write +{key}=VALUE"
             )
         close = difflib.get_close_matches(last, known, n=1)
         near = f"; did you mean mixture.sources.{source}.{close[0]}?" if close else ""

@@ -25,6 +25,16 @@ def _qwen(vocabulary: int, width: int, mlp: int, layers: int, heads: int, **more
     return _decoder("qwen2", vocabulary, width, mlp, layers, heads, max_position_embeddings=32_768, **more)
 
 
+def _qwen3(width: int, mlp: int, layers: int, heads: int, *, tied: bool) -> dict:
+    positions = {"max_position_embeddings": 40_960, "head_dim": 128, "num_key_value_heads": 8}
+    return _decoder("qwen3", 151_936, width, mlp, layers, heads, tie_word_embeddings=tied, **positions)
+
+
+def _llama3(width: int, mlp: int, layers: int, heads: int, **more: Any) -> dict:
+    positions = {"max_position_embeddings": 131_072, "num_key_value_heads": 8}
+    return _decoder("llama", 128_256, width, mlp, layers, heads, **positions, **more)
+
+
 def _tower(model_type: str, width: int, mlp: int, layers: int, heads: int, tile: int, act: str) -> dict:
     return {
         "model_type": model_type,
@@ -78,6 +88,17 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "qwen1_5_110b": _qwen(152_064, 8192, 49_152, 80, 64, num_key_value_heads=8),
     "qwen2_0_5b": _qwen(151_936, 896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen2_7b": _qwen(152_064, 3584, 18_944, 28, 28, num_key_value_heads=4),
+    # Qwen/Qwen3-*
+    "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, tied=True),
+    "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, tied=True),
+    "qwen3_4b": _qwen3(2560, 9728, 36, 32, tied=True),
+    "qwen3_8b": _qwen3(4096, 12_288, 36, 32, tied=False),
+    "qwen3_14b": _qwen3(5120, 17_408, 40, 40, tied=False),
+    "qwen3_32b": _qwen3(5120, 25_600, 64, 64, tied=False),
+    # meta-llama/Llama-3.1-8B-Instruct, Llama-3.2-1B-Instruct and -3B-Instruct
+    "llama3_1_8b": _llama3(4096, 14_336, 32, 32),
+    "llama3_2_1b": _llama3(2048, 8192, 16, 32, tie_word_embeddings=True),
+    "llama3_2_3b": _llama3(3072, 8192, 28, 24, tie_word_embeddings=True),
     # HuggingFaceTB/SmolLM2-135M-Instruct, and six of its layers (scripts/quickstart/assets.py)
     "smollm2_135m": _SMOLLM2,
     "quickstart": {**_SMOLLM2, "num_hidden_layers": 6},
@@ -86,8 +107,9 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
 VISION_TOWERS: dict[str, dict[str, Any]] = {
     # openai/clip-vit-large-patch14-336
     "clip_vit_l_336": _tower("clip_vision_model", 1024, 4096, 24, 16, 336, "quick_gelu"),
-    # google/siglip-so400m-patch14-384
+    # google/siglip-so400m-patch14-384 and siglip2-so400m-patch14-384
     "siglip_so400m_384": _tower("siglip_vision_model", 1152, 4304, 27, 16, 384, "gelu_pytorch_tanh"),
+    "siglip2_so400m_384": _tower("siglip_vision_model", 1152, 4304, 27, 16, 384, "gelu_pytorch_tanh"),
     # facebook/dinov2-large and -small
     "dinov2_large": _dinov2(1024, 24, 16),
     "dinov2_small_112": _dinov2(384, 12, 6),
@@ -101,4 +123,4 @@ QWEN_TOKENS = 151_647
 
 def count_tokens(shape: dict[str, Any]) -> int:
     """Returns the number of tokens with the image token, which Qwen's padded embedding has space for; others grow."""
-    return QWEN_TOKENS if shape["model_type"] == "qwen2" else int(shape["vocab_size"]) + 1
+    return QWEN_TOKENS if shape["model_type"] in ("qwen2", "qwen3") else int(shape["vocab_size"]) + 1

@@ -31,6 +31,16 @@ PUBLISHED = {
     "qwen1_5_110b": 111_209_914_368,
     "qwen2_7b": 7_615_616_512,
     "smollm2_135m": 134_515_008,
+    # Qwen3's cards round: 0.6B, 1.7B, 4.0B, 8.2B, 14.8B and 32.8B.
+    "qwen3_0_6b": 596_049_920,
+    "qwen3_1_7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_14b": 14_768_307_200,
+    "qwen3_32b": 32_762_123_264,
+    "llama3_1_8b": 8_030_261_248,
+    "llama3_2_1b": 1_235_814_400,
+    "llama3_2_3b": 3_212_749_824,
 }
 CLIP_L_336 = 303_507_456
 
@@ -55,6 +65,8 @@ def test_shapes_have_the_published_parameters(name: str) -> None:
     block = 2 * shape.width * (shape.query + shape.key) + 3 * shape.width * shape.mlp + 2 * shape.width
     if config.model_type == "qwen2":
         block += shape.query + 2 * shape.key
+    if config.model_type == "qwen3":  # norms of queries and keys
+        block += 2 * config.head_dim
     assert tables * shape.vocabulary * shape.width + shape.layers * block + shape.width == PUBLISHED[name]
 
 
