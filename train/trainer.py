@@ -87,6 +87,7 @@ class Trainer:
         self.metrics = StepMetrics(mixture.source_names, world)
         self.forward_timer = ForwardTimer(world.device)
         self.saver = Saver(config.run_dir / "checkpoints", world, config.save)
+        self.progress.last_write = self.saver.last_progress
         self._frozen, self._deadline_s = frozen or {}, deadline_s
         self._save_s = 0.0
         self.held_out, self.live_answers = held_out, live_answers
@@ -104,6 +105,8 @@ class Trainer:
         num_steps = self.planner.num_steps
         seen = self.planner.count_seen(first_step)
         slow_ranks = SlowRanks(all_gather_objects(self.world, socket.gethostname()), self.log.info)
+        if self.config.save.every:  # else the run waits for each save: there is no next step
+            self.log.info(self.saver.write_in_background(self.engine))
         with self.stop_signal, self._finish_save_on_error():
             for step in range(first_step, last_step):
                 factor = schedule_factor(step, num_steps, self.config.stage)
@@ -180,9 +183,9 @@ class Trainer:
         return StepOutcome(agreement, update, time.monotonic() - started, waited)
 
     def save(self, step: int) -> None:
-        """Writes a checkpoint after `step` steps.
+        """Saves a checkpoint after `step` steps.
 
-        It is committed (`Saver.commit`) some steps later, when the files of every rank are on the disk.
+        It is written beside the next steps and committed (`Saver.commit`) when the files of every rank are on the disk.
 
         Raises:
             SaveError: it could not be written.
@@ -199,6 +202,7 @@ class Trainer:
         try:
             yield
         except StepError:
+            self.progress.enter("save", self.progress.current[0].step)  # which may take longer than a phase of a step
             self.saver.wait()
             raise
 

@@ -10,12 +10,68 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llava_next.formats.atomic import PARTIAL, replace_directory, sync_path
 
 _SUMS = "sums.json"
+_CHUNK = 2**24  # bytes that are hashed and written at a time
+FileSum = dict[str, Any]
+"""Size (`bytes`) and `sha256` of a file."""
+
+
+class HashedFile:
+    """A file that is hashed while it is written, as `torch.save` writes it: in order, without seeking.
+
+    The first error is kept and raised by `finish`, because torch's writer, which is C++, aborts the process if a write
+    raises while it is being destroyed.
+
+    Args:
+        file: open for writing.
+        on_progress: called after every chunk.
+    """
+
+    def __init__(self, file: IO[bytes], on_progress: Callable[[], None]) -> None:
+        self._file, self._on_progress = file, on_progress
+        self._hash, self._num_bytes = hashlib.sha256(), 0
+        self._error: OSError | None = None
+
+    @property
+    def name(self) -> str:
+        """The path of the file."""
+        return str(self._file.name)
+
+    def write(self, data: Any) -> int:
+        """Writes an object with a buffer; returns its number of bytes."""
+        view = memoryview(data).cast("B")
+        try:
+            for start in range(0, len(view) if self._error is None else 0, _CHUNK):
+                chunk = view[start : start + _CHUNK]
+                self._hash.update(chunk)
+                self._file.write(chunk)
+                self._on_progress()
+        except OSError as error:
+            self._error = error
+        self._num_bytes += len(view)
+        return len(view)
+
+    def flush(self) -> None:
+        """Does nothing: `finish` writes all bytes to the disk."""
+
+    def finish(self) -> FileSum:
+        """Syncs the file and returns its sum.
+
+        Raises:
+            OSError: the disk is full or fails.
+        """
+        if self._error is not None:
+            raise self._error
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._on_progress()
+        return {"bytes": self._num_bytes, "sha256": self._hash.hexdigest()}
 
 
 def final_path(partial: Path) -> Path:
@@ -28,15 +84,44 @@ def is_complete(folder: Path) -> bool:
     return (folder / _SUMS).is_file()
 
 
-def seal(partial: Path, rank: int) -> None:
+def write_hashed(
+    path: Path, write: Callable[[HashedFile], None], *, on_progress: Callable[[], None] = lambda: None
+) -> FileSum:
+    """Creates a file that `write` fills, syncs it, and returns its sum without reading it.
+
+    Raises:
+        OSError: the disk is full or fails, or the folder is not writable.
+    """
+    with path.open("wb") as file:
+        hashed = HashedFile(file, on_progress)
+        write(hashed)
+        return hashed.finish()
+
+
+def seal(
+    partial: Path,
+    rank: int,
+    sums: Mapping[str, FileSum] | None = None,
+    *,
+    on_progress: Callable[[], None] = lambda: None,
+) -> None:
     """Syncs the files of this rank and writes their sizes and sha256.
+
+    Args:
+        partial: the folder.
+        rank: this rank.
+        sums: of files that `write_hashed` has written, by path in the folder; the others are read.
+        on_progress: called after every chunk that is read.
 
     Raises:
         OSError: the disk fails.
     """
-    files = [path for path in _files(partial) if _owner(path.relative_to(partial)) == rank]
-    sums = {path.relative_to(partial).as_posix(): file_sum(path, sync=True) for path in files}
-    _write_synced(_rank_sums(partial, rank), json.dumps(sums))
+    all_sums = dict(sums or {})
+    for path in _files(partial):
+        name = path.relative_to(partial)
+        if _owner(name) == rank and name.as_posix() not in all_sums:
+            all_sums[name.as_posix()] = file_sum(path, sync=True, on_progress=on_progress)
+    _write_synced(_rank_sums(partial, rank), json.dumps(all_sums))
 
 
 def commit(partial: Path, num_ranks: int) -> Path:
@@ -91,12 +176,17 @@ def corrupt_files(folder: Path, rank: int = 0, num_ranks: int = 1) -> str:
     return ""
 
 
-def file_sum(path: Path, *, sync: bool = False) -> dict[str, Any]:
-    """Returns a file's size (`bytes`) and `sha256`; with `sync`, the file is synced first."""
+def file_sum(path: Path, *, sync: bool = False, on_progress: Callable[[], None] = lambda: None) -> FileSum:
+    """Returns a file's sum; with `sync`, the file is synced first. `on_progress` is called after every chunk."""
+    digest, num_bytes = hashlib.sha256(), 0
     with path.open("rb") as file:
         if sync:
             os.fsync(file.fileno())
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            num_bytes += len(chunk)
+            on_progress()
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 
 
 def _files(partial: Path) -> list[Path]:

@@ -1,8 +1,9 @@
 """Writes checkpoints, which are either complete or absent, and finds the newest valid one.
 
-All ranks wait while DeepSpeed writes its files to a partial folder. Training then continues while a thread of each rank
-syncs and hashes its files; when all ranks have finished, rank 0 writes `sums.json` and renames the folder. A checkpoint
-is hashed again before it is loaded.
+All ranks wait while their tensors are copied to host memory (`background_copy.py`). Training then continues while a
+thread of each rank writes, hashes and syncs its files in a partial folder; when all ranks have finished, rank 0 writes
+`sums.json` and renames the folder. Where the copy is not possible, all ranks wait while DeepSpeed writes its files, and
+the threads only sync and hash them. A checkpoint is hashed again before it is loaded.
 
     step_000500/engine/...      DeepSpeed's files: trained parameters and optimizer; frozen ones come from `init_from`
                 config.yaml     the resolved configuration
@@ -17,15 +18,18 @@ import socket
 import threading
 import time
 from dataclasses import asdict, dataclass
+from functools import partial as partial_function
 from pathlib import Path
 from typing import Any
 
 import deepspeed
+import torch
 from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from llava_next.file_access import permission_problem
 from llava_next.formats.atomic import PARTIAL, REMOVED, partial_path, retire_directory
-from train.checkpoint import atomic_folder
+from train.checkpoint import atomic_folder, background_copy
+from train.checkpoint.host_copy import HostCopy
 from train.config.schema import ConfigError, SaveConfig
 from train.distributed.world import World, all_gather_objects, barrier, broadcast_from_main
 
@@ -39,6 +43,7 @@ _SAFE_GLOBALS = {
 }
 VISIBILITY_TIMEOUT_S = 90.0
 """How long a rank waits to see a checkpoint that rank 0 sees: NFS caches folder contents for up to a minute."""
+_REPORTED_WAIT_S = 1.0
 _STATE, _CONFIG = "run_state.json", "config.yaml"
 
 
@@ -86,19 +91,39 @@ class Saver:
 
     def __init__(self, folder: Path, world: World, save: SaveConfig) -> None:
         self._folder, self._world, self._save = folder, world, save
+        self._copying: background_copy.CopyingEngine | None = None
         self._partial: Path | None = None
-        self._seal_thread: threading.Thread | None = None
+        self._write_thread: threading.Thread | None = None
         self._remove_thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._started_s = 0.0
+        self._started_s = self._progress_s = 0.0
 
     @property
     def is_ready_to_commit(self) -> bool:
-        """Whether this rank has synced and hashed its files of an uncommitted checkpoint, or has failed to."""
-        return self._seal_thread is not None and not self._seal_thread.is_alive()
+        """Whether this rank has written, synced and hashed its files of an uncommitted checkpoint, or has failed to."""
+        return self._write_thread is not None and not self._write_thread.is_alive()
+
+    def last_progress(self) -> tuple[Path, float] | None:
+        """The checkpoint that this rank's thread is writing, and when it last wrote or read some bytes, in seconds on
+        the monotonic clock. None if it is not writing."""
+        thread, partial = self._write_thread, self._partial
+        if thread is None or partial is None or not thread.is_alive():
+            return None
+        return atomic_folder.final_path(partial), self._progress_s
+
+    def write_in_background(self, engine: deepspeed.DeepSpeedEngine) -> str:
+        """Makes the saves of this engine copy to host memory, where that is possible. Call it before the first step.
+
+        Returns:
+            A sentence for the log: how saves are written, and why.
+        """
+        self._copying, sentence = background_copy.enable(engine, self._folder, self._world)
+        return sentence
 
     def write(self, engine: deepspeed.DeepSpeedEngine, state: RunState, config_yaml: str) -> float:
-        """Writes this rank's files to the partial folder; `commit` or `wait` completes the checkpoint.
+        """Copies this rank's tensors, or writes its files; `commit` or `wait` completes the checkpoint.
+
+        Waits first until the previous checkpoint is complete.
 
         Returns:
             The seconds that it took.
@@ -106,6 +131,7 @@ class Saver:
         Raises:
             SaveError: the disk is full or the folder is not writable.
         """
+        called = time.monotonic()
         self.wait()
         started = self._started_s = time.monotonic()
         partial = partial_path(self._folder / checkpoint_name(state.step))
@@ -115,36 +141,38 @@ class Saver:
                 (partial / ENGINE).mkdir(parents=True)
             barrier(self._world)
             engine.save_checkpoint(str(partial), tag=ENGINE, save_latest=False, exclude_frozen_parameters=True)
+            background_copy.synchronize(self._world.device)
             if self._world.is_main:
                 (partial / _CONFIG).write_text(config_yaml)
                 (partial / _STATE).write_text(json.dumps(asdict(state), indent=1) + "\n")
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError when the disk is full
             raise self._make_error(partial, error) from error
         self._partial, self._error = partial, None
-        self._seal_thread = threading.Thread(target=self._seal, args=(partial,), daemon=True, name="seal")
-        self._seal_thread.start()
-        return time.monotonic() - started
+        self._report_progress()
+        self._write_thread = threading.Thread(target=self._write_files, args=(partial,), daemon=True, name="save")
+        self._write_thread.start()
+        finished = time.monotonic()
+        self._log_stall(state.step, waited_s=started - called, stalled_s=finished - called)
+        return finished - called
 
     def commit(self) -> Path | None:
-        """Completes the checkpoint: rank 0 writes sums.json and renames the folder.
+        """Completes the checkpoint: rank 0 writes sums.json and renames the folder. Every rank must call it.
 
         Must be called when `is_ready_to_commit` is true on every rank. Returns the folder; None if nothing was written.
 
         Raises:
-            SaveError: this rank's files could not be synced.
+            SaveError: on every rank, if one of them could not write its files.
         """
-        if self._seal_thread is None or self._partial is None:
+        if self._write_thread is None or self._partial is None:
             return None
-        self._seal_thread.join()
-        partial, self._partial, self._seal_thread = self._partial, None, None
-        try:
-            if self._error is not None:
-                raise self._error
-            if self._world.is_main:
-                atomic_folder.commit(partial, self._world.size)
-                self._remove_old()
-        except (OSError, ValueError) as error:
-            raise self._make_error(partial, error) from error
+        self._write_thread.join()
+        partial, self._partial, self._write_thread = self._partial, None, None
+        error = self._make_error(partial, self._error) if self._error is not None else None
+        errors = all_gather_objects(self._world, error)
+        first = next((each for each in errors if each is not None), None)
+        if first is not None:
+            raise first from self._error
+        broadcast_from_main(self._world, lambda: self._commit(partial))
         path = atomic_folder.final_path(partial)
         logger.info("%s is complete; saving took %.1f s", path, time.monotonic() - self._started_s)
         return path
@@ -155,19 +183,47 @@ class Saver:
         Raises:
             SaveError: as `commit` does.
         """
-        if self._seal_thread is not None:
-            self._seal_thread.join()
+        if self._write_thread is not None:
+            self._write_thread.join()
             barrier(self._world)
             self.commit()
-            barrier(self._world)
         if self._remove_thread is not None:
             self._remove_thread.join()
 
-    def _seal(self, partial: Path) -> None:
+    def _write_files(self, partial: Path) -> None:
+        """The thread: writes the copied files, and syncs and hashes all files of this rank."""
+        sums, copies = {}, self._copying.copies if self._copying is not None else {}
         try:
-            atomic_folder.seal(partial, self._world.rank)
+            for path, copy in copies.items():
+                write = partial_function(_save_copy, copy)
+                sums[path.relative_to(partial).as_posix()] = atomic_folder.write_hashed(
+                    path, write, on_progress=self._report_progress
+                )
+            atomic_folder.seal(partial, self._world.rank, sums, on_progress=self._report_progress)
         except Exception as error:
             self._error = error
+
+    def _report_progress(self) -> None:
+        self._progress_s = time.monotonic()
+
+    def _log_stall(self, step: int, *, waited_s: float, stalled_s: float) -> None:
+        if waited_s > _REPORTED_WAIT_S and self._world.is_main:
+            logger.warning(
+                "the save after step %d stalled training for %.1f s, of which it waited %.1f s for the previous "
+                "checkpoint to be written: raise save.every=%d, or use a faster disk",
+                step,
+                stalled_s,
+                waited_s,
+                self._save.every,
+            )
+        logger.info("the save after step %d stalled training for %.1f s", step, stalled_s)
+
+    def _commit(self, partial: Path) -> None:
+        try:
+            atomic_folder.commit(partial, self._world.size)
+            self._remove_old()
+        except (OSError, ValueError) as error:
+            raise self._make_error(partial, error) from error
 
     def _remove_old(self) -> None:
         """Renames old checkpoints and removes their files in a thread, since they may have hundreds of GB."""
@@ -182,6 +238,7 @@ class Saver:
         self._remove_thread.start()
 
     def _make_error(self, partial: Path, error: Exception) -> SaveError:
+        rank = f"rank {self._world.rank} ({socket.gethostname()}): " if self._world.size > 1 else ""
         newest = find_newest(self._folder)
         fallback = f"the newest complete checkpoint is {newest}" if newest else "there is no earlier checkpoint"
         try:
@@ -189,9 +246,13 @@ class Saver:
         except OSError as unreadable:
             free = str(unreadable)
         return SaveError(
-            f"{atomic_folder.final_path(partial)} could not be saved: {' '.join(str(error).split())} ({free}); "
+            f"{atomic_folder.final_path(partial)} could not be saved: {rank}{' '.join(str(error).split())} ({free}); "
             f"{fallback}. Free some space, or choose another root=..., and run the same command again"
         )
+
+
+def _save_copy(copy: HostCopy, file: Any) -> None:
+    torch.save(copy.restore(), file)
 
 
 def latest_valid(folder: Path, world: World) -> Path | None:

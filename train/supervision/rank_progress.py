@@ -8,7 +8,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,9 +90,14 @@ class Progress:
     Args:
         folder: folder of the files of all ranks; None keeps the status in memory only.
         rank: of this process.
+
+    Attributes:
+        last_write: returns the checkpoint that a thread of this process is writing and when it last made progress, in
+            seconds on the monotonic clock; None if it writes none.
     """
 
     def __init__(self, folder: Path | None, rank: int = 0) -> None:
+        self.last_write: Callable[[], tuple[Path, float] | None] = lambda: None
         self._rank, self._host = rank, socket.gethostname()
         self._path: Path | None = None
         self._file: int | None = None

@@ -1,8 +1,8 @@
 """Ends a run that hangs or fails, and reports which rank caused it.
 
-A watchdog thread in each rank aborts the process if a phase of a step takes longer than `timeout_s`; a rank that raises
-aborts too. The first rank that aborts writes its message, with rank, host, step, cause and samples, to the terminal and
-to `exit.json`.
+A watchdog thread in each rank aborts the process if a phase of a step takes longer than `timeout_s`, or if a checkpoint
+that is being written makes no progress for that time; a rank that raises aborts too. The first rank that aborts writes
+its message, with rank, host, step, cause and samples, to the terminal and to `exit.json`.
 """
 
 import errno
@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Without "save", which may take long; the collectives in it have timeouts of their own.
 _TIMED_PHASES = ("data", "forward", "backward", "agree", "update", "evaluate")
 _JOIN_MARGIN_S = 15.0
+_ABORT_LIMIT_S = 60.0  # for reporting, whose files may be on the file system that hangs
 _SAME_MISTAKE_S = 5  # how long another rank waits for rank 0 to report the same mistake
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _MAX_NAMED_SAMPLES = 12  # in a message; exit.json lists all of them
@@ -46,7 +48,7 @@ class RankFailure(RuntimeError):
     """The reason why a run ends.
 
     Args:
-        message: one sentence with rank, host, phase and cause; the samples are appended.
+        message: one sentence with rank, host, phase and cause; the samples are appended, except those of a save.
         status: of the rank that caused it.
         samples: names of the samples that it processed; None if they could not be read.
 
@@ -55,7 +57,8 @@ class RankFailure(RuntimeError):
     """
 
     def __init__(self, message: str, status: RankStatus, samples: Sequence[str] | None) -> None:
-        super().__init__(message + (_format_samples(samples) if status.step >= 0 else ""))
+        processes_samples = status.step >= 0 and status.phase != "save"
+        super().__init__(message + (_format_samples(samples) if processes_samples else ""))
         self.details: dict[str, Any] = {
             key: getattr(status, key) for key in ("rank", "host", "step", "micro_step", "phase")
         } | {"samples": samples}
@@ -180,13 +183,14 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
 
-    def abort(self, error: Exception | None = None) -> NoReturn:
+    def abort(self, error: Exception | None = None, *, failure: RankFailure | None = None) -> NoReturn:
         """Ends this process, and with it the run, with exit code 1.
 
         Args:
             error: the exception; None if a phase took longer than `timeout_s`.
+            failure: the reason, where it is already known.
         """
-        failure = self._make_failure(error)
+        failure = failure or self._make_failure(error)
         # Logged at a level that is not shown in the terminal, where only the first rank prints.
         logger.info("%s", failure, exc_info=error)
         if self._report(EXIT_FAILED, str(failure), **failure.details):
@@ -259,6 +263,27 @@ class Watchdog:
             message = f"{_describe_stragglers(stragglers)}; {trigger}"
         return self._make_failure_with_samples(message, stragglers[0])
 
+    def _check_write(self, now_s: float, started_s: float) -> None:
+        """Aborts if the checkpoint that is being written has made no progress for `timeout_s`."""
+        write = self.progress.last_write()
+        if write is None or now_s - max(write[1], started_s) <= self._timeout_s:
+            return
+        status, _ = self.progress.current
+        failure = RankFailure(
+            f"rank {status.rank} ({status.host}) has written nothing of {write[0]} for timeout_s={self._timeout_s:g} "
+            "seconds; check that file system, and run the same command again",
+            replace(status, phase="save"),
+            [],
+        )
+        # The files of the report may be on the file system that hangs.
+        threading.Thread(target=self._exit_later, args=(str(failure),), daemon=True).start()
+        self.abort(failure=failure)
+
+    def _exit_later(self, reason: str) -> NoReturn:
+        time.sleep(_ABORT_LIMIT_S)
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        _exit_process(EXIT_FAILED)
+
     def _make_failure_with_samples(self, message: str, status: RankStatus) -> RankFailure:
         """Adds the names of the samples, unless reading them takes longer than 10 s because the disk hangs."""
         names: list[list[str]] = []
@@ -284,6 +309,7 @@ class Watchdog:
                 self.exit_now(
                     EXIT_FAILED, f"{rank} ends, because its launcher (process {self._launch.launcher_pid}) has ended"
                 )
+            self._check_write(now_s, started_s)
             status, entered_s = self.progress.current
             age_s = now_s - max(entered_s, started_s)
             if age_s > self._tick_s:

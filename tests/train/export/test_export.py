@@ -28,9 +28,9 @@ from train.checkpoint.saver import RunState, config_path
 from train.checkpoint.trained_weights import trained_weights
 from train.config.compose import to_yaml
 from train.config.schema import RunConfig, SaveConfig
+from train.distributed.free_memory import available_bytes
 from train.export.__main__ import main
 from train.export.exported_model import open_model
-from train.export.verify import available_bytes
 
 Start = Callable[[int], Ranks]
 ABOUT = {
