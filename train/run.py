@@ -61,6 +61,8 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
         data = open_data(config, launch)
         if config.preflight == "only":
             parts = assemble(config, world, data, None)
+            last_step = min(parts.planner.num_steps, config.max_steps or parts.planner.num_steps)
+            preflight.check_saves_fit(config, world, parts.engine, last_step)
             preflight.run_trial_step(config, world, parts.engine, data.mixture, data.table, data.processor)
             return
         checkpoint = latest_valid(config.run_dir / "checkpoints", world)
@@ -69,12 +71,14 @@ def run(config: RunConfig, launch: Launch, watchdog: Watchdog) -> None:
         parts = assemble(config, world, data, checkpoint)
         model, planner, engine, first_step = parts.model, parts.planner, parts.engine, parts.first_step
         watchdog.get_sample_names = partial(list_sample_names, planner, data.mixture)
+        last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
+        if first_step < last_step:
+            preflight.check_saves_fit(config, world, engine, last_step)
         if first_step < planner.num_steps:
             _check_overwrite(config, f"its checkpoints end at step {first_step} of {planner.num_steps}")
         if world.is_main:  # after the resume: a start that is refused must not change the run folder
             _write_data_summary(config, data.mixture, data.table)
             _append_start(config, world, data.table, first_step, parts.origin)
-        last_step = min(planner.num_steps, config.max_steps or planner.num_steps)
         with closing(RunLog(config, is_main=world.is_main, first_step=first_step, num_steps=last_step)) as log:
             log.info(_describe_start(config, world, data, planner.num_steps, parts.origin))
             log.info(format_part_table(part_table(model, engine.optimizer)))

@@ -2,7 +2,8 @@
 
 Every rank collects its findings and gathers those of the others, so that all ranks reach the same result.
 
-    preflight=auto   at every start, about 2 seconds: versions, configuration, GPUs, data, run folder, clocks, network
+    preflight=auto   at every start, about 2 seconds: versions, configuration, GPUs, data, run folder, clocks, network;
+                     and, when the engine is there, space and time for checkpoints
     preflight=only   the same, then one step of the engine on the fullest row of the data; prints the table and exits
     preflight=off    no checks
 """
@@ -36,6 +37,7 @@ from train.distributed.host_limits import read_host_limits
 from train.distributed.versions import versions
 from train.distributed.world import World, all_gather_objects, barrier, is_out_of_memory
 from train.supervision.preflight_checks import Check, Findings, Gpu, compare_findings, format_table
+from train.supervision.preflight_saves import check_saves
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +69,18 @@ def run_checks(config: RunConfig, world: World) -> None:
         checks.append(_check_network(world))
     _report_checks(checks, config, world)
     logger.info("pre-flight took %.1f s", time.monotonic() - started)
+
+
+def check_saves_fit(config: RunConfig, world: World, engine: deepspeed.DeepSpeedEngine, last_step: int) -> None:
+    """Checks that the checkpoints up to `last_step` fit on the disk and can be written in time.
+
+    Every rank must call it.
+
+    Raises:
+        PreflightError: on every rank, if they do not.
+    """
+    if config.preflight != "off" and config.save.every:
+        _report_checks([check_saves(config, world, engine, last_step)], config, world)
 
 
 def collect_findings(config: RunConfig, world: World, token: str) -> Findings:

@@ -92,5 +92,16 @@ def test_preflight_only_trains_nothing(tiny_parts: RunConfig, tmp_path: Path) ->
     code, output = program.run("torchrun", "name=looked", "stage.init_from=null", "preflight=only")
     assert code == 0, output
     lines = [line.split()[1] for line in output.splitlines() if line.startswith("ok  ")]
-    assert lines == ["versions", "configuration", "GPUs", "run", "data", "clocks", "limits", "network", "one"]
+    assert lines == [
+        "versions",
+        "configuration",
+        "GPUs",
+        "run",
+        "data",
+        "clocks",
+        "limits",
+        "network",
+        "checkpoints",
+        "one",
+    ]
     assert sorted(path.name for path in (program.root / "looked" / "finetune").iterdir()) == ["log", "run.lock"]
