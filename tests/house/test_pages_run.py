@@ -66,6 +66,7 @@ ELSEWHERE = {  # {program, with its subcommand: (file that runs it, text of the 
     "tests/scripts/test_vllm.py": ("tests/scripts/test_vllm.py", "pytest.mark.full"),
     "scripts/bench/step.py cpu": ("tests/scripts/test_bench_step.py", '["cpu", '),
     "scripts/bench/plan.py accuracy": ("tests/scripts/test_bench_plan.py", '["accuracy", '),
+    "scripts/bench/save.py": ("tests/scripts/test_bench_save.py", '["--tiny", '),
 }
 PATIENCE_S = 900.0
 QUICKSTART = "./scripts/quickstart.sh"

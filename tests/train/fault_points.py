@@ -100,11 +100,13 @@ def watch_file_operations(folder: Path, report: Callable[[str], None]) -> None:
 
     def watched_save(content: Any, path: Any, *args: Any, **kwargs: Any) -> None:
         save(content, path, *args, **kwargs)
+        path = getattr(path, "name", path)  # of a file that is written in the background
         if is_inside(path):
             whole = Path(path).read_bytes()
             os.truncate(path, len(whole) // 2)
             report("half")
-            Path(path).write_bytes(whole)
+            with Path(path).open("r+b") as file:
+                file.write(whole)
 
     sys.addaudithook(hook)
     os.fsync = watched_sync  # type: ignore[assignment]

@@ -88,3 +88,26 @@ def at_the_start(config: RunConfig, fault: str) -> int:
             return 0
         preflight._read_stores = _hang
     return execute(config)
+
+
+def saves_verdict(config: RunConfig, free: int | None) -> str:
+    """The sentence of the check of checkpoints on this rank, empty if it passes.
+
+    Args:
+        free: bytes that rank 1's disk has free; None: as many as it has.
+    """
+    import shutil
+    from types import SimpleNamespace
+
+    from tests.train.cases import built
+    from train.supervision import preflight
+
+    with ExitStack() as changed, built(config) as parts:
+        (config.run_dir / "log").mkdir(parents=True, exist_ok=True)
+        if free is not None and parts.world.rank == 1:
+            changed.enter_context(patch.object(shutil, "disk_usage", lambda path: SimpleNamespace(free=free)))
+        try:
+            preflight.check_saves_fit(config, parts.world, parts.engine, parts.planner.num_steps)
+        except preflight.PreflightError as error:
+            return str(error)
+    return ""

@@ -1,13 +1,18 @@
 """Saves that are written in the background, for ranks to run. The assertions are in the tests."""
 
 import errno
+import json
 import os
+import random
+import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest.mock import patch
 
 import numpy as np
@@ -172,6 +177,102 @@ def run_with_slow_write(config: RunConfig, rank: int, seconds: float) -> int:
 
     with patch.object(HashedFile, "write", slow):
         return execute(config)
+
+
+# ---------------------------------------------------------------------------------- kills during a write
+
+STEP_PHASES = ("data", "forward", "backward", "agree", "update")
+
+
+@dataclass(frozen=True)
+class WriteKill:
+    """A kill while a checkpoint is being written.
+
+    Attributes:
+        target: a rank, or all at the same time.
+        save: number of the save since the start, from 1.
+        share: of the pieces of the rank's files that have been written by then.
+        phase: that the rank's main thread has begun, in a step after the save.
+        number: of that phase since the save, from 0.
+    """
+
+    target: int | Literal["all"]
+    save: int
+    share: float
+    phase: str
+    number: int
+
+    @property
+    def rank(self) -> int:
+        """The rank that reaches the point and kills."""
+        return self.target if isinstance(self.target, int) else 0
+
+
+def draw_write_kills(seed: int, count: int) -> list[WriteKill]:
+    """Returns kills at random places of a file and of a step."""
+    draw = random.Random(seed)
+    return [
+        WriteKill(
+            draw.choice((0, 1, "all")), draw.randint(1, 2), draw.random(), draw.choice(STEP_PHASES), draw.randint(0, 1)
+        )
+        for _ in range(count)
+    ]
+
+
+def run_with_kill_in_a_write(config: RunConfig, kill: WriteKill | None, folder: str) -> int:
+    """Runs the program with a kill; returns the exit code.
+
+    Args:
+        config: of the run; it saves at most every second step.
+        kill: the thread that writes stops at its place until the main thread is at its own. None: no process is killed,
+            and `pieces_RANK` in `folder` gets the number of pieces of a checkpoint.
+        folder: for process ids; `killed` in it gets the step that was running and the checkpoint that was written.
+    """
+    from train.__main__ import execute
+    from train.checkpoint.atomic_folder import HashedFile
+    from train.supervision.rank_progress import Progress
+
+    rank, shared = int(os.environ["RANK"]), Path(folder)
+    (shared / f"pid_{rank}").write_text(str(os.getpid()))
+    write, enter, pieces = HashedFile.write, Progress.enter, Counter[str]()
+    place = int(kill.share * int((shared / f"pieces_{rank}").read_text())) if kill is not None else -1
+    reached, phases, saves = threading.Event(), 0, 0
+
+    def stopping_write(self: HashedFile, data: Any) -> int:
+        checkpoint = Path(self.name).parents[1].name
+        if kill is not None and len({*pieces, checkpoint}) == kill.save and pieces[checkpoint] == place:
+            reached.set()
+            time.sleep(3600)
+        pieces[checkpoint] += 1
+        return write(self, data)
+
+    def watched_enter(self: Progress, phase: str, step: int, micro_step: int = 0) -> None:
+        nonlocal phases, saves
+        enter(self, phase, step, micro_step)
+        saves += phase == "save"
+        if kill is None or saves != kill.save or phase != kill.phase:
+            return
+        phases += 1
+        if phases > kill.number:
+            assert reached.wait(60)
+            (shared / "killed").write_text(json.dumps({"step": step, "written": max(pieces, default="")}))
+            if kill.target == "all":
+                for path in shared.glob("pid_*"):
+                    if path.name != f"pid_{rank}":
+                        with suppress(ProcessLookupError):
+                            os.kill(int(path.read_text()), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if kill is None or kill.rank == rank:
+        patch.object(HashedFile, "write", stopping_write).start()
+        patch.object(Progress, "enter", watched_enter).start()
+    code = execute(config)
+    if kill is None:
+        (shared / f"pieces_{rank}").write_text(str(pieces[min(pieces)]))
+    return code
+
+
+# -------------------------------------------------------------------------------------------- comparisons
 
 
 def contents(folder: Path) -> dict[str, Any]:

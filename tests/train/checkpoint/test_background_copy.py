@@ -17,6 +17,7 @@ from train.checkpoint import saver as checkpoint
 from train.checkpoint.background_copy import MemoryNeed, find_shortage
 from train.checkpoint.host_copy import HostCopy, HostMemory
 from train.config.schema import RunConfig, SaveConfig
+from train.distributed.world import World
 
 full = pytest.mark.full
 
@@ -84,6 +85,7 @@ def test_memory_is_used_again() -> None:
 
 
 GIB = 2**30
+ALONE = World(0, 0, 1, torch.device("cpu"), torch.float32, None)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +194,6 @@ def test_slow_write_is_no_hang(run_config: RunConfig, tmp_path: Path) -> None:
     lines = fault_runs.metrics(config)
     assert lines[2]["perf/save_s"] < 8 < total_save_s(config)
     assert checkpoint.latest_valid(config.run_dir / "checkpoints", ALONE) is not None
-
-
-ALONE: Any = None
 
 
 def total_save_s(config: RunConfig) -> float:

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.ranks import run_to_the_end
-from tests.train import fault_runs
+from tests.train import cases, fault_runs, save_cases
 from tests.train.cases import aligning, with_stage
 from tests.train.fault_points import FILE_OPERATIONS
 from tests.train.fault_runs import Kill, draw_kills
+from train.checkpoint import atomic_folder
 from train.config.schema import RunConfig, SaveConfig
 
 SEED = 75
@@ -50,6 +51,38 @@ def test_result_after_twenty_kills(run_config: RunConfig, tmp_path: Path) -> Non
     assert len(done) == 20
     assert {kill.when for kill in done} == {*FILE_OPERATIONS, "start", "step"}
     assert {kill.target for kill in done} == {0, 1, "all", "launcher"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [2, 3])
+def test_result_after_kills_during_background_saves(run_config: RunConfig, tmp_path: Path, stage: int) -> None:
+    """Two ranks at ZeRO 2 and 3, with ten kills each, of one rank or both: the thread is at a random place of a file of
+    a checkpoint, and the main thread in a later step. The partial checkpoint is never used, and the result has the
+    tensors and losses of the uninterrupted run."""
+    config = with_stage(replace(run_config, save=SaveConfig(every=3, keep=1), engine=cases.zero(stage)), epochs=10.0)
+    whole = replace(config, name="whole")
+    case = save_cases.run_with_kill_in_a_write
+    ended = run_to_the_end(2, case, whole, None, str(tmp_path), folder=tmp_path, timeout_s=300)
+    assert [each.exit_code for each in ended] == [0, 0], ended
+    checkpoints = config.run_dir / "checkpoints"
+    for kill in save_cases.draw_write_kills(SEED + stage, 10):
+        (tmp_path / "killed").unlink(missing_ok=True)
+        ended = run_to_the_end(2, case, config, kill, str(tmp_path), folder=tmp_path, timeout_s=300)
+        codes = [each.exit_code for each in ended]
+        assert codes[kill.rank] == -9, (kill, ended)
+        assert (codes == [-9, -9]) is (kill.target == "all"), (kill, ended)
+        killed = json.loads((tmp_path / "killed").read_text())
+        [partial] = checkpoints.glob("*.partial")
+        assert killed["step"] >= int(partial.name.removeprefix("step_").removesuffix(".partial")), kill
+        assert not atomic_folder.is_complete(partial)
+        if killed["written"]:
+            assert killed["written"] == partial.name
+    ended = run_to_the_end(2, fault_runs.run_as_it_is, config, folder=tmp_path, timeout_s=300)
+    assert [each.exit_code for each in ended] == [0, 0], ended
+    assert fault_runs.result_hash(config) == fault_runs.result_hash(whole)
+    lines, expected = fault_runs.metrics(config), fault_runs.metrics(whole)
+    assert [line["train/loss"] for line in lines] == [line["train/loss"] for line in expected]
+    assert [path.name for path in checkpoints.iterdir()] == [f"step_{len(lines):06d}"]
 
 
 def run(config: RunConfig, kill: Kill | None, folder: Path) -> list[int]:
