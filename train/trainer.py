@@ -198,12 +198,18 @@ class Trainer:
 
     @contextmanager
     def _finish_save_on_error(self) -> Iterator[None]:
-        """Waits for a checkpoint that is being written before an error that every rank raises ends the run."""
+        """Waits for a checkpoint that is being written before an error that every rank raises ends the run. An error of
+        a file is replaced by that of the save which has filled the disk."""
         try:
             yield
         except StepError:
             self.progress.enter("save", self.progress.current[0].step)  # which may take longer than a phase of a step
             self.saver.wait()
+            raise
+        except OSError as error:
+            failure = self.saver.find_failure()
+            if failure is not None:
+                raise failure from error
             raise
 
     def _forward_backward(self, plan: StepPlan, micro_step: int, batch: Batch) -> LossSums:

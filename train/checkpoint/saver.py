@@ -43,7 +43,7 @@ _SAFE_GLOBALS = {
 }
 VISIBILITY_TIMEOUT_S = 90.0
 """How long a rank waits to see a checkpoint that rank 0 sees: NFS caches folder contents for up to a minute."""
-_REPORTED_WAIT_S = 1.0
+_REPORTED_WAIT_S, _FAILURE_WAIT_S = 1.0, 10.0
 _STATE, _CONFIG = "run_state.json", "config.yaml"
 
 
@@ -176,6 +176,14 @@ class Saver:
         path = atomic_folder.final_path(partial)
         logger.info("%s is complete; saving took %.1f s", path, time.monotonic() - self._started_s)
         return path
+
+    def find_failure(self) -> SaveError | None:
+        """Returns why this rank could not write its files of an uncommitted checkpoint; None if it could, or is still
+        writing."""
+        if self._write_thread is None or self._partial is None:
+            return None
+        self._write_thread.join(_FAILURE_WAIT_S)  # a thread whose write has failed is about to end
+        return self._make_error(self._partial, self._error) if self._error is not None else None
 
     def wait(self) -> None:
         """Waits until a checkpoint that is being written is complete on all ranks, and old ones are removed.

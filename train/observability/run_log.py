@@ -9,6 +9,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -142,9 +143,15 @@ class RunLog:
             self._wandb.log({"answers": table}, step=step)
 
     def close(self) -> None:
-        """Flushes and closes all outputs."""
+        """Flushes and closes all outputs.
+
+        Raises:
+            OSError: the disk is full or fails, unless an earlier error ends the run, which is more specific.
+        """
+        ends_with_error = sys.exc_info()[0] is not None
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError) if ends_with_error else nullcontext():
+                self._file.close()
             self._bar.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
