@@ -77,7 +77,7 @@ def aligning(config: RunConfig, **changes: Any) -> RunConfig:
     return with_stage(config, **(values | changes))
 
 
-LATER_KEYS = ("join_timeout_s", "overwrite", "allow_idle_gpus")
+LATER_KEYS = ("join_timeout_s", "overwrite", "allow_idle_gpus", "verify", "on_spike", "spike_threshold")
 """Keys of a run that commit 8fd9703 did not have; a run without them has their defaults."""
 
 

@@ -40,6 +40,7 @@ NON_SEMANTIC_KEYS = (
     *("liger", "deterministic", "max_steps"),
     # Logging, saving, supervision and the like.
     *("recipe", "log", "evaluate", "save", "data", "timeout_s", "join_timeout_s", "time_limit_min", "skip_non_finite"),
+    *("verify", "on_spike", "spike_threshold"),
     *("preflight", "profile", "resume_allow", "overwrite", "allow_idle_gpus"),
     # Paths; the content is covered by the data fingerprint and by the sha256 of the frozen parameters.
     *("root", "name", "mixture", "stage.init_from", "model.language_model.path", "model.language_model.tokenizer"),

@@ -165,6 +165,7 @@ def _check_numbers(config: RunConfig) -> None:
         ("save.every", config.save.every, 0),
         ("save.keep", config.save.keep, 1),
         ("save.keep_every", config.save.keep_every, 0),
+        ("verify.every", config.verify.every, 0),
         ("evaluate.every", config.evaluate.every, 0),
         ("evaluate.answers", config.evaluate.answers, 0),
         ("evaluate.answer_tokens", config.evaluate.answer_tokens, 1),
@@ -184,6 +185,8 @@ def _check_numbers(config: RunConfig) -> None:
         raise ConfigError(f"profile.steps is [first, last] with 0 <= first <= last, or [], got {list(steps)}")
     if config.time_limit_min is not None and not 0 < config.time_limit_min < math.inf:
         raise ConfigError(f"time_limit_min must be above 0, got {config.time_limit_min}; null sets no limit")
+    if not 0 < config.spike_threshold < math.inf:
+        raise ConfigError(f"spike_threshold must be above 0 and finite, got {config.spike_threshold}")
     if not 0 < stage.epochs < math.inf:
         raise ConfigError(f"stage.epochs must be above 0 and finite, got {stage.epochs}")
     if not 0 <= stage.weight_decay < math.inf:

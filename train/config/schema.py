@@ -100,6 +100,15 @@ class SaveConfig:
 
 
 @dataclass(frozen=True)
+class VerifyConfig:
+    """How often a step is computed twice on the same rows and the ranks are compared (in steps; 0: never)."""
+
+    __pydantic_config__ = _STRICT
+
+    every: int = 0
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """How often the held-out loss of each source is computed (in steps; 0: never), and how many held-out questions the
     model answers then, with at most `answer_tokens` tokens each.
@@ -155,6 +164,7 @@ class RunConfig:
     data: DataConfig
     lora: dict[str, LoraConfig] | None = None
     save: SaveConfig = field(default_factory=SaveConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     log: LogConfig = field(default_factory=LogConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
@@ -172,6 +182,8 @@ class RunConfig:
     max_steps: int | None = None
     time_limit_min: float | None = None
     skip_non_finite: int = 0
+    on_spike: Literal["none", "stop"] = "none"
+    spike_threshold: float = 10.0
     resume_allow: tuple[str, ...] = ()
     overwrite: bool = False
     recipe: str | None = None

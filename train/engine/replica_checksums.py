@@ -3,6 +3,7 @@
 Gradients are averaged over ranks, so a different value on one rank affects all of them, and no loss shows it.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -20,8 +21,13 @@ def tensor_sums(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
 
     It is computed on the tensor's device. One changed value always changes it; a permutation of values does not.
     """
-    sums = [_bits(tensor.detach()).sum(dtype=torch.int64) for tensor in tensors]
+    sums = [tensor_sum(tensor) for tensor in tensors]
     return torch.stack(sums).cpu() if sums else torch.zeros(0, dtype=torch.int64)
+
+
+def tensor_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The checksum of one tensor, see `tensor_sums`: an int64 scalar on the tensor's device."""
+    return _bits(tensor.detach()).sum(dtype=torch.int64)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -57,6 +63,12 @@ def compare_sums(names: Sequence[str], sums: torch.Tensor, world: World, source:
         )
 
 
+def replicated_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """All buffers, and all parameters that ZeRO-3 has not partitioned, by name."""
+    parameters = [(name, each) for name, each in model.named_parameters() if not hasattr(each, "ds_id")]
+    return dict([*parameters, *model.named_buffers()])
+
+
 def check_replicas(model: nn.Module, world: World) -> None:
     """Compares all buffers, and all parameters that are not partitioned. Every rank must call it.
 
@@ -65,9 +77,28 @@ def check_replicas(model: nn.Module, world: World) -> None:
     """
     if world.size == 1:
         return
-    parameters = [(name, each) for name, each in model.named_parameters() if not hasattr(each, "ds_id")]
-    tensors = dict([*parameters, *model.named_buffers()])
+    tensors = replicated_tensors(model)
     compare_sums(list(tensors), tensor_sums(tensors.values()), world)
+
+
+def outvoted_ranks(sums: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    """Finds the ranks whose checksums differ from those of most ranks.
+
+    Args:
+        sums: checksums of each rank, in the order of the same tensors.
+
+    Returns:
+        The ranks that hold another value than more than half of them do, each with the positions of these tensors; all
+        ranks where no value is held by more than half of them.
+    """
+    outvoted: dict[int, list[int]] = {}
+    for position, values in enumerate(zip(*sums, strict=True)):
+        value, count = Counter(values).most_common(1)[0]
+        has_majority = 2 * count > len(values)
+        for rank, other in enumerate(values):
+            if other != value or not has_majority:
+                outvoted.setdefault(rank, []).append(position)
+    return outvoted
 
 
 def compare_starts(outcome: Mapping[str, object], world: World) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from train.config.schema import RunConfig
 from train.distributed.device_copies import to_host
 from train.engine.deepspeed_engine import zero_stage
+from train.engine.gradient_sums import GradientSums
 
 _NUM_AT_ONCE = 2**18
 """Largest number of values in one norm: a CPU sums in fp32, which is inaccurate for hundreds of millions of values."""
@@ -26,11 +27,13 @@ class Update(NamedTuple):
         applied: whether the optimizer has changed weights and moments.
         grad_norm: the norm of all gradients before clipping.
         by_part: the norm of each trained part's gradients before clipping; NaN in a step that DeepSpeed has skipped.
+        clip_factor: what DeepSpeed has divided the gradients by before the optimizer's step; 1 if it has not clipped.
     """
 
     applied: bool
     grad_norm: float
     by_part: dict[str, float]
+    clip_factor: float = 1.0
 
 
 class StepGuard:
@@ -48,34 +51,37 @@ class StepGuard:
         self._refuse = self._skipped = False
         self._norm = float("nan")
         self._squares: dict[str, torch.Tensor] = {}
+        self._shares: GradientSums | None = None
         self._removed_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         engine.basic_optimizer.register_step_pre_hook(self._before)
         engine.basic_optimizer.register_step_post_hook(self._after)
 
-    def step(self, *, refuse: bool) -> Update:
+    def step(self, *, refuse: bool, shares: GradientSums | None = None) -> Update:
         """Runs the engine's step. Every rank must call it.
 
         Args:
             refuse: change neither weights nor moments.
+            shares: gets the reduced gradients that this rank's optimizer is given: all of them at ZeRO 0, else its
+                partition, after DeepSpeed has clipped it.
         """
-        self._refuse, self._skipped, self._squares = refuse, False, {}
+        self._refuse, self._skipped, self._squares, self._shares = refuse, False, {}, shares
         self._engine.step()
         overflow = bool(getattr(self._engine.optimizer, "overflow", False))
         total_norm = self._norm if self._clips_here else self._engine.get_global_grad_norm()
         if isinstance(total_norm, torch.Tensor):
             total_norm = to_host(total_norm)
         norm = float(total_norm) if total_norm is not None else float("nan")
-        return Update(not (self._skipped or overflow), norm, self._norms_by_part(norm))
+        # DeepSpeed's hook sees clipped gradients; its formula is inverted.
+        factor = 1.0 if self._clips_here else max(1.0, (norm + 1e-6) / self._clip_norm)
+        return Update(not (self._skipped or overflow), norm, self._norms_by_part(factor), factor)
 
-    def _norms_by_part(self, norm: float) -> dict[str, float]:
+    def _norms_by_part(self, factor: float) -> dict[str, float]:
         """Each part's norm before clipping, with one collective and one device synchronisation."""
         parts = list(dict.fromkeys(group["part"] for group in self._engine.optimizer.param_groups))
         unknown = torch.full((), float("nan"), device=self._engine.device)
         squares = torch.stack([self._squares.get(part, unknown) for part in parts])
         if not self._clips_here and dist.get_world_size() > 1:  # under ZeRO gradients are partitioned
             dist.all_reduce(squares)
-        # DeepSpeed's hook sees clipped gradients; its formula is inverted.
-        factor = 1.0 if self._clips_here else max(1.0, (norm + 1e-6) / self._clip_norm)
         return {part: factor * square**0.5 for part, square in zip(parts, to_host(squares).tolist(), strict=True)}
 
     def _before(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -106,6 +112,9 @@ class StepGuard:
                 pieces = [piece for gradient in gradients for piece in gradient.flatten().split(_NUM_AT_ONCE)]
                 square = torch.nn.utils.get_total_norm(pieces).to(self._engine.device) ** 2
                 self._squares[group["part"]] = self._squares.get(group["part"], 0) + square
+            if self._shares is not None:
+                for gradient in gradients:
+                    self._shares.add(group["part"], gradient)
 
     def _after(self, *_: Any) -> None:
         for parameter, gradient in self._removed_gradients:

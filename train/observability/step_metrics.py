@@ -21,12 +21,14 @@ class StepOutcome:
         update: whether the update was applied, and the gradient norms.
         seconds: duration of the step on this rank.
         data_wait_s: seconds of it that this rank waited for its batches.
+        verify_s: seconds of the computation that verified the step, not in `seconds`; 0 where there was none.
     """
 
     agreement: StepState
     update: Update
     seconds: float
     data_wait_s: float
+    verify_s: float = 0.0
 
 
 class StepMetrics:
@@ -71,7 +73,8 @@ class StepMetrics:
         }
 
     def _compute_performance(self, plan: StepPlan, outcome: StepOutcome) -> dict[str, float]:
-        return {
+        values = {"perf/verify_s": outcome.verify_s} if outcome.verify_s else {}
+        return values | {
             "perf/step_s": outcome.seconds,
             "perf/data_wait_s": outcome.data_wait_s,
             "perf/forward_backward_s": outcome.agreement.slowest_s,

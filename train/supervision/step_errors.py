@@ -1,7 +1,7 @@
 """Checks the numbers of a step, and builds errors that name the step, its samples and the fix."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -16,7 +16,23 @@ _MAX_NAMED_SAMPLES = 16
 
 
 class StepError(RuntimeError):
-    """The numbers of a step are wrong; the step was not applied."""
+    """The numbers of a step are wrong; nothing is saved after it."""
+
+
+class CorruptionError(StepError):
+    """Ranks, or two computations of a step, differ where they must agree (`verify.every`); every rank raises it.
+
+    Attributes:
+        rank, host: of the first rank whose values are wrong.
+    """
+
+    def __init__(self, message: str, *, rank: int, host: str) -> None:
+        super().__init__(message)
+        self.rank, self.host = rank, host
+
+
+class LossSpike(StepError):
+    """A step's loss is a spike and `on_spike` is stop; the step was applied, and nothing was saved after it."""
 
 
 class OutOfMemory(RuntimeError):
@@ -97,6 +113,32 @@ class StepCheck:
                 f"its samples. {self._describe_samples(plan, non_finite or None)}"
             )
         self._info(f"{message} ({self._num_skipped} of at most {allowed}; its samples are in non_finite.jsonl)")
+
+    def check_spike(self, plan: StepPlan, metrics: Mapping[str, float]) -> None:
+        """Logs a step whose loss is a spike.
+
+        Args:
+            plan: of the step.
+            metrics: of the step; its loss and the score of it (`loss_spikes.py`) are read.
+
+        Raises:
+            LossSpike: `on_spike` is stop.
+        """
+        score, threshold = metrics.get("train/loss_spike_score"), self._config.spike_threshold
+        if score is None or score < threshold:
+            return
+        message = (
+            f"step {plan.step}: the loss {metrics['train/loss']:.4f} is a spike, its score {score:.1f} is at least "
+            f"spike_threshold={threshold:g}; `python -m train.inspect {self._config.run_dir} --step {plan.step} "
+            "--loss` shows the loss of each of its samples"
+        )
+        if self._config.on_spike == "stop":
+            raise LossSpike(
+                f"{message}. on_spike=stop ends the run and saves nothing after the spike; the same command repeats "
+                "the steps since the newest checkpoint with the same samples, so set on_spike=none to go past it, or "
+                f"lower the rates (resume_allow=[stage.learning_rates]). {self._describe_samples(plan)}"
+            )
+        self._info(message)
 
     def make_out_of_memory_error(self, plan: StepPlan, micro_step: int, error: Exception) -> OutOfMemory:
         """Returns an error that names the row and the settings to change; none of them changes what is learned."""

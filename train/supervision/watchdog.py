@@ -31,6 +31,7 @@ from train.distributed.launch import Launch
 from train.supervision import flight_recorder
 from train.supervision.rank_progress import Progress, RankStatus, find_stragglers, read_statuses
 from train.supervision.run_lock import RunLock
+from train.supervision.step_errors import CorruptionError
 from train.supervision.thread_location import locate_thread
 
 logger = logging.getLogger(__name__)
@@ -238,6 +239,9 @@ class Watchdog:
     def _make_failure(self, error: Exception | None) -> RankFailure:
         status, _ = self.progress.current
         rank = f"rank {status.rank} ({status.host})"
+        if isinstance(error, CorruptionError):  # every rank raises it and may be the first to report
+            status = replace(status, rank=error.rank, host=error.host)
+            return self._make_failure_with_samples(_describe_error(error), status)
         if error is not None and not _is_collective_error(error):
             message = f"{rank} failed in {status.description}: {_describe_error(error)}"
             return self._make_failure_with_samples(message, status)
