@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from tests.train.cases import Parts, built, train_parts
+from tests.train.cases import Record, built, train_parts
 from train.config.schema import RunConfig
 
 
@@ -61,64 +61,90 @@ def run_with_flip(config: RunConfig, flip: Flip) -> Found:
     from train.supervision.step_errors import CorruptionError
     from train.trainer import Trainer
 
-    found = Found()
-    with built(config) as parts:
-        fault = _Fault(parts, flip)
-        train_step, compute = Trainer.train_step, Trainer._compute_without_update
+    found, train_step = Found(), Trainer.train_step
 
-        def watched(self: Trainer, plan: StepPlan) -> StepOutcome:
-            fault.begin(plan.step, in_pass=2)
-            outcome = train_step(self, plan)
-            found.num_steps += 1
-            return outcome
+    def counted(self: Trainer, plan: StepPlan) -> StepOutcome:
+        outcome = train_step(self, plan)
+        found.num_steps += 1
+        return outcome
 
-        def first(self: Trainer, plan: StepPlan, rows: Any) -> Any:
-            fault.begin(plan.step, in_pass=1)
-            values = compute(self, plan, rows)
-            fault.begin(plan.step, in_pass=2)
-            return values
-
-        with (
-            patch.object(Trainer, "train_step", watched),
-            patch.object(Trainer, "_compute_without_update", first),
-            fault.installed(),
-        ):
-            try:
-                train_parts(parts, 0, parts.planner.num_steps)
-            except CorruptionError as error:
-                found.message, found.rank = str(error), error.rank
+    with (
+        built(config) as parts,
+        patch.object(Trainer, "train_step", counted),
+        _Fault(parts.world.rank, parts.engine, flip).installed(),
+    ):
+        try:
+            train_parts(parts, 0, parts.planner.num_steps)
+        except CorruptionError as error:
+            found.message, found.rank = str(error), error.rank
     return found
+
+
+def run_program_with_flip(config: RunConfig, flip: Flip) -> int:
+    """The program from its checked configuration on, with a flip of a gradient; returns the exit code."""
+    from train.__main__ import execute
+    from train.trainer import Trainer
+
+    run = Trainer.run
+
+    def faulty(self: Trainer, *steps: int) -> None:
+        with _Fault(self.world.rank, self.engine, flip).installed():
+            run(self, *steps)
+
+    with patch.object(Trainer, "run", faulty):
+        return execute(config)
 
 
 class _Fault:
     """Changes one bit once, when a hook of `installed` is called in the step and the pass of the flip."""
 
-    def __init__(self, parts: Parts, flip: Flip) -> None:
-        self._parts, self._flip = parts, flip
+    def __init__(self, rank: int, engine: Any, flip: Flip) -> None:
+        self._rank, self._engine, self._flip = rank, engine, flip
         self._is_armed = False
-        blocks = parts.model.get_submodule(parts.model.blocks["language_model"])
+        blocks = engine.module.get_submodule(engine.module.blocks["language_model"])
         self._first_block = blocks[0]
         self._parameter = blocks[-1].mlp.down_proj.weight
 
-    def begin(self, step: int, in_pass: int) -> None:
-        """Called before each pass over a step."""
+    def _begin(self, step: int, in_pass: int) -> None:
         flip = self._flip
-        self._is_armed = self._parts.world.rank == flip.rank and (step, in_pass) == (flip.step, flip.in_pass)
+        self._is_armed = self._rank == flip.rank and (step, in_pass) == (flip.step, flip.in_pass)
         if flip.where == "weight":
             self._flip_once(self._parameter.data)
         elif flip.where == "moment" and self._is_armed:
-            self._flip_once(self._parts.engine.basic_optimizer.state[self._parameter]["exp_avg_sq"])
+            self._flip_once(self._engine.basic_optimizer.state[self._parameter]["exp_avg_sq"])
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Registers the hook of the flip."""
-        from train.supervision import step_verification
+        """Registers the hook of the flip, and learns from the trainer which step and which pass it is."""
+        from train.data.loader import StepPlan
+        from train.trainer import Trainer
 
-        watch = step_verification.watch_gradients
+        train_step, compute = Trainer.train_step, Trainer._compute_without_update
+
+        def step(trainer: Trainer, plan: StepPlan) -> Any:
+            self._begin(plan.step, in_pass=2)
+            return train_step(trainer, plan)
+
+        def first(trainer: Trainer, plan: StepPlan, rows: Any) -> Any:
+            self._begin(plan.step, in_pass=1)
+            values = compute(trainer, plan, rows)
+            self._begin(plan.step, in_pass=2)
+            return values
+
+        with (
+            self._hooked(),
+            patch.object(Trainer, "train_step", step),
+            patch.object(Trainer, "_compute_without_update", first),
+        ):
+            yield
+
+    @contextmanager
+    def _hooked(self) -> Iterator[None]:
+        from train.engine.gradient_sums import watch_gradients
 
         @contextmanager
         def watch_then_flip(*args: Any) -> Iterator[None]:
-            with watch(*args):
+            with watch_gradients(*args):
                 handle = self._parameter.register_hook(self._flipped)  # called after those that watch
                 yield
                 handle.remove()
@@ -129,10 +155,10 @@ class _Fault:
         elif where == "gradient":
             handle = self._parameter.register_hook(self._flipped)
         elif where == "share":
-            handle = self._parts.engine.basic_optimizer.register_step_pre_hook(lambda optimizer, *_: self._flip_share())
+            handle = self._engine.basic_optimizer.register_step_pre_hook(lambda optimizer, *_: self._flip_share())
         else:
-            is_buffer = where == "buffer"
-            with patch.object(step_verification, "watch_gradients", watch_then_flip if is_buffer else watch):
+            watch = watch_then_flip if where == "buffer" else watch_gradients
+            with patch("train.supervision.step_verification.watch_gradients", watch):
                 yield
             return
         yield
@@ -149,7 +175,7 @@ class _Fault:
         return output
 
     def _flip_share(self) -> None:
-        groups = self._parts.engine.basic_optimizer.param_groups
+        groups = self._engine.basic_optimizer.param_groups
         gradients = [each.grad for group in groups for each in group["params"] if each.grad is not None]
         self._flip_once(max(gradients, key=lambda gradient: gradient.numel()))
 
@@ -157,6 +183,40 @@ class _Fault:
         if self._is_armed:
             flip_bit(tensor, self._flip.bit, index)
             self._is_armed = False
+
+
+def train_with_spike(config: RunConfig, step: int, factor: float) -> tuple[Record, str]:
+    """Trains, with the loss of a step multiplied by a factor; steps have a score after two others. Returns the record
+    and the message of the error that ended the run, if one did."""
+    from llava_next.model.llava_next import LlavaNext
+    from train.data.loader import StepPlan
+    from train.supervision.step_errors import LossSpike
+    from train.trainer import Trainer
+
+    forward, train_step = LlavaNext.forward, Trainer.train_step
+    factors = [1.0]
+
+    def scaled(self: LlavaNext, batch: Any, **options: Any) -> Any:
+        total, by_source, tokens = forward(self, batch, **options)
+        return total * factors[0], by_source * factors[0], tokens
+
+    def watched(self: Trainer, plan: StepPlan) -> Any:
+        factors[0] = factor if plan.step == step else 1.0
+        return train_step(self, plan)
+
+    seen: list[Record] = []
+    message = ""
+    with (
+        patch.object(LlavaNext, "forward", scaled),
+        patch.object(Trainer, "train_step", watched),
+        patch("train.observability.loss_spikes.MIN_STEPS", 2),
+        built(config, goes_on=True) as parts,
+    ):
+        try:
+            train_parts(parts, parts.first_step, parts.planner.num_steps, seen=seen)
+        except LossSpike as error:
+            message = str(error)
+    return seen[0], message
 
 
 def verified_and_not(config: RunConfig) -> list[Any]:

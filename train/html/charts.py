@@ -91,6 +91,7 @@ class Chart:
         title, unit: the heading.
         from_zero: the axis of values begins at zero.
         marks: (run, step) of dotted vertical lines.
+        ticks: (run, step) of short lines at the upper edge.
         is_stack: the values are stacked as areas.
         level: a value and its name, drawn as a dashed horizontal line.
         marked_step: a step whose points are emphasised.
@@ -101,6 +102,7 @@ class Chart:
     lines: list[Line]
     from_zero: bool = False
     marks: list[tuple[int, int]] = field(default_factory=list)
+    ticks: list[tuple[int, int]] = field(default_factory=list)
     is_stack: bool = False
     level: tuple[float, str] | None = None
     marked_step: int | None = None
@@ -131,6 +133,7 @@ class Chart:
         x = Axis(*_pad(float(steps[0]), float(steps[-1]), 0.02), WIDTH, is_integer=True)
         y = Axis(low, high, HEIGHT, is_log)
         shapes = [Shape("mark", f"M{x.positions(s)[0]} 0V{HEIGHT}", run % _NUM_COLORS, run) for run, s in self.marks]
+        shapes += [Shape("tick", f"M{x.positions(s)[0]} 0v12", run % _NUM_COLORS, run) for run, s in self.ticks]
         shapes += [shape for line in lines for shape in self._draw_line(line, x, y)]
         if self.level:
             shapes.append(Shape("level", f"M0 {HEIGHT - y.positions(self.level[0])[0]}H{WIDTH}"))

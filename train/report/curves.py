@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,16 +16,36 @@ _MAX_LINES = 8
 """More sources than that, or several runs, have a chart each."""
 
 
+class Spike(NamedTuple):
+    """A step whose loss is a spike."""
+
+    step: int
+    loss: float
+    score: float
+
+
+def spikes_of(run: Run) -> list[Spike]:
+    """The steps whose score is at least the run's `spike_threshold`."""
+    threshold: Any = run.config.get("spike_threshold")
+    if not is_number(threshold):
+        return []
+    losses = dict(zip(*(column.tolist() for column in series(run, "train/loss")), strict=True))
+    scores = zip(*(column.tolist() for column in series(run, "train/loss_spike_score")), strict=True)
+    return [Spike(int(step), losses[step], score) for step, score in scores if score >= threshold and step in losses]
+
+
 def charts_of(runs: Sequence[Run]) -> dict[str, list[Chart]]:
     """All charts for which the runs have numbers, by heading."""
     memory = _chart(runs, "Memory of rank 0", "GiB, the most so far", "perf/max_memory_gib")
     if len(runs) == 1 and (planned := predicted_gib(runs[0])) is not None:
         memory = replace(memory, level=(planned, f"planned: {planned:.1f} GiB"))
+    spikes = [(number, spike.step) for number, run in enumerate(runs) for spike in spikes_of(run)]
     charts = {
         "Loss": [
-            _chart(runs, "Loss", _weighting(runs), "train/loss", from_zero=False),
+            replace(_chart(runs, "Loss", _weighting(runs), "train/loss", from_zero=False), ticks=spikes),
             *_charts_by_key(runs, "train/loss/", "Loss by source", "", from_zero=False),
             *_charts_by_key(runs, "eval/", "Held-out loss", "", suffix="/loss", from_zero=False),
+            _score_chart(runs),
         ],
         "Learning rates and gradient": [
             *_charts_by_key(runs, "lr/", "Learning rate", ""),
@@ -64,6 +84,7 @@ def parts_of_time(run: Run) -> dict[str, tuple[Numbers, Numbers]]:
         "forward and backward (slowest rank)": forward_backward,
         "waiting for data": wait,
         "rest of the step": np.maximum(whole - forward_backward - wait, 0.0),
+        "verification": at_steps("perf/verify_s"),
         "saves": at_steps("perf/save_s"),
         "held-out loss and answers": at_steps("perf/evaluate_s"),
     }
@@ -82,6 +103,16 @@ def predicted_gib(run: Run) -> float | None:
 def _chart(runs: Sequence[Run], title: str, unit: str, key: str, *, from_zero: bool = True) -> Chart:
     lines = [_line(run.label, number, number, *series(run, key)) for number, run in enumerate(runs)]
     return Chart(title, unit, [line for line in lines if len(line.steps)], from_zero, _resumes(runs))
+
+
+def _score_chart(runs: Sequence[Run]) -> Chart:
+    """The scores by which spikes are found, with the threshold where it is the same in all runs."""
+    chart = _chart(
+        runs, "Distance from the losses before", "in their spreads", "train/loss_spike_score", from_zero=False
+    )
+    thresholds = {run.config.get("spike_threshold") for run in runs}
+    threshold: Any = thresholds.pop() if len(thresholds) == 1 else None
+    return replace(chart, level=(float(threshold), f"spike_threshold={threshold:g}")) if is_number(threshold) else chart
 
 
 def _charts_by_key(

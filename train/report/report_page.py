@@ -9,7 +9,7 @@ from train.html.charts import Numbers
 from train.observability.run_folder import Run
 from train.report.asked_questions import MAX_STEPS, evaluation_questions, live_questions
 from train.report.comparison import compare
-from train.report.curves import MAX_POINTS, charts_of, parts_of_time, predicted_gib, series
+from train.report.curves import MAX_POINTS, charts_of, parts_of_time, predicted_gib, series, spikes_of
 
 _FIGURES: tuple[tuple[str, str, Callable[[Numbers], Any]], ...] = (
     ("first_loss", "train/loss", lambda losses: losses[:10].mean()),
@@ -37,6 +37,7 @@ def page_values(runs: Sequence[Run], num_samples: int) -> dict[str, Any]:
         "summaries": [(run, _summary(run)) for run in runs],
         "charts": charts_of(runs),
         "max_points": MAX_POINTS,
+        "spikes": [(run.label, spike) for run in runs for spike in spikes_of(run)],
         "times": [row for row in times if row[1]],
         "time_kinds": kinds,
         "time_columns": ["run", *(f"{kind}>" for kind in kinds)],

@@ -1,5 +1,7 @@
 """Tests of the metrics of a step."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -58,6 +60,13 @@ def test_metrics_of_a_step() -> None:
         "perf/balance": 0.9,
         "perf/micro_steps": 2.0,
     }
+
+
+def test_a_verification_is_not_part_of_the_rates() -> None:
+    """Its seconds have a key of their own."""
+    verified = replace(outcome(), verify_s=1.25)
+    values = StepMetrics(["a", "absent", "c"], TWO_RANKS).compute(PLAN, verified)
+    assert (values["perf/verify_s"], values["perf/step_s"], values["perf/tokens_per_s"]) == (1.25, 2.0, 150.0)
 
 
 def test_step_that_was_not_applied_is_marked() -> None:

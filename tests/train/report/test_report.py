@@ -231,6 +231,24 @@ def test_null_is_not_drawn(make: Make) -> None:
     assert series(run, "train/loss")[0].tolist() == [0.0, 2.0]
 
 
+def test_spikes_are_marked_and_listed(make: Make) -> None:
+    """The steps whose score reaches the run's threshold, in the chart of losses, as a table, and across the scores;
+    an earlier run has neither."""
+    scores = (None, 2.0, 30.0, 31.5, -3.0)
+    lines = [step(number, **{"train/loss_spike_score": score} if score else {}) for number, score in enumerate(scores)]
+    folder = make("a", lines, config={"spike_threshold": 30.0})
+    charts = charts_of(read_runs([folder]))
+    assert _chart(charts, "Loss").ticks == [(0, 2), (0, 3)]
+    assert _chart(charts, "Distance from the losses before").level == (30.0, "spike_threshold=30")
+    page = page_of(folder)
+    assert "a/finetune22.666730.0" in re.sub(r"\s", "", page.text)
+    assert "a/finetune32.000031.5" in re.sub(r"\s", "", page.text)
+    assert page.html.count('class="tick run0"') == 2
+    earlier = page_of(make("b"))
+    assert "Distance from the losses before" not in earlier.text
+    assert "spike at step" not in earlier.text
+
+
 def test_labels_of_an_axis_are_unique(make: Make) -> None:
     """Also where all values are close together, very small or very large."""
     for name, base, spread in (("close", 6.3, 0.01), ("small", 2e-7, 1e-7), ("large", 4e6, 3e5)):
@@ -259,17 +277,22 @@ def test_several_runs_share_charts(make: Make) -> None:
 
 def test_kinds_of_time_add_up_to_the_steps(make: Make) -> None:
     """The parts of a step add up to its seconds; saves and held-out losses come on top."""
-    lines = [step(0), step(1, **{"perf/save_s": 3.0}), step(2, **{"perf/evaluate_s": 1.0})]
+    lines = [
+        step(0),
+        step(1, **{"perf/save_s": 3.0}),
+        step(2, **{"perf/evaluate_s": 1.0, "perf/verify_s": 2.0}),
+    ]
     (run,) = read_runs([make("a", lines)])
     sums = {name: values.sum() for name, (_, values) in parts_of_time(run).items()}
     assert sums == {
         "forward and backward (slowest rank)": 4.5,
         "waiting for data": 0.75,
         "rest of the step": 0.75,
+        "verification": 2.0,
         "saves": 3.0,
         "held-out loss and answers": 1.0,
     }
-    assert "3.0 s, 30.0%" in page_of(run.path).text
+    assert "3.0 s, 25.0%" in page_of(run.path).text
 
 
 def test_resumes_are_marked_and_listed(make: Make) -> None:

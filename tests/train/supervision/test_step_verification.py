@@ -2,19 +2,22 @@
 
 import json
 import math
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from llava_next.config import LoraConfig
-from tests.train import corruption_cases
+from tests.ranks import run_to_the_end
+from tests.train import corruption_cases, fault_runs
 from tests.train.cases import with_stage, zero
 from tests.train.conftest import StartRanks
 from tests.train.corruption_cases import Flip
 from train.config.rules import check_values
-from train.config.schema import ConfigError, RunConfig, VerifyConfig
+from train.config.schema import ConfigError, RunConfig, SaveConfig, VerifyConfig
 from train.engine.replica_checksums import outvoted_ranks
 from train.supervision.step_verification import _differ, has_deterministic_kernels
 
@@ -104,6 +107,25 @@ def test_a_replicated_weight_is_compared(start_ranks: StartRanks, run_config: Ru
     found = find(start_ranks, replace(run_config, name="two"), 2, stage, Flip("weight", rank=1, in_pass=1))
     assert found.message.startswith("before step 1: ranks 0 (")
     assert "no majority shows which is right" in found.message
+
+
+@full
+def test_the_program_names_rank_and_host(run_config: RunConfig, tmp_path: Path) -> None:
+    """Exit code 1 on every rank, and one message; exit.json has the rank that differs, whichever reports first. The
+    same command continues from the checkpoint before."""
+    config = replace(run_config, verify=VerifyConfig(every=2), preflight="off", save=SaveConfig(every=1))
+    case, flip = corruption_cases.run_program_with_flip, Flip("gradient", rank=2)
+    ended = run_to_the_end(3, case, config, flip, folder=tmp_path, timeout_s=240)
+    assert [each.exit_code for each in ended] == [1, 1, 1]
+    host = os.uname().nodename
+    exit_info = fault_runs.read_exit_report(config)
+    assert (exit_info["code"], exit_info["rank"], exit_info["host"], exit_info["step"]) == (1, 2, host, 1)
+    start = f"CorruptionError: step 1 was computed twice on the same rows: rank 2 ({host}) computed other values"
+    assert exit_info["reason"].startswith(start)
+    assert sum(f"error: {start}" in each.output for each in ended) == 1
+    assert [path.name for path in (config.run_dir / "checkpoints").iterdir()] == ["step_000001"]
+    ended = run_to_the_end(3, fault_runs.run_as_it_is, config, folder=tmp_path, timeout_s=240)
+    assert [each.exit_code for each in ended] == [0, 0, 0]
 
 
 @full
