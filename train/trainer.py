@@ -188,8 +188,10 @@ class Trainer:
         self.progress.enter("update", plan.step)
         update = self.guard.step(refuse=bool(non_finite), shares=second.shares if second else None)
         if first and second:
+            updated = time.monotonic()
             second.clip_factor = update.clip_factor
             self.verifier.compare(plan.step, first, second)
+            verify_s += time.monotonic() - updated
         if not update.applied:
             self.check.record_skipped(plan, non_finite)
         return StepOutcome(agreement, update, time.monotonic() - started - verify_s, self._waited_s, verify_s)

@@ -274,7 +274,7 @@ def weights(parts: Parts) -> dict[str, Array]:
     for name, parameter in parts.model.named_parameters():
         with gathered([parameter]):
             if parts.world.is_main:
-                full_weights[name] = parameter.detach().cpu().numpy().copy()
+                full_weights[name] = parameter.detach().cpu().float().numpy().copy()  # numpy has no bf16
     return full_weights
 
 

@@ -83,11 +83,12 @@ def test_a_reduced_gradient_is_of_the_rank_that_holds_it(
 
 
 @full
-@pytest.mark.parametrize(("bit", "stage"), [(0, 2), (27, 2), (0, 0), (27, 1), (27, 3)])
+@pytest.mark.parametrize(("bit", "stage"), [(27, 2), (12, 0), (27, 0), (27, 1), (27, 3)])
 def test_a_gradient_that_changes_before_its_reduction_is_found(
     start_ranks: StartRanks, run_config: RunConfig, stage: int, bit: int
 ) -> None:
-    """After the verification has seen it; then the ranks that hold the sum are named, of which it need not be one."""
+    """After the verification has seen it; then the ranks that hold the sum are named, of which it need not be one. (The
+    last bit of a value would mostly be rounded off in the sum, and change nothing.)"""
     found = find(start_ranks, run_config, 3, stage, Flip("buffer", rank=2, bit=bit))
     assert found.num_steps == 1
     assert "on the network or in a buffer of another rank" in found.message
@@ -176,7 +177,7 @@ def test_a_verified_run_learns_the_same(
     if "lora" in changes:
         pytest.importorskip("peft", reason="peft is not installed: ./scripts/setup.sh --extras lora")
     config = replace(run_config, engine=engine, **changes)
-    for records in start_ranks(size).run(corruption_cases.verified_and_not, config, timeout_s=400):
+    for records in start_ranks(size).run(corruption_cases.verified_and_not, config, timeout_s=900):
         (plain, plain_updates), (verified, updates) = records
         assert verified.losses == plain.losses
         assert verified.grad_norms == plain.grad_norms
