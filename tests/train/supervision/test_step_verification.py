@@ -161,9 +161,12 @@ def test_steps_between_are_not_verified(start_ranks: StartRanks, run_config: Run
         pytest.param(2, zero(2), {"precision": "bf16"}, marks=full),
         pytest.param(2, zero(3), {"precision": "bf16"}, marks=full),
         pytest.param(2, zero(3), {"recompute": ("language_model", "vision_tower")}, marks=full),
-        pytest.param(2, zero(2), {"compile": ("language_model", "vision_tower")}, marks=full),
+        pytest.param(1, zero(2), {"compile": ("language_model", "vision_tower"), "timeout_s": 600}, marks=full),
         pytest.param(
-            2, zero(2), {"compile": ("language_model",), "recompute": ("language_model", "vision_tower")}, marks=full
+            2,
+            zero(2),
+            {"compile": ("language_model",), "recompute": ("language_model", "vision_tower"), "timeout_s": 600},
+            marks=full,
         ),
         pytest.param(2, zero(3), {"lora": {"language_model": LoraConfig(4, 8.0, ("q_proj",))}}, marks=full),
         pytest.param(2, zero(2), {"lora": {"language_model": LoraConfig(4, 8.0, ("q_proj",))}}, marks=full),
