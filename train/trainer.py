@@ -151,9 +151,9 @@ class Trainer:
     def train_step(self, plan: StepPlan) -> StepOutcome:
         """Runs forward and backward on this rank's rows, then the optimizer step.
 
-        The loss of a row is its loss sum divided by `plan.divisor`, which counts the whole step on all ranks. DeepSpeed
-        averages gradients over the ranks, so the loss is multiplied by their number. The gradient therefore does not
-        depend on the number of ranks, the rows or the budgets.
+        The loss of a row is its loss sum divided by `plan.divisor`, which counts the whole step on all ranks, and the
+        engine sums gradients over rows and ranks. The gradient therefore does not depend on the number of ranks, the
+        rows or the budgets.
 
         Every `verify.every`-th step is computed twice on the same rows, the first time without its update.
 
@@ -273,7 +273,7 @@ class Trainer:
         with self.forward_timer.measure():
             loss = LossSums(*self.engine(batch))
         self.progress.enter("backward", plan.step, micro_step)
-        self.engine.backward(loss.total * (self.world.size / plan.divisor))
+        self.engine.backward(loss.total / plan.divisor)
         return loss
 
     def _evaluate(self, done: int, last_step: int) -> dict[str, float]:

@@ -60,6 +60,12 @@ def zero(stage: int) -> dict[str, Any]:
     return {"zero_optimization": options}
 
 
+def zero_3_in_nodes(ranks_per_node: int | None = 2) -> dict[str, Any]:
+    """Returns DeepSpeed's configuration of ZeRO-3 with a copy of the weights in every node."""
+    options = zero(3)["zero_optimization"]
+    return {"zero_optimization": options | {"zero_hpz_partition_size": ranks_per_node}}
+
+
 def with_stage(config: RunConfig, **changes: Any) -> RunConfig:
     """Returns the run with another stage."""
     return replace(config, stage=replace(config.stage, **changes))
@@ -184,8 +190,18 @@ def built(config: RunConfig, *, goes_on: bool = False) -> Iterator[Parts]:
         yield parts
     finally:
         engine.destroy()
+        _destroy_node_group()
         del engine, parts
         gc.collect()
+
+
+def _destroy_node_group() -> None:
+    """DeepSpeed creates the groups of `zero_hpz_partition_size` once per process, and a test has several engines."""
+    import deepspeed
+
+    group = deepspeed.utils.groups._get_zero_param_intra_parallel_group()
+    if group is not None:
+        deepspeed.comm.destroy_process_group(group)
 
 
 def train(config: RunConfig, last_step: int | None = None) -> Record:
@@ -526,7 +542,8 @@ def _step(parts: Parts, plan: Any) -> Any:
 
 @dataclass(frozen=True)
 class Collective:
-    """One collective, as passed to a process group."""
+    """One collective, as passed to a process group. A group of some ranks has no name, but its ranks counted from its
+    first one: the groups of two nodes are equal then."""
 
     group: tuple[str, ...]
     kind: str
@@ -542,12 +559,14 @@ def recorded_collectives() -> Iterator[list[Collective]]:
     """
     before = {entry["record_id"] for entry in _flight_records()}
     seen: list[Collective] = []
+    _learn_group_names()
     try:
         yield seen
     finally:  # where ranks differ, what was issued so far tells where
+        _learn_group_names()
         seen += [
             Collective(
-                tuple(entry["process_group"]),
+                _group_name(entry["process_group"]),
                 entry["profiling_name"],
                 tuple(tuple(size) for size in (*entry["input_sizes"], *entry["output_sizes"])),
                 (*entry["input_dtypes"], *entry["output_dtypes"]),
@@ -555,6 +574,24 @@ def recorded_collectives() -> Iterator[list[Collective]]:
             for entry in _flight_records()
             if entry["record_id"] not in before
         ]
+
+
+_PARTIAL_GROUPS: dict[str, tuple[str, ...]] = {}
+"""Groups of some of the ranks, by torch's name of them; kept after their end."""
+
+
+def _learn_group_names() -> None:
+    import torch.distributed as dist
+    from torch.distributed.distributed_c10d import _world
+
+    for group, name in _world.pg_names.items():
+        ranks = sorted(_world.pg_group_ranks[group])
+        if len(ranks) < dist.get_world_size():
+            _PARTIAL_GROUPS[name] = tuple(str(rank - ranks[0]) for rank in ranks)
+
+
+def _group_name(group: list[str]) -> tuple[str, ...]:
+    return _PARTIAL_GROUPS.get(group[0], tuple(group))
 
 
 def _flight_records() -> list[dict[str, Any]]:

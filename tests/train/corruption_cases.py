@@ -140,7 +140,7 @@ class _Fault:
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:
-        from train.engine.gradient_sums import watch_gradients
+        from train.engine.gradient_checksums import watch_gradients
 
         @contextmanager
         def watch_then_flip(*args: Any) -> Iterator[None]:

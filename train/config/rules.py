@@ -37,12 +37,11 @@ _ENGINE_OWNED = {
     "fp16": "precision",
     "managed_gradient_accumulation": "the program: the number of micro-steps varies from step to step",
     "data_types": "precision",
-    "communication_data_type": "precision",
 }
 _ENGINE_REFUSED = {
-    "gradient_allreduce_op": "it multiplies every gradient by the number of ranks, or is the default",
-    "prescale_gradients": "gradients are reduced in fp32 already, where it changes nothing but rounding",
-    "gradient_predivide_factor": "gradients are reduced in fp32 already, where it changes nothing but rounding",
+    "gradient_allreduce_op": "the program sets it: the gradient of a step is a sum over rows and ranks",
+    "prescale_gradients": "gradients are summed, not averaged, so there is nothing to scale",
+    "gradient_predivide_factor": "gradients are summed, not averaged, so there is nothing to scale",
     "sequence_parallel_size": "it changes the number of ranks that DeepSpeed averages over",
     "data_parallel_size": "DeepSpeed does not read it",
     "tensor_parallel": "it requires the same batch on every rank of a group; shard with engine=zero3",
@@ -74,6 +73,10 @@ ZERO_KEYS: dict[str, tuple[int, ...]] = {
 }
 """Keys of DeepSpeed's `zero_optimization` that may be set, and the stages at which DeepSpeed 0.19.8 reads them. Tests
 show that none of them changes the trained weights (tests/train/config/test_engine_keys.py)."""
+
+COMMUNICATION_TYPES = ("fp32", "bf16")
+"""Values of DeepSpeed's `communication_data_type`; fp32 is this program's default."""
+_ENGINE_KEYS = ("zero_optimization", "communication_data_type")
 
 OFFLOAD_KEYS = ("device", "pin_memory")
 """Keys of `offload_optimizer` and `offload_param` that may be set; `pin_memory` has an effect on a GPU only."""
@@ -299,8 +302,13 @@ def _check_engine(engine: dict[str, Any]) -> None:
             raise ConfigError(
                 f"engine.{key} is derived, it is set by {_ENGINE_OWNED[key]}; remove it from the engine's dictionary"
             )
-        if key != "zero_optimization":
-            raise _refused_key(f"engine.{key}", _ENGINE_REFUSED.get(key), ("zero_optimization",))
+        if key not in _ENGINE_KEYS:
+            raise _refused_key(f"engine.{key}", _ENGINE_REFUSED.get(key), _ENGINE_KEYS)
+    communication = engine.get("communication_data_type", COMMUNICATION_TYPES[0])
+    if communication not in COMMUNICATION_TYPES:
+        raise ConfigError(
+            f"engine.communication_data_type must be one of {', '.join(COMMUNICATION_TYPES)}, got {communication!r}"
+        )
     zero = engine.get("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ConfigError(f"engine.zero_optimization must be a dictionary with a `stage`, got {zero!r}")
@@ -320,6 +328,11 @@ def _check_engine(engine: dict[str, Any]) -> None:
             )
         if key.startswith("offload_"):
             _check_offload(name, value)
+        if key == "zero_hpz_partition_size" and value is not None and (type(value) is not int or value < 1):
+            raise ConfigError(
+                f"{name} must be null (the ranks of a node) or a number of ranks from 1 on, got {value!r}; 1 switches "
+                "it off, as engine=zero3 does"
+            )
 
 
 def _refused_key(name: str, reason: str | None, allowed: Iterable[str]) -> ConfigError:

@@ -30,6 +30,7 @@ class Launch:
         variables: environment variables it was read from, as NAME=value, for messages.
         launcher_pid: process id of the launcher that started this rank; None without a launcher. It is read early,
             because the parent of a process whose launcher has ended is another process.
+        ranks_per_node: ranks on this host; 0 if the launcher does not say it.
     """
 
     rank: int
@@ -37,6 +38,7 @@ class Launch:
     size: int
     variables: tuple[str, ...] = field(default=(), compare=False)
     launcher_pid: int | None = field(default=None, compare=False)
+    ranks_per_node: int = field(default=0, compare=False)
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +69,10 @@ def _read_position(env: Mapping[str, str]) -> Launch:
     else:
         others = [launch for launch in (_mpi_launch(env), slurm) if launch is not None]
     if "RANK" in env:
-        given = _launch_of(env, "RANK", "WORLD_SIZE", "LOCAL_RANK")
+        given = _launch_of(env, "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        if not given.ranks_per_node:  # the deepspeed launcher's name, or the script of an srun task set RANK
+            same = [other.ranks_per_node for other in others if (other.rank, other.size) == (given.rank, given.size)]
+            given = replace(given, ranks_per_node=_number(env, "LOCAL_SIZE", same[0] if same else 0))
         # torchrun and deepspeed may themselves be tasks of srun or mpirun: then their variables hold.
         if not (_is_torchrun(env) or "CROSS_RANK" in env):
             for other in others:
@@ -84,7 +89,7 @@ def _read_position(env: Mapping[str, str]) -> Launch:
             f"WORLD_SIZE={size} is set and RANK is not: start the ranks by torchrun, deepspeed, srun or mpirun, or "
             "`unset WORLD_SIZE` for a run of one process"
         )
-    return Launch(0, 0, 1)
+    return Launch(0, 0, 1, ranks_per_node=1)
 
 
 def meeting_point(launch: Launch, env: Mapping[str, str]) -> tuple[str, int]:
@@ -176,12 +181,12 @@ def _refuse_restarts(env: Mapping[str, str]) -> None:
 
 
 def _mpi_launch(env: Mapping[str, str]) -> Launch | None:
-    for rank, size, local_rank, _ in _MPI:
+    for rank, size, local_rank, local_size in _MPI:
         if rank in env and size in env and local_rank in env:
-            return _launch_of(env, rank, size, local_rank)
-    for rank, size, _, _ in _MPI:
+            return _launch_of(env, rank, size, local_rank, local_size)
+    for rank, size, _, local_size in _MPI:
         if rank in env and _number(env, size, 1) > 1:
-            return _launch_of(env, rank, size, "LOCAL_RANK")
+            return _launch_of(env, rank, size, "LOCAL_RANK", local_size)
     return None
 
 
@@ -189,10 +194,22 @@ def _slurm_launch(env: Mapping[str, str]) -> Launch | None:
     if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
         return None
     size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    return _launch_of(env, "SLURM_PROCID", size, "SLURM_LOCALID")
+    launch = _launch_of(env, "SLURM_PROCID", size, "SLURM_LOCALID")
+    return replace(launch, ranks_per_node=_slurm_tasks_on_node(env))
 
 
-def _launch_of(env: Mapping[str, str], rank_name: str, size_name: str, local_name: str) -> Launch:
+def _slurm_tasks_on_node(env: Mapping[str, str]) -> int:
+    """The tasks of this node, from Slurm's list `8(x3),4` of all nodes; 0 if there is none."""
+    counts: list[int] = []
+    for tasks, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(tasks)] * int(nodes or 1)
+    node = _number(env, "SLURM_NODEID", 0)
+    return counts[node] if node < len(counts) else 0
+
+
+def _launch_of(
+    env: Mapping[str, str], rank_name: str, size_name: str, local_name: str, local_size_name: str = ""
+) -> Launch:
     rank, size, local_rank = _number(env, rank_name, 0), _number(env, size_name, 1), _number(env, local_name, 0)
     variables = tuple(f"{name}={env[name]}" for name in (rank_name, size_name, local_name) if name in env)
     if rank_name != "RANK" and size > 1 and local_name not in env:
@@ -205,7 +222,7 @@ def _launch_of(env: Mapping[str, str], rank_name: str, size_name: str, local_nam
             f"{' '.join(variables)}: ranks count from 0 to the size less one; these variables are left over from "
             f"another job, or {size_name} is missing: unset them, or start by torchrun, deepspeed, srun or mpirun"
         )
-    return Launch(rank, local_rank, size, variables)
+    return Launch(rank, local_rank, size, variables, ranks_per_node=_number(env, local_size_name, 0))
 
 
 def _number(env: Mapping[str, str], name: str, default: int) -> int:

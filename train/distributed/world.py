@@ -30,6 +30,7 @@ class World:
     """This process in the process group.
 
     `dtype` is that of the weights. `host_group` is a gloo group for small host-side messages, on a CPU the default one.
+    `ranks_per_node` is 0 if the launcher does not say it.
     """
 
     rank: int
@@ -38,6 +39,7 @@ class World:
     device: torch.device
     dtype: torch.dtype
     host_group: dist.ProcessGroup | None
+    ranks_per_node: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -77,7 +79,7 @@ def start(config: RunConfig, launch: Launch) -> World:
     distributed_c10d.default_pg_nccl_timeout = nccl_timeout  # type: ignore[attr-defined]
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     dtype = choose_dtype(config, device)
-    return World(launch.rank, launch.local_rank, launch.size, device, dtype, host_group)
+    return World(launch.rank, launch.local_rank, launch.size, device, dtype, host_group, launch.ranks_per_node)
 
 
 def set_environment(launch: Launch, device: torch.device) -> None:

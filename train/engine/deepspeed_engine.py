@@ -18,6 +18,10 @@ from llava_next.model.llava_next import LlavaNext
 from train.config.schema import ConfigError, RunConfig
 from train.distributed.quiet_libraries import muted_stdout
 from train.distributed.world import World
+from train.engine import node_sharding
+from train.engine.bucket_sizes import with_bucket_sizes
+from train.engine.gradient_sums import sum_gradients
+from train.engine.node_sharding import ranks_per_copy
 from train.engine.optimizer import adamw
 from train.engine.replica_checksums import check_replicas, compare_sums, tensor_sums
 from train.engine.sharded_model import broadcast_buffers, materialize
@@ -28,25 +32,42 @@ _ADD_GRADIENT = "_add_to_grad_partition_buffer"
 """Private method of DeepSpeed's optimizer for ZeRO 1 and 2: adds a gradient to the accumulated one."""
 
 
-def engine_dictionary(config: RunConfig, world: World) -> dict[str, Any]:
+def engine_dictionary(config: RunConfig, world: World, *, num_parameters: int, num_trained: int) -> dict[str, Any]:
     """DeepSpeed's configuration of this run, with DeepSpeed's key names.
 
-    Gradients are accumulated and summed over ranks in fp32, whatever the data type of the weights. One row is one
-    micro-batch, and every `step()` is an accumulation boundary, because steps differ in their number of micro-steps.
+    Gradients are accumulated in fp32 and summed over ranks, in fp32 unless the configuration says otherwise. One row is
+    one micro-batch, and every `step()` is an accumulation boundary, because steps differ in their number of
+    micro-steps.
+
+    Args:
+        num_parameters: elements of all parameters.
+        num_trained: elements of the trained ones.
+
+    Raises:
+        ConfigError: the ranks of a node are unknown, or do not divide the number of ranks.
     """
-    engine, communication = dict(config.engine), "fp32"
-    if world.size == 1 and zero_stage(config) in (1, 2):
+    stage, communication = zero_stage(config), config.engine.get("communication_data_type", "fp32")
+    zero = with_bucket_sizes(
+        config.engine.get("zero_optimization", {}),
+        num_ranks=world.size,
+        num_parameters=num_parameters,
+        num_trained=num_trained,
+    )
+    if node_sharding.KEY in zero:
+        zero[node_sharding.KEY] = ranks_per_copy(zero, num_ranks=world.size, ranks_per_node=world.ranks_per_node)
+    if world.size == 1 and stage in (1, 2):
         # One rank communicates nothing. A second stream would synchronise the device at every bucket, reduce-scatter
         # would copy slices, and another communication type would copy them once more.
-        engine["zero_optimization"] = {**engine["zero_optimization"], "overlap_comm": False, "reduce_scatter": False}
+        zero |= {"overlap_comm": False, "reduce_scatter": False}
         communication = "bf16" if world.dtype == torch.bfloat16 else "fp32"
     return {
-        **engine,
+        "zero_optimization": zero,
+        **({"gradient_allreduce_op": "sum"} if stage < 3 else {}),  # at stage 3: gradient_sums.py
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "managed_gradient_accumulation": False,
         # Without ZeRO, step_guard.py clips, where it also tests whether gradients are finite.
-        "gradient_clipping": 0.0 if zero_stage(config) == 0 else config.stage.clip_norm or 0.0,
+        "gradient_clipping": 0.0 if stage == 0 else config.stage.clip_norm or 0.0,
         "bf16": {"enabled": world.dtype == torch.bfloat16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": communication,
@@ -62,7 +83,7 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
     in DeepSpeed's engine. Every rank must call it.
 
     Raises:
-        ConfigError: ZeRO 0 in bf16.
+        ConfigError: ZeRO 0 in bf16; or as `engine_dictionary` and `sum_gradients`.
         ReplicaError: ranks differ after the distribution.
     """
     if zero_stage(config) == 0 and world.dtype == torch.bfloat16:
@@ -71,7 +92,13 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
             "engine=zero1 (equivalent on one rank), or precision=fp32"
         )
     deepspeed_logger.setLevel("WARNING")
-    dictionary = engine_dictionary(config, world)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    dictionary = engine_dictionary(
+        config,
+        world,
+        num_parameters=sum(size for size, _ in sizes),
+        num_trained=sum(size for size, is_trained in sizes if is_trained),
+    )
     broadcast_buffers(model, world)
     if zero_stage(config) == 3:
         _partition(model, dictionary, world)
@@ -92,6 +119,7 @@ def start_engine(model: LlavaNext, config: RunConfig, world: World) -> deepspeed
             config=dictionary,
             dist_init_required=False,
         )
+    sum_gradients(engine)
     # BF16_Optimizer, which DeepSpeed uses at stage 1 in bf16, has another way of accumulating gradients.
     if zero_stage(config) in (1, 2) and not isinstance(engine.optimizer, BF16_Optimizer):
         add_gradients_without_copy(engine.optimizer)
@@ -129,7 +157,8 @@ def add_gradients_without_copy(optimizer: Any) -> None:
 def _partition(model: LlavaNext, dictionary: dict[str, Any], world: World) -> None:
     """ZeRO-3: broadcasts the parameters of one module after the other from rank 0 and partitions them over the ranks.
 
-    A device never holds more than one module's whole parameters, and a host never a second copy of the model.
+    A device never holds more than one module's whole parameters, and a host only rank 0's copy of the model: the other
+    ranks allocate a module on their device, where the broadcast fills it.
 
     Raises:
         ReplicaError: the partitions, gathered again, differ from rank 0's parameters.
@@ -139,7 +168,7 @@ def _partition(model: LlavaNext, dictionary: dict[str, Any], world: World) -> No
     names: list[str] = []
     sources, sums = [], []
     for prefix, module in model.named_modules():
-        materialize(module, torch.device("cpu"), replaced)
+        materialize(module, world.device, replaced)
         named = [(name, each) for name, each in module.named_parameters(recurse=False) if not hasattr(each, "ds_id")]
         if not named:
             continue

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from train.config.schema import RunConfig
 from train.distributed.device_copies import to_host
 from train.engine.deepspeed_engine import zero_stage
-from train.engine.gradient_sums import GradientSums
+from train.engine.gradient_checksums import GradientSums
 
 _NUM_AT_ONCE = 2**18
 """Largest number of values in one norm: a CPU sums in fp32, which is inaccurate for hundreds of millions of values."""

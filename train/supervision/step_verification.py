@@ -26,7 +26,7 @@ from torch import nn
 from train.config.schema import RunConfig
 from train.distributed.world import World, all_gather_objects
 from train.engine.deepspeed_engine import zero_stage
-from train.engine.gradient_sums import GradientSum, GradientSums, watch_gradients
+from train.engine.gradient_checksums import GradientSum, GradientSums, watch_gradients
 from train.engine.replica_checksums import outvoted_ranks, replicated_tensors, tensor_sums
 from train.supervision.step_errors import CorruptionError
 

@@ -1,0 +1,86 @@
+"""Functions that ranks run in the tests of what a step communicates and of how exactly gradients are summed."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from tests.train.cases import Array, Collective, Parts, _step, built, recorded_collectives
+from train.config.schema import RunConfig
+
+
+@dataclass
+class Sizes:
+    """What a rank's step has sent, and the elements of its model; `steps`: collectives of each step."""
+
+    steps: list[list[Collective]]
+    num_parameters: int
+    num_trained: int
+    num_backward: int
+    num_persistent: int
+
+
+def communicated(config: RunConfig, num_micro_steps: int, num_steps: int = 4) -> Sizes:
+    """Runs steps of `num_micro_steps` rows on each rank; returns the collectives of each."""
+    with built(config) as parts:
+        steps: list[list[Collective]] = []
+        for _ in range(num_steps):
+            with recorded_collectives() as seen:
+                _step(parts, _plan(parts, num_micro_steps))
+            steps.append(seen)
+        sizes = {name: getattr(each, "ds_numel", each.numel()) for name, each in parts.model.named_parameters()}
+        named = dict(parts.model.named_parameters())
+        trains_tower = "vision_tower" in config.stage.rates
+        return Sizes(
+            steps,
+            sum(sizes.values()),
+            sum(size for name, size in sizes.items() if named[name].requires_grad),
+            sum(size for name, size in sizes.items() if _is_gathered_in_backward(name, trains_tower)),
+            sum(size for name, size in sizes.items() if getattr(named[name], "ds_persist", False)),
+        )
+
+
+def _is_gathered_in_backward(name: str, trains_tower: bool) -> bool:
+    """Without what needs no gradient of its input (embeddings of tokens and patches), and what stays gathered."""
+    if "vision_tower" in name:
+        return trains_tower and "embeddings" not in name
+    return not any(key in name for key in ("embed_tokens", "lm_head", "image_newline"))
+
+
+def _plan(parts: Parts, num_micro_steps: int) -> Any:
+    """A plan whose micro-steps all have the same row, a sample with an image, on every rank."""
+    sample = np.flatnonzero(np.asarray(parts.table.rows["tiles"]) > 0)[:1]
+    count = num_micro_steps * parts.world.size
+    supervised = int(parts.table.rows["supervised"][sample].sum()) * count
+    return replace(
+        parts.planner.plan(0),
+        samples=np.repeat(sample, count),
+        rows=(sample,) * num_micro_steps,
+        num_supervised=supervised,
+        divisor=float(supervised),
+    )
+
+
+def gradients(config: RunConfig, rows: str, num_micro_steps: int) -> dict[str, Array]:
+    """The whole gradients of one step before the update, by parameter, on rank 0.
+
+    Args:
+        rows: "equal": every micro-step of every rank has the same row; "different": each rank has another one.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    from train.data.loader import RowDataset
+
+    with built(config) as parts:
+        encode = RowDataset(parts.mixture, parts.table, parts.processor, False, read_retries=0)
+        samples = np.flatnonzero(np.asarray(parts.table.rows["tiles"]) > 0)
+        number = parts.world.rank if rows == "different" else 0
+        for _ in range(num_micro_steps):
+            total, *_ = parts.engine(encode[samples[number : number + 1]])
+            parts.engine.backward(total / 100.0)
+        whole = {}
+        for name, parameter in parts.model.named_parameters():
+            if parameter.requires_grad:
+                gradient = safe_get_full_grad(parameter)
+                whole[name] = gradient.float().cpu().numpy().copy()
+        return whole if parts.world.is_main else {}
