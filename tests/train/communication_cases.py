@@ -1,5 +1,6 @@
 """Functions that ranks run in the tests of what a step communicates and of how exactly gradients are summed."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,21 +31,20 @@ def communicated(config: RunConfig, num_micro_steps: int, num_steps: int = 4) ->
             steps.append(seen)
         sizes = {name: getattr(each, "ds_numel", each.numel()) for name, each in parts.model.named_parameters()}
         named = dict(parts.model.named_parameters())
-        trains_tower = "vision_tower" in config.stage.rates
         return Sizes(
             steps,
             sum(sizes.values()),
             sum(size for name, size in sizes.items() if named[name].requires_grad),
-            sum(size for name, size in sizes.items() if _is_gathered_in_backward(name, trains_tower)),
+            sum(size for name, size in sizes.items() if _is_gathered_in_backward(name, config.stage.rates)),
             sum(size for name, size in sizes.items() if getattr(named[name], "ds_persist", False)),
         )
 
 
-def _is_gathered_in_backward(name: str, trains_tower: bool) -> bool:
-    """Without what needs no gradient of its input (embeddings of tokens and patches), and what stays gathered."""
+def _is_gathered_in_backward(name: str, trained: Collection[str]) -> bool:
+    """Whether the output of the parameter's module has a gradient."""
     if "vision_tower" in name:
-        return trains_tower and "embeddings" not in name
-    return not any(key in name for key in ("embed_tokens", "lm_head", "image_newline"))
+        return "vision_tower" in trained
+    return "embed_tokens" not in name or "language_model" in trained
 
 
 def _plan(parts: Parts, num_micro_steps: int) -> Any:

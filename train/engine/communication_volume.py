@@ -37,9 +37,8 @@ class Counts:
     Attributes:
         parameters: of all parameters.
         trained: of the trained ones.
-        backward: of all parameters that the backward pass reads, and so gathers once more at ZeRO-3: those of the
-            first trained block and of all after it. The embedding of tokens is not among them, and neither is the
-            head, which stays gathered.
+        backward: of the parameters that ZeRO-3 gathers once more for the backward pass: those of all modules whose
+            output has a gradient, so all from the first trained part on, without frozen embeddings.
         persistent: of those that ZeRO-3 never frees, because they are smaller than its threshold.
     """
 
@@ -56,8 +55,9 @@ def step_volume(
 
     Stages 0 and 1 reduce the accumulated gradients once per step, stages 2 and 3 those of every micro-step. Stages 1
     and 2 gather the trained weights after the update. Stage 3 gathers all weights in every forward and backward pass,
-    but for those that the backward pass uses soon after the forward pass (half of `stage3_max_reuse_distance`); the
-    second forward pass of recompute finds a block's weights, or leaves them, for the backward pass beside it. With a
+    but for those that the backward pass uses soon after the forward pass (half of `stage3_max_reuse_distance`, in whole
+    modules). The second forward pass of recompute takes no gather of its own as long as two blocks are not larger than
+    that distance: it leaves a block's weights for the backward pass beside it. With a
     copy in every node, the first gather of a trained weight after an update is over all ranks, and any other inside the
     node.
 
