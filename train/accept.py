@@ -100,6 +100,7 @@ def _run(options: argparse.Namespace, ranks: "Ranks", launcher: str, started_s: 
         base=base,
         user_overrides=[*config_dir, *options.overrides] if options.overrides else [],
         user_ranks=options.own_ranks,
+        num_nodes=ranks.num_nodes,
     )
     checks: list[Check] = []
     for check in run_phases(context, selected):

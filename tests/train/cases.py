@@ -210,6 +210,16 @@ def train(config: RunConfig, last_step: int | None = None) -> Record:
         return train_parts(parts, parts.first_step, last_step or parts.planner.num_steps, origin=parts.origin)
 
 
+def train_in_nodes(config: RunConfig, ranks_per_node: int) -> Record:
+    """Trains as on nodes with that many ranks each, as torchrun says it to them."""
+    from unittest.mock import patch
+
+    local_rank = int(os.environ["RANK"]) % ranks_per_node
+    nodes = {"LOCAL_WORLD_SIZE": str(ranks_per_node), "LOCAL_RANK": str(local_rank)}
+    with patch.dict(os.environ, nodes):
+        return train(config)
+
+
 def train_parts(
     parts: Parts,
     first_step: int,

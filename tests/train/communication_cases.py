@@ -84,3 +84,28 @@ def gradients(config: RunConfig, rows: str, num_micro_steps: int) -> dict[str, A
                 gradient = safe_get_full_grad(parameter)
                 whole[name] = gradient.float().cpu().numpy().copy()
         return whole if parts.world.is_main else {}
+
+
+def materialized_on(config: RunConfig) -> set[str]:
+    """The devices on which a start at ZeRO-3 allocates parameters that this rank receives; the rank's is `cpu:0`."""
+    from unittest.mock import patch
+
+    import torch
+
+    from train.engine import deepspeed_engine
+    from train.engine.sharded_model import materialize
+
+    devices = set()
+
+    def watched(module: Any, device: torch.device, replaced: dict[Any, Any]) -> None:
+        num_before = len(replaced)
+        materialize(module, device, replaced)
+        if len(replaced) > num_before:
+            devices.add(str(device))
+
+    with (
+        patch.object(deepspeed_engine, "materialize", watched),
+        patch("train.distributed.world.choose_device", lambda *_: torch.device("cpu", 0)),
+        built(config),
+    ):
+        return devices

@@ -50,6 +50,7 @@ _ENGINES = {
         "engine.zero_optimization.stage3_prefetch_bucket_size=10000",
     ),
 }
+_ENGINES["zero3_node"] = ("engine=zero3_node", *_ENGINES["zero3"][1:])
 _SMALL_GPU_GIB = 40
 
 

@@ -45,7 +45,7 @@ class Phase:
 
 
 def list_phases(
-    num_ranks: int, *, quick: bool, base: str, user_overrides: Sequence[str], user_ranks: int
+    num_ranks: int, *, quick: bool, base: str, user_overrides: Sequence[str], user_ranks: int, num_nodes: int = 1
 ) -> list[Phase]:
     """Returns the phases for a number of ranks; with one rank, those that measure communication are omitted.
 
@@ -54,6 +54,7 @@ def list_phases(
         base: name of the hardware file for values that are not measured.
         user_overrides: command line of the user's own configuration; empty for none.
         user_ranks: number of ranks that it is compared with.
+        num_nodes: number of hosts; on one, half of the ranks stand for a node.
     """
     half = max(1, num_ranks // 2)
     phases = [Phase(REFERENCE, "the tiny model on one rank, ZeRO 0: every loss is finite", run_reference)]
@@ -63,6 +64,13 @@ def list_phases(
         if not quick:
             run = partial(run_equality, name=f"{name}_recompute", engine=name, more=(_RECOMPUTE,))
             phases.append(Phase(f"{name}_recompute", f"{text}; with {_RECOMPUTE}", run))
+    size = _ranks_per_copy(num_ranks, num_nodes)
+    if not quick and size > 1:
+        text = f"zero3_node on {num_ranks} ranks, a copy of the weights in every {size}, compared with ZeRO 0 on one"
+        more = (f"engine.zero_optimization.zero_hpz_partition_size={size}",)
+        phases.append(
+            Phase("zero3_node", text, partial(run_equality, name="zero3_node", engine="zero3_node", more=more))
+        )
     if not quick:
         for name in ("zero2", "zero3"):
             text = f"{name} killed on {num_ranks} ranks, resumed on {half}, compared with the reference on one rank"
@@ -83,6 +91,12 @@ def list_phases(
             Phase("own", text, partial(run_user_configuration, overrides=user_overrides, num_ranks=user_ranks))
         )
     return phases
+
+
+def _ranks_per_copy(num_ranks: int, num_nodes: int) -> int:
+    """The ranks of a node; on one node half of the ranks. 0: a node has one rank, or not the same number as another."""
+    num_nodes = max(2, num_nodes)
+    return num_ranks // num_nodes if num_ranks % num_nodes == 0 and num_ranks > num_nodes else 0
 
 
 def run_phases(context: PhaseContext, selected: Sequence[Phase]) -> Iterator[Check]:

@@ -328,11 +328,24 @@ def _check_engine(engine: dict[str, Any]) -> None:
             )
         if key.startswith("offload_"):
             _check_offload(name, value)
-        if key == "zero_hpz_partition_size" and value is not None and (type(value) is not int or value < 1):
-            raise ConfigError(
-                f"{name} must be null (the ranks of a node) or a number of ranks from 1 on, got {value!r}; 1 switches "
-                "it off, as engine=zero3 does"
-            )
+    _check_copy_in_nodes(zero)
+
+
+def _check_copy_in_nodes(zero: dict[str, Any]) -> None:
+    """The number of ranks is one, and the copy is on the GPU."""
+    key, size = "engine.zero_optimization.zero_hpz_partition_size", zero.get("zero_hpz_partition_size", 1)
+    if size is not None and (type(size) is not int or size < 1):
+        raise ConfigError(
+            f"{key} must be null (the ranks of a node) or a number of ranks from 1 on, got {size!r}; 1 switches it "
+            "off, as engine=zero3 does"
+        )
+    offload = zero.get("offload_param") or {"device": "none"}
+    if size != 1 and offload["device"] != "none":
+        raise ConfigError(
+            f"{key}={'null' if size is None else size} and offload_param exclude each other: the copy in a node is "
+            "there to gather from GPUs, and offload_param would hold it on the host; set engine=zero3, or remove "
+            "offload_param"
+        )
 
 
 def _refused_key(name: str, reason: str | None, allowed: Iterable[str]) -> ConfigError:

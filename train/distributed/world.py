@@ -6,7 +6,7 @@ The environment variables of torchrun, the deepspeed launcher or Slurm's srun ar
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -23,6 +23,8 @@ from train.distributed.launch import Launch, check_port, meeting_point
 from train.distributed.quiet_libraries import muted_stdout
 
 _Value = TypeVar("_Value")
+_ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}
+"""torch's name since 2.9, and the older one, which it reads too."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def start(config: RunConfig, launch: Launch) -> World:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     raise_open_files_limit()
+    use_expandable_segments(os.environ)
     device = choose_device(config, launch)
     check_idle_gpus(launch.size, device.type, allowed=config.allow_idle_gpus)
     set_environment(launch, device)
@@ -80,6 +83,15 @@ def start(config: RunConfig, launch: Launch) -> World:
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     dtype = choose_dtype(config, device)
     return World(launch.rank, launch.local_rank, launch.size, device, dtype, host_group, launch.ranks_per_node)
+
+
+def use_expandable_segments(env: MutableMapping[str, str]) -> None:
+    """Lets torch's CUDA allocator extend its segments, so that rows of different lengths do not fragment its memory.
+
+    torch reads the variable at its first allocation on a GPU. A value that the user has set is kept.
+    """
+    if not _ALLOCATOR_VARIABLES & env.keys():
+        env["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def set_environment(launch: Launch, device: torch.device) -> None:

@@ -42,7 +42,7 @@ def with_bucket_sizes(
     Gradients and the updated weights exist for trained parameters only; ZeRO-3 prefetches frozen ones too.
 
     Args:
-        zero: of the configuration; keys that are set there are kept.
+        zero: of the configuration; keys that have a value there are kept, null is replaced.
         num_ranks: of the run.
         num_parameters: elements of all parameters.
         num_trained: elements of the trained ones.
@@ -53,4 +53,4 @@ def with_bucket_sizes(
         for key, stages in KEYS.items()
         if stage in stages
     }
-    return {**derived, **zero}
+    return {**zero, **{key: zero[key] if zero.get(key) is not None else size for key, size in derived.items()}}

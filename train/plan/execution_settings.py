@@ -7,9 +7,9 @@ import yaml
 
 from data_recipes.schema.config_dir import CONFIG_DIR
 from train.config.schema import PackingConfig, RunConfig
+from train.engine.bucket_sizes import bucket_elements
+from train.engine.node_sharding import ranks_per_copy
 
-REDUCE_BUCKET_SIZE = 500_000_000
-"""DeepSpeed's default of reduce_bucket_size, in elements (runtime/zero/config.py)."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters and of sub_group_size, in elements."""
 
@@ -50,10 +50,14 @@ class ExecutionSettings:
     def offloads_parameters(self) -> bool:
         return _offload_device(self.zero, "offload_param") != "none" and self.zero_stage == 3
 
-    @property
-    def reduce_bucket(self) -> int:
-        """Size of the reduce bucket, in elements."""
-        return int(self.zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
+    def reduce_bucket(self, num_ranks: int, num_trained: int) -> int:
+        """Size of the reduce bucket, in elements; at most what is trained."""
+        size: int | None = self.zero.get("reduce_bucket_size")
+        return bucket_elements(num_ranks, num_trained) if size is None else min(size, num_trained)
+
+    def ranks_per_copy(self, num_ranks: int) -> int:
+        """Ranks that share a copy of the weights besides ZeRO-3's partition; 1: there is no such copy."""
+        return ranks_per_copy(self.zero, num_ranks=num_ranks, ranks_per_node=-(-num_ranks // self.nodes))
 
     @property
     def live_parameters(self) -> int:

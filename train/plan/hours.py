@@ -203,7 +203,8 @@ def estimate_communication(
     backward, and once more with recompute.
     """
     s, stage, nodes = 2 if half else 4, settings.zero_stage, settings.nodes
-    trained, bucket = facts.num_trained, min(settings.reduce_bucket, facts.num_trained)
+    trained = facts.num_trained
+    bucket = settings.reduce_bucket(nodes * hardware.gpus_per_node, trained)
     if stage == 0:
         bucket = min(trained, SMALL_ALL_REDUCE)
     buckets = -(-trained // bucket)

@@ -36,6 +36,7 @@ from train.data.loader import RowDataset
 from train.distributed.host_limits import read_host_limits
 from train.distributed.versions import versions
 from train.distributed.world import World, all_gather_objects, barrier, is_out_of_memory
+from train.engine.node_sharding import KEY
 from train.supervision.preflight_checks import Check, Findings, Gpu, compare_findings, format_table
 from train.supervision.preflight_saves import check_saves
 
@@ -104,7 +105,17 @@ def collect_findings(config: RunConfig, world: World, token: str) -> Findings:
     all_versions = versions() | {"code": hash_code()}  # a hash of the files covers uncommitted changes too
     host = socket.gethostname()
     return Findings(
-        world.rank, host, all_versions, to_yaml(config), gpu, stores, 0.0, tuple(errors), read_host_limits(config)
+        rank=world.rank,
+        host=host,
+        versions=all_versions,
+        config=to_yaml(config),
+        gpu=gpu,
+        stores=stores,
+        errors=tuple(errors),
+        limits=read_host_limits(config),
+        local_rank=world.local_rank,
+        ranks_per_node=world.ranks_per_node,
+        ranks_per_copy=config.engine.get("zero_optimization", {}).get(KEY, 1),
     )
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 
 from tabulate import tabulate
 
+from train.config.schema import ConfigError
 from train.distributed.host_limits import HostLimits
+from train.engine.node_sharding import KEY, ranks_per_copy
 
 MAX_CLOCK_SKEW_S = 10.0
 """A larger difference between clocks is reported, since file times show whether a rank is alive."""
@@ -44,6 +46,8 @@ class Findings:
         clock: seconds since the epoch, read by all ranks at the same time.
         errors: (name of the check, message) of what failed on this rank.
         limits: of its host.
+        local_rank, ranks_per_node: as the launcher says; the second is 0 if it does not say it.
+        ranks_per_copy: `zero_hpz_partition_size` of the engine; None means the ranks of a node, 1 that it is not used.
     """
 
     rank: int
@@ -55,6 +59,9 @@ class Findings:
     clock: float = 0.0
     errors: tuple[tuple[str, str], ...] = ()
     limits: HostLimits = field(default_factory=HostLimits)
+    local_rank: int = 0
+    ranks_per_node: int = 0
+    ranks_per_copy: int | None = 1
 
     @property
     def rank_name(self) -> str:
@@ -81,6 +88,7 @@ def compare_findings(findings: Sequence[Findings]) -> list[Check]:
         _compare_stores(findings),
         _compare_clocks(findings),
         _check_limits(findings),
+        _check_nodes(findings),
     ]
 
 
@@ -193,6 +201,36 @@ def _check_limits(findings: Sequence[Findings]) -> Check:
                 "--shm-size), or lower data.workers, data.prefetch or packing.max_tiles",
             )
     return Check("limits", "open files and shared memory suffice")
+
+
+def _check_nodes(findings: Sequence[Findings]) -> Check:
+    """Where every node has a copy of the weights: the ranks that share one are consecutive ranks of one node."""
+    main = findings[0]
+    if main.ranks_per_copy == 1:
+        return Check("nodes", "not used: no copy of the weights in every node")
+    fix = f"start the same number on every node, or set engine.zero_optimization.{KEY} or engine=zero3"
+    if main.ranks_per_copy is None:
+        other = _find_first(findings, lambda rank: rank.ranks_per_node != main.ranks_per_node)
+        if other is not None:
+            return _make_difference(
+                "nodes", "", other, f"{other.ranks_per_node} rank(s) on its node", f"{main.ranks_per_node}", main, fix
+            )
+    try:
+        size = ranks_per_copy({KEY: main.ranks_per_copy}, num_ranks=len(findings), ranks_per_node=main.ranks_per_node)
+    except ConfigError as error:
+        return Check("nodes", "", str(error))
+    for rank in findings:
+        first = findings[rank.rank - rank.rank % size]
+        if (rank.host, rank.local_rank) != (first.host, first.local_rank + rank.rank - first.rank):
+            return Check(
+                "nodes",
+                "",
+                f"{first.rank_name} and {rank.rank_name} would share a copy of the weights, and are not consecutive "
+                f"ranks of one node (local ranks {first.local_rank} and {rank.local_rank}); number the ranks node by "
+                f"node (srun --distribution=block), or set engine.zero_optimization.{KEY} or engine=zero3",
+            )
+    copies = f"{len(findings) // size} copies of the weights" if size > 1 else "one node: no second copy of the weights"
+    return Check("nodes", f"{copies}, {size} consecutive rank(s) each" if size > 1 else copies)
 
 
 def _find_error(name: str, findings: Sequence[Findings]) -> Check | None:

@@ -67,6 +67,18 @@ def test_one_rank_has_no_links() -> None:
 
 
 @pytest.mark.parametrize(
+    ("num_ranks", "num_nodes", "size"),
+    [(2, 1, None), (4, 1, 2), (8, 1, 4), (4, 2, 2), (32, 4, 8), (4, 4, None), (5, 2, None)],
+)
+def test_a_copy_of_the_weights_in_every_node(num_ranks: int, num_nodes: int, size: int | None) -> None:
+    """It is checked with the ranks of a node, or half of those of one node, if such groups have two or more ranks."""
+    phases = list_phases(num_ranks, quick=False, base="cpu", user_overrides=(), user_ranks=1, num_nodes=num_nodes)
+    texts = [phase.compared for phase in phases if phase.name == "zero3_node"]
+    assert len(texts) == (size is not None)
+    assert size is None or f"in every {size}," in texts[0]
+
+
+@pytest.mark.parametrize(
     ("words", "value"),
     [
         (["--out", "{}"], "{}"),

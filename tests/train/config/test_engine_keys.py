@@ -53,10 +53,12 @@ def plain(start_ranks: StartRanks, tiny_parts: RunConfig, tmp_path_factory: pyte
     return start_ranks(1).run(cases.train, replace(tiny_parts, root=root, engine={}))[0]
 
 
-def _assert_same(start_ranks: StartRanks, config: RunConfig, options: dict[str, Any], plain: Record) -> None:
+def _assert_same(
+    start_ranks: StartRanks, config: RunConfig, options: dict[str, Any], plain: Record, size: int = 2
+) -> None:
     config = replace(config, engine={"zero_optimization": options})
     check_values(config)
-    record = start_ranks(2).run(cases.train, config)[0]
+    record = start_ranks(size).run(cases.train, config)[0]
     assert record.losses == pytest.approx(plain.losses, rel=1e-5)
     assert record.grad_norms == pytest.approx(plain.grad_norms, rel=1e-4)
     assert relative_difference(record.after, plain.after) < 1e-5
@@ -74,13 +76,10 @@ def test_every_key_is_tried() -> None:
 def test_a_key_changes_nothing(
     start_ranks: StartRanks, run_config: RunConfig, plain: Record, stage: int, key: str
 ) -> None:
-    """Two ranks learn with it what one rank learns without ZeRO."""
+    """Several ranks learn with it what one rank learns without ZeRO."""
     options = {"stage": stage, **NEEDED_BESIDES.get(key, {}), key: _value(key, stage)}
-    if key == "zero_hpz_partition_size":  # its process groups are created once per process
-        start_ranks(2).close()
-    _assert_same(start_ranks, run_config, options, plain)
-    if key == "zero_hpz_partition_size":
-        start_ranks(2).close()
+    size = 4 if key == "zero_hpz_partition_size" else 2  # two groups of two
+    _assert_same(start_ranks, run_config, options, plain, size)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -104,6 +103,33 @@ def test_other_keys_are_refused(tiny_parts: RunConfig, key: str) -> None:
     """At the top level only `zero_optimization` may be set."""
     with pytest.raises(ConfigError, match=rf"engine\.{key} is refused: .*remove it\. .*zero_optimization"):
         checked(tiny_parts, {f"engine.{key}": 2})
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"stage": 2, "zero_hpz_partition_size": 2}, "has no effect at ZeRO stage 2"),
+        ({"stage": 3, "zero_hpz_partition_size": 0}, "null .*or a number of ranks from 1 on, got 0"),
+        ({"stage": 3, "zero_hpz_partition_size": "8"}, "got '8'"),
+        (
+            {"stage": 3, "zero_hpz_partition_size": None, "offload_param": {"device": "cpu"}},
+            "zero_hpz_partition_size=null and offload_param exclude each other",
+        ),
+    ],
+)
+def test_a_copy_in_nodes_is_checked(tiny_parts: RunConfig, options: dict[str, Any], named: str) -> None:
+    """Its size, its stage, and offloading of the weights."""
+    with pytest.raises(ConfigError, match=named):
+        check_values(replace(tiny_parts, engine={"zero_optimization": options}))
+    allowed = {"stage": 3, "zero_hpz_partition_size": None, "offload_param": {"device": "none"}}
+    check_values(replace(tiny_parts, engine={"zero_optimization": allowed}))
+
+
+def test_the_communication_is_in_fp32_or_bf16(tiny_parts: RunConfig) -> None:
+    """Other types of DeepSpeed are refused."""
+    check_values(replace(tiny_parts, engine={"communication_data_type": "bf16"}))
+    with pytest.raises(ConfigError, match="communication_data_type must be one of fp32, bf16, got 'fp16'"):
+        check_values(replace(tiny_parts, engine={"communication_data_type": "fp16"}))
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,29 @@ def test_ranks_from_the_environment(environment: Mapping[str, str], expected: La
 
 
 @pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, 1),
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "3"}, 3),
+        (DEEPSPEED | {"LOCAL_SIZE": "2"}, 2),
+        (OPEN_MPI, 2),
+        (MPICH, 2),
+        (PALS, 4),
+        (STEP, 0),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_NODEID": "1"}, 8),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "6(x2),4", "SLURM_NODEID": "2"}, 4),
+        (STEP | {"SLURM_STEP_TASKS_PER_NODE": "16"}, 16),
+        # A script of an srun task that sets RANK by itself.
+        (STEP | {"RANK": "11", "WORLD_SIZE": "16", "LOCAL_RANK": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x2)"}, 8),
+        ({"RANK": "1", "WORLD_SIZE": "4"}, 0),
+    ],
+)
+def test_ranks_of_a_node_from_the_environment(environment: Mapping[str, str], expected: int) -> None:
+    """As each launcher says it; 0 where it does not."""
+    assert read_launch(environment).ranks_per_node == expected
+
+
+@pytest.mark.parametrize(
     ("environment", "named"),
     [
         (TORCHRUN | {"TORCHELASTIC_MAX_RESTARTS": "3"}, "--max-restarts=3"),

@@ -42,7 +42,7 @@ def test_only_keys_that_the_stage_reads_are_added(stage: int, keys: set[str]) ->
 
 def test_a_size_of_the_configuration_is_kept() -> None:
     """The other keys are still derived."""
-    zero = {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True}
+    zero = {"stage": 2, "reduce_bucket_size": 1000, "allgather_bucket_size": None, "overlap_comm": True}
     result = with_bucket_sizes(zero, num_ranks=1024, **SIZE)
     assert result == {**zero, "allgather_bucket_size": MAX_ELEMENTS}
 

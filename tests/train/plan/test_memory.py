@@ -3,6 +3,7 @@
 scripts/bench/plan.py accuracy compares the plan with the memory of whole processes (see test_bench_plan.py).
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +43,7 @@ def setting(
     *,
     offload: bool = False,
     recompute: tuple[str, ...] = (),
-    **more: int,
+    **more: int | None,
 ) -> ExecutionSettings:
     """Returns the settings of a ZeRO stage."""
     options: dict[str, object] = {"stage": zero, **more}
@@ -63,6 +64,16 @@ def setting(
 def test_states_by_zero_stage(zero: int, expected: dict[str, float]) -> None:
     """2 bytes of weights, 4 of gradients and 12 of AdamW, divided by the ranks from stage 3, 2 and 1 on."""
     assert estimate_states(FACTS, setting(zero), num_ranks=10, half=True) == pytest.approx(expected)
+
+
+def test_a_copy_of_the_weights_in_every_node() -> None:
+    """16 ranks on two nodes: 2 bytes per parameter, divided by the 8 ranks of a node, besides the share of all ranks;
+    on one node there is no such copy. For a 34B model it is 8.7 GB."""
+    copied = replace(setting(3, zero_hpz_partition_size=None), nodes=2)
+    plain = replace(setting(3), nodes=2)
+    more = [estimate_states(FACTS, settings, num_ranks=16, half=True)["weights"] for settings in (plain, copied)]
+    assert more == [2 * 7000 / 16, 2 * 7000 / 16 + 2 * 7000 / 8]
+    assert estimate_states(FACTS, replace(copied, nodes=1), num_ranks=16, half=True)["weights"] == 2 * 7000 / 16
 
 
 def test_states_in_fp32_without_zero() -> None:

@@ -15,7 +15,17 @@ def findings(rank: int) -> Findings:
     """Returns a rank without problems; two per host, each with its own GPU."""
     gpu = Gpu("H100", f"GPU-{rank}", 78 * GIB, 80 * GIB)
     stores = {"chats": "c" * 64, "pictures": "p" * 64}
-    return Findings(rank, f"node{rank // 2}", VERSIONS, "seed: 0\nname: x\n", gpu, stores, clock=1e9 + rank / 1000)
+    return Findings(
+        rank,
+        f"node{rank // 2}",
+        VERSIONS,
+        "seed: 0\nname: x\n",
+        gpu,
+        stores,
+        clock=1e9 + rank / 1000,
+        local_rank=rank % 2,
+        ranks_per_node=2,
+    )
 
 
 ALL = [findings(rank) for rank in range(4)]
@@ -24,9 +34,9 @@ ALL = [findings(rank) for rank in range(4)]
 def test_ranks_without_problems_pass() -> None:
     """Without differences every check passes, and the table has the results."""
     checks = compare_findings(ALL)
-    assert [item.problem for item in checks] == [None] * 7
+    assert [item.problem for item in checks] == [None] * 8
     table = format_table(checks)
-    assert table.count("\n") == 6
+    assert table.count("\n") == 7
     assert all(line.startswith("ok ") for line in table.splitlines())
     for shown in ("torch 2.13.0", "4 (H100), one per rank, at least 78.0 GiB free", "2 store(s)", "0.003 s apart"):
         assert shown in table
@@ -84,5 +94,41 @@ def test_clock_skew_is_reported_but_is_no_problem() -> None:
 def test_run_on_cpus_needs_no_gpu() -> None:
     """Without GPUs, the check says so."""
     checks = compare_findings([replace(item, gpu=None) for item in ALL])
-    assert [item.problem for item in checks] == [None] * 7
+    assert [item.problem for item in checks] == [None] * 8
     assert "computes on CPUs" in format_table(checks)
+
+
+@pytest.mark.parametrize("size", [None, 2])
+def test_nodes_with_a_copy_of_the_weights_pass(size: int | None) -> None:
+    """Two nodes of two consecutive ranks; also where both have one host name, as simulated nodes have."""
+    of_nodes = [replace(each, ranks_per_copy=size) for each in ALL]
+    for ranks in (of_nodes, [replace(each, host="one") for each in of_nodes]):
+        checks = compare_findings(ranks)
+        assert [item.problem for item in checks] == [None] * 8
+        assert "2 copies of the weights, 2 consecutive rank(s) each" in format_table(checks)
+
+
+@pytest.mark.parametrize(
+    ("size", "positions", "named"),
+    [
+        # srun --distribution=cyclic: neighbours are on different nodes.
+        (None, [("a", 0, 2), ("b", 0, 2), ("a", 1, 2), ("b", 1, 2)], ("rank 0 (a) and rank 1 (b)", "block")),
+        (None, [("one", 0, 2), ("one", 0, 2), ("one", 1, 2), ("one", 1, 2)], ("local ranks 0 and 0", "block")),
+        (2, [("a", 0, 1), ("b", 0, 3), ("b", 1, 3), ("b", 2, 3)], ("rank 0 (a) and rank 1 (b)",)),
+        (None, [("a", 0, 1), ("b", 0, 3), ("b", 1, 3), ("b", 2, 3)], ("3 rank(s) on its node", "engine=zero3")),
+        (None, [("a", rank, 0) for rank in range(4)], ("launcher does not say",)),
+        (3, [("a", rank, 4) for rank in range(4)], ("4 ranks are not a multiple of 3",)),
+    ],
+)
+def test_nodes_that_cannot_have_a_copy_are_named(
+    size: int | None, positions: list[tuple[str, int, int]], named: tuple[str, ...]
+) -> None:
+    """Ranks that are not consecutive, different numbers on the nodes, an unknown number, one that does not divide."""
+    ranks = [
+        replace(findings(rank), host=host, local_rank=local, ranks_per_node=on_node, ranks_per_copy=size, gpu=None)
+        for rank, (host, local, on_node) in enumerate(positions)
+    ]
+    failed = {item.name: item.problem for item in compare_findings(ranks) if item.problem}
+    assert list(failed) == ["nodes"]
+    for word in named:
+        assert word in (failed["nodes"] or "")
