@@ -35,22 +35,25 @@ RECOMPUTE: dict[str, tuple[Literal["vision_tower", "language_model"], ...]] = {
     "vision_tower": ("vision_tower",),
     "both": ("language_model", "vision_tower"),
 }
-FACTORS: dict[str, tuple[Any, ...]] = {
-    "size": (2, 3, 4),
-    "stage": (3, 2, 1, 0),
-    "resumes_at": ("the same stage", "another stage"),
-    "offload": (False, True),
-    "recompute": tuple(RECOMPUTE),
+FACTORS: dict[str, tuple[Any, ...]] = {  # in an order of few cases
     "trains": ("all", "adapters", "connector"),
+    "stage": (3, 2, 1, 0),
+    "size": (2, 3, 4),
+    "resumes_at": ("the same stage", "another stage"),
+    "nodes": (1, 2),
+    "recompute": tuple(RECOMPUTE),
+    "offload": (False, True),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """The settings of a run: ranks, ZeRO stage, stage of the resume, and what it trains (see `FACTORS`)."""
+    """The settings of a run: ranks, ZeRO stage, nodes with a copy of the weights each, stage of the resume, and what it
+    trains (see `FACTORS`)."""
 
     size: int
     stage: int
+    nodes: int
     resumes_at: str
     offload: bool
     recompute: str
@@ -58,7 +61,7 @@ class Case:
 
     @property
     def is_possible(self) -> bool:
-        return not (self.offload and self.stage == 0)
+        return not (self.offload and self.stage == 0) and (self.nodes == 1 or (self.size, self.stage) == (4, 3))
 
     @property
     def pairs(self) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
@@ -71,7 +74,8 @@ VIEWS = ViewsConfig("anyres_max_1", "pad", closing_newline=True)
 
 def covering() -> Iterator[Case]:
     """Cases that cover every possible pair of values of two factors; each next one covers the most missing pairs."""
-    possible = [case for case in map(Case, *zip(*product(*FACTORS.values()), strict=True)) if case.is_possible]
+    cases = [Case(**dict(zip(FACTORS, values, strict=True))) for values in product(*FACTORS.values())]
+    possible = [case for case in cases if case.is_possible]
     missing = {pair for case in possible for pair in case.pairs}
     while missing:
         best = max(possible, key=lambda case: len(case.pairs & missing))  # the first of equals
@@ -80,15 +84,17 @@ def covering() -> Iterator[Case]:
 
 
 TABLE = tuple(covering())
-QUICK = Case(2, 3, "the same stage", False, "both", "all")
-ADAPTERS = Case(2, 3, "the same stage", False, "language_model", "adapters")
+QUICK = Case(2, 3, 1, "the same stage", False, "both", "all")
+ADAPTERS = Case(2, 3, 1, "the same stage", False, "language_model", "adapters")
 
 
-def _engine(stage: int, offload: bool) -> dict[str, Any]:
+def _engine(stage: int, offload: bool, ranks_per_node: int | None = None) -> dict[str, Any]:
     """As `zero`, and at ZeRO-3 weights are freed after each use, as for a model that does not fit."""
     engine = zero(stage)
     if stage == 3:
         engine["zero_optimization"] |= {"stage3_max_live_parameters": 4_000, "stage3_max_reuse_distance": 2_000}
+        if ranks_per_node:
+            engine["zero_optimization"] |= {"zero_hpz_partition_size": ranks_per_node}
     if offload and stage > 0:
         engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     return engine
@@ -98,7 +104,7 @@ def _config(base: RunConfig, case: Case, stage: int) -> RunConfig:
     config = aligning(base, views=VIEWS) if case.trains == "connector" else base
     return replace(
         config,
-        engine=_engine(stage, case.offload),
+        engine=_engine(stage, case.offload, case.size // case.nodes if case.nodes > 1 else None),
         recompute=RECOMPUTE[case.recompute],
         lora=LORA if case.trains == "adapters" else None,
     )
@@ -124,7 +130,7 @@ def references(start_ranks: StartRanks, base: RunConfig) -> dict[str, Report]:
     """The same steps on one rank, without ZeRO, recompute and resume, by the trained parts."""
     reports = {}
     for trains in FACTORS["trains"]:
-        case = Case(1, 0, "", False, "nothing", trains)
+        case = Case(1, 0, 1, "", False, "nothing", trains)
         config = replace(_config(base, case, 0), name=f"reference_{trains}")
         [reports[trains]] = start_ranks(1).run(contract_cases.run_phases, config, None, TIMEOUT_S)
         assert not reports[trains].error
@@ -187,7 +193,9 @@ def test_different_rows_issue_the_same_collectives(
             assert all(len(set(of_ranks)) > 1 for of_ranks in zip(*kinds, strict=True))
     if case.stage == 3:  # parameters are gathered, so the order matters
         learned = next(phase for phase in reports[0].phases if phase.name == "learned trace")
-        assert sum("all_gather" in each.kind or "allgather" in each.kind for each in learned.collectives) > 30
+        gathers = [each for each in learned.collectives if "all_gather" in each.kind or "allgather" in each.kind]
+        assert len(gathers) > 30
+        assert any(each.group == ("0", "1") for each in gathers) == (case.nodes == 2)
     _assert_learns_the_same(reports, references[case.trains])
 
 
@@ -197,7 +205,7 @@ def test_compiled_blocks_issue_the_same_collectives(
     start_ranks: StartRanks, base: RunConfig, references: dict[str, Report], recompute: str
 ) -> None:
     """Both parts with torch.compile at ZeRO-2: each rank compiles for a new row length when it occurs."""
-    case = Case(2, 2, "the same stage", False, recompute, "all")
+    case = Case(2, 2, 1, "the same stage", False, recompute, "all")
     config = replace(
         _config(base, case, case.stage), name=f"compiled_{recompute}", compile=("vision_tower", "language_model")
     )
@@ -214,10 +222,13 @@ def test_compile_is_refused_at_zero_3(base: RunConfig) -> None:
 
 
 def test_every_pair_of_values_is_covered() -> None:
-    """A case of the table has it, unless the pair is impossible."""
+    """A case of the table has it, unless the pair is impossible: two nodes need four ranks at ZeRO-3."""
     covered = set().union(*(case.pairs for case in TABLE))
     for (first, values), (second, others) in combinations(FACTORS.items(), 2):
         for pair in product(values, others):
-            is_possible = {(first, pair[0]), (second, pair[1])} != {("stage", 0), ("offload", True)}
+            values_of = {first: pair[0], second: pair[1]}
+            is_possible = values_of != {"stage": 0, "offload": True}
+            if values_of.get("nodes") == 2:
+                is_possible &= values_of.get("size", 4) == 4 and values_of.get("stage", 3) == 3
             assert (((first, pair[0]), (second, pair[1])) in covered) == is_possible, pair
     assert len(TABLE) < 20
