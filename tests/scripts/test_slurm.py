@@ -209,6 +209,32 @@ def test_nodes_that_differ_are_refused(cluster: Cluster, program: Program) -> No
     assert re.search(r"^FAILED +versions ", cluster.output(job), re.MULTILINE)
 
 
+def test_copies_of_the_weights_in_two_nodes(cluster: Cluster, program: Program) -> None:
+    """engine=zero3_node on two nodes of two tasks each learns what engine=zero3 learns: the ranks of a node come from
+    Slurm's variables. Ranks that alternate between the nodes are refused, with exit code 2."""
+    options = ("-N2", "--ntasks-per-node=2")
+    run = ("stage.init_from=null", "stage.epochs=1", "timeout_s=300")
+    small = "engine.zero_optimization.stage3_param_persistence_threshold=100"
+    for engine in ("zero3", "zero3_node"):
+        command = arguments(program, *run, f"name=on_{engine}", f"engine={engine}", small)
+        job = cluster.submit("train.sbatch", *command, options=options)
+        assert cluster.ended(job)["ExitCode"] == "0:0", cluster.output(job)
+    log = (program.root / "on_zero3_node" / "finetune" / "log" / "rank_000.log").read_text()
+    assert "nodes: 2 copies of the weights, 2 consecutive rank(s) each" in log
+    losses = {
+        engine: [line["train/loss"] for line in program.metrics(f"on_{engine}", "finetune")]
+        for engine in ("zero3", "zero3_node")
+    }
+    assert len(losses["zero3"]) == 4
+    assert losses["zero3_node"] == pytest.approx(losses["zero3"], rel=1e-5)
+
+    command = arguments(program, *run, "name=alternating", "engine=zero3_node")
+    job = cluster.submit("train.sbatch", *command, options=(*options, "--distribution=cyclic"))
+    assert cluster.ended(job)["ExitCode"] == "2:0", cluster.output(job)
+    sentence = r"error: pre-flight, nodes: rank 0 \(\S+\) and rank 1 \(\S+\) would share a copy of the weights, .*block"
+    assert re.search(sentence, cluster.output(job)), cluster.output(job)
+
+
 @pytest.mark.parametrize(("code", "act"), [(1, "fail"), (75, "cancel")])
 def test_failed_and_cancelled_jobs_are_not_started_again(cluster: Cluster, code: int, act: str) -> None:
     """In place of the run stands a program that ends with 1, or with 75 once it is asked to: a job that its owner has
