@@ -7,7 +7,7 @@ pair of values of two factors.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import combinations, product
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class Case:
 
     @property
     def pairs(self) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
-        return set(combinations(((item.name, getattr(self, item.name)) for item in fields(self)), 2))
+        return set(combinations(((name, getattr(self, name)) for name in FACTORS), 2))
 
 
 VIEWS = ViewsConfig("anyres_max_1", "pad", closing_newline=True)
