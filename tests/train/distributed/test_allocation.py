@@ -4,6 +4,7 @@ import pytest
 
 from train.config.schema import ConfigError
 from train.distributed.allocation import check_idle_gpus, count_gpus_on_node
+from train.distributed.world import use_expandable_segments
 
 JOB = {"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
 
@@ -36,3 +37,14 @@ def test_other_runs_start(num_ranks: int, device_type: str, allowed: bool, env: 
 def test_a_count_that_is_no_number_is_none(value: str, expected: int) -> None:
     """Slurm always sets a number; an empty or unusual value comes from another program."""
     assert count_gpus_on_node({"SLURM_GPUS_ON_NODE": value}) == expected
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_expandable_segments_unless_the_user_has_set_the_allocator(name: str) -> None:
+    """Either name of torch's variable is the user's; without one the segments are expandable."""
+    env: dict[str, str] = {}
+    use_expandable_segments(env)
+    assert env == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    env = {name: "max_split_size_mb:128"}
+    use_expandable_segments(env)
+    assert env == {name: "max_split_size_mb:128"}
