@@ -13,8 +13,8 @@ import yaml
 from data_recipes.schema.config_dir import CONFIG_DIR
 from train.config.hardware_files import matching_files
 from train.config.schema import ConfigError
+from train.plan.communication import LINK_SHARE
 from train.plan.hardware import check_hardware
-from train.plan.hours import LINK_SHARE
 
 
 def select_base_hardware(name: str | None, device_name: str, memory_gib: float) -> str:

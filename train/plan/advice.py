@@ -42,7 +42,7 @@ def advise(planner: StagePlanner, requested: Estimate) -> Advice:
     settings = requested.settings
     fitting = _find_fitting(planner, settings)
     candidates = fitting or _find_fitting_on_more_nodes(planner, settings)
-    nearest = min(candidates, key=lambda e: (len(e.settings.list_overrides(settings)), e.hours), default=None)
+    nearest = min(candidates, key=lambda e: (len(e.settings.list_overrides(settings)), e.middle_hours), default=None)
     best = _select_fastest(fitting, settings) if fitting else None
     other = _estimate_node_counts(planner, (best or nearest or requested).settings)
     return Advice(
@@ -55,10 +55,12 @@ def advise(planner: StagePlanner, requested: Estimate) -> Advice:
 
 
 def _iterate_settings(planner: StagePlanner, settings: ExecutionSettings) -> Iterator[ExecutionSettings]:
-    stages = (1, 2, 3) if planner.half else (0, 1, 2, 3)
-    engines = [settings, *(settings.with_zero(stage) for stage in stages)]
+    names = ["zero1", "zero2", "zero3", *([] if planner.half else ["zero0"])]
+    if settings.nodes > 1:
+        names.append("zero3_node")
+    engines = [settings, *(settings.with_engine(name) for name in names)]
     if planner.hardware.device == "cuda":
-        engines += [settings.with_zero(stage, offload=True) for stage in (2, 3)]
+        engines += [settings.with_engine(name, offload=True) for name in ("zero2", "zero3")]
     recompute = [(), ("language_model",)]
     if planner.facts.trained["vision_tower"]:
         recompute += [("vision_tower",), ("vision_tower", "language_model")]
@@ -95,10 +97,10 @@ def _find_fitting_on_more_nodes(planner: StagePlanner, settings: ExecutionSettin
 
 
 def _select_fastest(fitting: list[Estimate], requested: ExecutionSettings) -> Estimate:
-    """Returns the settings with the fewest changes among those that are about as fast as the fastest."""
-    least = min(estimate.hours for estimate in fitting)
-    near = [estimate for estimate in fitting if estimate.hours <= least * (1 + _HOURS_TOLERANCE)]
-    return min(near, key=lambda e: (len(e.settings.list_overrides(requested)), e.memory.total))
+    """Returns the settings with the fewest changes among those that are about as fast as the fastest; then the fastest."""
+    least = min(estimate.middle_hours for estimate in fitting)
+    near = [estimate for estimate in fitting if estimate.middle_hours <= least * (1 + _HOURS_TOLERANCE)]
+    return min(near, key=lambda e: (len(e.settings.list_overrides(requested)), e.middle_hours))
 
 
 def _estimate_node_counts(planner: StagePlanner, settings: ExecutionSettings) -> tuple[Estimate, ...]:
@@ -114,8 +116,8 @@ def _find_efficient_nodes(estimates: tuple[Estimate, ...]) -> int | None:
     fitting = [estimate for estimate in estimates if estimate.fits]
     if not fitting:
         return None
-    least = min(estimate.gpu_hours for estimate in fitting)
-    return max(estimate.settings.nodes for estimate in fitting if estimate.gpu_hours <= least / _MIN_EFFICIENCY)
+    gpu_hours = {estimate.settings.nodes: estimate.middle_hours * estimate.num_ranks for estimate in fitting}
+    return max(nodes for nodes, each in gpu_hours.items() if each <= min(gpu_hours.values()) / _MIN_EFFICIENCY)
 
 
 def find_bottlenecks(estimate: Estimate, planner: StagePlanner) -> Iterator[str]:
@@ -125,12 +127,12 @@ def find_bottlenecks(estimate: Estimate, planner: StagePlanner) -> Iterator[str]
     fixes = {
         "recompute": "blocks run twice to save memory: use a higher ZeRO stage or smaller rows",
         "balance": f"{batch} samples do not divide evenly into the rows of {estimate.num_ranks} ranks: use fewer nodes",
-        "communication": "it is only partly overlapped with computation: use larger rows (fewer micro-steps), a lower "
-        "ZeRO stage, fewer nodes or faster links",
+        "communication": "it is only partly overlapped with computation: use larger rows (fewer micro-steps), "
+        "engine=zero3_node, a lower ZeRO stage, fewer nodes or faster links",
         "gradients": "every micro-step accumulates gradients: use larger rows (fewer micro-steps)",
         "optimizer": "AdamW is bound by memory bandwidth: do not offload it, or use more ranks",
         "input": f"images are decoded too slowly: raise data.workers (now {planner.config.data.workers})",
-        "save": f"writing a checkpoint every {planner.config.save.every} steps takes too long: raise save.every",
+        "save": f"a checkpoint every {planner.config.save.every} steps takes too long: raise save.every",
     }
     losses = {kind: value / time.total for kind, value in time.kinds.items() if kind not in COMPUTING}
     for kind, share in sorted(losses.items(), key=lambda item: -item[1]):

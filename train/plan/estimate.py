@@ -1,6 +1,6 @@
 """Estimates memory and time of a stage for any execution settings on given hardware."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from data_recipes.mixture.order import num_steps
 from train.config.schema import PackingConfig, RunConfig
@@ -10,6 +10,7 @@ from train.plan.hours import StepTime, estimate_step_time
 from train.plan.memory import Memory, Row, estimate_memory
 from train.plan.model_facts import ModelFacts, is_half_precision
 from train.plan.sample_lengths import Population
+from train.plan.saving import Save, estimate_save
 from train.plan.simulated_steps import StepRows, draw_steps, largest_row
 
 NUM_STEPS = 12
@@ -23,6 +24,7 @@ class Estimate:
     Attributes:
         row: the largest row, from which the memory is computed.
         time: of a step.
+        save: one checkpoint.
         num_steps: of the stage.
         limit_bytes: memory of a rank that tensors can use.
         problems: sentences that say why the settings do not work; empty if they do.
@@ -32,6 +34,7 @@ class Estimate:
     memory: Memory
     row: Row
     time: StepTime
+    save: Save
     num_steps: int
     num_ranks: int
     limit_bytes: float
@@ -50,6 +53,11 @@ class Estimate:
     def hours_without_overlap(self) -> float:
         """Hours of the stage if computation hides no communication."""
         return self.time.total_without_overlap * self.num_steps / 3600
+
+    @property
+    def middle_hours(self) -> float:
+        """The middle of both, by which settings are compared."""
+        return (self.hours + self.hours_without_overlap) / 2
 
     @property
     def gpu_hours(self) -> float:
@@ -80,6 +88,13 @@ class StagePlanner:
         total = num_steps(self.population.num_samples, stage.batch_size, stage.epochs)
         return min(total, self.config.max_steps or total)
 
+    def with_network(self, network_gb_s: float) -> "StagePlanner":
+        """Returns a planner with another rate of the network, which shares the simulated steps."""
+        hardware = replace(self.hardware, network_gb_s=network_gb_s)
+        planner = StagePlanner(self.config, self.facts, self.population, hardware)
+        planner._simulated = self._simulated
+        return planner
+
     def simulate_steps(self, packing: PackingConfig, num_ranks: int) -> list[StepRows]:
         """Returns some steps with these budgets and ranks; the result is cached."""
         key = (packing, num_ranks)
@@ -98,26 +113,43 @@ class StagePlanner:
     def estimate_memory(self, settings: ExecutionSettings) -> tuple[Memory, Row]:
         """Returns the memory with some settings, and the row that is assumed to be the largest."""
         num_ranks = settings.nodes * self.hardware.gpus_per_node
+        settings = self.with_derived_sizes(settings)
         row = largest_row(self.simulate_steps(settings.packing, num_ranks), self.population, settings.packing)
         on_gpu = self.hardware.device == "cuda"
         return estimate_memory(self.facts, settings, row, num_ranks=num_ranks, half=self.half, on_gpu=on_gpu), row
+
+    def with_derived_sizes(self, settings: ExecutionSettings) -> ExecutionSettings:
+        """Returns the settings with the sizes that a run derives from its ranks and its model."""
+        num_ranks = settings.nodes * self.hardware.gpus_per_node
+        return settings.with_bucket_sizes(num_ranks, self.facts.num_parameters, self.facts.num_trained)
 
     def estimate(self, settings: ExecutionSettings) -> Estimate:
         """Returns memory, time and problems with some settings."""
         memory, row = self.estimate_memory(settings)
         num_ranks = settings.nodes * self.hardware.gpus_per_node
+        derived = self.with_derived_sizes(settings)
+        save = estimate_save(self.facts, derived, self.hardware, half=self.half, used_host_bytes=memory.host)
         time = estimate_step_time(
             self.facts,
-            settings,
+            derived,
             self.simulate_steps(settings.packing, num_ranks),
             self.hardware,
             half=self.half,
             workers=self.config.data.workers,
+            save=save,
             save_every=self.config.save.every,
         )
         limit = self.hardware.usable_bytes
         return Estimate(
-            settings, memory, row, time, self.num_steps, num_ranks, limit, tuple(self.list_problems(settings, memory))
+            settings,
+            memory,
+            row,
+            time,
+            save,
+            self.num_steps,
+            num_ranks,
+            limit,
+            tuple(self.list_problems(settings, memory)),
         )
 
     def list_problems(self, settings: ExecutionSettings, memory: Memory) -> list[str]:

@@ -7,11 +7,20 @@ import yaml
 
 from data_recipes.schema.config_dir import CONFIG_DIR
 from train.config.schema import PackingConfig, RunConfig
-from train.engine.bucket_sizes import bucket_elements
-from train.engine.node_sharding import ranks_per_copy
+from train.engine.bucket_sizes import with_bucket_sizes
 
+REDUCE_BUCKET_SIZE = 500_000_000
+"""DeepSpeed's default of reduce_bucket_size, in elements (runtime/zero/config.py)."""
+PREFETCH_BUCKET_SIZE = 50_000_000
+"""DeepSpeed's default of stage3_prefetch_bucket_size, in elements."""
+PERSISTENCE_THRESHOLD = 100_000
+"""DeepSpeed's default of stage3_param_persistence_threshold, in elements."""
 MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters and of sub_group_size, in elements."""
+_REDUCE_TYPE = "communication_data_type"
+"""DeepSpeed's key for the data type in which gradients are reduced over the ranks."""
+HPZ = "zero_hpz_partition_size"
+"""DeepSpeed's key for a copy of the weights that the ranks of a node share (ZeRO++); null: all ranks of a node."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +59,10 @@ class ExecutionSettings:
     def offloads_parameters(self) -> bool:
         return _offload_device(self.zero, "offload_param") != "none" and self.zero_stage == 3
 
-    def reduce_bucket(self, num_ranks: int, num_trained: int) -> int:
-        """Size of the reduce bucket, in elements; at most what is trained."""
-        size: int | None = self.zero.get("reduce_bucket_size")
-        return bucket_elements(num_ranks, num_trained) if size is None else min(size, num_trained)
-
-    def ranks_per_copy(self, num_ranks: int) -> int:
-        """Ranks that share a copy of the weights besides ZeRO-3's partition; 1: there is no such copy."""
-        return ranks_per_copy(self.zero, num_ranks=num_ranks, ranks_per_node=-(-num_ranks // self.nodes))
+    @property
+    def reduce_bucket(self) -> int:
+        """Size of the reduce bucket, in elements."""
+        return int(self.zero.get("reduce_bucket_size", REDUCE_BUCKET_SIZE))
 
     @property
     def live_parameters(self) -> int:
@@ -65,16 +70,52 @@ class ExecutionSettings:
         return int(self.zero.get("stage3_max_live_parameters", MAX_LIVE_PARAMETERS))
 
     @property
+    def prefetch_bucket(self) -> int:
+        """Size of the bucket that ZeRO-3 gathers ahead, in elements."""
+        return int(self.zero.get("stage3_prefetch_bucket_size", PREFETCH_BUCKET_SIZE))
+
+    @property
+    def persistence_threshold(self) -> int:
+        """Elements of the largest tensor that ZeRO-3 does not partition."""
+        return int(self.zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Bytes of a gradient's element while it is reduced over the ranks."""
+        return 2 if self.engine.get(_REDUCE_TYPE, "fp32") == "bf16" else 4
+
+    def ranks_per_copy(self, gpus_per_node: int) -> int:
+        """Returns the ranks that share a second copy of the weights (hpZ); 1 if there is none."""
+        size = self.zero.get(HPZ, 1) if self.zero_stage == 3 else 1
+        size = gpus_per_node if size is None else int(size)
+        return 1 if size == self.nodes * gpus_per_node else size
+
+    @property
     def overlaps(self) -> bool:
         """Whether gradient reduction overlaps with the backward pass (DeepSpeed's default at stage 3)."""
         return bool(self.zero.get("overlap_comm", self.zero_stage == 3))
 
-    def with_zero(self, stage: int, *, offload: bool = False) -> "ExecutionSettings":
-        """Returns a copy with `engine=zeroN` and, with `offload`, the optimizer on the host."""
-        engine: dict[str, Any] = yaml.safe_load((CONFIG_DIR / "engine" / f"zero{stage}.yaml").read_text())
+    @property
+    def engine_name(self) -> str:
+        """Name of the file in configs/engine."""
+        return f"zero{self.zero_stage}" + ("_node" if HPZ in self.zero else "")
+
+    def with_engine(self, name: str, *, offload: bool = False) -> "ExecutionSettings":
+        """Returns a copy with `engine=NAME` and, with `offload`, the optimizer on the host.
+
+        The data type in which gradients are reduced is kept, since it changes what is learned.
+        """
+        engine: dict[str, Any] = yaml.safe_load((CONFIG_DIR / "engine" / f"{name}.yaml").read_text())
         if offload:
             engine["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+        if _REDUCE_TYPE in self.engine:
+            engine[_REDUCE_TYPE] = self.engine[_REDUCE_TYPE]
         return replace(self, engine=engine)
+
+    def with_bucket_sizes(self, num_ranks: int, num_parameters: int, num_trained: int) -> "ExecutionSettings":
+        """Returns a copy with the bucket sizes that a run derives (train/engine/bucket_sizes.py)."""
+        zero = with_bucket_sizes(self.zero, num_ranks=num_ranks, num_parameters=num_parameters, num_trained=num_trained)
+        return replace(self, engine={**self.engine, "zero_optimization": zero})
 
     def with_row(self, max_tokens: int, max_tiles: int) -> "ExecutionSettings":
         """Returns a copy with other budgets of a row."""
@@ -84,7 +125,7 @@ class ExecutionSettings:
         """Returns the command line overrides that change `base` to these settings."""
         overrides = []
         if self.engine != base.engine:
-            overrides.append(f"engine=zero{self.zero_stage}")
+            overrides.append(f"engine={self.engine_name}")
             if self.offloads_optimizer:
                 overrides.append("+engine.zero_optimization.offload_optimizer.device=cpu")
         if self.recompute != base.recompute:

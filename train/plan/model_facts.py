@@ -60,6 +60,21 @@ class VisionShape:
 
 
 @dataclass(frozen=True)
+class TensorSizes:
+    """Elements of the parameters that are communicated, in the model's order.
+
+    Attributes:
+        sizes: of every parameter.
+        trained: of the trained ones.
+        num_groups: number of optimizer groups.
+    """
+
+    sizes: tuple[int, ...]
+    trained: tuple[int, ...]
+    num_groups: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """Counts of a stage's model, in elements unless stated otherwise.
 
@@ -67,7 +82,7 @@ class ModelFacts:
         parameters, trained: by part; without the tower's layers above the feature layer, which do not run.
         largest_group: trained elements of the largest optimizer group (the matrices of a part).
         largest_block: elements of one block of the language model.
-        num_tensors: number of parameter tensors.
+        tensors: sizes of the parameters.
         upper_tower: elements of the tower's layers above the feature layer, which stay on the host.
         costs: FLOPs of tiles, tokens and pairs of tokens.
     """
@@ -78,7 +93,7 @@ class ModelFacts:
     trained: dict[str, int]
     largest_group: int
     largest_block: int
-    num_tensors: int
+    tensors: TensorSizes
     upper_tower: int
     costs: StepCosts
 
@@ -161,7 +176,11 @@ def count_model(architecture: Architecture, config: RunConfig) -> ModelFacts:
         trained={part: num_parameters(model, part, trained=True) for part in parts},
         largest_group=max(groups.values()),
         largest_block=sum(p.numel() for p in hf.model.language_model.layers[0].parameters()),
-        num_tensors=sum(1 for _ in model.parameters()),
+        tensors=TensorSizes(
+            tuple(parameter.numel() for parameter in model.parameters()),
+            tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
+            num_groups=len(groups),
+        ),
         upper_tower=sum(p.numel() for layer in model.upper_tower_layers for p in layer.parameters()),
         costs=step_costs(
             vision,

@@ -7,20 +7,35 @@ from typing import Any
 from tabulate import tabulate
 
 from train.plan.advice import Advice
+from train.plan.communication import OVERLAP
 from train.plan.estimate import Estimate, StagePlanner
-from train.plan.hours import OVERLAP
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """The plan of one stage: the requested settings, variants with every ZeRO stage, and advice."""
+    """The plan of one stage.
+
+    Attributes:
+        requested: with the requested settings.
+        variants: with every engine.
+        networks: with the requested settings and other rates of the network in GB/s per node; empty for one node.
+    """
 
     planner: StagePlanner
     requested: Estimate
     variants: Mapping[str, Estimate]
+    networks: Mapping[float, Estimate]
     advice: Advice
+
+    @property
+    def stored_bytes(self) -> float:
+        """Disk that the checkpoints of the stage need: those that are kept, and one that is being written."""
+        save = self.planner.config.save
+        further = self.requested.num_steps // save.keep_every if save.keep_every else 0
+        most = self.requested.num_steps // save.every if save.every else 0
+        return self.requested.save.num_bytes * min(most, save.keep + further + 1)
 
 
 def format_plan(plan: StagePlan) -> str:
@@ -58,9 +73,11 @@ def format_plan(plan: StagePlan) -> str:
                 f"(if computation hides up to {OVERLAP:.0%} of its duration of communication, or none; links: "
                 f"{planner.hardware.link_gb_s:g} GB/s per GPU, {planner.hardware.network_gb_s:g} GB/s per node)"
             ]
-            if time.hidden_s
+            if time.communication.hidden_s
             else []
         ),
+        *_format_save(plan),
+        *_format_networks(plan),
         "",
         *_format_advice(plan),
     ]
@@ -83,6 +100,7 @@ def plan_values(plan: StagePlan) -> dict[str, Any]:
         "hardware": asdict(planner.hardware),
         "asked": estimate_values(plan.requested),
         "zero": {name: estimate_values(estimate) for name, estimate in plan.variants.items()},
+        "networks": [network_values(rate, estimate) for rate, estimate in plan.networks.items()],
         "best": best and {"change": list(best.settings.list_overrides(requested)), **estimate_values(best)},
         "nearest": nearest and {"change": list(nearest.settings.list_overrides(requested)), **estimate_values(nearest)},
         "nodes": [estimate_values(estimate) for estimate in plan.advice.nodes],
@@ -93,8 +111,9 @@ def plan_values(plan: StagePlan) -> dict[str, Any]:
 
 def estimate_values(estimate: Estimate) -> dict[str, Any]:
     """Returns the values of one estimate for JSON."""
-    settings, time = estimate.settings, estimate.time
+    settings, time, save = estimate.settings, estimate.time, estimate.save
     return {
+        "engine": settings.engine_name,
         "zero_stage": settings.zero_stage,
         "offload_optimizer": settings.offloads_optimizer,
         "recompute": list(settings.recompute),
@@ -113,6 +132,8 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
         "host_gib_a_node": estimate.memory.host / GIB,
         "step_s": dict(time.kinds),
         "step_total_s": time.total,
+        "communication": communication_values(estimate),
+        "save": {"bytes": save.num_bytes, "write_s": save.write_s, "stall_s": save.stall_s},
         "micro_steps": time.micro_steps,
         "balance": time.balance,
         "mfu": time.mfu,
@@ -125,16 +146,59 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
     }
 
 
-def format_bracket(hours: float, hours_without_overlap: float) -> str:
+def communication_values(estimate: Estimate) -> dict[str, float]:
+    """Returns seconds, bytes and shares of the communication of a step."""
+    time = estimate.time
+    return {
+        "total_s": time.communication.total_s,
+        "hidden_s": time.communication.hidden_s,
+        "across_bytes_a_node": time.communication.across_bytes,
+        "inside_bytes_a_rank": time.communication.inside_bytes,
+        "share": time.communication_share,
+        "share_without_overlap": time.communication_share_without_overlap,
+    }
+
+
+def network_values(network_gb_s: float, estimate: Estimate) -> dict[str, float]:
+    """Returns what the rate of the network changes."""
+    return {
+        "network_gb_s": network_gb_s,
+        "share": estimate.time.communication_share,
+        "share_without_overlap": estimate.time.communication_share_without_overlap,
+        "hours": estimate.hours,
+        "hours_without_overlap": estimate.hours_without_overlap,
+    }
+
+
+def format_shares(estimate: Estimate) -> str:
+    """Returns the share of a step for communication as a range: with the assumed overlap, and without any."""
+    low, high = (
+        f"{share:.0%}"
+        for share in (estimate.time.communication_share, estimate.time.communication_share_without_overlap)
+    )
+    return low if low == high else f"{low} to {high}"
+
+
+def format_bracket(hours: float, hours_without_overlap: float, digits: int = 1) -> str:
     """Returns hours as a range: with the assumed overlap of communication, and without any."""
-    low, high = f"{hours:,.1f}", f"{hours_without_overlap:,.1f}"
+    low, high = f"{hours:,.{digits}f}", f"{hours_without_overlap:,.{digits}f}"
     return low if low == high else f"{low} to {high}"
 
 
 def format_hours(estimate: Estimate) -> str:
     """Returns hours, as a range, and GPU-hours as text."""
-    hours = format_bracket(estimate.hours, estimate.hours_without_overlap)
-    return f"{hours} h, {estimate.gpu_hours:,.0f} GPU-hours"
+    return f"{format_hour_range(estimate)} h, {format_gpu_hours(estimate)} GPU-hours"
+
+
+def format_hour_range(estimate: Estimate) -> str:
+    """Returns hours as a range."""
+    return format_bracket(estimate.hours, estimate.hours_without_overlap)
+
+
+def format_gpu_hours(estimate: Estimate) -> str:
+    """Returns GPU-hours as a range."""
+    ranks = estimate.num_ranks
+    return format_bracket(estimate.hours * ranks, estimate.hours_without_overlap * ranks, digits=0)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -152,9 +216,30 @@ def _format_memory(plan: StagePlan) -> str:
         ["total", *(f"{estimate.memory.total / GIB:.1f}" for estimate in plan.variants.values())],
         ["available", *(f"{estimate.limit_bytes / GIB:.1f}" for estimate in plan.variants.values())],
         ["fits", *("yes" if estimate.fits else "no" for estimate in plan.variants.values())],
-        ["hours", *(f"{estimate.hours:.1f}" for estimate in plan.variants.values())],
+        ["hours", *(format_hour_range(estimate) for estimate in plan.variants.values())],
     ]
     return format_table(["", *plan.variants], rows)
+
+
+def _format_save(plan: StagePlan) -> Iterator[str]:
+    save, every = plan.requested.save, plan.planner.config.save.every
+    if every:
+        yield (
+            f"checkpoint every {every} steps: {save.num_bytes / 1e9:,.1f} GB, {plan.stored_bytes / 1e9:,.0f} GB with "
+            f"those that are kept; training stops for {save.stall_s:.1f} s, it is complete after {save.write_s:.0f} s"
+        )
+
+
+def _format_networks(plan: StagePlan) -> Iterator[str]:
+    if plan.networks:
+        yield f"\ncommunication by the rate of the network (overlap {OVERLAP:g} to 0)"
+        yield format_table(
+            ["GB/s per node", "share of a step", "h"],
+            [
+                [f"{rate:g}", format_shares(estimate), format_hour_range(estimate)]
+                for rate, estimate in plan.networks.items()
+            ],
+        )
 
 
 def _format_advice(plan: StagePlan) -> Iterator[str]:
@@ -179,10 +264,10 @@ def _format_advice(plan: StagePlan) -> Iterator[str]:
                     str(estimate.settings.nodes),
                     str(estimate.num_ranks),
                     "yes" if estimate.fits else "no",
-                    f"{estimate.hours:.1f}",
-                    f"{estimate.gpu_hours:,.0f}",
+                    format_hour_range(estimate),
+                    format_gpu_hours(estimate),
                     f"{estimate.time.balance:.3f}",
-                    f"{estimate.time.kinds['communication'] / estimate.time.total:.0%}",
+                    format_shares(estimate),
                 ]
                 for estimate in advice.nodes
             ],

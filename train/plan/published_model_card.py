@@ -1,4 +1,4 @@
-"""Compares the training costs of the published model card with plans, and computes the MFU of the card.
+"""Compares the training costs of the published model card with plans, and computes the card's MFU.
 
 The costs are those of the LLaVA-NeXT blog post of January 2024, in GPUs and hours on A100. It does not say whether
 they include stage 1; they are taken as stage 2 on 760K samples, since stage 1 was that of LLaVA-1.5.
@@ -40,7 +40,6 @@ def plan_card(hardware: Hardware) -> list[dict[str, object]]:
                 "our_gpus": ours.num_ranks,
                 "our_hours": ours.hours,
                 "our_hours_without_overlap": ours.hours_without_overlap,
-                "our_mfu": ours.time.mfu,
                 "change": list(ours.settings.list_overrides(requested.settings)),
                 "memory_gib": ours.memory.total / 2**30,
                 "fits": ours.fits,

@@ -9,6 +9,9 @@ from train.plan.model_facts import count_model, read_architecture
 from train.plan.plan_text import StagePlan
 from train.plan.sample_lengths import load_population
 
+NETWORK_RATES = (12.5, 25.0, 50.0, 200.0)
+"""GB/s per node in one direction: one, two and four ports of 100 Gb/s, and eight of 200 Gb/s."""
+
 
 def plan_stage(
     config: RunConfig, hardware: Hardware, nodes: int, *, num_samples: int | None = None, config_dir: str | None = None
@@ -25,10 +28,14 @@ def plan_stage(
     settings = read_settings(config, nodes)
     requested = planner.estimate(settings)
     variants = {}
-    for stage in range(4):
-        changed = settings if stage == settings.zero_stage else settings.with_zero(stage)
-        variants[f"zero{stage}" + (" *" if changed is settings else "")] = planner.estimate(changed)
-    for stage in (2, 3):
+    names = ["zero0", "zero1", "zero2", "zero3", *(["zero3_node"] if nodes > 1 else [])]
+    for name in names:
+        is_requested = name == settings.engine_name
+        variants[name + " *" * is_requested] = (
+            requested if is_requested else planner.estimate(settings.with_engine(name))
+        )
+    for name in ("zero2", "zero3"):
         if hardware.device == "cuda":
-            variants[f"zero{stage} offload"] = planner.estimate(settings.with_zero(stage, offload=True))
-    return StagePlan(planner, requested, variants, advise(planner, requested))
+            variants[f"{name} offload"] = planner.estimate(settings.with_engine(name, offload=True))
+    networks = {} if nodes == 1 else {rate: planner.with_network(rate).estimate(settings) for rate in NETWORK_RATES}
+    return StagePlan(planner, requested, variants, networks, advise(planner, requested))

@@ -188,7 +188,7 @@ def compare(job: Job, outcome: Outcome, hardware: Hardware, name: str) -> dict[s
     gib = planned.total / 2**30
     if job.device == "cpu":
         hardware = replace(hardware, fp32_tflops=outcome.gemm_tflops)
-    time = estimate_step_time(facts, setting, steps, hardware, half=half, workers=job.workers, save_every=0)
+    time = estimate_step_time(facts, setting, steps, hardware, half=half, workers=job.workers)
     seconds = median(outcome.seconds[1:])
     state = sum(planned.kinds[kind] for kind in ("weights", "gradients", "optimizer"))
     print(f"  {name}: {gib:.2f} GiB planned, {outcome.peak_gib:.2f} measured", flush=True)

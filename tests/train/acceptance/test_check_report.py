@@ -23,8 +23,8 @@ from train.acceptance.check_report import (
 from train.acceptance.compare_runs import TOLERANCES, compare_runs
 from train.acceptance.measured_hardware import convert_links, select_base_hardware, write_hardware
 from train.config.schema import ConfigError
+from train.plan.communication import LINK_SHARE, estimate_ring
 from train.plan.hardware import check_hardware
-from train.plan.hours import LINK_SHARE, estimate_ring
 
 ROOT = Path(__file__).resolve().parents[3]
 
