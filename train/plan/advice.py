@@ -97,7 +97,7 @@ def _find_fitting_on_more_nodes(planner: StagePlanner, settings: ExecutionSettin
 
 
 def _select_fastest(fitting: list[Estimate], requested: ExecutionSettings) -> Estimate:
-    """Returns the settings with the fewest changes among those that are about as fast as the fastest; then the fastest."""
+    """Returns the fastest of the settings with the fewest changes among those that are about as fast as the fastest."""
     least = min(estimate.middle_hours for estimate in fitting)
     near = [estimate for estimate in fitting if estimate.middle_hours <= least * (1 + _HOURS_TOLERANCE)]
     return min(near, key=lambda e: (len(e.settings.list_overrides(requested)), e.middle_hours))
