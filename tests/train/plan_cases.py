@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from tests.train.cases import Collective, built, recorded_collectives
+from tests.train.cases import Collective, _step, built, recorded_collectives
 from train.config.schema import RunConfig
 
 
@@ -38,10 +38,11 @@ def step_collectives(config: RunConfig, num_micro_steps: int) -> Recorded:
 
 
 def saved_bytes(config: RunConfig) -> int:
-    """Writes a checkpoint and returns the bytes of the engine's files."""
+    """Writes a checkpoint after a step, which makes the moments; returns the bytes of the engine's files."""
     import torch.distributed as dist
 
     with built(config) as parts:
+        _step(parts, parts.planner.plan(0))
         folder = config.run_dir / "saved"
         parts.engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True)
         dist.barrier()

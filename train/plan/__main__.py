@@ -73,12 +73,14 @@ def _plan(stages: list[tuple[RunConfig, Hardware, int]], options: argparse.Names
     for config, hardware, nodes in stages:
         plans.append(plan_stage(config, hardware, nodes, num_samples=options.samples, config_dir=options.config_dir))
         print(format_plan(plans[-1]), end="\n\n", flush=True)
-    hours, without_overlap, gpu_hours = (
-        sum(getattr(plan.requested, name) for plan in plans) for name in ("hours", "hours_without_overlap", "gpu_hours")
+    hours, without_overlap, gpu_hours, gpu_hours_without_overlap = (
+        sum(getattr(plan.requested, name) for plan in plans)
+        for name in ("hours", "hours_without_overlap", "gpu_hours", "gpu_hours_without_overlap")
     )
     fits = all(plan.requested.fits for plan in plans)
     if len(plans) > 1:
-        duration = f"{format_bracket(hours, without_overlap)} h, {gpu_hours:,.0f} GPU-hours"
+        gpus = format_bracket(gpu_hours, gpu_hours_without_overlap, digits=0)
+        duration = f"{format_bracket(hours, without_overlap)} h, {gpus} GPU-hours"
         print(f"both stages: {duration}{'' if fits else ' (does not fit)'}")
     if options.out:
         values = {
@@ -86,6 +88,7 @@ def _plan(stages: list[tuple[RunConfig, Hardware, int]], options: argparse.Names
             "hours": hours,
             "hours_without_overlap": without_overlap,
             "gpu_hours": gpu_hours,
+            "gpu_hours_without_overlap": gpu_hours_without_overlap,
             "stages": [plan_values(plan) for plan in plans],
         }
         options.out.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

@@ -142,35 +142,43 @@ def _list_gathers(
 ) -> Iterator[Collectives]:
     """Yields what ZeRO-3 gathers in a step: weights twice per micro-step, and small ones once after the update.
 
-    The forward pass gathers every module's weights, and the backward pass does so again, except for the last ones of up
-    to `stage3_max_live_parameters` elements, which are still there. Recompute adds none: if a block fits into
-    `stage3_max_reuse_distance`, its weights stay from its second forward pass to its backward pass. Weights of at most
-    `stage3_param_persistence_threshold` elements stay whole; the update gathers them one by one. With hpZ (ZeRO++, Wang
-    et al. 2023) only the first gather after an update crosses the nodes.
+    The forward pass gathers every module's weights, and the backward pass does so again, except for the last ones that
+    are still there: up to `stage3_max_live_parameters` elements, or those that are used again within
+    `stage3_max_reuse_distance`. Recompute adds none: if a block fits into that distance, its weights stay from its
+    second forward pass to its backward pass. Weights of at most `stage3_param_persistence_threshold` elements stay
+    whole; the update gathers them one by one. With hpZ (ZeRO++, Wang et al. 2023) only the first gather of a trained
+    weight after an update crosses the nodes.
     """
-    gathered = [size for size in tensors.sizes if size > settings.persistence_threshold]
-    persistent = [size for size in tensors.sizes if size <= settings.persistence_threshold]
-    elements = sum(gathered)
-    repeats = (2 - min(elements, settings.live_parameters) / max(1, elements)) * micro_steps
-    num_across = 1.0 if settings.ranks_per_copy(gpus_per_node) > 1 else repeats
-    for kind, number, across in (
-        ("weights", num_across, True),
-        ("weights inside a node", max(0.0, repeats - num_across), False),
-    ):
-        count = number * count_gathers(gathered, settings)
-        yield Collectives(kind, count, float(s * elements) * number, across=across, overlaps=settings.overlaps)
+    threshold = settings.persistence_threshold
+    gathered = [size for size in tensors.sizes if size > threshold]
+    persistent = [size for size in tensors.sizes if size <= threshold]
+    elements, collectives = sum(gathered), count_gathers(gathered, settings)
+    passes = 3 if "language_model" in settings.recompute else 2
+    kept = max(settings.live_parameters, settings.reuse_distance / passes)
+    every = micro_steps * (elements + max(0.0, elements - tensors.forward_only - kept))
+    updated = float(sum(size for size in tensors.trained if size > threshold))
+    across = min(every, updated) if settings.ranks_per_copy(gpus_per_node) > 1 else every
+    for kind, number, crosses in (("weights", across, True), ("weights inside a node", every - across, False)):
+        count = collectives * number / max(1, elements)
+        yield Collectives(kind, count, s * number, across=crosses, overlaps=settings.overlaps)
     yield Collectives("small weights", len(persistent), float(s * sum(persistent)), across=True, overlaps=False)
 
 
-def count_gathers(sizes: list[int], settings: ExecutionSettings) -> int:
+def count_gathers(sizes: Sequence[int], settings: ExecutionSettings) -> int:
     """Returns the number of all-gathers in which ZeRO-3 gathers tensors of these sizes once.
 
-    If all fit into `stage3_max_live_parameters`, it prefetches them by buckets. Else a module is gathered when another
-    one has been released, and a collective has one tensor, or a few small ones.
+    If all fit into `stage3_max_live_parameters`, the first one is gathered alone, and the others ahead of their use, in
+    groups that end when they have at least `stage3_prefetch_bucket_size` elements. Else a module is gathered when
+    another one has been released, and a collective has one tensor, or a few small ones.
     """
     if sum(sizes) > settings.live_parameters:
         return len(sizes)
-    return count_groups(sizes, settings.prefetch_bucket)
+    groups, filled = 1, settings.prefetch_bucket
+    for size in sizes[1:]:
+        if filled >= settings.prefetch_bucket:
+            groups, filled = groups + 1, 0
+        filled += size
+    return groups
 
 
 def count_groups(sizes: Iterable[int], limit: int) -> int:

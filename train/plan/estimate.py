@@ -63,6 +63,10 @@ class Estimate:
     def gpu_hours(self) -> float:
         return self.hours * self.num_ranks
 
+    @property
+    def gpu_hours_without_overlap(self) -> float:
+        return self.hours_without_overlap * self.num_ranks
+
 
 @dataclass
 class StagePlanner:

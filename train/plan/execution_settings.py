@@ -11,6 +11,8 @@ from train.engine.bucket_sizes import with_bucket_sizes
 
 REDUCE_BUCKET_SIZE = 500_000_000
 """DeepSpeed's default of reduce_bucket_size, in elements (runtime/zero/config.py)."""
+REUSE_DISTANCE = 1_000_000_000
+"""DeepSpeed's default of stage3_max_reuse_distance, in elements."""
 PREFETCH_BUCKET_SIZE = 50_000_000
 """DeepSpeed's default of stage3_prefetch_bucket_size, in elements."""
 PERSISTENCE_THRESHOLD = 100_000
@@ -78,6 +80,11 @@ class ExecutionSettings:
     def persistence_threshold(self) -> int:
         """Elements of the largest tensor that ZeRO-3 does not partition."""
         return int(self.zero.get("stage3_param_persistence_threshold", PERSISTENCE_THRESHOLD))
+
+    @property
+    def reuse_distance(self) -> int:
+        """Elements within which ZeRO-3 keeps weights that are used again."""
+        return int(self.zero.get("stage3_max_reuse_distance", REUSE_DISTANCE))
 
     @property
     def gradient_bytes(self) -> int:

@@ -67,11 +67,13 @@ class TensorSizes:
         sizes: of every parameter.
         trained: of the trained ones.
         num_groups: number of optimizer groups.
+        forward_only: elements of a part that no gradient passes: the tower, if it is frozen.
     """
 
     sizes: tuple[int, ...]
     trained: tuple[int, ...]
     num_groups: int
+    forward_only: int = 0
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def count_model(architecture: Architecture, config: RunConfig) -> ModelFacts:
             tuple(parameter.numel() for parameter in model.parameters()),
             tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             num_groups=len(groups),
+            forward_only=0 if num_parameters(model, "vision_tower", trained=True) else num_parameters(model, parts[0]),
         ),
         upper_tower=sum(p.numel() for layer in model.upper_tower_layers for p in layer.parameters()),
         costs=step_costs(

@@ -143,6 +143,7 @@ def estimate_values(estimate: Estimate) -> dict[str, Any]:
         "hours": estimate.hours,
         "hours_without_overlap": estimate.hours_without_overlap,
         "gpu_hours": estimate.gpu_hours,
+        "gpu_hours_without_overlap": estimate.gpu_hours_without_overlap,
     }
 
 
@@ -197,8 +198,7 @@ def format_hour_range(estimate: Estimate) -> str:
 
 def format_gpu_hours(estimate: Estimate) -> str:
     """Returns GPU-hours as a range."""
-    ranks = estimate.num_ranks
-    return format_bracket(estimate.hours * ranks, estimate.hours_without_overlap * ranks, digits=0)
+    return format_bracket(estimate.gpu_hours, estimate.gpu_hours_without_overlap, digits=0)
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

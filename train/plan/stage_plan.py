@@ -28,7 +28,9 @@ def plan_stage(
     settings = read_settings(config, nodes)
     requested = planner.estimate(settings)
     variants = {}
-    names = ["zero0", "zero1", "zero2", "zero3", *(["zero3_node"] if nodes > 1 else [])]
+    names = ["zero0", "zero1", "zero2", "zero3"]
+    if nodes > 1 or settings.engine_name == "zero3_node":
+        names.append("zero3_node")
     for name in names:
         is_requested = name == settings.engine_name
         variants[name + " *" * is_requested] = (

@@ -14,11 +14,13 @@ from tests.train.conftest import StartRanks
 from tests.train.plan.test_hours import hardware
 from tests.train.plan.test_memory import setting
 from train.config.schema import RunConfig
+from train.engine.communication_volume import Counts, step_volume
 from train.plan.communication import (
     LINK_SHARE,
     OVERLAP,
     Collectives,
     count_bytes,
+    count_gathers,
     count_groups,
     estimate_communication,
     estimate_ring,
@@ -29,6 +31,7 @@ from train.plan.model_facts import ModelFacts, TensorSizes, count_model, read_ar
 
 TRAINED, EVERY = 6700, 7000
 TENSORS = TensorSizes((6700, 300), (6700,), num_groups=1)
+NOTHING_KEPT: dict[str, Any] = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}
 NUM_MICRO_STEPS = 3
 FULL = pytest.mark.full
 
@@ -52,11 +55,25 @@ def test_stage_3_sends_more_and_stage_2_every_micro_step() -> None:
     twice per micro-step, with and without recompute, if it keeps none of them."""
     assert moved(setting(1), 4) == 2 * 4 * TRAINED + 2 * TRAINED
     assert moved(setting(2), 4) == 4 * 2 * 4 * TRAINED + 2 * TRAINED
-    small: dict[str, Any] = {"stage3_max_live_parameters": 0, "stage3_param_persistence_threshold": 0}
+    small: dict[str, Any] = NOTHING_KEPT | {"stage3_param_persistence_threshold": 0}
     for recompute in ((), ("language_model",)):
         assert moved(setting(3, recompute=recompute, **small), 4) == 4 * (4 * TRAINED + 2 * 2 * EVERY)
-    kept: dict[str, Any] = {"stage3_max_live_parameters": 1000, "stage3_param_persistence_threshold": 300}
+    kept: dict[str, Any] = {
+        **NOTHING_KEPT,
+        "stage3_max_live_parameters": 1000,
+        "stage3_param_persistence_threshold": 300,
+    }
     assert moved(setting(3, **kept), 4) == 4 * (4 * TRAINED + 2 * (2 * 6700 - 1000)) + 2 * 300
+
+
+def test_a_frozen_tower_is_gathered_once() -> None:
+    """No gradient passes it, so the backward pass does not gather it."""
+    settings = setting(3, **NOTHING_KEPT, stage3_param_persistence_threshold=0)
+    with_tower, frozen = (
+        sum(each.num_bytes for each in list_collectives(tensors, settings, 8, 4, half=True) if each.kind == "weights")
+        for tensors in (TENSORS, replace(TENSORS, forward_only=300))
+    )
+    assert with_tower - frozen == 4 * 2 * 300
 
 
 def test_bf16_gradients_are_half_as_many_bytes() -> None:
@@ -67,17 +84,17 @@ def test_bf16_gradients_are_half_as_many_bytes() -> None:
 
 
 def test_a_copy_in_every_node_leaves_one_gather_across() -> None:
-    """With hpZ all gathers but the first are inside a node; one node has no copy."""
+    """With hpZ all gathers but the first of trained weights are inside a node; one node has no copy."""
     options: dict[str, Any] = {
+        **NOTHING_KEPT,
         "zero_hpz_partition_size": None,
-        "stage3_max_live_parameters": 0,
         "stage3_param_persistence_threshold": 0,
     }
     settings = replace(setting(3, **options), nodes=4)
     listed = list_collectives(TENSORS, settings, 8, 4, half=True)
     across, inside = count_bytes(list(listed), 4, 8)
-    assert across == pytest.approx(31 / 32 * (4 * 4 * TRAINED + 2 * EVERY))
-    assert inside == pytest.approx(7 / 8 * 2 * EVERY * (4 * 2 - 1))
+    assert across == pytest.approx(31 / 32 * (4 * 4 * TRAINED + 2 * TRAINED))
+    assert inside == pytest.approx(7 / 8 * 2 * (4 * 2 * EVERY - TRAINED))
     assert settings.ranks_per_copy(8) == 8
     assert replace(settings, nodes=1).ranks_per_copy(8) == 1
 
@@ -95,6 +112,27 @@ def test_computation_hides_at_most_its_share(compute_s: float) -> None:
     assert result.total_s == pytest.approx(2 * each_s)
     assert result.hidden_s == pytest.approx(min(each_s, OVERLAP * compute_s))
     assert estimate_communication(collectives, node, 1, compute_s, overlap=0.0).hidden_s == 0
+
+
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_node"])
+def test_bytes_are_those_of_the_engine(name: str) -> None:
+    """The bytes of a 7B's step are those of the formula beside the engine, within 5 %."""
+    sizes = (131_000_000, *(45_000_000,) * 96, *(16_800_000,) * 128, *(4096,) * 65, 131_000_000)
+    elements, persistent = sum(sizes), 65 * 4096
+    settings = replace(setting(2).with_engine(name), nodes=4)
+    counts = Counts(elements, elements, elements - 2 * 131_000_000, persistent)
+    zero_options = settings.zero | ({"zero_hpz_partition_size": 8} if name == "zero3_node" else {})
+    expected = step_volume(zero_options, counts, micro_steps=2, half=True, reduce_bytes=4)
+    listed = list(list_collectives(TensorSizes(sizes, sizes, 2), settings, 8, 2, half=True))
+    assert sum(each.num_bytes for each in listed if each.across) == pytest.approx(expected.all_ranks, rel=0.05)
+    assert sum(each.num_bytes for each in listed if not each.across) == pytest.approx(expected.node, rel=0.05)
+
+
+def test_gathers_are_ahead_or_by_tensor() -> None:
+    """By buckets if everything may stay gathered, else one for each tensor."""
+    settings = setting(3, stage3_prefetch_bucket_size=8, stage3_max_live_parameters=24)
+    assert count_gathers([2, 4, 4, 4, 10], settings) == 3
+    assert count_gathers([2, 4, 4, 4, 11], settings) == 5
 
 
 def test_a_bucket_is_full_before_it_overflows() -> None:

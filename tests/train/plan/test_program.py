@@ -59,6 +59,24 @@ def test_both_stages_and_all_files(tmp_path: Path, capsys: pytest.CaptureFixture
     ]
 
 
+def test_several_nodes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A faster network takes no larger share; every engine is planned, one copy of the weights per node among them; a
+    checkpoint and everything that is kept have a size."""
+    out = tmp_path / "plan.json"
+    main([*QUICKSTART, "stage=finetune", "nodes=2", "engine=zero3_node", "--out", str(out)])
+    printed = capsys.readouterr().out
+    (stage,) = json.loads(out.read_text())["stages"]
+    assert list(stage["zero"]) == ["zero0", "zero1", "zero2", "zero3", "zero3_node *"]
+    assert [each["network_gb_s"] for each in stage["networks"]] == [12.5, 25, 50, 200]
+    for key in ("share", "share_without_overlap", "hours", "hours_without_overlap"):
+        values = [each[key] for each in stage["networks"]]
+        assert values == sorted(values, reverse=True)
+    asked = stage["asked"]
+    assert asked["communication"]["across_bytes_a_node"] > 0
+    assert asked["save"]["bytes"] == 12 * sum(stage["trained"].values())
+    assert "GB/s per node" in printed
+
+
 def test_configuration_that_does_not_fit_gets_a_change_that_does(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
