@@ -4,6 +4,7 @@ What DeepSpeed 0.19.8 issues was recorded on real ranks (tests/train/plan/test_c
 number of ranks, T the trained parameters, P all parameters, s the bytes of a weight and g those of a reduced gradient.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -140,45 +141,61 @@ def list_collectives(
 def _list_gathers(
     tensors: TensorSizes, settings: ExecutionSettings, gpus_per_node: int, micro_steps: float, s: int
 ) -> Iterator[Collectives]:
-    """Yields what ZeRO-3 gathers in a step: weights twice per micro-step, and small ones once after the update.
+    """Yields what ZeRO-3 gathers in a step: weights in every micro-step, and small ones once after the update.
 
-    The forward pass gathers every module's weights, and the backward pass does so again, except for the last ones that
-    are still there: up to `stage3_max_live_parameters` elements, or those that are used again within
-    `stage3_max_reuse_distance`. Recompute adds none: if a block fits into that distance, its weights stay from its
-    second forward pass to its backward pass. Weights of at most `stage3_param_persistence_threshold` elements stay
-    whole; the update gathers them one by one. With hpZ (ZeRO++, Wang et al. 2023) only the first gather of a trained
-    weight after an update crosses the nodes.
+    Weights of at most `stage3_param_persistence_threshold` elements stay whole; the update gathers them one by one.
+    With hpZ (ZeRO++, Wang et al. 2023) only the first gather of a trained weight after an update crosses the nodes.
     """
     threshold = settings.persistence_threshold
-    gathered = [size for size in tensors.sizes if size > threshold]
-    persistent = [size for size in tensors.sizes if size <= threshold]
-    elements, collectives = sum(gathered), count_gathers(gathered, settings)
-    passes = 3 if "language_model" in settings.recompute else 2
-    kept = max(settings.live_parameters, settings.reuse_distance / passes)
-    every = micro_steps * (elements + max(0.0, elements - tensors.forward_only - kept))
+    order = list_gathered(tensors, settings)
+    every = micro_steps * sum(order)
     updated = float(sum(size for size in tensors.trained if size > threshold))
     across = min(every, updated) if settings.ranks_per_copy(gpus_per_node) > 1 else every
-    for kind, number, crosses in (("weights", across, True), ("weights inside a node", every - across, False)):
-        count = collectives * number / max(1, elements)
-        yield Collectives(kind, count, s * number, across=crosses, overlaps=settings.overlaps)
+    for kind, elements, crosses in (("weights", across, True), ("weights inside a node", every - across, False)):
+        count = count_gathers(order, settings) * elements / max(1, sum(order))
+        yield Collectives(kind, count, s * elements, across=crosses, overlaps=settings.overlaps)
+    persistent = [size for size in tensors.sizes if size <= threshold]
     yield Collectives("small weights", len(persistent), float(s * sum(persistent)), across=True, overlaps=False)
 
 
-def count_gathers(sizes: Sequence[int], settings: ExecutionSettings) -> int:
-    """Returns the number of all-gathers in which ZeRO-3 gathers tensors of these sizes once.
+def list_gathered(tensors: TensorSizes, settings: ExecutionSettings) -> list[int]:
+    """Returns the elements of the tensors that ZeRO-3 gathers in a micro-step, in their order.
 
-    If all fit into `stage3_max_live_parameters`, the first one is gathered alone, and the others ahead of their use, in
-    groups that end when they have at least `stage3_prefetch_bucket_size` elements. Else a module is gathered when
-    another one has been released, and a collective has one tensor, or a few small ones.
+    The forward pass gathers all, and the backward pass does so again, except for the last ones that are still there: up
+    to `stage3_max_live_parameters` elements, or those that are used again within `stage3_max_reuse_distance`. Recompute
+    adds none: if a block fits into that distance, its weights stay from its second forward pass to its backward pass.
     """
-    if sum(sizes) > settings.live_parameters:
-        return len(sizes)
-    groups, filled = 1, settings.prefetch_bucket
-    for size in sizes[1:]:
-        if filled >= settings.prefetch_bucket:
-            groups, filled = groups + 1, 0
-        filled += size
-    return groups
+    passes = 3 if "language_model" in settings.recompute else 2
+    kept = max(settings.live_parameters, settings.reuse_distance / passes)
+    forward, backward = (
+        [size for size in sizes if size > settings.persistence_threshold] for sizes in (tensors.sizes, tensors.backward)
+    )
+    for size in reversed(backward):
+        kept -= size
+        if kept < 0:
+            break
+        backward = backward[:-1]
+    return forward + backward[::-1]
+
+
+def count_gathers(order: Sequence[int], settings: ExecutionSettings) -> int:
+    """Returns the number of all-gathers in which ZeRO-3 gathers tensors of these sizes.
+
+    The first one is gathered alone. The others are gathered ahead of their use, in groups that end when they have
+    `stage3_prefetch_bucket_size` elements, or as many as `stage3_max_live_parameters` has room for. Then a group waits
+    until tensors before it have been released.
+    """
+    waiting, released = deque(order), iter(order)
+    room, limit, count = float(settings.live_parameters), 1.0, 0
+    while waiting:
+        if room <= 0:
+            room += next(released)
+            continue
+        gathered = 0
+        while waiting and gathered < min(room, limit):
+            gathered += waiting.popleft()
+        room, limit, count = room - gathered, settings.prefetch_bucket, count + 1
+    return count
 
 
 def count_groups(sizes: Iterable[int], limit: int) -> int:

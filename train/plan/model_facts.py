@@ -67,13 +67,13 @@ class TensorSizes:
         sizes: of every parameter.
         trained: of the trained ones.
         num_groups: number of optimizer groups.
-        forward_only: elements of a part that no gradient passes: the tower, if it is frozen.
+        backward: of those that the backward pass uses: without a frozen tower, which no gradient passes.
     """
 
     sizes: tuple[int, ...]
     trained: tuple[int, ...]
+    backward: tuple[int, ...]
     num_groups: int
-    forward_only: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,12 +178,7 @@ def count_model(architecture: Architecture, config: RunConfig) -> ModelFacts:
         trained={part: num_parameters(model, part, trained=True) for part in parts},
         largest_group=max(groups.values()),
         largest_block=sum(p.numel() for p in hf.model.language_model.layers[0].parameters()),
-        tensors=TensorSizes(
-            tuple(parameter.numel() for parameter in model.parameters()),
-            tuple(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-            num_groups=len(groups),
-            forward_only=0 if num_parameters(model, "vision_tower", trained=True) else num_parameters(model, parts[0]),
-        ),
+        tensors=count_tensors(model, num_groups=len(groups)),
         upper_tower=sum(p.numel() for layer in model.upper_tower_layers for p in layer.parameters()),
         costs=step_costs(
             vision,
@@ -194,6 +189,18 @@ def count_model(architecture: Architecture, config: RunConfig) -> ModelFacts:
             trains_language_model="language_model" in config.stage.rates,
             adapted=config.lora or (),
         ),
+    )
+
+
+def count_tensors(model: LlavaNext, *, num_groups: int) -> TensorSizes:
+    """Returns the sizes of a model's parameters."""
+    named = [(part_of(name), parameter) for name, parameter in model.named_parameters()]
+    trained = {part for part, parameter in named if parameter.requires_grad}
+    return TensorSizes(
+        tuple(parameter.numel() for _, parameter in named),
+        tuple(parameter.numel() for _, parameter in named if parameter.requires_grad),
+        tuple(parameter.numel() for part, parameter in named if part != "vision_tower" or part in trained),
+        num_groups,
     )
 
 

@@ -232,11 +232,12 @@ def list_of(series: Series, timing: Timing) -> tuple[Collectives, ...]:
             "reduce_bucket_size": block,
             "stage3_max_live_parameters": block,
             "stage3_max_reuse_distance": 0,
+            "stage3_prefetch_bucket_size": block,
             "stage3_param_persistence_threshold": 0,
         }
         engine = {"zero_optimization": zero, "communication_data_type": "bf16"}
         settings = ExecutionSettings(engine, (), PackingConfig(timing.tokens, 1), timing.nodes)
-        tensors = TensorSizes((block,) * blocks, (block,) * blocks, 1)
+        tensors = TensorSizes(*((block,) * blocks,) * 3, 1)
         return tuple(list_collectives(tensors, settings, 8, timing.micro_steps, half=True))
     num_bytes, buckets = 2 * elements, -(-elements // 2**29)
     return (

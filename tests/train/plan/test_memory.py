@@ -32,7 +32,7 @@ FACTS = ModelFacts(
     trained={"vision_tower": 0, "projector": 20, "image_newline": 0, "language_model": 6680},
     largest_group=6680,
     largest_block=200,
-    tensors=TensorSizes((6680, 20, 300), (6680, 20), num_groups=2),
+    tensors=TensorSizes((300, 20, 6680), (20, 6680), (20, 6680), num_groups=2),
     upper_tower=12,
     costs=SimpleNamespace(),  # type: ignore[arg-type]
 )
