@@ -150,7 +150,7 @@ def _list_gathers(
     order = list_gathered(tensors, settings)
     every = micro_steps * sum(order)
     updated = float(sum(size for size in tensors.trained if size > threshold))
-    across = min(every, updated) if settings.ranks_per_copy(gpus_per_node) > 1 else every
+    across = min(every, updated) if settings.ranks_per_copy(settings.nodes * gpus_per_node) > 1 else every
     for kind, elements, crosses in (("weights", across, True), ("weights inside a node", every - across, False)):
         count = count_gathers(order, settings) * elements / max(1, sum(order))
         yield Collectives(kind, count, s * elements, across=crosses, overlaps=settings.overlaps)

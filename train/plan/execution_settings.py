@@ -8,6 +8,7 @@ import yaml
 from data_recipes.schema.config_dir import CONFIG_DIR
 from train.config.schema import PackingConfig, RunConfig
 from train.engine.bucket_sizes import with_bucket_sizes
+from train.engine.node_sharding import KEY, ranks_per_copy
 
 REDUCE_BUCKET_SIZE = 500_000_000
 """DeepSpeed's default of reduce_bucket_size, in elements (runtime/zero/config.py)."""
@@ -21,8 +22,6 @@ MAX_LIVE_PARAMETERS = 1_000_000_000
 """DeepSpeed's default of stage3_max_live_parameters and of sub_group_size, in elements."""
 _REDUCE_TYPE = "communication_data_type"
 """DeepSpeed's key for the data type in which gradients are reduced over the ranks."""
-HPZ = "zero_hpz_partition_size"
-"""DeepSpeed's key for a copy of the weights that the ranks of a node share (ZeRO++); null: all ranks of a node."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +90,9 @@ class ExecutionSettings:
         """Bytes of a gradient's element while it is reduced over the ranks."""
         return 2 if self.engine.get(_REDUCE_TYPE, "fp32") == "bf16" else 4
 
-    def ranks_per_copy(self, gpus_per_node: int) -> int:
-        """Returns the ranks that share a second copy of the weights (hpZ); 1 if there is none."""
-        size = self.zero.get(HPZ, 1) if self.zero_stage == 3 else 1
-        size = gpus_per_node if size is None else int(size)
-        return 1 if size == self.nodes * gpus_per_node else size
+    def ranks_per_copy(self, num_ranks: int) -> int:
+        """Returns the ranks that share a copy of the weights besides ZeRO-3's partition; 1: there is no such copy."""
+        return ranks_per_copy(self.zero, num_ranks=num_ranks, ranks_per_node=-(-num_ranks // self.nodes))
 
     @property
     def overlaps(self) -> bool:
@@ -105,7 +102,7 @@ class ExecutionSettings:
     @property
     def engine_name(self) -> str:
         """Name of the file in configs/engine."""
-        return f"zero{self.zero_stage}" + ("_node" if HPZ in self.zero else "")
+        return f"zero{self.zero_stage}" + ("_node" if KEY in self.zero else "")
 
     def with_engine(self, name: str, *, offload: bool = False) -> "ExecutionSettings":
         """Returns a copy with `engine=NAME` and, with `offload`, the optimizer on the host.

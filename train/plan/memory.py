@@ -76,7 +76,6 @@ def estimate_memory(
     """
     s = 2 if half else 4
     resident = estimate_states(facts, settings, num_ranks=num_ranks, half=half)
-    resident["weights"] += estimate_copy_bytes(facts, settings, num_ranks, half=half)
     if not on_gpu:
         resident["weights"] += _MAIN_DTYPE_BYTES * facts.upper_tower
     row_kinds = estimate_activations(facts, settings, row, half=half, on_gpu=on_gpu)
@@ -110,9 +109,11 @@ def _add_margin(moments: dict[str, dict[str, float]], resident: dict[str, float]
 def estimate_states(facts: ModelFacts, settings: ExecutionSettings, *, num_ranks: int, half: bool) -> dict[str, float]:
     """Returns the bytes that are always on the device (ZeRO, Rajbhandari et al. 2020, with fp32 gradients).
 
-    Weights: s P, at stage 3 s P / R. Gradients: 4 T, from stage 2 on 4 T / R (stage 1 accumulates all of them, since
-    this engine reduces at the step). Optimizer: AdamW's moments, 8 T; from stage 1 on 8 T / R and a copy of the
-    weights, 4 T / R (also of fp32 weights). Offloaded states are on the host.
+    Weights: s P, at stage 3 s P / R, and s P / N more with a copy of the weights in every N ranks of a node (hpZ). An
+    update frees the trained part of the copy, and the next forward pass allocates it again. Gradients: 4 T, from stage
+    2 on 4 T / R (stage 1 accumulates all of them, since this engine reduces at the step). Optimizer: AdamW's moments,
+    8 T; from stage 1 on 8 T / R and a copy of the weights, 4 T / R (also of fp32 weights). Offloaded states are on the
+    host.
     """
     s, stage, trained = 2 if half else 4, settings.zero_stage, facts.num_trained
     share = 1 / num_ranks
@@ -121,19 +122,12 @@ def estimate_states(facts: ModelFacts, settings: ExecutionSettings, *, num_ranks
     optimizer = 8.0 * trained if stage == 0 else 12.0 * trained * share
     if settings.offloads_parameters:
         weights = 0.0
+    if (ranks_per_copy := settings.ranks_per_copy(num_ranks)) > 1:
+        weights += s * facts.num_parameters / ranks_per_copy
     if settings.offloads_optimizer:
         optimizer = 0.0
         gradients = 0.0 if stage >= 2 else gradients
     return {"weights": weights, "gradients": gradients, "optimizer": optimizer}
-
-
-def estimate_copy_bytes(facts: ModelFacts, settings: ExecutionSettings, num_ranks: int, *, half: bool) -> float:
-    """Returns the bytes of a rank's share of its node's copy of the weights (hpZ), s P / G over the G ranks of a node.
-
-    It is allocated while the forward pass releases each module's weights, and freed by the update.
-    """
-    sharing = settings.ranks_per_copy(-(-num_ranks // settings.nodes))
-    return (2 if half else 4) * facts.num_parameters / sharing if sharing > 1 else 0.0
 
 
 def estimate_bucket_bytes(facts: ModelFacts, settings: ExecutionSettings, *, half: bool) -> float:

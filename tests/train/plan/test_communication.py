@@ -92,7 +92,7 @@ def test_a_copy_in_every_node_leaves_one_gather_across() -> None:
     across, inside = count_bytes(list(listed), 4, 8)
     assert across == pytest.approx(31 / 32 * (4 * 4 * TRAINED + 2 * TRAINED))
     assert inside == pytest.approx(7 / 8 * 2 * (4 * 2 * EVERY - TRAINED))
-    assert settings.ranks_per_copy(8) == 8
+    assert settings.ranks_per_copy(32) == 8
     assert replace(settings, nodes=1).ranks_per_copy(8) == 1
 
 

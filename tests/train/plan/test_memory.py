@@ -19,7 +19,7 @@ from tests.llava_next.models import mixed, row
 from tests.tiny import TowerName, tiny_model
 from train.config.schema import PackingConfig, StageConfig
 from train.plan.execution_settings import ExecutionSettings
-from train.plan.memory import Row, estimate_activations, estimate_copy_bytes, estimate_host_bytes, estimate_states
+from train.plan.memory import Row, estimate_activations, estimate_host_bytes, estimate_states
 from train.plan.model_facts import LanguageShape, ModelFacts, TensorSizes, VisionShape, count_model
 
 ALL = ("vision_tower", "projector", "image_newline", "language_model")
@@ -66,12 +66,14 @@ def test_states_by_zero_stage(zero: int, expected: dict[str, float]) -> None:
     assert estimate_states(FACTS, setting(zero), num_ranks=10, half=True) == pytest.approx(expected)
 
 
-def test_hpz_adds_a_share_of_the_weights() -> None:
-    """Eight ranks of a node share a second copy of all weights; on one node there is none."""
-    settings = replace(setting(3, zero_hpz_partition_size=None), nodes=4)
-    assert estimate_copy_bytes(FACTS, settings, 32, half=True) == 2 * 7000 / 8
-    assert estimate_copy_bytes(FACTS, replace(settings, nodes=1), 8, half=True) == 0
-    assert estimate_copy_bytes(FACTS, replace(setting(3), nodes=4), 32, half=True) == 0
+def test_a_copy_of_the_weights_in_every_node() -> None:
+    """16 ranks on two nodes: 2 bytes per parameter, divided by the 8 ranks of a node, besides the share of all ranks;
+    on one node there is no such copy. For a 34B model it is 8.7 GB."""
+    copied = replace(setting(3, zero_hpz_partition_size=None), nodes=2)
+    plain = replace(setting(3), nodes=2)
+    more = [estimate_states(FACTS, settings, num_ranks=16, half=True)["weights"] for settings in (plain, copied)]
+    assert more == [2 * 7000 / 16, 2 * 7000 / 16 + 2 * 7000 / 8]
+    assert estimate_states(FACTS, replace(copied, nodes=1), num_ranks=16, half=True)["weights"] == 2 * 7000 / 16
 
 
 def test_states_in_fp32_without_zero() -> None:
