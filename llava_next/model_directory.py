@@ -120,6 +120,12 @@ def describe_missing(text: str) -> str:
     )
 
 
+def get_model_name(path: Path) -> str:
+    """Returns the name of a model by its directory: in the hub's cache that of its id, elsewhere the directory's."""
+    match = _SNAPSHOT.fullmatch(str(path.absolute()))
+    return path.resolve().name if match is None else match["name"]
+
+
 def check_directories(named: Sequence[tuple[str, str, Part, bool]]) -> str:
     """Describes what is wrong with the directories of a model's parts, all at once.
 

@@ -3,78 +3,60 @@
 A run is evaluated with its export on its mixture's held-out samples; any other model directory on prepared sources
 (--store). The results of each source are the loss on whole conversations, as in training; greedy answers to single
 questions, scored by the metric in the source's YAML; and the share of exactly right answers, with the question's image,
-with another one, and with the base view of its image alone (--base-view).
+with another one, and with the base view of its image alone (--base-view). --server asks a running server instead, and
+--suite measures the published results table with lmms-eval.
 """
 
 import argparse
-import gc
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from data_recipes.schema.arguments import ArgumentParser, count_argument, output_file, path_argument, positive_argument
+from data_recipes.schema.arguments import output_file
 from data_recipes.schema.console import run_program
 from data_recipes.schema.sample import DataError
-from data_recipes.store.reader import StoredSample
 from llava_next.config import ModelError
-from llava_next.model.flops import step_costs
-from llava_next.model.towers import stock_unsupported_reason
-from llava_next.model_directory import model_argument
+from llava_next.model_directory import get_model_name
 from train.config.exit_codes import EXIT_FAILED, report_mistake
-from train.config.schema import ConfigError, PackingConfig
+from train.config.schema import ConfigError
+from train.distributed.launch import read_launch
 from train.distributed.quiet_libraries import quiet_libraries
-from train.evaluate.answers import LOSS_ONLY_HINT, Answer, StockModel
-from train.evaluate.evaluated_model import (
-    DEFAULT_NUM_SAMPLES,
-    EvaluatedModel,
-    SampleMaxima,
-    load_directory,
-    load_run,
-)
-from train.evaluate.evaluation_ranks import (
-    EvaluationError,
-    EvaluationRanks,
-    describe_row_budgets,
-    explain_out_of_memory,
-    join_ranks,
-)
-from train.evaluate.image_questions import (
-    Accuracy,
-    Question,
-    answer_all,
-    answer_base_views,
-    extract_questions,
-    filter_askable,
-    read_image_samples,
-    summarize,
-)
-from train.evaluate.results import SourceReport, format_tables, make_result
-from train.validation.held_out import HeldOutSet, build_held_out
-
-_Hits = tuple[list[Question], npt.NDArray[np.bool_], npt.NDArray[np.bool_], npt.NDArray[np.bool_] | None]
-"""Questions, and whether each was answered exactly with the right image, with the other one, and with the base view of
-the right one if it was asked for, bool [num_questions]."""
-
-_QuestionsBySource = dict[str, tuple[list[StoredSample], list[Question], int]]
+from train.evaluate.answers import Answer
+from train.evaluate.evaluated_model import SampleMaxima, select_samples
+from train.evaluate.evaluation_ranks import EvaluationError, join_ranks
+from train.evaluate.options import find_use, parse
+from train.evaluate.results import format_tables, make_result
+from train.evaluate.served_answers import ServedEvaluation, connect
+from train.evaluate.suite_columns import describe_columns, read_suite, select_columns, select_published
+from train.evaluate.suite_run import SuiteRun, format_suite, run_suite
+from train.evaluate.weights_evaluation import evaluate, is_run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program on this rank; returns the exit code."""
-    options = _parse(arguments)
+    options = parse(arguments, (__doc__ or "").split("\n\n")[0])
     quiet_libraries(on_cpu=not torch.cuda.is_available())
+    use = find_use(options)
     is_main = True
     try:
-        out: Path = options.out or output_file(str(_get_default_out(options.path)))
-        with join_ranks() as ranks:
-            is_main = ranks.is_main
-            result, answers = evaluate(options, ranks)
+        if use == "weights":
+            out = _choose_out(options)
+            with join_ranks() as ranks:
+                is_main = ranks.is_main
+                result, answers = evaluate(options, ranks)
+            if is_main:
+                _write_results(out, result, answers)
+            return 0
+        launch = read_launch()
+        is_main = launch.rank == 0
+        if launch.size > 1:
+            raise ConfigError(f"--{use} is one process, and a launcher has started {launch.size}; start it without one")
+        return _measure_suite(options) if use == "suite" else _evaluate_server(options)
     except argparse.ArgumentTypeError as error:
         return report_mistake(f"{error}; give a file for the results with --out", is_main=is_main)
     except (ConfigError, ModelError, DataError, OSError) as error:
@@ -83,9 +65,68 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_FAILED
-    if is_main:
-        _write_results(out, result, answers)
+
+
+def _evaluate_server(options: argparse.Namespace) -> int:
+    """Asks a running server the questions of a run's held-out samples or of stores, and writes the results."""
+    path: Path | None = options.path
+    if path is not None and not (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} is not a run folder (it has no config.yaml); with --server, name the run whose held-out samples "
+            "are asked, or no path and prepared sources with --store"
+        )
+    asked = select_samples(
+        path,
+        options.store,
+        maxima=SampleMaxima.parse(options.num_samples),
+        seed=options.seed,
+        chosen=dict(pair.split("=", 1) for pair in options.metric),
+    )
+    server = connect(options.server, options.server_model, options.server_timeout)
+    out = _choose_out(options, server.model)
+    evaluation = ServedEvaluation(options.limit, options.per_picture, options.batch_size, options.max_new_tokens)
+    reports = evaluation.evaluate(server, asked)
+    header = {"server": server.url, "model": server.model, "run": path and str(path), "seed": options.seed}
+    _write_results(out, make_result(header, reports, None), [a for report in reports for a in report.answers])
     return 0
+
+
+def _measure_suite(options: argparse.Namespace) -> int:
+    """Measures the columns of a results table, or prints them."""
+    suite = read_suite(options.suite)
+    if options.describe:
+        print(describe_columns(suite))
+        return 0
+    columns = select_columns(suite, options.columns)
+    export: Path = options.path / "export" if is_run(options.path) else options.path
+    if not (export / "config.json").is_file():
+        raise ConfigError(f"{options.path} is neither a run with an export/ nor a model directory (config.json)")
+    published = select_published(suite, export, options.published)
+    run = SuiteRun(suite, export, _choose_out(options), published, options.limit)
+    results, has_failed = run_suite(run, columns, frozenset(columns) if options.columns else frozenset())
+    print(format_suite(results))
+    print(f"wrote {run.out}")
+    return EXIT_FAILED if has_failed else 0
+
+
+def _choose_out(options: argparse.Namespace, served_model: str = "") -> Path:
+    """Returns the file of the results: --out, else one in a run's folder, else one in outputs/evaluate.
+
+    Raises:
+        argparse.ArgumentTypeError: it cannot be written.
+    """
+    if options.out is not None:
+        return options.out  # type: ignore[no-any-return]
+    path: Path | None = options.path
+    if path is not None and path.name == "export" and (path.parent / "config.yaml").is_file() and options.suite:
+        path = path.parent  # the report and the model card look there
+    use = find_use(options)
+    suffix = {"weights": "evaluation", "server": "server_evaluation", "suite": f"suite_{options.suite}"}[use]
+    if path is not None and is_run(path):
+        return output_file(str(path / f"{suffix}.json"))
+    name = served_model.rstrip("/").rpartition("/")[2] if path is None else get_model_name(path)
+    tail = "" if use == "weights" else f"_{suffix}"
+    return output_file(str(Path("outputs") / "evaluate" / f"{name}{tail}.json"))
 
 
 def _write_results(out: Path, result: dict[str, Any], answers: list[Answer]) -> None:
@@ -100,248 +141,10 @@ def _write_results(out: Path, result: dict[str, Any], answers: list[Answer]) -> 
     print(f"wrote {out} and {answers_path}")
 
 
-def evaluate(options: argparse.Namespace, ranks: EvaluationRanks) -> tuple[dict[str, Any], list[Answer]]:
-    """Evaluates the model. Every rank must call it.
-
-    Returns:
-        All results as plain values, and every answer.
-
-    Raises:
-        ConfigError, ModelError, DataError: the model, a store or a metric does not exist, or they do not match.
-        EvaluationError: a row or a batch did not fit into memory.
-    """
-    is_run = _is_run(options.path)
-    load = load_run if is_run else load_directory
-    chosen = dict(pair.split("=", 1) for pair in options.metric)
-    maxima = SampleMaxima.parse(options.num_samples)
-    evaluated = ranks.run(
-        lambda: load(options.path, options.store, ranks.device, maxima=maxima, seed=options.seed, chosen=chosen)
-    )
-    evaluated = replace(evaluated, packing=_read_budgets(options, evaluated.packing))
-    reason = stock_unsupported_reason(evaluated.backbone.hf_config.vision_config)
-    if reason is not None and options.generate != 0:
-        raise ModelError(f"stock transformers cannot run {evaluated.export}: {reason}; {LOSS_ONLY_HINT}")
-    single = evaluated.processor.config.views.rules[0]
-    if options.base_view and single.mode != "anyres":
-        raise ConfigError(
-            f"--base-view: {options.path} shows an image as one view ({single.mode}), so it has no tiles; "
-            "leave out --base-view"
-        )
-    losses, held_out = _compute_losses(evaluated, ranks)
-    questions_by_source = ranks.run(lambda: _select_questions(evaluated, held_out, options))
-    hits: dict[str, _Hits] = {}
-    for source, (samples, questions, _) in questions_by_source.items():
-        if questions:
-            args = (evaluated.model, evaluated.processor, samples, questions, evaluated.packing, ranks)
-            base_view = answer_base_views(*args) if options.base_view else None
-            hits[source] = (questions, *answer_all(*args), base_view)
-    answers = _generate_answers(evaluated, questions_by_source, ranks, options)
-    reports = [
-        SourceReport(
-            source,
-            num_rejected=held_out.num_rejected.get(source, 0),
-            **losses[source],
-            metric=evaluated.metrics[source],
-            answers=answers.get(source, []),
-            accuracy=summarize(*hits[source]) if source in hits else None,
-            num_unasked=questions_by_source[source][2],
-        )
-        for source in evaluated.samples
-    ]
-    header = {"run" if is_run else "model": str(options.path), "seed": options.seed}
-    every = [answer for report in reports for answer in report.answers]
-    return make_result(header, reports, _summarize_all(list(hits.values()))), every
-
-
-def _read_budgets(options: argparse.Namespace, packing: PackingConfig) -> PackingConfig:
-    """Returns the budgets of a row: those of the command line, else those of the model's run."""
-    return PackingConfig(options.max_tokens or packing.max_tokens, options.max_tiles or packing.max_tiles)
-
-
-def _compute_losses(evaluated: EvaluatedModel, ranks: EvaluationRanks) -> tuple[dict[str, dict[str, Any]], HeldOutSet]:
-    """Returns the number of samples, the number of supervised tokens and the loss by source, and the held-out set."""
-    model, names = evaluated.model, list(evaluated.samples)
-    model.num_sources = len(names)
-    hf = evaluated.backbone.hf_config
-    costs = step_costs(
-        hf.vision_config,
-        hf.text_config,
-        projector=evaluated.backbone.config.projector,
-        num_vision_layers=model.num_tower_layers,
-        trains_tower=False,
-        trains_language_model=False,
-    )
-    held_out = ranks.run(
-        lambda: build_held_out(
-            evaluated.samples, names, evaluated.processor, evaluated.packing, costs, per_sample=evaluated.per_sample
-        )
-    )
-
-    def compute(row: Sequence[int]) -> torch.Tensor:
-        with explain_out_of_memory(f"a row of {len(row)} held-out samples", describe_row_budgets(evaluated.packing)):
-            return held_out.compute_row_sums(row, model, ranks.device)
-
-    sums = torch.zeros(3, len(names), dtype=torch.float64)
-    for row_sums in ranks.map(compute, held_out.rows, description="held-out loss", unit="row"):
-        sums += row_sums
-    losses = held_out.compute_losses(sums)
-    counts = sums[1:].long().tolist()
-    return {
-        name: {"num_samples": counts[1][n], "num_tokens": counts[0][n], "loss": losses.get(name)}
-        for n, name in enumerate(names)
-    }, held_out
-
-
-def _select_questions(
-    evaluated: EvaluatedModel, held_out: HeldOutSet, options: argparse.Namespace
-) -> _QuestionsBySource:
-    """Returns the samples with images, their questions, and the number of questions that cannot be asked."""
-    questions_by_source: _QuestionsBySource = {}
-    for source in evaluated.samples:
-        accepted = [sample for sample in held_out.samples if sample.source == source]
-        samples = read_image_samples(accepted, options.limit)
-        questions, num_unasked = filter_askable(
-            evaluated.processor, samples, extract_questions(source, samples, options.limit, options.per_picture)
-        )
-        questions_by_source[source] = samples, questions, num_unasked
-    return questions_by_source
-
-
-def _generate_answers(
-    evaluated: EvaluatedModel,
-    questions_by_source: _QuestionsBySource,
-    ranks: EvaluationRanks,
-    options: argparse.Namespace,
-) -> dict[str, list[Answer]]:
-    """Returns free answers to the first questions of each source. The packed model is freed for the stock one."""
-    num = options.limit if options.generate is None else options.generate
-    if not num or not any(questions for _, questions, _ in questions_by_source.values()):
-        return {}
-    evaluated.model.to("meta")
-    gc.collect()
-    if ranks.device.type == "cuda":
-        torch.cuda.empty_cache()
-    stock = ranks.run(
-        lambda: StockModel(
-            evaluated.export,
-            evaluated.processor,
-            ranks,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-        )
-    )
-    return {
-        source: stock.generate_answers(samples, questions[:num], evaluated.metrics[source])
-        for source, (samples, questions, _) in questions_by_source.items()
-    }
-
-
-def _summarize_all(hits: list[_Hits]) -> Accuracy | None:
-    """Returns the accuracy over the questions of all sources."""
-    if not hits:
-        return None
-    questions = [question for each, *_ in hits for question in each]
-    base_views = [hit[3] for hit in hits if hit[3] is not None]
-    return summarize(
-        questions,
-        np.concatenate([hit[1] for hit in hits]),
-        np.concatenate([hit[2] for hit in hits]),
-        np.concatenate(base_views) if base_views else None,
-    )
-
-
-def _is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() or not (path / "config.json").is_file()
-
-
-def _get_default_out(path: Path) -> Path:
-    """Returns evaluation.json in a run folder, or a file in outputs/evaluate for a model without a run."""
-    return path / "evaluation.json" if _is_run(path) else Path("outputs") / "evaluate" / f"{path.resolve().name}.json"
-
-
 def _write(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8", errors="backslashreplace")  # an answer may end within a character
     partial.rename(path)
-
-
-def _sample_maximum(text: str) -> tuple[str, int]:
-    """Parses NUM or SOURCE=NUM into a source, empty for every source, and a number."""
-    source, _, number = text.rpartition("=")
-    return source, positive_argument(number)
-
-
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = ArgumentParser(prog="python -m train.evaluate", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument(
-        "path",
-        type=model_argument,
-        metavar="RUN|EXPORT",
-        help="a run folder with an export/, or a LLaVA or LLaVA-NeXT directory in the Hugging Face layout, or the id "
-        "of a fetched one on the hub",
-    )
-    parser.add_argument(
-        "--store",
-        type=path_argument,
-        action="append",
-        default=[],
-        metavar="STORE",
-        help="a prepared source (can be repeated); for a run, instead of its held-out samples",
-    )
-    # Not --num: torchrun would take that for one of its own options.
-    parser.add_argument(
-        "--num-samples",
-        type=_sample_maximum,
-        action="append",
-        default=[],
-        metavar="[SOURCE=]NUM",
-        help=f"maximum number of samples per source, or of one source (can be repeated; default {DEFAULT_NUM_SAMPLES})",
-    )
-    parser.add_argument(
-        "--seed", type=count_argument, default=0, help="seed for drawing the samples of --store (%(default)s)"
-    )
-    parser.add_argument("--limit", type=int, default=600, help="maximum number of questions per source (%(default)s)")
-    parser.add_argument("--per-picture", type=int, default=4, help="questions per image (%(default)s)")
-    parser.add_argument(
-        "--base-view",
-        action="store_true",
-        help="also ask every question with the base view of its image alone, without the AnyRes tiles",
-    )
-    parser.add_argument("--generate", type=int, help="free answers per source (default: all; 0: none)")
-    parser.add_argument("--batch-size", type=int, default=8, help="questions per batch (%(default)s)")
-    parser.add_argument(
-        "--max-tokens", type=positive_argument, help="tokens of a row (default: the run's packing, or 8192)"
-    )
-    parser.add_argument(
-        "--max-tiles", type=positive_argument, help="image tiles of a row (default: the run's packing, or 48)"
-    )
-    parser.add_argument(
-        "--max-new-tokens", type=positive_argument, default=128, help="maximum length of a free answer (%(default)s)"
-    )
-    parser.add_argument(
-        "--metric",
-        action="append",
-        default=[],
-        metavar="SOURCE=METRIC",
-        help="score a source's answers with another metric than the one in its YAML",
-    )
-    parser.add_argument(
-        "--out",
-        type=output_file,
-        help="the file for the results (default: RUN/evaluation.json or outputs/evaluate/EXPORT.json); the answers are "
-        "written next to it, as .answers.jsonl",
-    )
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    options = parser.parse_args(arguments)
-    positive = ("limit", "per_picture", "batch_size", "max_tokens", "max_tiles")
-    for name, least in (*((name, 1) for name in positive), ("generate", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            parser.error(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    for pair in options.metric:
-        if "=" not in pair:
-            parser.error(f"--metric {pair}: write SOURCE=METRIC")
-    return options
 
 
 if __name__ == "__main__":

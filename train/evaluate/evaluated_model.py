@@ -65,6 +65,14 @@ class SampleMaxima:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """The samples to evaluate a model on, and the name of the metric of the answers, by source."""
+
+    samples: dict[str, list[HeldOutSample]]
+    metrics: dict[str, str]
+
+
+@dataclass(frozen=True)
 class EvaluatedModel:
     """A model and the samples to evaluate it on.
 
@@ -113,28 +121,40 @@ def load_run(
         raise ConfigError(
             f"{run_dir} contains no export/; finish the stage first: python -m train stage={config.stage.name} ..."
         )
-    store_root = Path(config.data.store_root)
+    asked = select_samples(run_dir, stores, maxima=maxima, seed=seed, chosen=chosen)
+    backbone, model = _load(export, config.model, device)
+    per_sample = config.stage.loss_weighting == "sample"
+    processor = build_processor(backbone, config.stage)
+    return EvaluatedModel(export, backbone, model, processor, config.packing, per_sample, asked.samples, asked.metrics)
+
+
+def select_samples(
+    run_dir: Path | None, stores: Sequence[Path], *, maxima: SampleMaxima, seed: int, chosen: Mapping[str, str]
+) -> Asked:
+    """Returns samples of stores, drawn with `seed`; without stores, a run's held-out and excluded samples.
+
+    Arguments and errors are those of `load_run`; one of `run_dir` and `stores` is given.
+    """
     if stores:
         samples = _draw_samples(stores, maxima, seed)
         paths = {path.name: path for path in stores}
     else:
+        assert run_dir is not None
+        config = load_yaml(run_dir / "config.yaml")
+        store_root = Path(config.data.store_root)
         samples = {
             name: of[: maxima[name]]
             for name, of in list_mixture_samples(Mixture.open(config.mixture, store_root)).items()
         }
         samples |= {name: list_store_samples(store_root / name, maxima[name]) for name in config.mixture.exclude}
         paths = {name: store_root / name for name in samples}
-    if not samples:
-        raise ConfigError(
-            f"mixture {config.mixture.name} has no held-out samples; set `holdout: N` for a source, list a store in "
-            "`exclude`, or pass stores with --store"
-        )
+        if not samples:
+            raise ConfigError(
+                f"mixture {config.mixture.name} has no held-out samples; set `holdout: N` for a source, list a store "
+                "in `exclude`, or pass stores with --store"
+            )
     maxima.check_sources(samples)
-    backbone, model = _load(export, config.model, device)
-    per_sample = config.stage.loss_weighting == "sample"
-    processor = build_processor(backbone, config.stage)
-    metrics = _select_metrics(paths, chosen)
-    return EvaluatedModel(export, backbone, model, processor, config.packing, per_sample, samples, metrics)
+    return Asked(samples, _select_metrics(paths, chosen))
 
 
 def load_directory(
@@ -153,13 +173,11 @@ def load_directory(
     """
     if not stores:
         raise ConfigError(f"{export} is a model directory without a run; pass prepared sources with --store STORE")
-    samples = _draw_samples(stores, maxima, seed)
-    maxima.check_sources(samples)
+    asked = select_samples(None, stores, maxima=maxima, seed=seed, chosen=chosen)
     config, views = _read_config(export)
     backbone, model = _load(export, config, device)
     processor = backbone.processor(template=FROM_TOKENIZER, views=views, max_length=backbone.max_positions)
-    metrics = _select_metrics({path.name: path for path in stores}, chosen)
-    return EvaluatedModel(export, backbone, model, processor, _PACKING, False, samples, metrics)
+    return EvaluatedModel(export, backbone, model, processor, _PACKING, False, asked.samples, asked.metrics)
 
 
 def _load(export: Path, config: ModelConfig, device: torch.device) -> tuple[Backbone, LlavaNext]:

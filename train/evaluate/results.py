@@ -21,7 +21,8 @@ class SourceReport:
         num_rejected: samples that are too long for the stage or have no supervised token.
         metric: name of the metric of the answers.
         accuracy: with the right and with another image; None if no sample has exactly one image.
-        num_unasked: questions that cannot be asked with other images (`filter_askable`).
+        num_unasked: questions that cannot be asked (with other images: `filter_askable`).
+        unasked_reason: why not.
     """
 
     source: str
@@ -33,6 +34,7 @@ class SourceReport:
     answers: list[Answer] = field(default_factory=list)
     accuracy: Accuracy | None = None
     num_unasked: int = 0
+    unasked_reason: str = "too long, or a set without another of its size"
 
     @property
     def scores(self) -> list[float]:
@@ -53,6 +55,7 @@ class SourceReport:
             "num_scored": len(scores),
             "num_cut": sum(answer.is_cut for answer in self.answers),
             "num_unasked": self.num_unasked,
+            "unasked_reason": self.unasked_reason,
         }
         if self.metric == "grounding_iou" and scores:
             values["iou_at_least_half"] = float(np.mean(np.array(scores) >= 0.5))
@@ -120,7 +123,7 @@ def _format_remarks(row: dict[str, Any]) -> str:
     if row["num_left_out"]:
         remarks.append(f"{row['num_left_out']} samples rejected")
     if row["num_unasked"]:
-        remarks.append(f"{row['num_unasked']} questions not asked: too long, or a set without another of its size")
+        remarks.append(f"{row['num_unasked']} questions not asked: {row['unasked_reason']}")
     if row["num_cut"]:
         remarks.append(f"{row['num_cut']} answers cut at --max-new-tokens")
     if row["metric"] != "none" and row["num_scored"] < row["num_answers"]:
