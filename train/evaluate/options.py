@@ -147,6 +147,8 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
 def _check_use(parser: ArgumentParser, options: argparse.Namespace) -> None:
     """Refuses options of another use, and a missing model."""
     use = find_use(options)
+    if options.suite is not None and options.server is not None:
+        parser.error("--server and --suite are two uses; give one")
     for name in sorted({name for names in _OPTIONS.values() for name in names} - set(_OPTIONS[use])):
         if getattr(options, name) != parser.get_default(name):
             others = " or ".join(_USE_NAMES[other] for other, names in _OPTIONS.items() if name in names)

@@ -25,6 +25,7 @@ from train.distributed.quiet_libraries import quiet_libraries
 from train.export.export_card import describe_servers, make_card
 from train.export.exported_model import ExportedModel, open_model
 from train.export.verify import verify_logits, verify_tensors
+from train.observability.suite_results import read_suite_results
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "keep": None}
 
@@ -78,7 +79,8 @@ def export(source: ExportedModel, out: Path, options: argparse.Namespace) -> lis
             else:
                 checks.append("logits NOT compared: this needs the authors' code, in a separate environment")
         source.write_data_summary(folder)
-        (folder / "README.md").write_text(make_card(source, options.format, checks))
+        suites = read_suite_results(source.path.parent, checks) if source.is_of_run else []
+        (folder / "README.md").write_text(make_card(source, options.format, checks, suites))
     return checks
 
 

@@ -12,14 +12,16 @@ from llava_next.model.towers import TOWER_FAMILIES, stock_unsupported_reason
 from train.config.schema import RunConfig
 from train.distributed.versions import versions
 from train.export.exported_model import ExportedModel
+from train.observability.suite_results import SUITE_HEAD, suite_rows
 
 
-def make_card(source: ExportedModel, layout: str, checks: Sequence[str]) -> str:
+def make_card(source: ExportedModel, layout: str, checks: Sequence[str], suites: Sequence[dict[str, Any]] = ()) -> str:
     """Returns the model card as Markdown.
 
     Args:
         layout: hf or original.
         checks: sentences that say what was verified and what was not.
+        suites: results tables of these weights (`read_suite_results`).
     """
     lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", ""]
     lines += [f"# {_get_name(source)}", ""]
@@ -27,6 +29,8 @@ def make_card(source: ExportedModel, layout: str, checks: Sequence[str]) -> str:
     lines += ["## Supported software", "", *(f"- {line}" for line in describe_servers(source, layout)), ""]
     if source.config is not None:
         lines += ["## Recipe", "", _format_table(("key", "value"), _list_recipe(source.config)), ""]
+    for results in suites:
+        lines += [f"## Results: {results['title']}", "", *_describe_suite(results), ""]
     lines += ["## Data", "", *_describe_data(source.data_summary), ""]
     lines += ["## Checks at export", "", *(f"- {check}" for check in checks), ""]
     all_versions = {f"trained with {key}": value for key, value in source.versions.items()}
@@ -104,6 +108,18 @@ def _list_recipe(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for key in ("weight_decay", "betas", "eps", "clip_norm", "loss_weighting"):
         yield key, getattr(stage, key)
     yield "seed", config.seed
+
+
+def _describe_suite(results: dict[str, Any]) -> Iterator[str]:
+    compared = results.get("compared_with")
+    yield (
+        f"Measured with lmms-eval {results['lmms_eval']}"
+        + (f", compared with {compared}," if compared else "")
+        + (f" as published in {results['source']}." if compared else ".")
+    )
+    yield ""
+    rows = [[cell.replace("|", "\\|") for cell in row.cells()] for row in suite_rows(results)]
+    yield _format_table(SUITE_HEAD, rows)
 
 
 def _describe_data(summary: dict[str, Any] | None) -> Iterator[str]:

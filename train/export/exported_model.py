@@ -77,6 +77,11 @@ class ExportedModel:
     checks: list[str] = field(default_factory=list)
 
     @property
+    def is_of_run(self) -> bool:
+        """Whether the weights are those in the export/ of a run, to which the run's results belong."""
+        return self.config is not None and self.path.name == "export"
+
+    @property
     def views(self) -> ViewsConfig:
         """How images are presented to the model."""
         if self.config is not None:

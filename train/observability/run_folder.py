@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from train.config.schema import ConfigError
+from train.observability.suite_results import read_suite_results
 
 _Values = dict[str, Any]
 
@@ -28,6 +29,7 @@ class Run:
         data, end, evaluation, plan: data.json, exit.json, evaluation.json, plan.json; empty where there is none.
         starts, left_out, answers: lines of starts.jsonl, non_finite.jsonl, evaluation.answers.jsonl.
         live_answers: lines of answers.jsonl that have a step.
+        suites: results tables of `train.evaluate --suite`, of the weights in the export.
         saved: run_state.json of the newest checkpoint; empty where there is none.
         exported: config.json of the export; empty where there is none.
         num_logs: how many ranks have a log.
@@ -47,6 +49,7 @@ class Run:
     left_out: list[_Values] = field(default_factory=list)
     answers: list[_Values] = field(default_factory=list)
     live_answers: list[_Values] = field(default_factory=list)
+    suites: list[_Values] = field(default_factory=list)
     saved: _Values = field(default_factory=dict)
     exported: _Values = field(default_factory=dict)
     num_logs: int = 0
@@ -96,6 +99,7 @@ def read_run(folder: Path, label: str = "") -> Run:
         left_out=_read_lines(folder / "non_finite.jsonl", remarks),
         answers=_read_lines(folder / "evaluation.answers.jsonl", remarks),
         live_answers=[line for line in live if isinstance(line.get("step"), int)],
+        suites=read_suite_results(folder, remarks),
         saved=_read_values(checkpoints[-1] / "run_state.json", remarks) if checkpoints else {},
         exported=_read_values(folder / "export" / "config.json", remarks),
         num_logs=len(list(folder.glob("log/rank_*.log"))),

@@ -7,6 +7,7 @@ import numpy as np
 
 from train.html.charts import Numbers
 from train.observability.run_folder import Run
+from train.observability.suite_results import SUITE_HEAD, suite_rows
 from train.report.asked_questions import MAX_STEPS, evaluation_questions, live_questions
 from train.report.comparison import compare
 from train.report.curves import MAX_POINTS, charts_of, parts_of_time, predicted_gib, series, spikes_of
@@ -45,6 +46,8 @@ def page_values(runs: Sequence[Run], num_samples: int) -> dict[str, Any]:
         "max_steps": MAX_STEPS,
         "evaluated": [row for row in evaluated if row[2]],
         "has_base_views": any((row[2] or {}).get("base_view") is not None for row in evaluated),
+        "suites": [(run.label, suite, suite_rows(suite)) for run in runs for suite in run.suites],
+        "suite_columns": [SUITE_HEAD[0], *(f"{name}>" for name in SUITE_HEAD[1:5]), SUITE_HEAD[5]],
         "questions": evaluation_questions(runs, num_samples),
         "num_questions": len({(a.get("source"), a.get("id"), a.get("text")) for run in runs for a in run.answers}),
         "starts": [start for run in runs for start in _starts(run)],

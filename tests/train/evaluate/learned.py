@@ -1,5 +1,6 @@
 """A tiny model that has memorized the answers for three of four images, as an export."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,21 +33,21 @@ class Learned:
     samples: list[StoredSample]
 
 
-def sample(number: int) -> StoredSample:
+def sample(number: int, question: str = "What is it?", answers: Sequence[str] = ANSWERS) -> StoredSample:
     """Returns an image with one question, whose answer depends on the number."""
-    messages = (Message("user", "<image>\nWhat is it?"), Message("assistant", ANSWERS[number]))
+    messages = (Message("user", f"<image>\n{question}"), Message("assistant", answers[number]))
     picture = encoded_picture(number, SIZE_HW)
     return StoredSample(str(number), "shapes", messages, (SIZE_HW,), (picture,), (str(number),))
 
 
-def learn(folder: Path) -> Learned:
-    """Trains the model; takes a few seconds."""
+def learn(folder: Path, question: str = "What is it?", answers: Sequence[str] = ANSWERS) -> Learned:
+    """Trains the model on the first three of four samples; takes a few seconds."""
     torch.set_num_threads(1)
     config = tiny_model(folder, tower="clip")
     backbone = read_backbone(config)
     model = build_model(backbone, dtype=torch.float32, seed=0)
     processor = backbone.processor(template=None, views=ANYRES, max_length=512)
-    samples = [sample(number) for number in range(len(ANSWERS))]
+    samples = [sample(number, question, answers) for number in range(len(answers))]
     examples = [processor.encode(s.messages, s.sizes_hw, s.images) for s in samples[:3]]
     batch = collate(examples, tile=backbone.tile, patches_per_tile=backbone.patches_per_side**2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
