@@ -15,8 +15,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 ROOT=$PWD
 
-# filelock 4 lacks a module that lmms-eval imports; its llava_hf imports decord, which is not among its requirements.
-PINS=(lmms-eval==0.7.3 transformers==5.23.0 torchvision==0.28.0 decord==0.6.0 filelock==3.32.7)
+# filelock 4 lacks a module that lmms-eval imports; its llava_hf imports decord, and MathVista's task Levenshtein, which are
+# not among its requirements.
+PINS=(lmms-eval==0.7.3 transformers==5.23.0 torchvision==0.28.0 decord==0.6.0 filelock==3.32.7 Levenshtein==0.27.5)
 TORCH=torch==2.13.0
 STAMP=$(printf '%s\n' "${PINS[@]}" "$TORCH")
 source scripts/cache_root.sh

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def test_columns_are_tasks_of_the_installed_lmms_eval(name: str) -> None:
     tasks = [column.task for column in suite.columns.values()]
     program = str(Path(__file__).with_name("lmms_eval_tasks.py"))
     command = [str(ENVIRONMENT / "bin" / "python"), "-W", "ignore", program, *tasks, "no_such_task"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OPENAI_API_KEY": "none"}  # without one, MM-Vet's task cannot be imported
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     listed = json.loads(done.stdout.splitlines()[-1])
     assert listed["version"] == suite.lmms_eval

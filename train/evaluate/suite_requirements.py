@@ -73,13 +73,14 @@ class Requirements:
             return f"{column.server} scores the answers; --columns {name} writes the file for it"
         if column.token and not get_token():
             return f"the task needs a token of the hub: set HF_TOKEN, or run `hf auth login` (data {column.data})"
+        if column.needs == "judge" and self.judge().refusal:
+            return self.judge().refusal
         if not self.is_offline:
             repository = self.repository(column)
             if isinstance(repository, str):
                 return repository
-            if repository.refusal:
-                return repository.refusal
-        return self.judge().refusal if column.needs == "judge" else ""
+            return repository.refusal
+        return ""
 
     def repository(self, column: Column) -> Repository | str:
         """Returns the data set on the hub, or a sentence that says why it cannot be listed."""

@@ -31,6 +31,7 @@ from train.config.schema import RunConfig, SaveConfig
 from train.distributed.free_memory import available_bytes
 from train.export.__main__ import main
 from train.export.exported_model import open_model
+from train.observability.suite_results import weights_fingerprint
 
 Start = Callable[[int], Ranks]
 ABOUT = {
@@ -267,6 +268,15 @@ sys.exit(code)
 """Exports, and prints by how much the most that was ever resident has grown, in KiB."""
 
 
+def _write_results_table(run_dir: Path) -> None:
+    """As `train.evaluate --suite` writes it."""
+    values = {"state": "done", "values": [85.0], "published": [86.5], "num_questions": 8910, "note": "a note"}
+    header = {"title": "LLaVA-NeXT", "lmms_eval": "0.7.3", "compared_with": "Vicuna-7B", "source": "a page"}
+    header["weights"] = weights_fingerprint(run_dir / "export")
+    table = {**header, "columns": {"pope": {"title": "POPE", **values}}}
+    (run_dir / "suite_llava_next.json").write_text(json.dumps(table))
+
+
 def test_a_run_is_its_result_and_a_directory_is_itself(
     start_ranks: Start, run_config: RunConfig, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -285,6 +295,8 @@ def test_a_run_is_its_result_and_a_directory_is_itself(
         {described[part]["dtype"] for part in ("text_config", "vision_config")} == {described["dtype"]} == {"bfloat16"}
     )
     assert torch.equal(stock.model.image_newline, trained["image_newline"].bfloat16())
+    assert "## Results" not in (out / "README.md").read_text()
+    _write_results_table(config.run_dir)
     original = out.with_name("original")
     assert main([str(config.run_dir), "--format", "original", "--out", str(original)]) == 0, capsys.readouterr().err
     content = capsys.readouterr().out
@@ -296,6 +308,9 @@ def test_a_run_is_its_result_and_a_directory_is_itself(
     assert config_json["image_grid_pinpoints"][0] == [28, 56]
     actual = load_file(original / "model.safetensors")
     assert torch.equal(actual["model.mm_projector.2.bias"], trained["multi_modal_projector.linear_2.bias"])
+    card = (original / "README.md").read_text()
+    assert "Measured with lmms-eval 0.7.3, compared with Vicuna-7B, as published in a page." in card
+    assert re.search(r"\| POPE +\| 85\.0 +\| 86\.5 +\| -1\.5 +\| 8,910 +\| a note", card)
     again = out.with_name("again")
     assert main([str(out), "--out", str(again)]) == 0
     assert "logits NOT compared: without a run" in capsys.readouterr().out

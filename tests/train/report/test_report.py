@@ -15,6 +15,7 @@ from data_recipes.schema.sample import Message, Sample
 from tests.tiny import encode_noise_image, tiny_samples, tiny_store
 from train.html.charts import Chart
 from train.observability.run_folder import read_runs
+from train.observability.suite_results import weights_fingerprint
 from train.report.__main__ import main
 from train.report.asked_questions import evaluation_questions
 from train.report.comparison import UNKNOWN, compare
@@ -142,6 +143,33 @@ def test_labels_are_the_fewest_parts_of_the_paths_that_are_unique(tmp_path: Path
         (folder / "metrics.jsonl").write_text(_lines([step(0)]))
     assert [run.label for run in read_runs(folders[:2])] == ["a/finetune", "b/finetune"]
     assert [run.label for run in read_runs(folders)] == ["x/a/finetune", "x/b/finetune", "y/a/finetune"]
+
+
+# ------------------------------------------------------------------------------------------- results tables
+
+
+def test_results_tables_are_shown_with_published_values(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    """Results, published values and differences, and why there is none; texts of the file remain text. The table of a
+    run whose export has been replaced is left out, with a remark."""
+    columns = {
+        "mme": {"title": "MME", "state": "done", "values": [1500.25, 300], "published": [1519, 332], "note": EVIL},
+        "gqa": {"title": EVIL, "state": "skipped", "published": [64.2], "reason": EVIL},
+    }
+    folders = [make(name) for name in ("a", "b")]
+    for folder in folders:
+        (folder / "export").mkdir()
+        (folder / "export" / "model.safetensors").write_bytes(b"weights")
+        header = {"title": "Announced" + EVIL, "weights": weights_fingerprint(folder / "export"), "lmms_eval": "0.7.3"}
+        suite = {**header, "compared_with": "Vicuna-7B", "source": "a page", "columns": columns}
+        (folder / "suite_x.json").write_text(json.dumps(suite))
+    (folders[1] / "export" / "model.safetensors").write_bytes(b"others")
+    page = page_of(*folders)
+    assert page.text.count("Results table: Announced") == 1
+    for text in ("1500.2 / 300.0", "1519 / 332", "-18.8 / -32.0", "compared with Vicuna-7B (a page)", "skipped: "):
+        assert text in page.text
+    assert "script" not in page.tags
+    assert "b/finetune: suite_x.json is left out: it is of other weights" in page.text
+    assert "of other weights" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ what differs
