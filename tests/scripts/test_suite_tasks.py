@@ -109,6 +109,7 @@ def test_a_column_runs_end_to_end(tmp_path: Path) -> None:
         hub.add("datasets/lmms-lab-encoder/POPE", _pope(rows), licence="mit")
         environment = client_environment(hub, tmp_path / "home")
         environment |= {"LLAVA_NEXT_CACHE": str(cache_root()), "HF_TOKEN": TOKEN}
+        environment |= {"HF_HUB_ETAG_TIMEOUT": "120", "HF_HUB_DOWNLOAD_TIMEOUT": "120"}  # on a busy machine
         environment.pop("OPENAI_API_KEY", None)
         out = tmp_path / "suite.json"
         command = [sys.executable, "-m", "train.evaluate", str(learned.export), "--suite", "llava_next"]
