@@ -22,7 +22,6 @@ from train.evaluate.__main__ import main
 from train.evaluate.suite_columns import Suite, read_suite
 
 ENVIRONMENT = cache_root() / "lmms_eval_env"
-ABSENT = "the environment of lmms-eval is absent: scripts/lmms_eval.sh makes it at its first start"
 SUITES = sorted(path.stem for path in (ROOT / "configs" / "suite").glob("*.yaml"))
 
 
@@ -39,7 +38,7 @@ def test_columns_are_tasks_of_the_installed_lmms_eval(name: str) -> None:
     """Task, data, split, token and metrics; also the text by which a judge that does not answer is noticed, and the
     form of the judge's address."""
     if not (ENVIRONMENT / ".ready").is_file():
-        pytest.skip(ABSENT)
+        pytest.skip("the environment of lmms-eval is absent: scripts/lmms_eval.sh makes it at its first start")
     suite: Suite = read_suite(name)
     tasks = [column.task for column in suite.columns.values()]
     program = str(Path(__file__).with_name("lmms_eval_tasks.py"))
@@ -83,7 +82,7 @@ def test_a_column_runs_end_to_end(tmp_path: Path) -> None:
     """POPE of four questions from a hub on loopback: F1 is that of the answers that our own evaluation gets from stock
     transformers, and the model has learned some of them."""
     if not (ENVIRONMENT / ".ready").is_file():
-        pytest.skip(ABSENT)
+        pytest.skip("the environment of lmms-eval is absent: scripts/lmms_eval.sh makes it at its first start")
     asked, ending = "Is there a cat in the image?", "Answer the question using a single word or phrase."
     truths = ("yes", "no", "yes", "yes")
     learned = learn(tmp_path / "learned", f"{asked}\n{ending}", truths)

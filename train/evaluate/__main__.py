@@ -40,8 +40,9 @@ from train.evaluate.weights_evaluation import evaluate, is_run
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program on this rank; returns the exit code."""
     options = parse(arguments, (__doc__ or "").split("\n\n")[0])
-    quiet_libraries(on_cpu=not torch.cuda.is_available())
     use = find_use(options)
+    if use != "suite":  # lmms-eval would inherit the environment in which the hub is not asked
+        quiet_libraries(on_cpu=not torch.cuda.is_available())
     is_main = True
     try:
         if use == "weights":

@@ -11,16 +11,16 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-_JUDGE = ("OPENAI_API_URL", "API_TYPE", "MODEL_VERSION")
+_RECORDED = ("OPENAI_API_URL", "API_TYPE", "MODEL_VERSION", "HF_HUB_OFFLINE")
 
 
 def run_task(arguments: Sequence[str]) -> int:
     """Does what BEHAVIOUR says; returns the exit code."""
     task, folder = arguments[2], Path(arguments[4])
     behaviour = json.loads(os.environ["BEHAVIOUR"]).get(task, {})
-    judge = {name: os.environ[name] for name in _JUDGE if name in os.environ}
+    recorded = {name: os.environ[name] for name in _RECORDED if name in os.environ}
     with Path(os.environ["CALLS"]).open("a") as calls:
-        calls.write(json.dumps([arguments, judge]) + "\n")
+        calls.write(json.dumps([arguments, recorded]) + "\n")
     print("key", os.environ.get("OPENAI_API_KEY"), "token", os.environ.get("HF_TOKEN"))
     print(behaviour.get("prints", ""), flush=True)
     time.sleep(behaviour.get("sleeps", 0))

@@ -126,6 +126,7 @@ def test_columns_are_measured_once(bench: Bench) -> None:
     ended = bench.run(*options)
     assert ended.code == 0, ended.stderr
     assert bench.measured() == ["mme", "pope", "mme"]
+    assert all("HF_HUB_OFFLINE" not in recorded for _, recorded in bench.calls())  # lmms-eval fetches its data
     assert "finished, not measured again" in ended.stdout
     assert bench.columns()["mme"]["values"] == [1500.25, 300]
     (line,) = [line for line in ended.stdout.splitlines() if line.startswith("MME ")]
