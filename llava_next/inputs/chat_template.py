@@ -124,9 +124,10 @@ def template_from_tokenizer(tokenizer: Any) -> Template:
     except ModelError:
         if template.system_format is None:
             raise
-        template = _without_system(tokenizer)
-        if template is None:
+        without_system = _without_system(tokenizer)
+        if without_system is None:
             raise
+        template = without_system
     if not template.bos and _has_image_processor(tokenizer) and is_bos_added(tokenizer):
         return replace(template, bos=True)
     return template

@@ -82,7 +82,7 @@ def _sdpa_per_segment(
     scaling: float | None,
     window: int | None = None,
 ) -> torch.Tensor:
-    options = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+    options: dict[str, Any] = {"scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
     outputs = []
     for q, k, v in zip(
         query.split(segments.lengths, dim=2),

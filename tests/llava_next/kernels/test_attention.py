@@ -70,7 +70,7 @@ def test_equals_the_mask_at_targets(window: int | None) -> None:
     module.reads_targets_only = True  # type: ignore[assignment]
     inputs, targets = _qkv(torch.float64), torch.tensor([3, 4, 7, 14, 16])
     segments = Segments(_segments().bounds, LENGTHS, (2, 0, 2, 1))
-    options = {"scaling": 0.3, "segments": segments, "targets": targets, "sliding_window": window}
+    options: dict[str, Any] = {"scaling": 0.3, "segments": segments, "targets": targets, "sliding_window": window}
     output, _ = segment_attention(module, *inputs, None, **options)
     expected = torch.zeros_like(output)
     expected[:, targets] = _masked(*inputs, scale=0.3, window=window)[:, targets]
@@ -146,7 +146,7 @@ def test_flash_attention_gets_its_arguments(
     monkeypatch.setitem(sys.modules, module, stand_in)
     assert register(kernel) == f"llava_next_segments_{kernel}"
     inputs = _qkv(torch.float64)
-    options = {"scaling": 0.3, "segments": _segments(), "kernel": kernel, "sliding_window": window}
+    options: dict[str, Any] = {"scaling": 0.3, "segments": _segments(), "kernel": kernel, "sliding_window": window}
     output, _ = segment_attention(torch.nn.Module(), *inputs, None, **options)
     torch.testing.assert_close(output, _masked(*inputs, scale=0.3, window=window), rtol=1e-10, atol=1e-12)
 
