@@ -154,13 +154,13 @@ def estimate_computation(
         Seconds by kind, [num_micro_steps, num_ranks] each, and the FLOPs of the step without recompute.
     """
     costs, rate = facts.costs, hardware.flops_per_s(half=half)
-    tokens, squared, tiles, supervised = np.moveaxis(step.sums, 2, 0)
+    tokens, attention, tiles, supervised = np.moveaxis(step.sums, 2, 0)
     passes = 3 if facts.trains_head else 2
     head = 2.0 * facts.language.width * facts.language.vocabulary * passes
     flops = {
         "vision": tiles * costs.tile,
         "language": tokens * costs.token + supervised * costs.target,
-        "attention": squared / 2 * costs.pair,
+        "attention": attention,
         "head": supervised * head,
     }
     plain_share = PLAIN_SHARE if hardware.device == "cuda" else 1.0

@@ -1,6 +1,6 @@
 """Packs some steps of a run exactly as the run does, and sums the lengths of each row.
 
-Memory and time are computed from these sums: tokens, squared tokens, tiles and supervised tokens.
+Memory and time are computed from these sums: tokens, FLOPs of attention, tiles and supervised tokens.
 """
 
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class StepRows:
     """The rows of one step.
 
     Attributes:
-        sums: tokens, squared tokens (summed over the samples), tiles and supervised tokens of each row, float64
+        sums: tokens, FLOPs of attention, tiles and supervised tokens of each row, float64
             [num_micro_steps, num_ranks, 4].
         samples: number of samples in each row, int64 [num_micro_steps, num_ranks].
     """
@@ -60,7 +60,7 @@ def draw_steps(
         assignment = assign_rows(
             tokens, tiles, costs.flops(tokens, tiles, supervised), num_ranks=num_ranks, budgets=packing
         )
-        values = np.stack([tokens, tokens**2, tiles, supervised], axis=1).astype(np.float64)
+        values = np.stack([tokens, costs.attention(tokens), tiles, supervised], axis=1).astype(np.float64)
         sums = np.array([[values[list(row)].sum(axis=0) for row in micro_step] for micro_step in assignment.rows])
         drawn.append(StepRows(sums, np.array([[len(row) for row in micro_step] for micro_step in assignment.rows])))
     return drawn

@@ -329,7 +329,7 @@ def test_run_folder_follows_name_and_stage(tmp_path: Path, tiny_parts: RunConfig
         ("+mixture.sources.quickstart_captions.cuont=1", "a source of a mixture has count, holdout, share"),
         (
             "mixture.sources.captions.count=1",
-            "no source captions; correct the name, or add a source with +mixture.sources",
+            "correct the name, or write +mixture.sources.captions.count=VALUE",
         ),
     ],
 )

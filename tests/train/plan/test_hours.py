@@ -114,7 +114,8 @@ def test_a_step_takes_as_long_as_its_slowest_ranks() -> None:
         trains_language_model=True,
     )
     facts = replace(FACTS, costs=costs)
-    sums = np.array([[[100, 100**2, 2, 10], [300, 300**2, 0, 10]], [[50, 50**2, 1, 5], [50, 50**2, 1, 5]]], dtype=float)
+    sums = np.array([[[100, 0, 2, 10], [300, 0, 0, 10]], [[50, 0, 1, 5], [50, 0, 1, 5]]], dtype=float)
+    sums[..., 1] = costs.attention(sums[..., 0])
     step = StepRows(sums, np.ones((2, 2), dtype=np.int64))
     node = replace(hardware(), gpus_per_node=2)
     seconds, useful = estimate_computation(facts, (), step, node, half=True)
