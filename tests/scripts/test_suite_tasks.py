@@ -63,7 +63,7 @@ def test_columns_are_tasks_of_the_installed_lmms_eval(name: str) -> None:
             assert has_endpoint == (column.judge_url == "endpoint"), column.task
 
 
-def _pope(rows: list[dict[str, Any]]) -> dict[str, bytes]:
+def pope_files(rows: list[dict[str, Any]]) -> dict[str, bytes]:
     """A data set with the columns of POPE, as its publisher keeps it on the hub."""
     columns = dict.fromkeys(("id", "question_id", "question", "answer", "image_source", "category"), "string")
     features = [{"name": name, "dtype": kind} for name, kind in {**columns, "image": "image"}.items()]
@@ -105,7 +105,7 @@ def test_a_column_runs_end_to_end(tmp_path: Path) -> None:
     ]
     hub = Hub()
     try:
-        hub.add("datasets/lmms-lab-encoder/POPE", _pope(rows), licence="mit")
+        hub.add("datasets/lmms-lab-encoder/POPE", pope_files(rows), licence="mit")
         environment = client_environment(hub, tmp_path / "home")
         environment |= {"LLAVA_NEXT_CACHE": str(cache_root()), "HF_TOKEN": TOKEN}
         environment |= {"HF_HUB_ETAG_TIMEOUT": "120", "HF_HUB_DOWNLOAD_TIMEOUT": "120"}  # on a busy machine

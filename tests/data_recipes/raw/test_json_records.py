@@ -148,7 +148,7 @@ def test_text_after_a_list(tmp_path: Path) -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:8\nsize 2\n", "a git-lfs pointer"),
         (b"<!DOCTYPE html>\n<html></html>", "an HTML page"),
-        (gzip.compress(b"[]"), "gzip data"),
+        (gzip.compress(b"[]", mtime=0), "gzip data"),
         (b"PK\x03\x04abc", "a zip archive"),
         (b"", "is empty"),
     ],
