@@ -126,6 +126,12 @@ def get_model_name(path: Path) -> str:
     return path.resolve().name if match is None else match["name"]
 
 
+def find_hub_id(path: Path) -> str:
+    """Returns the id of the model that a directory of the hub's cache has; empty for other directories."""
+    match = _SNAPSHOT.fullmatch(str(path.absolute()))
+    return "" if match is None else f"{match['owner']}/{match['name']}"
+
+
 def check_directories(named: Sequence[tuple[str, str, Part, bool]]) -> str:
     """Describes what is wrong with the directories of a model's parts, all at once.
 

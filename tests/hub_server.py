@@ -1,10 +1,12 @@
 """A server on loopback that speaks the API of the Hugging Face hub, and a process in which the hub's real client runs.
 
 `Hub` serves repositories with several commits, plain files under /files/, and faults: refused requests, cut
-connections and wrong content. Large files are redirected to a second server, as the hub redirects to its storage.
+connections and wrong content. Large files are redirected to a second server, as the hub redirects to its storage. With
+the token, clients can make repositories of `WRITABLE` and commit to them.
 `ClientProcess` runs programs in one process of its own, because the client reads HF_ENDPOINT when it is imported.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -22,6 +24,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKEN = "hf_secretOfThisTest"
+WRITABLE = "org"
+"""The organisation to which the account of the token may write."""
 LARGE = (".bin", ".safetensors", ".zip", ".parquet")
 """Suffixes of files in large file storage."""
 _PAGE = 3
@@ -89,6 +93,7 @@ class Hub:
         redirects: {path: Location} of plain redirects.
         faults: are used up in their order.
         requests: every request so far.
+        uploads: contents of large files by sha256, of which a commit can consist.
         url: of the hub, for HF_ENDPOINT.
     """
 
@@ -99,6 +104,7 @@ class Hub:
         self.content_types: dict[str, str] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.uploads: dict[str, bytes] = {}
         self._lock = threading.Lock()
         self._servers = [self._start("hub"), self._start("storage")]
         self.url, self.storage_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
@@ -152,6 +158,12 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self._handle()
 
+    def do_POST(self) -> None:
+        self._upload()
+
+    def do_PUT(self) -> None:
+        self._upload()
+
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing is printed."""
 
@@ -173,6 +185,64 @@ class _Handler(BaseHTTPRequestHandler):
             self._api(path.removeprefix("/api/"), parse_qs(url.query))
         else:
             self._resolve(path.removeprefix("/"), fault)
+
+    def _upload(self) -> None:
+        """Requests of a client that makes a repository or a commit."""
+        url, hub = urlsplit(self.path), self.served
+        path = unquote(url.path)
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        hub.requests.append(Request(self.server_name, self.command, path, headers))
+        body = self.rfile.read(int(headers.get("content-length", 0)))
+        fault = hub.take_fault(self.command, path)
+        if fault is not None and fault.status is not None:
+            self._answer(fault.status, b"", fault.headers)
+        elif path.startswith("/storage/"):
+            hub.uploads[path.removeprefix("/storage/")] = body
+            self._answer(200, b"", {})
+        elif path == "/api/validate-yaml":
+            self._json({"errors": [], "warnings": []}, {})
+        elif headers.get("authorization") != f"Bearer {TOKEN}":
+            self._answer(401, b"", {})
+        elif path == "/api/repos/create":
+            self._create(json.loads(body))
+        elif path.endswith("/info/lfs/objects/batch"):
+            wanted = json.loads(body)["objects"]
+            links = [{"upload": {"href": f"{hub.storage_url}/storage/{each['oid']}"}} for each in wanted]
+            objects = [{**each, "actions": actions} for each, actions in zip(wanted, links, strict=True)]
+            self._json({"transfer": "basic", "objects": objects}, {"Content-Type": "application/vnd.git-lfs+json"})
+        elif "/preupload/" in path:
+            modes = [
+                {"path": each["path"], "uploadMode": "lfs" if each["path"].endswith(LARGE) else "regular"}
+                for each in json.loads(body)["files"]
+            ]
+            self._json({"files": [{**mode, "shouldIgnore": False, "oid": None} for mode in modes]}, {})
+        else:
+            self._commit(path.removeprefix("/api/").partition("/commit/")[0], body)
+
+    def _create(self, wanted: dict[str, Any]) -> None:
+        owner, name = wanted.get("organization") or "tester", wanted["name"]
+        if owner != WRITABLE:
+            self._answer(403, b"", {})
+            return
+        status = 409 if f"models/{owner}/{name}" in self.served.repositories else 200
+        if status == 200:
+            is_private = wanted.get("private") or wanted.get("visibility") == "private"
+            self.served.repositories[f"models/{owner}/{name}"] = Repository(private=bool(is_private))
+        address = json.dumps({"url": f"{self.served.url}/{owner}/{name}"}).encode()
+        self._answer(status, address, {"Content-Type": "application/json"})
+
+    def _commit(self, source: str, body: bytes) -> None:
+        repository, files = self.served.repositories[source], {}
+        for line in body.splitlines():
+            entry = json.loads(line)
+            value = entry["value"]
+            if entry["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif entry["key"] == "lfsFile":
+                files[value["path"]] = self.served.uploads[value["oid"]]
+        commit = repository.push(files)
+        address = f"{self.served.url}/{source.removeprefix('models/')}/commit/{commit}"
+        self._json({"success": True, "commitUrl": address, "commitOid": commit}, {})
 
     def _plain_file(self, name: str, fault: Fault | None) -> None:
         content = self.served.files.get(name)
@@ -211,6 +281,10 @@ class _Handler(BaseHTTPRequestHandler):
         return True
 
     def _api(self, path: str, query: dict[str, list[str]]) -> None:
+        if path == "whoami-v2":
+            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            self._json({"type": "user", "name": "tester", "orgs": []}, {}) if known else self._answer(401, b"", {})
+            return
         kind, owner, name, *rest = path.split("/")
         repository = self._repository(f"{kind}/{owner}/{name}")
         if repository is None:
@@ -225,7 +299,12 @@ class _Handler(BaseHTTPRequestHandler):
         elif rest[:1] == ["tree"]:
             self._tree(repository.commits[commit], int(query.get("cursor", ["0"])[0]))
         else:
-            values: dict[str, Any] = {"id": f"{owner}/{name}", "sha": commit, "gated": repository.gated and "auto"}
+            values: dict[str, Any] = {
+                "id": f"{owner}/{name}",
+                "sha": commit,
+                "gated": repository.gated and "auto",
+                "private": repository.private,
+            }
             if repository.licence:
                 values["cardData"] = {"license": repository.licence}
             self._json(values, {})

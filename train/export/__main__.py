@@ -24,6 +24,7 @@ from train.config.schema import ConfigError
 from train.distributed.quiet_libraries import quiet_libraries
 from train.export.export_card import describe_servers, make_card
 from train.export.exported_model import ExportedModel, open_model
+from train.export.push import check_may_push, push
 from train.export.verify import verify_logits, verify_tensors
 from train.observability.suite_results import read_suite_results
 
@@ -39,13 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         source = open_model(options.source, _DTYPES[options.dtype], verify=not options.no_verify)
         out = options.out or _get_default_out(source, options.format)
         _check_out(out, source)
+        if options.push:
+            check_may_push(options.push, public=options.public)
         checks = export(source, out, options)
+        address = push(out, options.push, public=options.public) if options.push else None
     except (ConfigError, ModelError, SaveFormatError, OSError) as error:
         return report_mistake(error)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"wrote {out} ({size / 2**30:.2f} GiB, {time.monotonic() - started:.0f} s) from {source.description}")
     for line in (*checks, *describe_servers(source, options.format)):
         print(f"  {line}")
+    if address:
+        print(f"pushed it to {address} ({'public' if options.public else 'private'})")
     return 0
 
 
@@ -80,7 +86,7 @@ def export(source: ExportedModel, out: Path, options: argparse.Namespace) -> lis
                 checks.append("logits NOT compared: this needs the authors' code, in a separate environment")
         source.write_data_summary(folder)
         suites = read_suite_results(source.path.parent, checks) if source.is_of_run else []
-        (folder / "README.md").write_text(make_card(source, options.format, checks, suites))
+        (folder / "README.md").write_text(make_card(source, options.format, checks, suites, licence=options.licence))
     return checks
 
 
@@ -117,8 +123,16 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--vision-tower", type=text_argument, help="with --format original: the tower's directory or "
                         "hub name, from which servers read its config (default: that of the run)")  # fmt: skip
+    parser.add_argument("--push", type=text_argument, metavar="ORG/NAME", help="also upload the directory to this "
+                        "repository of the hub, which is made, private, if there is none")  # fmt: skip
+    parser.add_argument("--public", action="store_true", help="with --push: everybody can see the repository")
+    parser.add_argument("--licence", type=text_argument, help="the model's licence in its card, by the hub's name, "
+                        "such as apache-2.0 (default: none is stated)")  # fmt: skip
     parser.add_argument("--no-verify", action="store_true", help="do not verify the files that are read and written")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.public and not options.push:
+        parser.error("--public needs --push ORG/NAME")
+    return options
 
 
 if __name__ == "__main__":

@@ -1,29 +1,43 @@
 """Writes the model card of an export (README.md) from the run's configuration and data.json."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from tabulate import tabulate
 from transformers import AutoConfig
 
+from data_recipes.schema.config_dir import CONFIG_DIR
+from data_recipes.schema.downloads import HubDownload
+from data_recipes.schema.sample import DataError
+from data_recipes.schema.source import read_source
 from llava_next.formats.onevision import ONEVISION_SERVING
 from llava_next.model.checkpoint_config import ARCHITECTURES
 from llava_next.model.towers import TOWER_FAMILIES, stock_unsupported_reason
+from llava_next.model_directory import find_hub_id
 from train.config.schema import RunConfig
 from train.distributed.versions import versions
 from train.export.exported_model import ExportedModel
 from train.observability.suite_results import SUITE_HEAD, suite_rows
 
 
-def make_card(source: ExportedModel, layout: str, checks: Sequence[str], suites: Sequence[dict[str, Any]] = ()) -> str:
+def make_card(
+    source: ExportedModel,
+    layout: str,
+    checks: Sequence[str],
+    suites: Sequence[dict[str, Any]] = (),
+    licence: str | None = None,
+) -> str:
     """Returns the model card as Markdown.
 
     Args:
         layout: hf or original.
         checks: sentences that say what was verified and what was not.
         suites: results tables of these weights (`read_suite_results`).
+        licence: the hub's name of the model's licence.
     """
-    lines = ["---", "library_name: transformers", "pipeline_tag: image-text-to-text", "---", ""]
+    lines = ["---", card_metadata(source, suites, licence), "---", ""]
     lines += [f"# {_get_name(source)}", ""]
     lines += [f"Exported from {source.description}.", ""]
     lines += ["## Supported software", "", *(f"- {line}" for line in describe_servers(source, layout)), ""]
@@ -78,6 +92,51 @@ def describe_servers(source: ExportedModel, layout: str) -> Iterator[str]:
     else:
         yield "SGLang: yes; it reads the tower's config from `mm_vision_tower`, whose name must contain clip or siglip"
     yield "transformers and vLLM: no, use --format hf"
+
+
+def card_metadata(source: ExportedModel, suites: Sequence[dict[str, Any]], licence: str | None) -> str:
+    """Returns the front matter of the card as YAML: what the hub lists and searches.
+
+    Base models and data sets are those with an id on the hub. Metrics are those of the results tables of these weights.
+    """
+    parts = () if source.config is None else (source.config.model.language_model, source.config.model.vision_tower)
+    ids = (find_hub_id(Path(part.path)) for part in parts)
+    summary = source.data_summary or {"mixture": []}
+    data = (name for row in summary["mixture"] for name in _published_datasets(row["source"]))
+    results = [
+        EvalResult(
+            task_type="image-text-to-text",
+            dataset_type=column["task"],
+            dataset_name=column["title"],
+            metric_type=column["metrics"][index],
+            metric_value=value,
+        )
+        for suite in suites
+        for column in suite["columns"].values()
+        for index, value in enumerate(column.get("values") or ())
+    ]
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        license=licence,
+        base_model=list(dict.fromkeys(filter(None, ids))) or None,
+        datasets=list(dict.fromkeys(data)) or None,
+        tags=["llava-next"],
+        eval_results=results or None,
+        model_name=_get_name(source) if results else None,
+    )
+    return metadata.to_yaml().strip()
+
+
+def _published_datasets(source: str) -> Iterator[str]:
+    """Yields the ids of the hub's data sets from which a shipped source is fetched."""
+    try:
+        downloads = read_source(CONFIG_DIR, source).download
+    except DataError:  # a source of the user's own
+        return
+    for entry in downloads:
+        if isinstance(entry, HubDownload) and entry.hub.startswith("datasets/"):
+            yield entry.hub.removeprefix("datasets/")
 
 
 def _get_name(source: ExportedModel) -> str:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import LlavaNextForConditionalGeneration
 
@@ -39,7 +40,8 @@ ABOUT = {
     "mixture_fingerprint": "m" * 64,
     "mixture": [
         {"source": "tiny_pictures", "used": 30, "licence": "CC BY | 4.0"},
-        {"source": "tiny_chats", "used": 10},
+        {"source": "tiny_chats", "used": 6},
+        {"source": "lcs_558k", "used": 4},
     ],
     "num_samples": 40,
     "num_supervised": 1234,
@@ -273,7 +275,8 @@ def _write_results_table(run_dir: Path) -> None:
     values = {"state": "done", "values": [85.0], "published": [86.5], "num_questions": 8910, "note": "a note"}
     header = {"title": "LLaVA-NeXT", "lmms_eval": "0.7.3", "compared_with": "Vicuna-7B", "source": "a page"}
     header["weights"] = weights_fingerprint(run_dir / "export")
-    table = {**header, "columns": {"pope": {"title": "POPE", **values}}}
+    column = {"title": "POPE", "task": "pope", "metrics": ["pope_f1_score"], **values}
+    table = {**header, "columns": {"pope": column, "gqa": {"title": "GQA", "task": "gqa", "state": "skipped"}}}
     (run_dir / "suite_llava_next.json").write_text(json.dumps(table))
 
 
@@ -311,6 +314,10 @@ def test_a_run_is_its_result_and_a_directory_is_itself(
     card = (original / "README.md").read_text()
     assert "Measured with lmms-eval 0.7.3, compared with Vicuna-7B, as published in a page." in card
     assert re.search(r"\| POPE +\| 85\.0 +\| 86\.5 +\| -1\.5 +\| 8,910 +\| a note", card)
+    metadata = yaml.safe_load(card.split("---\n")[1])
+    assert metadata["datasets"] == ["liuhaotian/LLaVA-Pretrain"]
+    (result,) = metadata["model-index"][0]["results"]
+    assert (result["dataset"]["name"], result["metrics"]) == ("POPE", [{"type": "pope_f1_score", "value": 85.0}])
     again = out.with_name("again")
     assert main([str(out), "--out", str(again)]) == 0
     assert "logits NOT compared: without a run" in capsys.readouterr().out
