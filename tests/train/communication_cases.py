@@ -1,10 +1,13 @@
 """Functions that ranks run in the tests of what a step communicates and of how exactly gradients are summed."""
 
+import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 
 from tests.train.cases import Array, Collective, Parts, _step, built, recorded_collectives
 from train.config.schema import RunConfig
@@ -65,7 +68,9 @@ def gradients(config: RunConfig, rows: str, num_micro_steps: int) -> dict[str, A
     """The whole gradients of one step before the update, by parameter, on rank 0.
 
     Args:
-        rows: "equal": every micro-step of every rank has the same row; "different": each rank has another one.
+        rows: "equal": every micro-step of every rank has the same row, and the same gradients before the reduction,
+            which are drawn, because products in bf16 may differ in bits from process to process; "different": each rank
+            has another row.
     """
     from deepspeed.utils import safe_get_full_grad
 
@@ -75,6 +80,10 @@ def gradients(config: RunConfig, rows: str, num_micro_steps: int) -> dict[str, A
         encode = RowDataset(parts.mixture, parts.table, parts.processor, False, read_retries=0)
         samples = np.flatnonzero(np.asarray(parts.table.rows["tiles"]) > 0)
         number = parts.world.rank if rows == "different" else 0
+        if rows == "equal":
+            for name, parameter in parts.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.register_hook(partial(_drawn, zlib.crc32(name.encode())))
         for _ in range(num_micro_steps):
             total, *_ = parts.engine(encode[samples[number : number + 1]])
             parts.engine.backward(total / 100.0)
@@ -84,6 +93,11 @@ def gradients(config: RunConfig, rows: str, num_micro_steps: int) -> dict[str, A
                 gradient = safe_get_full_grad(parameter)
                 whole[name] = gradient.float().cpu().numpy().copy()
         return whole if parts.world.is_main else {}
+
+
+def _drawn(seed: int, gradient: torch.Tensor) -> torch.Tensor:
+    values = torch.randn(gradient.shape, generator=torch.Generator().manual_seed(seed))
+    return (values / 1000).to(gradient.dtype)
 
 
 def materialized_on(config: RunConfig) -> set[str]:

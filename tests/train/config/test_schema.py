@@ -234,7 +234,6 @@ def test_a_stage_starts_from_a_folder_or_the_authors_file(tiny_parts: RunConfig,
         "bf16",
         "fp16",
         "data_types",
-        "communication_data_type",
         "managed_gradient_accumulation",
     ],
 )

@@ -11,7 +11,7 @@ from tests.train.cases import Array, relative_difference, zero, zero_3_in_nodes
 from tests.train.conftest import StartRanks
 from train.config.schema import RunConfig
 
-_ALONE: dict[tuple[int, int], dict[str, Array]] = {}
+_ALONE: dict[int, dict[str, Array]] = {}
 
 
 def _gradients(start_ranks: StartRanks, config: RunConfig, size: int, *args: Any) -> dict[str, Array]:
@@ -32,7 +32,7 @@ def _with_option(stage: int, **options: Any) -> dict[str, Any]:
             pytest.param(size, engine, marks=pytest.mark.full)
             for size in (2, 3, 4)
             for engine in (
-                *(zero(stage) for stage in (1, 2, 3)),
+                *(zero(stage) for stage in (2, 3)),  # 0 and 1 reduce inside the step: tests/train/test_trainer.py
                 _with_option(2, use_multi_rank_bucket_allreduce=False),
                 _with_option(2, reduce_scatter=False),
                 _with_option(3, reduce_scatter=False),
@@ -50,13 +50,11 @@ def test_the_sum_is_exact_on_any_number_of_ranks(
     The sums are multiples of bf16 values, which fp32 holds exactly. An average over three ranks would not be.
     """
     config = replace(run_config, precision="bf16")
-    stage = 3 if engine["zero_optimization"]["stage"] == 3 else 2  # ZeRO-3 runs some products with other kernels
-    if (size, stage) not in _ALONE:
-        alone = replace(config, engine=zero(stage), name="alone")
-        _ALONE[size, stage] = _gradients(start_ranks, alone, 1, "equal", size)
+    if size not in _ALONE:
+        _ALONE[size] = _gradients(start_ranks, replace(config, engine=zero(2), name="alone"), 1, "equal", size)
     actual = _gradients(start_ranks, replace(config, engine=engine), size, "equal", 1)
-    for name, expected in _ALONE[size, stage].items():
-        assert np.abs(expected).max() > 0 or name.endswith("k_proj.bias"), name
+    for name, expected in _ALONE[size].items():
+        assert np.abs(expected).max() > 0, name
         np.testing.assert_array_equal(actual[name], expected, err_msg=name)
 
 
@@ -66,7 +64,7 @@ def test_the_sum_is_exact_on_any_number_of_ranks(
         (3, zero(3)),
         *(
             pytest.param(size, engine, marks=pytest.mark.full)
-            for size, engine in ((4, zero(0)), (4, zero(1)), (4, zero(2)), (4, zero(3)), (4, zero_3_in_nodes()))
+            for size, engine in ((4, zero(3)), (4, zero_3_in_nodes()))
         ),
     ],
     ids=str,
