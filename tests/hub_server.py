@@ -282,8 +282,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _api(self, path: str, query: dict[str, list[str]]) -> None:
         if path == "whoami-v2":
-            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            self._json({"type": "user", "name": "tester", "orgs": []}, {}) if known else self._answer(401, b"", {})
+            if self.headers.get("Authorization") == f"Bearer {TOKEN}":
+                self._json({"type": "user", "name": "tester", "orgs": []}, {})
+            else:
+                self._answer(401, b"", {})
             return
         kind, owner, name, *rest = path.split("/")
         repository = self._repository(f"{kind}/{owner}/{name}")

@@ -155,6 +155,30 @@ def _chatml(name: str, default_system: str | None, thought: str = "") -> Templat
     )
 
 
+def _llama_3(
+    name: str,
+    *,
+    default_system: str,
+    system_opening: str = "",
+    trims: bool = False,
+    released_specials: tuple[str, ...] = (),
+) -> Template:
+    """Llama 3's headers. `system_opening` precedes the text of every system turn; the rest is as in `Template`."""
+    return Template(
+        name=name,
+        system_format=f"<|start_header_id|>system<|end_header_id|>\n\n{system_opening}{{text}}<|eot_id|>",
+        default_system=default_system,
+        question_format="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
+        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
+        answer_format="{text}",
+        end="<|eot_id|>",
+        between="",
+        bos=True,
+        trims=trims,
+        released_specials=released_specials,
+    )
+
+
 _TEMPLATES = (
     Template(
         name="plain",
@@ -204,19 +228,12 @@ _TEMPLATES = (
         between="",
         bos=False,
     ),
-    Template(
-        name="llava_llama_3",
-        system_format="<|start_header_id|>system<|end_header_id|>\n\n{text}<|eot_id|>",
+    _llama_3(
+        "llava_llama_3",
         default_system=(
             "You are a helpful language and vision assistant. You are able to understand the visual content that "
             "the user provides, and assist the user with a variety of tasks using natural language."
         ),
-        question_format="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
-        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        answer_format="{text}",
-        end="<|eot_id|>",
-        between="",
-        bos=True,
         # preprocess_llama3 also looks up two line breaks, in a spelling that is not in its vocabulary.
         released_specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
@@ -227,19 +244,10 @@ _TEMPLATES = (
     # last answer of a conversation. Here it precedes every answer, as in the prompt of a first question.
     _chatml("qwen3", None, "<think>\n\n</think>\n\n"),
     # Llama 3.1 and 3.2. The date is that of Meta's template where no clock is given (3.2 renders today's otherwise).
-    Template(
-        name="llama_3_2",
-        system_format=(
-            "<|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: December 2023\n"
-            "Today Date: 26 Jul 2024\n\n{text}<|eot_id|>"
-        ),
+    _llama_3(
+        "llama_3_2",
         default_system="",
-        question_format="<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>",
-        header="<|start_header_id|>assistant<|end_header_id|>\n\n",
-        answer_format="{text}",
-        end="<|eot_id|>",
-        between="",
-        bos=True,
+        system_opening="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
         trims=True,
     ),
 )

@@ -1,67 +1,22 @@
-"""Functions that ranks run in the tests of what a step communicates and of how exactly gradients are summed."""
+"""Functions that ranks run in the tests of how gradients are summed, and where a start at ZeRO-3 allocates."""
 
 import zlib
-from collections.abc import Collection
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from tests.train.cases import Array, Collective, Parts, _step, built, recorded_collectives
+from tests.train.cases import Array, _step, built, recorded_collectives
 from train.config.schema import RunConfig
 
 
-@dataclass
-class Sizes:
-    """What a rank's step has sent, and the elements of its model; `steps`: collectives of each step."""
-
-    steps: list[list[Collective]]
-    num_parameters: int
-    num_trained: int
-    num_backward: int
-    num_persistent: int
-
-
-def communicated(config: RunConfig, num_micro_steps: int, num_steps: int = 4) -> Sizes:
-    """Runs steps of `num_micro_steps` rows on each rank; returns the collectives of each."""
+def reduction_dtypes(config: RunConfig) -> set[str]:
+    """The data types that a step reduces; `Double` is that of the step's own sums."""
     with built(config) as parts:
-        steps: list[list[Collective]] = []
-        for _ in range(num_steps):
-            with recorded_collectives() as seen:
-                _step(parts, _plan(parts, num_micro_steps))
-            steps.append(seen)
-        sizes = {name: getattr(each, "ds_numel", each.numel()) for name, each in parts.model.named_parameters()}
-        named = dict(parts.model.named_parameters())
-        return Sizes(
-            steps,
-            sum(sizes.values()),
-            sum(size for name, size in sizes.items() if named[name].requires_grad),
-            sum(size for name, size in sizes.items() if _is_gathered_in_backward(name, config.stage.rates)),
-            sum(size for name, size in sizes.items() if getattr(named[name], "ds_persist", False)),
-        )
-
-
-def _is_gathered_in_backward(name: str, trained: Collection[str]) -> bool:
-    """Whether the output of the parameter's module has a gradient."""
-    if "vision_tower" in name:
-        return "vision_tower" in trained
-    return "embed_tokens" not in name or "language_model" in trained
-
-
-def _plan(parts: Parts, num_micro_steps: int) -> Any:
-    """A plan whose micro-steps all have the same row, a sample with an image, on every rank."""
-    sample = np.flatnonzero(np.asarray(parts.table.rows["tiles"]) > 0)[:1]
-    count = num_micro_steps * parts.world.size
-    supervised = int(parts.table.rows["supervised"][sample].sum()) * count
-    return replace(
-        parts.planner.plan(0),
-        samples=np.repeat(sample, count),
-        rows=(sample,) * num_micro_steps,
-        num_supervised=supervised,
-        divisor=float(supervised),
-    )
+        with recorded_collectives() as seen:
+            _step(parts, parts.planner.plan(0))
+        return {dtype for each in seen if "reduce" in each.kind for dtype in each.dtypes}
 
 
 def gradients(config: RunConfig, rows: str, num_micro_steps: int) -> dict[str, Array]:

@@ -90,6 +90,24 @@ def test_onevision_views_with_adapters(
     _check_chat(tmp_path, export, capsys)
 
 
+@pytest.mark.full
+def test_a_sliding_window_with_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same with a window that is shorter than the samples, at ZeRO-3, with adapters and recomputation of both
+    parts; the export has the window."""
+    export = _train_and_export(
+        tmp_path,
+        "mistral_7b",
+        "clip_vit_l_336",
+        "zero3",
+        "+model.language_model.overrides.sliding_window=48",
+        "recompute=[language_model,vision_tower]",
+        "lora={language_model:{rank:4,alpha:8,targets:[q_proj,v_proj]}}",
+    )
+    assert json.loads((export / "config.json").read_text())["text_config"]["sliding_window"] == 48
+    _check_answers(AutoProcessor.from_pretrained(export), export)
+    _check_chat(tmp_path, export, capsys)
+
+
 def _train_and_export(tmp_path: Path, language_model: str, tower: str, engine: str, *finetune: str) -> Path:
     """Both stages and the verified export of the last checkpoint; `finetune`: overrides of the second stage."""
     shipped.write_language_model(language_model, tmp_path)

@@ -18,7 +18,7 @@ import torch
 from llava_next.formats.atomic import PARTIAL
 from train.checkpoint.checkpoint_size import checkpoint_bytes
 from train.checkpoint.host_copy import HostCopy, HostMemory
-from train.distributed.free_memory import available_bytes
+from train.distributed.free_memory import MAX_COPY_SHARE, available_bytes
 from train.distributed.world import World, all_gather_objects, barrier
 from train.engine.deepspeed_engine import release_gathered
 
@@ -27,8 +27,6 @@ try:
 except ImportError:  # another version of DeepSpeed: `_check_calls` reports that it does not use the engine below
     CheckpointEngine = object
 
-MAX_SHARE = 0.7
-"""Of a host's free memory that copies may take; loader workers and the files being written need the rest."""
 _PADDING = 1.01
 _METADATA = 2**22
 _GIB = 2**30
@@ -127,15 +125,15 @@ def enable(engine: deepspeed.DeepSpeedEngine, folder: Path, world: World) -> tup
 
 
 def find_shortage(needs: list[MemoryNeed]) -> str:
-    """Names the first host whose ranks need more than `MAX_SHARE` of its free memory; empty if there is none."""
+    """Names the first host whose ranks need more than `MAX_COPY_SHARE` of its free memory; empty if there is none."""
     for host, needed in _needs_by_host(needs).items():
         ranks = [need for need in needs if need.host == host]
         available = min(need.available for need in ranks)
-        if needed > MAX_SHARE * available:
+        if needed > MAX_COPY_SHARE * available:
             return (
                 f"to write it beside the next steps, the {len(ranks)} rank(s) of {host} would need {needed / _GIB:.1f} "
-                f"GiB of host memory for a copy, and {available / _GIB:.1f} GiB are free, of which {MAX_SHARE:.0%} "
-                "may be used"
+                f"GiB of host memory for a copy, and {available / _GIB:.1f} GiB are free, of which "
+                f"{MAX_COPY_SHARE:.0%} may be used"
             )
     return ""
 

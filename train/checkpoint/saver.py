@@ -218,7 +218,7 @@ class Saver:
         if waited_s > _REPORTED_WAIT_S and self._world.is_main:
             logger.warning(
                 "the save after step %d stalled training for %.1f s, of which it waited %.1f s for the previous "
-                "checkpoint to be written: raise save.every=%d, or use a faster disk",
+                "checkpoint to be written: raise save.every (now %d), or use a faster disk",
                 step,
                 stalled_s,
                 waited_s,

@@ -2,6 +2,9 @@
 
 from pathlib import Path
 
+MAX_COPY_SHARE = 0.7
+"""Share of a host's free memory that copies of a checkpoint may take; workers and files being written need the rest."""
+
 
 def available_bytes(root: Path = Path("/")) -> int:
     """Returns the free memory in bytes: the host's, or less if a control group (of a Slurm job or container) limits it.

@@ -13,14 +13,14 @@ from train.distributed.device_copies import to_host
 from train.engine.replica_checksums import tensor_sum
 
 
-class GradientSum(NamedTuple):
+class GradientChecksum(NamedTuple):
     """The sum of the gradients' bits as integers, and their norm."""
 
     bits: int
     norm: float
 
 
-class GradientSums:
+class GradientChecksums:
     """Adds up the gradients of each part, on their device."""
 
     def __init__(self) -> None:
@@ -34,14 +34,14 @@ class GradientSums:
         self._bits[part] = self._bits[part] + bits if part in self._bits else bits
         self._squares[part] = self._squares[part] + square if part in self._squares else square
 
-    def read(self) -> dict[str, GradientSum]:
+    def read(self) -> dict[str, GradientChecksum]:
         """Returns the sums of each part that has had a gradient."""
         bits = {part: int(to_host(value)) for part, value in self._bits.items()}
-        return {part: GradientSum(bits[part], float(to_host(self._squares[part])) ** 0.5) for part in bits}
+        return {part: GradientChecksum(bits[part], float(to_host(self._squares[part])) ** 0.5) for part in bits}
 
 
 @contextmanager
-def watch_gradients(model: nn.Module, sums: GradientSums) -> Iterator[None]:
+def watch_gradients(model: nn.Module, sums: GradientChecksums) -> Iterator[None]:
     """Inside the block, `sums` gets the gradient of every trained parameter in every backward pass of this rank, before
     the engine adds it to others or reduces it."""
     handles = [

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from train.config.schema import RunConfig
 from train.distributed.device_copies import to_host
 from train.engine.deepspeed_engine import zero_stage
-from train.engine.gradient_checksums import GradientSums
+from train.engine.gradient_checksums import GradientChecksums
 
 _NUM_AT_ONCE = 2**18
 """Largest number of values in one norm: a CPU sums in fp32, which is inaccurate for hundreds of millions of values."""
@@ -51,12 +51,12 @@ class StepGuard:
         self._refuse = self._skipped = False
         self._norm = float("nan")
         self._squares: dict[str, torch.Tensor] = {}
-        self._shares: GradientSums | None = None
+        self._shares: GradientChecksums | None = None
         self._removed_gradients: list[tuple[torch.Tensor, torch.Tensor]] = []
         engine.basic_optimizer.register_step_pre_hook(self._before)
         engine.basic_optimizer.register_step_post_hook(self._after)
 
-    def step(self, *, refuse: bool, shares: GradientSums | None = None) -> Update:
+    def step(self, *, refuse: bool, shares: GradientChecksums | None = None) -> Update:
         """Runs the engine's step. Every rank must call it.
 
         Args:

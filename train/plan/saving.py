@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 
+from train.distributed.free_memory import MAX_COPY_SHARE
 from train.plan.execution_settings import ExecutionSettings
 from train.plan.hardware import Hardware
 from train.plan.model_facts import ModelFacts
-
-COPIES_SHARE = 0.7
-"""Fraction of a node's free memory that copies of a checkpoint may take (train/checkpoint/background_copy.py)."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ def estimate_save(
     its fp32 weights and moments, 12 T / R, and at stages 1 and 2 one rank saves the weights, s T.
 
     The ranks copy their part to the host's memory, while they do not train, and write it beside the next steps. If the
-    copies of a node exceed `COPIES_SHARE` of its free memory, the ranks wait until everything is written.
+    copies of a node exceed `MAX_COPY_SHARE` of its free memory, the ranks wait until everything is written.
 
     Args:
         used_host_bytes: memory of a node that is in use while the run trains.
@@ -56,6 +54,6 @@ def estimate_save(
     node_bytes = weights + states / dividing
     first_rank = weights + (states if settings.zero_stage == 0 else states / (settings.nodes * gpus))
     write_s = node_bytes / (hardware.disk_gb_s * 1e9)
-    copied = node_bytes <= COPIES_SHARE * (hardware.host_memory_gib * 2**30 - used_host_bytes)
+    copied = node_bytes <= MAX_COPY_SHARE * (hardware.host_memory_gib * 2**30 - used_host_bytes)
     copy_s = first_rank / (hardware.host_link_gb_s * 1e9)
     return Save(weights + states, node_bytes, write_s, copy_s if copied else write_s)

@@ -26,7 +26,7 @@ from torch import nn
 from train.config.schema import RunConfig
 from train.distributed.world import World, all_gather_objects
 from train.engine.deepspeed_engine import zero_stage
-from train.engine.gradient_checksums import GradientSum, GradientSums, watch_gradients
+from train.engine.gradient_checksums import GradientChecksum, GradientChecksums, watch_gradients
 from train.engine.replica_checksums import outvoted_ranks, replicated_tensors, tensor_sums
 from train.supervision.step_errors import CorruptionError
 
@@ -49,7 +49,7 @@ class PassValues:
 
     def __init__(self) -> None:
         self.losses = torch.zeros(0)
-        self.gradients, self.shares = GradientSums(), GradientSums()
+        self.gradients, self.shares = GradientChecksums(), GradientChecksums()
         self.clip_factor = 1.0
 
     @contextmanager
@@ -147,7 +147,7 @@ class StepVerifier:
         ]
 
     def _compare_gradients(
-        self, what: str, first: Mapping[str, GradientSum], second: Mapping[str, GradientSum]
+        self, what: str, first: Mapping[str, GradientChecksum], second: Mapping[str, GradientChecksum]
     ) -> list[str]:
         """Describes the parts whose gradients differ; a part that only one pass has counts as different."""
         differences = []
@@ -160,7 +160,7 @@ class StepVerifier:
         return differences
 
 
-_ABSENT = GradientSum(0, float("nan"))
+_ABSENT = GradientChecksum(0, float("nan"))
 
 
 def has_deterministic_kernels(config: RunConfig, device_type: str) -> bool:
@@ -175,13 +175,15 @@ def has_deterministic_kernels(config: RunConfig, device_type: str) -> bool:
     return config.deterministic and not config.liger and not config.attention.startswith("flash_attention")
 
 
-def _unclipped(values: PassValues) -> dict[str, GradientSum]:
+def _unclipped(values: PassValues) -> dict[str, GradientChecksum]:
     """The shares with their norms before clipping; the bits are those after it."""
     factor = values.clip_factor
-    return {part: GradientSum(bits, factor * norm) for part, (bits, norm) in values.shares.read().items()}
+    return {part: GradientChecksum(bits, factor * norm) for part, (bits, norm) in values.shares.read().items()}
 
 
-def _pair_norms(first: Mapping[str, GradientSum], second: Mapping[str, GradientSum]) -> Iterator[tuple[float, float]]:
+def _pair_norms(
+    first: Mapping[str, GradientChecksum], second: Mapping[str, GradientChecksum]
+) -> Iterator[tuple[float, float]]:
     for part in {*first, *second}:
         yield first.get(part, _ABSENT).norm, second.get(part, _ABSENT).norm
 

@@ -80,7 +80,7 @@ def padded_balance(tokens: Array, tiles: Array, num_ranks: int, costs: StepCosts
     num_whole = len(tokens) // (num_ranks * per_rank) * num_ranks * per_rank
     batches = tokens[:num_whole].reshape(-1, num_ranks, per_rank)
     longest = batches.max(axis=2)
-    cost = per_rank * (longest * (costs.token + costs.target) + longest.astype(np.float64) ** 2 / 2 * costs.pair)
+    cost = per_rank * (longest * (costs.token + costs.target) + costs.attention(longest))
     cost += tiles[:num_whole].reshape(batches.shape).sum(axis=2) * costs.tile
     return float(cost.mean(axis=1).sum() / cost.max(axis=1).sum())
 

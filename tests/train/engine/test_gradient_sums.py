@@ -58,6 +58,21 @@ def test_the_sum_is_exact_on_any_number_of_ranks(
         np.testing.assert_array_equal(actual[name], expected, err_msg=name)
 
 
+@pytest.mark.parametrize("stage", [2, *(pytest.param(stage, marks=pytest.mark.full) for stage in (0, 1, 3))])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradients_are_reduced_in_the_given_type(
+    start_ranks: StartRanks, run_config: RunConfig, stage: int, precision: str
+) -> None:
+    """At every stage: in bf16 if `communication_data_type` says so, else in fp32, whatever the precision."""
+    if (stage, precision) == (0, "bf16"):
+        return  # refused
+    config = replace(run_config, precision=precision)  # type: ignore[arg-type]
+    for kind, is_reduced_in_bf16 in (("fp32", False), ("bf16", True)):
+        engine = {**zero(stage), "communication_data_type": kind}
+        dtypes = start_ranks(2).run(communication_cases.reduction_dtypes, replace(config, engine=engine))[0]
+        assert ("BFloat16" in dtypes) == is_reduced_in_bf16
+
+
 @pytest.mark.parametrize(
     ("size", "engine"),
     [

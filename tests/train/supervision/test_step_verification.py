@@ -13,7 +13,7 @@ import pytest
 from llava_next.config import LoraConfig
 from tests.ranks import run_to_the_end
 from tests.train import corruption_cases, fault_runs
-from tests.train.cases import with_stage, zero
+from tests.train.cases import with_stage, zero, zero_3_in_nodes
 from tests.train.conftest import StartRanks
 from tests.train.corruption_cases import Flip
 from train.config.rules import check_values
@@ -157,6 +157,7 @@ def test_steps_between_are_not_verified(start_ranks: StartRanks, run_config: Run
             marks=full,
         ),
         pytest.param(2, {"zero_optimization": {"stage": 3, "sub_group_size": 3000}}, {}, marks=full),
+        pytest.param(4, zero_3_in_nodes(), {}, marks=full),
         pytest.param(2, zero(1), {"precision": "bf16"}, marks=full),
         pytest.param(2, zero(2), {"precision": "bf16"}, marks=full),
         pytest.param(2, zero(3), {"precision": "bf16"}, marks=full),
