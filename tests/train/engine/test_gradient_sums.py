@@ -26,7 +26,6 @@ def _with_option(stage: int, **options: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("size", "engine"),
     [
-        (3, zero(2)),
         (3, zero(3)),
         *(
             pytest.param(size, engine, marks=pytest.mark.full)
@@ -37,7 +36,7 @@ def _with_option(stage: int, **options: Any) -> dict[str, Any]:
                 _with_option(2, reduce_scatter=False),
                 _with_option(3, reduce_scatter=False),
             )
-            if (size, engine) not in ((3, zero(2)), (3, zero(3)))
+            if (size, engine) != (3, zero(3))
         ),
     ],
     ids=str,

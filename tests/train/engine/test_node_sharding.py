@@ -55,10 +55,17 @@ def test_two_nodes_learn_what_zero_3_learns(start_ranks: StartRanks, run_config:
 @pytest.mark.parametrize(
     ("size", "engine"),
     [
-        (4, zero(3)),
         *(
             pytest.param(*after, marks=pytest.mark.full)
-            for after in ((1, zero(3)), (2, zero(3)), (1, zero(2)), (2, zero(2)), (4, zero(2)), (4, NODES))
+            for after in (
+                (4, zero(3)),
+                (1, zero(3)),
+                (2, zero(3)),
+                (1, zero(2)),
+                (2, zero(2)),
+                (4, zero(2)),
+                (4, NODES),
+            )
         ),
     ],
     ids=str,
