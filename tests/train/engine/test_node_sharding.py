@@ -52,22 +52,10 @@ def test_two_nodes_learn_what_zero_3_learns(start_ranks: StartRanks, run_config:
     assert_same_training(record, plain)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("size", "engine"),
-    [
-        *(
-            pytest.param(*after, marks=pytest.mark.full)
-            for after in (
-                (4, zero(3)),
-                (1, zero(3)),
-                (2, zero(3)),
-                (1, zero(2)),
-                (2, zero(2)),
-                (4, zero(2)),
-                (4, NODES),
-            )
-        ),
-    ],
+    [(4, zero(3)), (1, zero(3)), (2, zero(3)), (1, zero(2)), (2, zero(2)), (4, zero(2)), (4, NODES)],
     ids=str,
 )
 def test_resumes_from_nodes(
