@@ -55,13 +55,44 @@ class ModelError(ValueError):
 
 
 @dataclass(frozen=True)
+class TemplateConfig:
+    """The text around messages, in a YAML file in place of the name of a template. A round is question, header, answer,
+    end.
+
+    Attributes:
+        question_format: contains `{text}`, in whose place the question is.
+        header: text between a question and its answer.
+        end: text of the end token, supervised with the answer; generation stops at it.
+        answer_format: contains `{text}`, in whose place the answer is.
+        between: text after the end token, not supervised.
+        system_format: contains `{text}`, in whose place the system text is; None if a sample cannot have a system turn.
+        default_system: the system text of samples without a system turn; None means none. If `system_format` is None,
+            every sample begins with this text.
+        bos: whether a sample begins with the tokenizer's beginning-of-sequence token.
+        trims: whether leading and trailing white space of every text is removed.
+    """
+
+    __pydantic_config__ = _STRICT
+
+    question_format: str
+    header: str
+    end: str
+    answer_format: str = "{text}"
+    between: str = ""
+    system_format: str | None = None
+    default_system: str | None = None
+    bos: bool = False
+    trims: bool = False
+
+
+@dataclass(frozen=True)
 class LanguageModelConfig:
     """The language model and its chat template.
 
     Attributes:
         name: identifies the model in messages and in connector contracts.
         path: a Hugging Face directory with config.json, and the weights if `weights` is pretrained.
-        template: name of the default chat template.
+        template: the default chat template: a name, `tokenizer` for the tokenizer's own, or its text.
         tokenizer: directory of the tokenizer; None means `path`.
         weights: source of the initial weights.
         overrides: keys of config.json that are replaced, for example a smaller depth with random weights.
@@ -71,7 +102,7 @@ class LanguageModelConfig:
 
     name: str
     path: str
-    template: str
+    template: str | TemplateConfig
     tokenizer: str | None = None
     weights: Weights = "pretrained"
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -268,7 +299,7 @@ class ProcessorConfig:
     """The settings, besides the tokenizer, that determine the tokens and tiles of a sample.
 
     Attributes:
-        template: name of the chat template.
+        template: the chat template: a name, `tokenizer` for the tokenizer's own, or its text.
         views: how images become views.
         grids: tile grids of AnyRes.
         tile: side of a tile in pixels, derived from the tower.
@@ -277,7 +308,7 @@ class ProcessorConfig:
         rounding: rounding of the unpadded range.
     """
 
-    template: str
+    template: str | TemplateConfig
     views: ViewsConfig
     grids: tuple[Grid, ...]
     tile: int

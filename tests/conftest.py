@@ -36,6 +36,11 @@ LONGEST = (
 _OPS = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option with which the table of pairs is made anew (`tests/train/pair_results.py`)."""
+    parser.addoption("--record-pairs", type=Path, help="the JSON file to which test_shipped_backbones.py writes")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort the files, and skip what needs a CUDA device where there is none; torch is imported only if a test asks for
     one."""

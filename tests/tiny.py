@@ -41,6 +41,11 @@ SPECIAL_TOKENS = (
     "<|start_header_id|>",
     "<|end_header_id|>",
     "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|end|>",
 )
 
 _SENTENCES = (
@@ -85,7 +90,7 @@ def tiny_tokenizer(folder: Path, kind: TokenizerName = "bytes", bos: str | None 
         specials = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256))]
         alphabet = []
     trainer = trainers.BpeTrainer(
-        vocab_size=512, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=517, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_SENTENCES, trainer)
     if kind == "metaspace":  # as Llama's: trained on words (no piece spans a space), applied to whole texts

@@ -7,6 +7,7 @@ conversations. A chat template that a `Template` cannot represent is an error.
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,9 @@ from typing import Any
 
 from tokenizers import processors
 
-from llava_next.config import IMAGE_PROCESSOR_FILES, ModelError
+from llava_next.config import IMAGE_PROCESSOR_FILES, ModelError, TemplateConfig
 from llava_next.inputs.conversation import (
+    CUSTOM,
     FROM_TOKENIZER,
     IMAGE_PLACEHOLDER,
     NO_SYSTEM_TURN,
@@ -62,13 +64,36 @@ _TEXTS = (
 """Texts that a chat template might modify: white space, Jinja syntax, HTML, other scripts."""
 
 
-def resolve_template(name: str, tokenizer: Any) -> Template:
-    """The named template, or the tokenizer's chat template if `name` is `tokenizer`.
+def resolve_template(template: str | TemplateConfig, tokenizer: Any) -> Template:
+    """The template of this name or with these texts, or the tokenizer's chat template if it is `tokenizer`.
 
     Raises:
-        ModelError: as `get_template` and `template_from_tokenizer` do.
+        ModelError: as `get_template` and `template_from_tokenizer` do, or the Jinja of a template of the configuration
+            renders another text, or is parsed as another template.
     """
-    return template_from_tokenizer(tokenizer) if name == FROM_TOKENIZER else get_template(name)
+    if template == FROM_TOKENIZER:
+        return template_from_tokenizer(tokenizer)
+    resolved = get_template(template)
+    if resolved.name == CUSTOM:
+        _check_custom(resolved, tokenizer)
+    return resolved
+
+
+def _check_custom(template: Template, tokenizer: Any) -> None:
+    """Writes a template as Jinja and parses it again, as an export is read, with this tokenizer."""
+    exported = copy(tokenizer)
+    exported.chat_template = chat_template(template)
+    try:
+        parsed = template_from_tokenizer(exported)
+        _verify(template, exported)
+    except _UnsupportedError as error:
+        raise ModelError(f"the custom template could not be read from its export: {error.reason}") from error
+    for turns in _conversations(with_system=template.system_format is not None):
+        if parsed.render(turns) != template.render(turns):
+            raise ModelError(
+                "the custom template could not be read from its export: what precedes every answer belongs to header, "
+                "and what follows every end token to between"
+            )
 
 
 def should_add_special_tokens(tokenizer: Any, text: str) -> bool:
@@ -117,7 +142,7 @@ def template_from_tokenizer(tokenizer: Any) -> Template:
             represent it (dates, a special first turn, modified texts). The message shows the first difference.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise _unsupported(tokenizer, "the tokenizer has no chat template")
+        raise _UnsupportedError(tokenizer, "the tokenizer has no chat template")
     template = _parse(tokenizer, system=_system_pieces(tokenizer))
     try:
         _verify(template, tokenizer)
@@ -206,7 +231,7 @@ def _verify(template: Template, tokenizer: Any) -> None:
             continue
         index = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), None)
         index = min(len(actual), len(expected)) if index is None else index
-        raise _unsupported(
+        raise _UnsupportedError(
             tokenizer,
             f"it renders turns differently or modifies their texts: in a conversation of {len(turns)} turns, after "
             f"{expected[max(0, index - 30) : index]!r}, it renders {expected[index : index + 40]!r} instead of "
@@ -242,7 +267,7 @@ def _pieces(tokenizer: Any, turns: Sequence[MessageLike], *, prompt: bool = Fals
     for turn in turns:
         before, text, rest = rest.partition(turn.text)
         if not text:
-            raise _unsupported(tokenizer, f"it does not render a text of the {turn.role} unchanged and in order")
+            raise _UnsupportedError(tokenizer, f"it does not render a text of the {turn.role} unchanged and in order")
         pieces.append(before)
     return [*pieces, rest]
 
@@ -261,7 +286,7 @@ def _render(tokenizer: Any, turns: Sequence[MessageLike], *, prompt: bool = Fals
             reason = f"it cannot render a conversation of {len(turns)} turns: {error}"
         else:
             reason = "it renders today's date"
-        raise _unsupported(tokenizer, reason) from error
+        raise _UnsupportedError(tokenizer, reason) from error
 
 
 def _stop_token(tokenizer: Any, tail: str) -> str:
@@ -269,7 +294,7 @@ def _stop_token(tokenizer: Any, tail: str) -> str:
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     matches = sorted((tail.find(text), -len(text), text) for text in special | {tokenizer.eos_token} if text in tail)
     if not matches:
-        raise _unsupported(
+        raise _UnsupportedError(
             tokenizer,
             f"after an answer it renders {tail!r}, which contains no special token of the tokenizer, so generation "
             "would not stop",
@@ -277,11 +302,16 @@ def _stop_token(tokenizer: Any, tail: str) -> str:
     return matches[0][2]
 
 
-def _unsupported(tokenizer: Any, reason: str) -> ModelError:
-    return ModelError(
-        f"template {FROM_TOKENIZER!r}: the chat template of {tokenizer.name_or_path} is not supported: {reason}; "
-        f"choose a named template with stage.template=NAME ({', '.join(sorted(TEMPLATES))})"
-    )
+class _UnsupportedError(ModelError):
+    """A `Template` cannot represent the tokenizer's chat template."""
+
+    def __init__(self, tokenizer: Any, reason: str) -> None:
+        super().__init__(
+            f"template {FROM_TOKENIZER!r}: the chat template of {tokenizer.name_or_path} is not supported: {reason}; "
+            f"choose a named template with stage.template=NAME ({', '.join(sorted(TEMPLATES))}), or write its text in "
+            "YAML"
+        )
+        self.reason = reason
 
 
 def word_separator(tokenizer: Any) -> str:

@@ -1,18 +1,20 @@
-"""Named prompt templates, which render messages as supervised and unsupervised text segments.
+"""Prompt templates, which render messages as supervised and unsupervised text segments.
 
-The strings are those of LLaVA's `conversation.py`; tests compare them with the authors' output. `chat_template.py`
-reads a template from a tokenizer.
+The strings of most named templates are those of LLaVA's `conversation.py`; tests compare them with the authors' output.
+`chat_template.py` reads a template from a tokenizer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Protocol
 
-from llava_next.config import ModelError
+from llava_next.config import ModelError, TemplateConfig
 
 IMAGE_PLACEHOLDER = "<image>"
 FROM_TOKENIZER = "tokenizer"
 """The name that selects the tokenizer's chat template instead of a named template."""
+CUSTOM = "custom"
+"""`Template.name` of a template whose text is in the configuration."""
 NO_SYSTEM_TURN = "this template has no place for a system turn"
 """Error message, which exported chat templates contain."""
 
@@ -238,6 +240,7 @@ _TEMPLATES = (
         released_specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     _chatml("qwen_1_5", "You are a helpful assistant."),
+    _chatml("qwen_2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
     # SmolLM2-Instruct uses ChatML; this template has no default system turn.
     _chatml("chatml", None),
     # Qwen3 without thinking: its own template renders this empty thought for enable_thinking=false, but only before the
@@ -250,25 +253,73 @@ _TEMPLATES = (
         system_opening="Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n",
         trims=True,
     ),
+    # Gemma 1 to 3. Their own template writes a system text into the first question.
+    Template(
+        name="gemma",
+        system_format=None,
+        default_system=None,
+        question_format="<start_of_turn>user\n{text}<end_of_turn>\n",
+        header="<start_of_turn>model\n",
+        answer_format="{text}",
+        end="<end_of_turn>",
+        between="\n",
+        bos=True,
+        trims=True,
+    ),
+    # Phi-4-mini, without the end-of-text token that its own template renders after the last turn of a conversation.
+    Template(
+        name="phi_4",
+        system_format="<|system|>{text}<|end|>",
+        default_system=None,
+        question_format="<|user|>{text}<|end|>",
+        header="<|assistant|>",
+        answer_format="{text}",
+        end="<|end|>",
+        between="",
+        bos=False,
+    ),
 )
 
 TEMPLATES: dict[str, Template] = {template.name: template for template in _TEMPLATES}
 
 
-def check_template_name(name: str) -> None:
-    """Raises ModelError, with the known names, if `name` is neither a named template nor `tokenizer`."""
-    if name != FROM_TOKENIZER and name not in TEMPLATES:
+def check_template(template: str | TemplateConfig) -> None:
+    """Checks a template of a configuration without its tokenizer.
+
+    Raises:
+        ModelError: the name is neither a named template nor `tokenizer`, or a text breaks a rule of `TemplateConfig`.
+    """
+    if isinstance(template, TemplateConfig):
+        _check_texts(template)
+    elif template != FROM_TOKENIZER and template not in TEMPLATES:
         raise ModelError(
-            f"unknown template {name!r}; choose {', '.join(sorted(TEMPLATES))}, or {FROM_TOKENIZER} for the "
-            "tokenizer's chat template"
+            f"unknown template {template!r}; choose {', '.join(sorted(TEMPLATES))}, {FROM_TOKENIZER} for the "
+            "tokenizer's chat template, or write its text in YAML (question_format, header, end)"
         )
 
 
-def get_template(name: str) -> Template:
-    """The named template.
+def _check_texts(template: TemplateConfig) -> None:
+    texts = {key: value for key, value in asdict(template).items() if isinstance(value, str)}
+    for key, text in texts.items():
+        if key.endswith("_format") and text.count("{text}") != 1:
+            raise ModelError(f"{key} must contain {{text}} once, in the place of the message, got {text!r}")
+        if IMAGE_PLACEHOLDER in text:
+            raise ModelError(f"{key} must not contain {IMAGE_PLACEHOLDER}, which is part of a question, got {text!r}")
+    if not template.end:
+        raise ModelError(
+            "end must be the text of a token of the tokenizer, because generation stops at it; it is empty"
+        )
+
+
+def get_template(template: str | TemplateConfig) -> Template:
+    """The template of this name or with these texts.
 
     Raises:
-        ModelError: `name` is unknown.
+        ModelError: as `check_template`, or the name is `tokenizer`.
     """
-    check_template_name(name)
-    return TEMPLATES[name]
+    check_template(template)
+    if isinstance(template, TemplateConfig):
+        return Template(name=CUSTOM, **asdict(template))
+    if template == FROM_TOKENIZER:
+        raise ModelError(f"template {FROM_TOKENIZER} has no text of its own; it is read from a tokenizer")
+    return TEMPLATES[template]

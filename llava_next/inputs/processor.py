@@ -117,7 +117,7 @@ class Processor:
         self.template = resolve_template(config.template, tokenizer)
         self.image_token_id = _single_id(tokenizer, IMAGE_PLACEHOLDER, "image token")
         if self.template.end:
-            _single_id(tokenizer, self.template.end, f"end token of template {config.template}")
+            _single_id(tokenizer, self.template.end, f"end token of template {self.template.name}")
         self._released_ids = self._find_released_ids()
         self._opening_ids = self._find_opening_ids()
         self._special_text = _special_text(tokenizer)
@@ -129,7 +129,7 @@ class Processor:
             return []  # template plain supports tokenizers with and without a beginning-of-sequence token
         if bos is None:
             raise ModelError(
-                f"template {self.config.template} begins with the beginning-of-sequence token, which this tokenizer "
+                f"template {self.template.name} begins with the beginning-of-sequence token, which this tokenizer "
                 f"does not have; {_OTHER_TEMPLATE}"
             )
         return [bos]
@@ -139,7 +139,7 @@ class Processor:
             return []
         if not self.template.released_specials:
             raise ModelError(
-                f"stage.unmask_special_tokens=true: no released model with template {self.config.template} was "
+                f"stage.unmask_special_tokens=true: no released model with template {self.template.name} was "
                 "supervised on special tokens; set it to false"
             )
         return [_single_id(self.tokenizer, text, "special token") for text in self.template.released_specials]

@@ -26,7 +26,16 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from llava_next.config import PARTS, AttentionKernel, ModelConfig, ModelError, ProcessorConfig, ViewsConfig, check_grids
+from llava_next.config import (
+    PARTS,
+    AttentionKernel,
+    ModelConfig,
+    ModelError,
+    ProcessorConfig,
+    TemplateConfig,
+    ViewsConfig,
+    check_grids,
+)
 from llava_next.file_access import permission_problem
 from llava_next.inputs.chat_template import is_bos_added, set_post_processor
 from llava_next.inputs.conversation import IMAGE_PLACEHOLDER
@@ -57,12 +66,17 @@ class Backbone(Architecture):
         return red, green, blue
 
     def processor(
-        self, *, template: str | None, views: ViewsConfig, max_length: int, unmask_special_tokens: bool = False
+        self,
+        *,
+        template: str | TemplateConfig | None,
+        views: ViewsConfig,
+        max_length: int,
+        unmask_special_tokens: bool = False,
     ) -> Processor:
         """Builds the processor of a stage.
 
         Args:
-            template: name of the chat template; None means the language model's.
+            template: the chat template, as in `ProcessorConfig`; None means the language model's.
             views: how images become views.
             max_length: maximum length of a sample in tokens.
             unmask_special_tokens: see `ProcessorConfig`.

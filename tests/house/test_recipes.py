@@ -26,7 +26,9 @@ OWN_MODELS = {"quickstart", "smollm2_135m"}
 # Language models that the authors did not train with.
 WITHOUT_RECIPE = {
     *(f"qwen3_{size}" for size in ("0_6b", "1_7b", "4b", "8b", "14b", "32b")),
-    *("llama3_1_8b", "llama3_2_1b", "llama3_2_3b"),
+    *(f"qwen2_5_{size}" for size in ("0_5b", "1_5b", "3b", "7b", "14b", "32b", "72b")),
+    *("llama3_1_8b", "llama3_2_1b", "llama3_2_3b", "mistral_7b_v0_3", "gemma3_270m", "gemma3_1b", "phi4_mini"),
+    *("smollm2_360m", "smollm2_1_7b", "smollm3_3b"),
 }
 
 

@@ -116,18 +116,21 @@ def test_whole_conversations_are_readable_in_the_fixture(name: str) -> None:
         assert f"{numbers_digest(whole['ids'])} {numbers_digest(labels)}" == fixture["digests"][int(index)]
 
 
-SENTENCEPIECE = ("vicuna", "vicuna_legacy", "vicuna_chatml", "mistral")
+SENTENCEPIECE = ("vicuna", "vicuna_legacy", "vicuna_chatml", "mistral", "mistral_gemma")
 CHATML_TOKENIZERS = ("vicuna_chatml", "qwen", "smollm2")
 SPEAK: dict[str, tuple[str, ...]] = {
     "plain": NAMES,
-    "vicuna_v1": SENTENCEPIECE,
-    "mistral_instruct": SENTENCEPIECE,
+    "vicuna_v1": SENTENCEPIECE[:4],
+    "mistral_instruct": SENTENCEPIECE[:4],
     "chatml_direct": CHATML_TOKENIZERS,
     "qwen_1_5": CHATML_TOKENIZERS,
     "chatml": CHATML_TOKENIZERS,
+    "qwen_2_5": CHATML_TOKENIZERS,
     "qwen3": CHATML_TOKENIZERS,
     "llava_llama_3": ("llama3",),
     "llama_3_2": ("llama3",),
+    "gemma": ("mistral_gemma",),
+    "phi_4": ("qwen_phi",),
     "tokenizer": NAMES,
 }
 """Template → the tokenizers that have its tokens. Every other pair is refused."""

@@ -27,6 +27,15 @@ _QWEN = {"model_type": "qwen2", "max_window_layers": 28, "sliding_window": 32768
 _QWEN |= {"rope_theta": 1000000.0, "num_key_value_heads": 2}
 _QWEN3 = {"model_type": "qwen3", "use_sliding_window": False, "rope_theta": 1000000.0, "num_key_value_heads": 2}
 _QWEN3 |= {"head_dim": 16}  # unlike the others', not the width divided by the heads
+_GEMMA3 = {"model_type": "gemma3_text", "num_key_value_heads": 1, "head_dim": 16, "tie_word_embeddings": True}
+_GEMMA3 |= {"hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 16, "rope_theta": 1000000.0}
+_GEMMA3 |= {"rope_local_base_freq": 10000.0, "sliding_window": 24, "sliding_window_pattern": 2}
+_PHI4 = {"model_type": "phi3", "num_key_value_heads": 2, "tie_word_embeddings": True, "sliding_window": 262144}
+_PHI4 |= {"partial_rotary_factor": 0.75, "rope_theta": 10000.0, "pad_token_id": 0}
+_PHI4 |= {"original_max_position_embeddings": 2048, "hidden_size": 64}  # three eighths of a head's width are even
+_PHI4 |= {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 6, "long_factor": [1.1] * 6}}
+_SMOLLM3 = {"model_type": "smollm3", "num_key_value_heads": 2, "tie_word_embeddings": True, "rope_theta": 5000000.0}
+_SMOLLM3 |= {"no_rope_layers": [1, 0], "no_rope_layer_interval": 2, "use_sliding_window": False}
 _LLAMA3_1 = {"model_type": "llama", "rope_theta": 500000.0, "num_key_value_heads": 2}
 _LLAMA3_1 |= {
     "rope_scaling": {
@@ -44,7 +53,7 @@ class Family:
     """Language models of one class, tokenizer and template.
 
     Attributes:
-        tokenizer: its name in `real_tokenizers`.
+        tokenizer: its name in `real_tokenizers`, of which some are stand-ins.
         config: what the published config.json has besides the sizes.
         members: the other configurations of the same family.
     """
@@ -59,7 +68,9 @@ FAMILIES = {
     "hermes_yi_34b": Family("vicuna_chatml", {"model_type": "llama", "rope_theta": 5000000.0}),
     "llama3_8b": Family("llama3", {"model_type": "llama", "rope_theta": 500000.0, "num_key_value_heads": 2}),
     "mistral_7b": Family(
-        "mistral", {"model_type": "mistral", "rope_theta": 1000000.0, "sliding_window": None, "num_key_value_heads": 2}
+        "mistral",
+        {"model_type": "mistral", "rope_theta": 1000000.0, "sliding_window": None, "num_key_value_heads": 2},
+        ("mistral_7b_v0_3",),
     ),
     "qwen1_5_0_5b": Family("qwen", _QWEN | {"tie_word_embeddings": True}, ("qwen2_0_5b",)),
     "qwen2_7b": Family(
@@ -67,11 +78,20 @@ FAMILIES = {
         _QWEN,
         ("qwen1_5_7b", "qwen1_5_14b", "qwen1_5_32b", "qwen1_5_72b", "qwen1_5_110b"),
     ),
+    "qwen2_5_0_5b": Family("qwen", _QWEN | {"tie_word_embeddings": True}, ("qwen2_5_1_5b", "qwen2_5_3b")),
+    "qwen2_5_7b": Family("qwen", _QWEN, ("qwen2_5_14b", "qwen2_5_32b", "qwen2_5_72b")),
     "qwen3_8b": Family("qwen", _QWEN3, ("qwen3_14b", "qwen3_32b")),
     "qwen3_0_6b": Family("qwen", _QWEN3 | {"tie_word_embeddings": True}, ("qwen3_1_7b", "qwen3_4b")),
     "llama3_1_8b": Family("llama3", _LLAMA3_1),
     "llama3_2_1b": Family("llama3", _LLAMA3_1 | {"tie_word_embeddings": True}, ("llama3_2_3b",)),
-    "smollm2_135m": Family("smollm2", {"model_type": "llama", "tie_word_embeddings": True}, ("quickstart",)),
+    "gemma3_1b": Family("mistral_gemma", _GEMMA3, ("gemma3_270m",)),
+    "phi4_mini": Family("qwen_phi", _PHI4),
+    "smollm2_135m": Family(
+        "smollm2",
+        {"model_type": "llama", "tie_word_embeddings": True},
+        ("quickstart", "smollm2_360m", "smollm2_1_7b"),
+    ),
+    "smollm3_3b": Family("llama3_chatml", _SMOLLM3),
 }
 """By the configuration that is run; sizes of one family differ in numbers alone."""
 
@@ -80,6 +100,7 @@ TOWERS = {
     "siglip_so400m_384": (),
     "siglip2_so400m_384": (),
     "dinov2_large": ("model.vision_tower.tile=28",),
+    "dinov2_registers_large": ("model.vision_tower.tile=28",),
     "dinov2_small_70": (),
 }
 """Towers that are run, and the overrides that go with the tiny directory; `dinov2_small_70` has its real weights."""
@@ -108,7 +129,16 @@ def write_language_model(name: str, root: Path) -> None:
 def write_vision_tower(name: str, root: Path) -> None:
     """The directory that configs/model/vision_tower/NAME.yaml reads, below `root`."""
     import torch
-    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model, SiglipConfig, SiglipModel
+    from transformers import (
+        CLIPConfig,
+        CLIPModel,
+        Dinov2Config,
+        Dinov2Model,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        SiglipConfig,
+        SiglipModel,
+    )
 
     folder = root / _directory("vision_tower", name)
     torch.manual_seed(1)
@@ -127,8 +157,12 @@ def write_vision_tower(name: str, root: Path) -> None:
         SiglipModel(SiglipConfig(vision_config=vision_config, text_config=text | narrow)).save_pretrained(folder)
         mean = std = [0.5, 0.5, 0.5]
         images |= {"image_processor_type": "SiglipImageProcessor", "size": {"height": 31, "width": 31}}
-    elif name == "dinov2_large":
-        Dinov2Model(Dinov2Config(**vision, mlp_ratio=2, image_size=42)).save_pretrained(folder)
+    elif name.endswith("large"):
+        config = {**vision, "mlp_ratio": 2, "image_size": 42}
+        if name == "dinov2_registers_large":
+            Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**config)).save_pretrained(folder)
+        else:
+            Dinov2Model(Dinov2Config(**config)).save_pretrained(folder)
         mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
         images |= {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": 42}}
     else:

@@ -363,7 +363,8 @@ def test_recompute_stays_in_step_with_blank_rows(
     assert_same_training(records[0], expected)
 
 
-@pytest.mark.parametrize("stage", [3, *(pytest.param(stage, marks=pytest.mark.full) for stage in (1, 2))])
+@pytest.mark.full
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_collectives_do_not_depend_on_the_row(start_ranks: StartRanks, run_config: RunConfig, stage: int) -> None:
     """A row with images, a text-only row and an empty one issue the same collectives; without the blank tile of the
     latter two, this test fails."""

@@ -13,6 +13,7 @@ from typing import get_args, get_type_hints
 import pydantic
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from pydantic_core import ErrorDetails
 
 from data_recipes.schema.config_dir import CONFIG_DIR
 from data_recipes.schema.mixture_config import SourceShare
@@ -148,10 +149,22 @@ def _all_keys(config: type, prefix: str = "") -> list[str]:
     return keys
 
 
+_TYPE_NAMES = ("constrained-int", "str", "TemplateConfig")
+"""What pydantic adds to the place of a value that may have several types."""
+
+
+def _first_error(error: pydantic.ValidationError) -> ErrorDetails:
+    """The first error. Of a dictionary in the place of a name or dictionary, it is the first one in the dictionary."""
+    first, *others = error.errors()
+    if first["loc"][-1] == "str" and isinstance(first["input"], dict):
+        return next((other for other in others if other["loc"][:-2] == first["loc"][:-1]), first)
+    return first
+
+
 def explain_invalid(error: pydantic.ValidationError, config: type) -> str:
     """The first of pydantic's errors as one sentence with the key, the rule and the fix."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"] if part not in ("constrained-int",))
+    first = _first_error(error)
+    key = ".".join(str(part) for part in first["loc"] if part not in _TYPE_NAMES)
     if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         return _no_such_key(key, config)
     if first["type"] in ("missing", "missing_argument"):

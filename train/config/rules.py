@@ -21,7 +21,7 @@ from llava_next.config import (
     check_views,
     stock_class,
 )
-from llava_next.inputs.conversation import check_template_name
+from llava_next.inputs.conversation import check_template
 from llava_next.model_directory import check_directories
 from train.config.schema import ConfigError, LogConfig, RunConfig, StageConfig
 from train.config.wandb_mode import wandb_mode
@@ -219,7 +219,7 @@ def _check_names(config: RunConfig) -> None:
         if template is None:
             continue
         try:
-            check_template_name(template)
+            check_template(template)
         except ValueError as error:
             raise ConfigError(f"{key}: {error}") from error
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from data_recipes.schema.mixture_config import MixtureConfig
-from llava_next.config import ANYRES, AttentionKernel, LoraConfig, ModelConfig, ViewsConfig
+from llava_next.config import ANYRES, AttentionKernel, LoraConfig, ModelConfig, TemplateConfig, ViewsConfig
 
 _STRICT = {"extra": "forbid"}
 
@@ -35,7 +35,7 @@ class StageConfig:
     batch_size: int
     max_length: int
     epochs: float = 1.0
-    template: str | None = None
+    template: str | TemplateConfig | None = None
     views: ViewsConfig = ANYRES
     unmask_special_tokens: bool = False
     init_from: str | None = None

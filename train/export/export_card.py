@@ -12,6 +12,7 @@ from data_recipes.schema.config_dir import CONFIG_DIR
 from data_recipes.schema.downloads import HubDownload
 from data_recipes.schema.sample import DataError
 from data_recipes.schema.source import read_source
+from llava_next.config import TemplateConfig
 from llava_next.formats.onevision import ONEVISION_SERVING
 from llava_next.model.checkpoint_config import ARCHITECTURES
 from llava_next.model.towers import TOWER_FAMILIES, stock_unsupported_reason
@@ -163,7 +164,10 @@ def _list_recipe(config: RunConfig) -> Iterator[tuple[str, Any]]:
         yield f"adapters of {part} (LoRA, merged)", f"rank {lora.rank}, alpha {lora.alpha:g}, in {layers}"
     for key in ("batch_size", "epochs", "max_length", "template", "views", "schedule", "warmup_ratio"):
         value = getattr(stage, key)
-        yield key, config.model.language_model.template if key == "template" and value is None else value
+        if key == "template":
+            value = value or config.model.language_model.template
+            value = "custom, in the chat template" if isinstance(value, TemplateConfig) else value
+        yield key, value
     for key in ("weight_decay", "betas", "eps", "clip_norm", "loss_weighting"):
         yield key, getattr(stage, key)
     yield "seed", config.seed

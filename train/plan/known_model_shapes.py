@@ -35,6 +35,12 @@ def _llama3(width: int, mlp: int, layers: int, heads: int, **more: Any) -> dict:
     return _decoder("llama", 128_256, width, mlp, layers, heads, **positions, **more)
 
 
+def _gemma3(width: int, mlp: int, layers: int) -> dict:
+    attention = {"num_key_value_heads": 1, "head_dim": 256, "sliding_window": 512}
+    positions = {"max_position_embeddings": 32_768}
+    return _decoder("gemma3_text", 262_144, width, mlp, layers, 4, tie_word_embeddings=True, **attention, **positions)
+
+
 def _tower(model_type: str, width: int, mlp: int, layers: int, heads: int, tile: int, act: str) -> dict:
     return {
         "model_type": model_type,
@@ -60,9 +66,12 @@ def _dinov2(width: int, layers: int, heads: int) -> dict:
     }
 
 
-_SMOLLM2 = _decoder(
-    "llama", 49_152, 576, 1536, 30, 9, num_key_value_heads=3, tie_word_embeddings=True, max_position_embeddings=8192
-)
+def _smollm2(width: int, mlp: int, layers: int, heads: int, key_value_heads: int) -> dict:
+    positions = {"max_position_embeddings": 8192, "num_key_value_heads": key_value_heads}
+    return _decoder("llama", 49_152, width, mlp, layers, heads, tie_word_embeddings=True, **positions)
+
+
+_SMOLLM2_135M = _smollm2(576, 1536, 30, 9, 3)
 
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     # lmsys/vicuna-7b-v1.5 and -13b-v1.5
@@ -71,6 +80,11 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     # mistralai/Mistral-7B-Instruct-v0.2
     "mistral_7b": _decoder(
         "mistral", 32_000, 4096, 14_336, 32, 32, num_key_value_heads=8, max_position_embeddings=32_768,
+        sliding_window=None,
+    ),
+    # mistralai/Mistral-7B-Instruct-v0.3
+    "mistral_7b_v0_3": _decoder(
+        "mistral", 32_768, 4096, 14_336, 32, 32, num_key_value_heads=8, max_position_embeddings=32_768,
         sliding_window=None,
     ),
     # NousResearch/Nous-Hermes-2-Yi-34B
@@ -88,6 +102,14 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "qwen1_5_110b": _qwen(152_064, 8192, 49_152, 80, 64, num_key_value_heads=8),
     "qwen2_0_5b": _qwen(151_936, 896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True),
     "qwen2_7b": _qwen(152_064, 3584, 18_944, 28, 28, num_key_value_heads=4),
+    # Qwen/Qwen2.5-*-Instruct
+    "qwen2_5_0_5b": _qwen(151_936, 896, 4864, 24, 14, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2_5_1_5b": _qwen(151_936, 1536, 8960, 28, 12, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2_5_3b": _qwen(151_936, 2048, 11_008, 36, 16, num_key_value_heads=2, tie_word_embeddings=True),
+    "qwen2_5_7b": _qwen(152_064, 3584, 18_944, 28, 28, num_key_value_heads=4),
+    "qwen2_5_14b": _qwen(152_064, 5120, 13_824, 48, 40, num_key_value_heads=8),
+    "qwen2_5_32b": _qwen(152_064, 5120, 27_648, 64, 40, num_key_value_heads=8),
+    "qwen2_5_72b": _qwen(152_064, 8192, 29_568, 80, 64, num_key_value_heads=8),
     # Qwen/Qwen3-*
     "qwen3_0_6b": _qwen3(1024, 3072, 28, 16, tied=True),
     "qwen3_1_7b": _qwen3(2048, 6144, 28, 16, tied=True),
@@ -99,9 +121,23 @@ LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "llama3_1_8b": _llama3(4096, 14_336, 32, 32),
     "llama3_2_1b": _llama3(2048, 8192, 16, 32, tie_word_embeddings=True),
     "llama3_2_3b": _llama3(3072, 8192, 28, 24, tie_word_embeddings=True),
-    # HuggingFaceTB/SmolLM2-135M-Instruct, and six of its layers (scripts/quickstart/assets.py)
-    "smollm2_135m": _SMOLLM2,
-    "quickstart": {**_SMOLLM2, "num_hidden_layers": 6},
+    # google/gemma-3-270m-it and gemma-3-1b-it
+    "gemma3_270m": _gemma3(640, 2048, 18),
+    "gemma3_1b": _gemma3(1152, 6912, 26),
+    # microsoft/Phi-4-mini-instruct
+    "phi4_mini": _decoder(
+        "phi3", 200_064, 3072, 8192, 32, 24, num_key_value_heads=8, max_position_embeddings=131_072,
+        tie_word_embeddings=True, pad_token_id=199_999, sliding_window=262_144,
+    ),
+    # HuggingFaceTB/SmolLM2-*-Instruct, six layers of the 135M (scripts/quickstart/assets.py), and SmolLM3-3B
+    "smollm2_135m": _SMOLLM2_135M,
+    "smollm2_360m": _smollm2(960, 2560, 32, 15, 5),
+    "smollm2_1_7b": _smollm2(2048, 8192, 24, 32, 32),
+    "quickstart": {**_SMOLLM2_135M, "num_hidden_layers": 6},
+    "smollm3_3b": _decoder(
+        "smollm3", 128_256, 2048, 11_008, 36, 16, num_key_value_heads=4, max_position_embeddings=65_536,
+        tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 
 VISION_TOWERS: dict[str, dict[str, Any]] = {
@@ -110,17 +146,22 @@ VISION_TOWERS: dict[str, dict[str, Any]] = {
     # google/siglip-so400m-patch14-384 and siglip2-so400m-patch14-384
     "siglip_so400m_384": _tower("siglip_vision_model", 1152, 4304, 27, 16, 384, "gelu_pytorch_tanh"),
     "siglip2_so400m_384": _tower("siglip_vision_model", 1152, 4304, 27, 16, 384, "gelu_pytorch_tanh"),
-    # facebook/dinov2-large and -small
+    # facebook/dinov2-large, dinov2-with-registers-large and dinov2-small
     "dinov2_large": _dinov2(1024, 24, 16),
+    "dinov2_registers_large": {
+        **_dinov2(1024, 24, 16),
+        "model_type": "dinov2_with_registers",
+        "num_register_tokens": 4,
+    },
     "dinov2_small_112": _dinov2(384, 12, 6),
     "dinov2_small_70": _dinov2(384, 12, 6),
     "dinov2_small_56": _dinov2(384, 12, 6),
 }
 
-QWEN_TOKENS = 151_647
-"""Tokens of Qwen's tokenizers with the image token: fewer than the rows of the embedding, which does not grow."""
+_WITH_SPARE_ROWS = ("phi3", "qwen2", "qwen3")
+"""Models whose embedding has more rows than their tokenizer has tokens, so that it does not grow by the image token."""
 
 
 def count_tokens(shape: dict[str, Any]) -> int:
-    """Returns the number of tokens with the image token, which Qwen's padded embedding has space for; others grow."""
-    return QWEN_TOKENS if shape["model_type"] in ("qwen2", "qwen3") else int(shape["vocab_size"]) + 1
+    """Returns the number of rows that the embedding needs, with the image token."""
+    return int(shape["vocab_size"]) + (shape["model_type"] not in _WITH_SPARE_ROWS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_recipes.schema.sample import Message
-from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig, ViewsConfig
+from llava_next.config import AUTHORS_GRIDS, ModelError, ProcessorConfig, TemplateConfig, ViewsConfig
 from llava_next.inputs.chat_template import chat_template, resolve_template, template_from_tokenizer
 from llava_next.inputs.conversation import TEMPLATES, Template
 from llava_next.inputs.processor import IGNORE, Processor, RejectReason, SampleRejected
@@ -82,7 +82,7 @@ def _tokenizer(folder: Path, jinja: str | None, bos: str | None = "<s>") -> Any:
     return tokenizer
 
 
-def _processor(tokenizer: Any, template: str = "tokenizer") -> Processor:
+def _processor(tokenizer: Any, template: str | TemplateConfig = "tokenizer") -> Processor:
     config = ProcessorConfig(
         template, ViewsConfig("crop", "crop"), AUTHORS_GRIDS, TILE, PATCHES_PER_SIDE, max_length=100_000
     )
@@ -220,6 +220,72 @@ def test_parsed_template_round_trip(tmp_path: Path, name: str) -> None:
     assert template_from_tokenizer(tokenizer) == template
 
 
+CUSTOM_TEMPLATES = {
+    "lines": TemplateConfig(
+        question_format="Q: {text}\n", header="A:", end="</s>", answer_format=" {text}", between="\n", bos=True
+    ),
+    "system": TemplateConfig(
+        system_format="<|im_start|>{text}<|im_end|>",
+        default_system="Be kind.",
+        question_format="<|user|>{text}",
+        header="<|assistant|>\n<think></think>",
+        end="<|im_end|>",
+    ),
+    "fixed_opening": TemplateConfig(
+        default_system="Fixed.\n",
+        question_format="{text} =>",
+        header="",
+        answer_format=" {text}",
+        end="<|eot_id|>",
+        trims=True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CUSTOM_TEMPLATES)
+def test_custom_templates_have_the_properties_of_named_ones(tmp_path: Path, name: str) -> None:
+    """A template of the configuration is equal after writing it as Jinja and parsing it, its ids are those of
+    `apply_chat_template`, and supervised runs are answers with their end tokens."""
+    custom = CUSTOM_TEMPLATES[name]
+    tokenizer = _tokenizer(tmp_path, None)
+    processor = _processor(tokenizer, custom)
+    tokenizer.chat_template = chat_template(processor.template)
+    assert replace(template_from_tokenizer(tokenizer), name="custom") == processor.template
+    for record in conversations()[::8]:
+        messages = _messages(record)
+        chat = [{"role": message.role, "content": message.text} for message in messages]
+        expected = tokenizer.apply_chat_template(chat, tokenize=True, return_dict=False)
+        layout = processor.layout(messages, [])
+        assert layout.ids.tolist() == expected, record
+    layout = processor.layout([Message("user", "Q"), Message("assistant", "A red circle.")], [])
+    supervised = tokenizer.decode(layout.labels[layout.labels != IGNORE])
+    assert supervised == custom.answer_format.replace("{text}", "A red circle.") + custom.end
+
+
+LINES = CUSTOM_TEMPLATES["lines"]
+
+
+@pytest.mark.parametrize(
+    ("custom", "why"),
+    [
+        (replace(LINES, question_format="Q:"), r"question_format must contain \{text\} once"),
+        (replace(LINES, answer_format="{text}{text}"), r"answer_format must contain \{text\} once"),
+        (replace(LINES, system_format=""), r"system_format must contain \{text\} once"),
+        (replace(LINES, header="<image>"), "header must not contain <image>"),
+        (replace(LINES, end=""), "end must be the text of a token"),
+        (replace(LINES, end=" STOP"), "contains no special token"),
+        # Generation would stop at the first of two end tokens.
+        (replace(LINES, answer_format="{text}<|im_end|>,"), "what follows every end token to between"),
+    ],
+    ids=["no_question", "two_answers", "empty_system", "image", "no_end", "end_of_several_tokens", "two_ends"],
+)
+def test_custom_templates_that_break_a_rule_are_errors(tmp_path: Path, custom: TemplateConfig, why: str) -> None:
+    """The message names the key and the rule in one sentence."""
+    with pytest.raises(ModelError, match=why) as caught:
+        _processor(_tokenizer(tmp_path, None), custom)
+    assert "\n" not in str(caught.value)
+
+
 def test_captions_as_jinja(tmp_path: Path) -> None:
     """plain renders images and captions, without questions and system texts."""
     tokenizer = _tokenizer(tmp_path, chat_template(TEMPLATES["plain"]))
@@ -267,7 +333,7 @@ def test_template_names(tmp_path: Path) -> None:
     both."""
     assert "tokenizer" not in TEMPLATES
     assert resolve_template("chatml", None) is TEMPLATES["chatml"]
-    with pytest.raises(ModelError, match=r"'chatmel'.*chatml.*or tokenizer for the tokenizer's"):
+    with pytest.raises(ModelError, match=r"'chatmel'.*chatml.*, tokenizer for the tokenizer's"):
         resolve_template("chatmel", None)
 
 

@@ -42,11 +42,21 @@ WHOLE = {
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nQ1<|im_end|>\n"
         "<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
     ),
+    # Published by the language models' authors, not LLaVA's.
+    "qwen_2_5": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
+        "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
+    ),
+    "gemma": (
+        "<start_of_turn>user\n<image>\nQ1<end_of_turn>\n<start_of_turn>model\nA1<end_of_turn>\n"
+        "<start_of_turn>user\nQ2<end_of_turn>\n<start_of_turn>model\nA2<end_of_turn>\n"
+    ),
+    "phi_4": "<|user|><image>\nQ1<|end|><|assistant|>A1<|end|><|user|>Q2<|end|><|assistant|>A2<|end|>",
     "chatml": (
         "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\nA2<|im_end|>\n"
     ),
-    # Published by the language models' authors, not LLaVA's.
     "qwen3": (
         "<|im_start|>user\n<image>\nQ1<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA1<|im_end|>\n"
         "<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nA2<|im_end|>\n"
@@ -70,9 +80,12 @@ SUPERVISED = {
     "chatml": ["A1<|im_end|>", "A2<|im_end|>"],
     "qwen3": ["A1<|im_end|>", "A2<|im_end|>"],
     "llama_3_2": ["A1<|eot_id|>", "A2<|eot_id|>"],
+    "qwen_2_5": ["A1<|im_end|>", "A2<|im_end|>"],
+    "gemma": ["A1<end_of_turn>", "A2<end_of_turn>"],
+    "phi_4": ["A1<|end|>", "A2<|end|>"],
 }
 
-OPENS_WITH_BOS = {"plain", "vicuna_v1", "mistral_instruct", "llava_llama_3", "llama_3_2"}
+OPENS_WITH_BOS = {"plain", "vicuna_v1", "mistral_instruct", "llava_llama_3", "llama_3_2", "gemma"}
 
 
 def test_every_template_has_a_published_string() -> None:
@@ -94,6 +107,10 @@ def test_two_rounds_with_an_image(name: str) -> None:
 def test_system_message_replaces_the_default(name: str) -> None:
     """The sample's system text occurs once, at the beginning, and braces in it are literal."""
     template = get_template(name)
+    if template.system_format is None:
+        with pytest.raises(ModelError, match="no place for a system turn"):
+            template.render([Message("system", "Be {brief}."), *TWO_ROUNDS])
+        return
     text = "".join(s.text for s in template.render([Message("system", "Be {brief}."), *TWO_ROUNDS]))
     assert text.count("Be {brief}.") == 1
     assert text.index("Be {brief}.") < text.index("Q1")

@@ -15,7 +15,7 @@ import pydantic
 import pytest
 from omegaconf import OmegaConf
 
-from llava_next.config import ViewsConfig
+from llava_next.config import TemplateConfig, ViewsConfig
 from tests.train.cases import RATES, tiny_run
 from train.config.compose import check, load, load_yaml, to_yaml
 from train.config.schema import ConfigError, RunConfig
@@ -265,6 +265,24 @@ def test_views_that_no_export_has_end_with_a_connector(tiny_parts: RunConfig) ->
     with pytest.raises(ConfigError, match="cannot be exported"):
         checked(tiny_parts, {"stage.views": closed})
     assert checked(tiny_parts, {"stage.views": {"single": "anyres"}}).stage.views == ViewsConfig("anyres", None)
+
+
+def test_a_template_can_be_written_in_the_configuration(tiny_parts: RunConfig) -> None:
+    """It is the same after the YAML of the run; a mistake names its key."""
+    text = {"question_format": "Q: {text}\n", "header": "A:", "end": "</s>", "bos": True}
+    changed = checked(tiny_parts, {"model.language_model.template": text})
+    assert changed.model.language_model.template == TemplateConfig("Q: {text}\n", "A:", "</s>", bos=True)
+    assert check(OmegaConf.create(to_yaml(changed)), folders=False) == changed
+    for mistake, words in (
+        ({"headr": "A:"}, ["stage.template.headr", "did you mean stage.template.header"]),
+        ({"bos": "perhaps"}, ["stage.template.bos", "boolean"]),
+        ({"end": ""}, ["stage.template: end", "empty"]),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            checked(tiny_parts, {"stage.template": text | mistake})
+        assert all(word in str(caught.value) for word in words), caught.value
+    with pytest.raises(ConfigError, match=r"stage\.template\.header has no value"):
+        checked(tiny_parts, {"stage.template": {"question_format": "{text}", "end": "</s>"}})
 
 
 def test_the_tokenizers_own_template_is_a_name(tiny_parts: RunConfig) -> None:

@@ -41,6 +41,20 @@ PUBLISHED = {
     "llama3_1_8b": 8_030_261_248,
     "llama3_2_1b": 1_235_814_400,
     "llama3_2_3b": 3_212_749_824,
+    "mistral_7b_v0_3": 7_248_023_552,
+    "qwen2_5_0_5b": 494_032_768,
+    "qwen2_5_1_5b": 1_543_714_304,
+    "qwen2_5_3b": 3_085_938_688,
+    "qwen2_5_7b": 7_615_616_512,
+    "qwen2_5_14b": 14_770_033_664,
+    "qwen2_5_32b": 32_763_876_352,
+    "qwen2_5_72b": 72_706_203_648,
+    "gemma3_270m": 268_098_176,
+    "gemma3_1b": 999_885_952,
+    "phi4_mini": 3_836_021_760,
+    "smollm2_360m": 361_821_120,
+    "smollm2_1_7b": 1_711_376_384,
+    "smollm3_3b": 3_075_098_624,
 }
 CLIP_L_336 = 303_507_456
 
@@ -65,8 +79,10 @@ def test_shapes_have_the_published_parameters(name: str) -> None:
     block = 2 * shape.width * (shape.query + shape.key) + 3 * shape.width * shape.mlp + 2 * shape.width
     if config.model_type == "qwen2":
         block += shape.query + 2 * shape.key
-    if config.model_type == "qwen3":  # norms of queries and keys
+    if config.model_type in ("qwen3", "gemma3_text"):  # norms of queries and keys
         block += 2 * config.head_dim
+    if config.model_type == "gemma3_text":  # norms of the attention's and the MLP's outputs
+        block += 2 * shape.width
     assert tables * shape.vocabulary * shape.width + shape.layers * block + shape.width == PUBLISHED[name]
 
 

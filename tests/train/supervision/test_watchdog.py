@@ -216,6 +216,7 @@ def test_stuck_rank_ends_the_run(run_config: RunConfig, tmp_path: Path, fault: s
         assert "in strike" in (run_config.run_dir / "log" / "rank_001.log").read_text()
 
 
+@pytest.mark.full
 def test_ranks_that_wait_for_their_device_are_not_named(run_config: RunConfig, tmp_path: Path) -> None:
     """On a GPU a rank waits for the others in a copy to the host, in the same row as the rank that is late: the report
     names the late rank alone."""

@@ -29,7 +29,7 @@ def _lines(config: RunConfig) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("size", "stage"),
-    [(2, 2), (2, 3), pytest.param(1, 0, marks=pytest.mark.full), pytest.param(2, 1, marks=pytest.mark.full)],
+    [(2, 3), *(pytest.param(*world, marks=pytest.mark.full) for world in ((1, 0), (2, 1), (2, 2)))],
 )
 def test_it_changes_nothing_that_is_learned(
     start_ranks: StartRanks, holding_out: RunConfig, tmp_path: Path, size: int, stage: int
