@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from llava_next.cache_root import cache_root
 from train.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,6 +28,15 @@ LAUNCHERS = {
     # Without a GPU the launcher asks DS_ACCELERATOR and takes the number of processes as it is told.
     "deepspeed": [str(_BIN / "deepspeed"), "--num_accelerators", "2", "--module", "train"],
 }
+
+
+def share_compiled_ops(cache: Path) -> None:
+    """Lets a cache of a test's own have the compiled op of the usual cache: DeepSpeed compiles it for over a minute."""
+    ops = cache_root() / "ops"
+    ops.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(parents=True, exist_ok=True)
+    if not (cache / "ops").is_symlink():
+        (cache / "ops").symlink_to(ops)
 
 
 class Program:

@@ -25,7 +25,7 @@ from tests.llava_next.models import mixed, row
 from tests.oracles.real_tokenizers import STAND_INS
 from tests.tiny import encoded_picture, tiny_mixture
 from tests.train import shipped
-from tests.train.launch import ROOT
+from tests.train.launch import ROOT, share_compiled_ops
 from tests.train.pair_results import record
 from train.chat import main as chat
 from train.config.compose import load_yaml
@@ -177,6 +177,7 @@ def test_a_sliding_window_with_adapters(tmp_path: Path, capsys: pytest.CaptureFi
 def _train_and_export(tmp_path: Path, language_model: str, tower: str, engine: str, *finetune: str) -> tuple[Path, str]:
     """Both stages and the verified export of the last checkpoint, with what was printed about it; `finetune`: overrides
     of the second stage."""
+    share_compiled_ops(tmp_path)
     shipped.write_language_model(language_model, tmp_path)
     shipped.write_vision_tower(tower, tmp_path)
     mixture, stores = tiny_mixture(tmp_path, 8)
