@@ -2,7 +2,7 @@
 # Installs this project into .venv of this checkout, with the versions of constraints.txt. Takes less than a second if
 # everything is installed.
 #
-#   ./scripts/setup.sh [--extras quickstart,dev,bench,lora,tensorboard,heif]
+#   ./scripts/setup.sh [--extras quickstart,dev,bench,lora,tensorboard,heif,trl]
 #
 # PYTHON             interpreter of .venv (default: the first suitable one of python3.13 python3.12 python3.11 python3)
 # LLAVA_NEXT_PYTHON  use the environment of this interpreter unchanged, and install nothing (a container, a module)
@@ -26,12 +26,12 @@ while (($#)); do
         --extras) [[ $# -ge 2 ]] || stop "--extras needs a list such as quickstart,dev"; extras=$2; shift 2 ;;
         --extras=*) extras=${1#*=}; shift ;;
         -h | --help) sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$0"; exit 0 ;;
-        *) stop "unknown argument '$1'; known: --extras quickstart,dev,bench,lora,tensorboard,heif" ;;
+        *) stop "unknown argument '$1'; known: --extras quickstart,dev,bench,lora,tensorboard,heif,trl" ;;
     esac
 done
 for extra in ${extras//,/ }; do
-    [[ $extra =~ ^(quickstart|dev|bench|lora|tensorboard|heif)$ ]] ||
-        stop "unknown extra '$extra'; known: quickstart, dev, bench, lora, tensorboard, heif"
+    [[ $extra =~ ^(quickstart|dev|bench|lora|tensorboard|heif|trl)$ ]] ||
+        stop "unknown extra '$extra'; known: quickstart, dev, bench, lora, tensorboard, heif, trl"
 done
 [[ $TORCH_BUILD =~ ^(auto|cpu|default)$ ]] || stop "TORCH_BUILD=$TORCH_BUILD is not one of auto, cpu, default"
 

@@ -20,7 +20,7 @@ case $tier in
     full) marks="" ;;
 esac
 
-./scripts/setup.sh --extras quickstart,dev,bench,lora,heif
+./scripts/setup.sh --extras quickstart,dev,bench,lora,heif,trl
 PATH=$(dirname "${LLAVA_NEXT_PYTHON:-$PWD/.venv/bin/python}"):$PATH
 export PATH
 ./scripts/check.sh
