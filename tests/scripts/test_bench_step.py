@@ -1,5 +1,6 @@
 """The step benchmarks run on a tiny model, and fail where a competitor has done other work."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -115,11 +116,14 @@ def test_gpu_bench_without_a_gpu(bench: Bench, tokenizer: Path, tmp_path: Path) 
     pytest.importorskip("accelerate", reason="accelerate is not installed: ./scripts/setup.sh --extras bench")
     arguments = ["--device", "cpu", "--tiny", "--samples", "4", "--steps", "3", "--batches", "2", "--workers", "0"]
     arguments += ["--threads", "1", "--max-tokens", "400", "--peak-tflops", "1", "--variants", "plain", "--profile"]
+    arguments += ["--stock", "sdpa", "flash_attention_2"]
     assert bench("step").main(["gpu", *arguments, "--tokenizer", str(tokenizer), "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "gpu.json").read_text())["results"]
     competitors = results["competitors"]
     assert 0 < results["head_share"] < results["head_share_at_every_position"] < 1
-    assert list(competitors) == ["ours, plain", "stock, batch 2"]
+    assert list(competitors) == ["ours, plain", "stock sdpa, batch 2"]
+    if importlib.util.find_spec("flash_attn") is None:
+        assert results["not_run"] == {"stock flash_attention_2, batch 2": "the package flash_attn is not installed"}
     assert 0 < competitors["ours, plain"]["mfu"] < 1
     assert 0 < competitors["ours, plain"]["tower_share_of_time"] < 1
 

@@ -3,8 +3,8 @@
     python -m training_step.competitor_stock JOB.json
 
 The class is that of the exported model. LLaVA-OneVision's processor needs torchvision for videos; the one here is the
-same without them. Written as a careful user of these three would: SDPA attention, prompts by the chat template, labels
-at the answers, padding to the longest sample of a micro-batch, fused AdamW.
+same without them. Written as a careful user of these three would: prompts by the chat template, labels at the answers,
+padding to the longest sample of a micro-batch, fused AdamW; SDPA and eager blocks unless the job says otherwise.
 """
 
 import json
@@ -52,7 +52,7 @@ def main(job: Job) -> None:
     model = AutoModelForImageTextToText.from_pretrained(
         folder / "model",
         dtype=torch.bfloat16 if job.half_weights else torch.float32,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa" if job.attention == "auto" else job.attention,
     )
     model.config.use_cache = False
     if not job.trains_tower:
@@ -140,6 +140,8 @@ def _arguments(job: Job) -> TrainingArguments:
         weight_decay=0.0,
         max_grad_norm=CLIP_NORM,
         gradient_checkpointing=job.recompute,
+        torch_compile=job.compile,
+        use_liger_kernel=job.liger,
         train_sampling_strategy="sequential",
         use_cpu=job.device == "cpu",
         bf16=job.device == "cuda",

@@ -48,6 +48,11 @@ class Competitor:
             return f"there is no {ORACLE_PYTHON.parents[1]}; make it with ./scripts/oracles.sh"
         if self.program == "stock" and importlib.util.find_spec("accelerate") is None:
             return "accelerate is not installed; install it with ./scripts/setup.sh --extras bench"
+        modules = ["flash_attn"] if self.changes.get("attention") == "flash_attention_2" else []
+        modules += ["liger_kernel"] if self.changes.get("liger") else []
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        if self.program == "stock" and missing:
+            return f"the package {' or '.join(missing)} is not installed"
         return None
 
     def run(self, job: Job) -> Outcome:

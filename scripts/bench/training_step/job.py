@@ -36,9 +36,10 @@ class Job:
         engine: the ZeRO stage, as in configs/engine (ours only).
         profile: the last step runs under torch's profiler, and is not timed (ours only).
         recompute: run every block again in the backward pass.
-        compile: torch.compile the blocks (ours only).
-        liger: liger-kernel's fused kernels in the language model (ours only).
-        attention: the kernel of a row's attention, as in configs/train.yaml (ours only).
+        compile: torch.compile the blocks (ours) or the model (stock).
+        liger: liger-kernel's fused kernels in the language model (ours) or the model (stock).
+        attention: the kernel of a row's attention, as in configs/train.yaml (ours), or transformers' implementation
+            (stock; auto is sdpa).
         deterministic: on a GPU, kernels that give the same bits every time (ours only).
         half_weights: on a GPU, keep no fp32 copy of the weights (stock only).
     """

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import torch
@@ -45,6 +45,14 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "recompute": {"compile": True, "recompute": True},
 }
 """Changes to the Job that change kernels and memory, and nothing that is learned."""
+
+STOCK_VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "sdpa": {},
+    "flash_attention_2": {"attention": "flash_attention_2"},
+    "compiled": {"compile": True},
+    "liger": {"attention": "flash_attention_2", "liger": True},
+}
+"""The same of stock transformers' Trainer."""
 
 SAME_LOSS_BF16 = 5.0e-3
 
@@ -104,11 +112,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape = replace(shape, layers=options.layers or fitting)
     facts = machine_facts(device=device_name, dense_bf16_tflops=rate, cuda=torch.version.cuda)
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "tokenizer")}
+    not_run: dict[str, str] = {}
     try:
-        for outcomes, fitted in _measured(options, job, shape):  # saved after each: the GPU may be taken away
+        for outcomes, fitted in _measured(options, job, shape, not_run):  # saved after each: the GPU may be taken away
             results = summary(outcomes, options.samples, rate)
             shares = head_shares(next(iter(outcomes.values())))
-            content = {**settings, "model": asdict(fitted), **shares, "competitors": results}
+            content = {**settings, "model": asdict(fitted), **shares, "competitors": results, "not_run": not_run}
             path = save(result_name(device_name), "step.py gpu", words, content, options.out, facts)
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
@@ -121,9 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _measured(options: argparse.Namespace, job: Job, shape: Shape) -> Iterator[tuple[dict[str, Outcome], Shape]]:
-    """Yields the outcomes so far after each competitor: ours, with fewer layers where memory does not suffice; stock at
-    the first batch that fits; our other variants."""
+def _measured(
+    options: argparse.Namespace, job: Job, shape: Shape, not_run: dict[str, str]
+) -> Iterator[tuple[dict[str, Outcome], Shape]]:
+    """Yields the outcomes so far after each competitor: ours, with fewer layers where memory does not suffice; each
+    variant of stock at the first batch that fits; our other variants. `not_run` gets the reasons of those left out."""
     first, *others = [Competitor(f"ours, {name}", "ours", changes=VARIANTS[name]) for name in options.variants]
     while True:
         print(f"{shape.layers} layers, rows of {job.max_tokens} tokens; making the model and the samples", flush=True)
@@ -136,28 +147,35 @@ def _measured(options: argparse.Namespace, job: Job, shape: Shape) -> Iterator[t
                 shape = replace(shape, layers=shape.layers - 1)
                 continue
             yield outcomes, shape
-            for batch in options.batches:
-                stock = _run_if_it_fits(Competitor(f"stock, batch {batch}", "stock", batch=batch), given)
-                outcomes |= stock
-                if stock:
-                    break
-            check_same_work(outcomes, SAME_LOSS_BF16)
-            yield outcomes, shape
+            for name in options.stock:
+                for batch in options.batches:
+                    stock = Competitor(f"stock {name}, batch {batch}", "stock", batch, changes=STOCK_VARIANTS[name])
+                    outcome = _run_if_possible(stock, given, not_run)
+                    outcomes |= outcome
+                    if outcome or stock.missing_requirement:
+                        break
+                check_same_work(outcomes, SAME_LOSS_BF16)
+                yield outcomes, shape
             for variant in others:
-                outcomes |= _run_if_it_fits(variant, given)
+                outcomes |= _run_if_possible(variant, given, not_run)
                 check_same_work(outcomes, SAME_LOSS_BF16)
                 yield outcomes, shape
             return
 
 
-def _run_if_it_fits(competitor: Competitor, job: Job) -> dict[str, Outcome]:
-    try:
-        return run_all([competitor], job)
-    except BenchError as error:
-        if not _is_out_of_memory(error):
-            raise
-        print(f"  {competitor.name} does not fit", flush=True)
-        return {}
+def _run_if_possible(competitor: Competitor, job: Job, not_run: dict[str, str]) -> dict[str, Outcome]:
+    """The outcome; empty if a package is missing or memory does not suffice, with the reason in `not_run`."""
+    reason = competitor.missing_requirement
+    if reason is None:
+        try:
+            return run_all([competitor], job)
+        except BenchError as error:
+            if not _is_out_of_memory(error):
+                raise
+            reason = "memory does not suffice"
+    not_run[competitor.name] = reason
+    print(f"  {competitor.name}: not run, {reason}", flush=True)
+    return {}
 
 
 def _is_out_of_memory(error: BenchError) -> bool:
@@ -168,7 +186,7 @@ def summary(outcomes: Mapping[str, Outcome], samples_per_step: int, rate: float 
     """Plain values of each competitor; separate MFU of tower and language model where the tower was timed."""
     ours = next(iter(outcomes.values()))  # counted from its plans; stock has the same samples
     flops, tower_flops = median(ours.flops[1:]), median(ours.tower_flops[1:])
-    num_tokens = sum(ours.num_tokens[1:])
+    tokens_per_step = fmean(ours.num_tokens[1:])  # outcomes can have different numbers of timed steps
     values = {}
     for name, outcome in outcomes.items():
         seconds = median(outcome.seconds[1:])
@@ -180,7 +198,7 @@ def summary(outcomes: Mapping[str, Outcome], samples_per_step: int, rate: float 
             parts["tower_share_of_time"] = tower_seconds / seconds
         values[name] = {
             "samples_per_s": samples_per_s(outcome, samples_per_step),
-            "tokens_per_s": num_tokens / sum(outcome.seconds[1:]),
+            "tokens_per_s": tokens_per_step / fmean(outcome.seconds[1:]),
             "mfu": _mfu(flops, seconds, rate),
             **parts,
             "gemm_mfu": outcome.gemm_tflops / rate if rate else None,
@@ -219,8 +237,9 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=["compiled", "plain"], help="of ours")
     parser.add_argument("--recompute", action="store_true", help="run blocks again in the backward pass, on both sides")
     parser.add_argument("--engine", type=int, choices=(0, 1, 2, 3), default=2, help="ZeRO stage of ours (default 2)")
+    parser.add_argument("--stock", nargs="*", choices=STOCK_VARIANTS, default=[*STOCK_VARIANTS], help="of stock (all)")
     parser.add_argument("--samples", type=int, default=64, help="of a step (default 64)")
-    parser.add_argument("--steps", type=int, default=6, help="the first is not timed (default 6)")
+    parser.add_argument("--steps", type=int, default=11, help="the first is not timed (default 11)")
     parser.add_argument("--batches", type=int, nargs="*", default=[8, 4, 2, 1], help="of stock: the first that fits")
     parser.add_argument("--workers", type=int, default=8, help="reading processes of each competitor (default 8)")
     parser.add_argument("--threads", type=int, default=8, help="of torch on the host (default 8)")
