@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 from data_recipes.schema.config_dir import CONFIG_DIR
-from llava_next.config import AUTHORS_GRIDS, ModelConfig, ViewsConfig, stock_class
+from llava_next.config import AUTHORS_GRIDS, ModelConfig, TemplateConfig, ViewsConfig, stock_class
 from train.config.compose import check
 from train.config.schema import ConfigError, RunConfig
 from train.plan.__main__ import _split_stages
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
     """Learning rates of vision tower, projector and language model; None if frozen."""
     max_length: int
     clip_norm: float | None
-    template: str
+    template: str | TemplateConfig
     view: str
 
 
