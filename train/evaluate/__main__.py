@@ -33,7 +33,7 @@ from train.evaluate.options import find_use, parse
 from train.evaluate.results import format_tables, make_result
 from train.evaluate.served_answers import ServedEvaluation, connect
 from train.evaluate.suite_columns import describe_columns, read_suite, select_columns, select_published
-from train.evaluate.suite_run import SuiteRun, format_suite, run_suite
+from train.evaluate.suite_run import SuiteRun, enter_scores, format_suite, run_suite
 from train.evaluate.weights_evaluation import evaluate, is_run
 
 
@@ -104,6 +104,10 @@ def _measure_suite(options: argparse.Namespace) -> int:
         raise ConfigError(f"{options.path} is neither a run with an export/ nor a model directory (config.json)")
     published = select_published(suite, export, options.published)
     run = SuiteRun(suite, export, _choose_out(options), published, options.limit)
+    if options.score:
+        print(format_suite(enter_scores(run, dict(options.score))))
+        print(f"wrote {run.out}")
+        return 0
     results, has_failed = run_suite(run, columns, frozenset(columns) if options.columns else frozenset())
     print(format_suite(results))
     print(f"wrote {run.out}")

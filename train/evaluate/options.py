@@ -1,6 +1,7 @@
 """The command line of `python -m train.evaluate`, and which options belong to which of its three uses."""
 
 import argparse
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,7 +27,7 @@ _ASKING = ("store", "num_samples", "seed", "per_picture", "batch_size", "max_new
 _OPTIONS: dict[Use, tuple[str, ...]] = {
     "weights": (*_ASKING, "base_view", "generate", "max_tokens", "max_tiles"),
     "server": (*_ASKING, "server", "server_model", "server_timeout"),
-    "suite": ("suite", "columns", "published", "describe"),
+    "suite": ("suite", "columns", "published", "describe", "score"),
 }
 """The options of each use, besides `path`, `limit` and `out`."""
 _USE_NAMES = {"weights": "an evaluation of weights on stores", "server": "--server", "suite": "--suite"}
@@ -43,6 +44,18 @@ def _sample_maximum(text: str) -> tuple[str, int]:
     """Parses NUM or SOURCE=NUM into a source, empty for every source, and a number."""
     source, _, number = text.rpartition("=")
     return source, positive_argument(number)
+
+
+def _column_score(text: str) -> tuple[str, float]:
+    """Parses COLUMN=VALUE."""
+    column, _, value = text.partition("=")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not column or not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r}: write COLUMN=VALUE, for example vizwiz=57.6")
+    return column, number
 
 
 def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespace:
@@ -127,6 +140,14 @@ def parse(arguments: Sequence[str] | None, description: str) -> argparse.Namespa
     group.add_argument("--columns", type=text_argument, metavar="A,B", help="only these columns (default: all)")
     group.add_argument("--published", type=text_argument, metavar="MODEL", help="the published model to compare with, "
                        "or none (default: the one of the run's language model or of the directory's name)")  # fmt: skip
+    group.add_argument(
+        "--score",
+        type=_column_score,
+        action="append",
+        default=[],
+        metavar="COLUMN=VALUE",
+        help="enter the value that a server gave for the file of a column (can be repeated); nothing is measured",
+    )
     group.add_argument("--describe", action="store_true", help="print the columns and the published values, and stop")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     options = parser.parse_args(arguments)

@@ -199,6 +199,28 @@ def run_suite(run: SuiteRun, columns: Mapping[str, Column], named: frozenset[str
     return results, "failed" in states or not any(state in _FINISHED for state in states)
 
 
+def enter_scores(run: SuiteRun, scores: Mapping[str, float]) -> dict[str, Any]:
+    """Enters the values that servers gave for submitted files, and returns the results.
+
+    Args:
+        scores: by column, in the unit of the published values.
+
+    Raises:
+        ConfigError: no file of a column was written, or it needs no server.
+    """
+    results = run.open_results()
+    for name, value in scores.items():
+        entry = results["columns"].get(name)
+        if entry is None or not (entry["state"] == "submission" or "scored_by" in entry):
+            raise ConfigError(
+                f"--score {name}={value:g}: {run.out} has no file of this column for a server; write it with "
+                f"--columns {name}, and enter the value that the server gives for it"
+            )
+        entry |= {"state": "done", "values": [value], "scored_by": run.suite.columns[name].server}
+    run.save(results)
+    return results
+
+
 def format_suite(results: dict[str, Any]) -> str:
     """Returns the results as a table for the terminal."""
     rows = [row.cells() for row in suite_rows(results)]

@@ -103,6 +103,7 @@ def _describe_state(column: dict[str, Any]) -> str:
     if state == "done":
         parts = [f"the first {column['limit']} questions only" if column.get("limit") else ""]
         parts.append(f"judge: {column['judge']}" if column.get("judge") else "")
+        parts.append(f"scored by {column['scored_by']}" if column.get("scored_by") else "")
         return "; ".join(filter(None, parts))
     if state == "submission":
         return f"to be scored by {column.get('server')}: {column.get('file')}"

@@ -185,6 +185,30 @@ def test_a_submission_is_written_for_its_server(bench: Bench) -> None:
     assert len(bench.calls()) == 1
 
 
+def test_the_score_of_a_submission_is_entered(bench: Bench) -> None:
+    """The value that a server gave stands beside the published one, and can be corrected; a column without a file, one
+    that needs no server, and a value that is no number are errors."""
+    bench.run("--columns", "vizwiz,pope", "--published", "vicuna_7b")
+    for value in (57.0, 58.1):
+        ended = bench.run("--score", f"vizwiz={value}", "--published", "vicuna_7b")
+        assert ended.code == 0, ended.stderr
+    vizwiz = bench.columns()["vizwiz"]
+    assert (vizwiz["state"], vizwiz["values"], vizwiz["published"]) == ("done", [58.1], [57.6])
+    assert "+0.5" in ended.stdout
+    assert f"scored by {SUITE.columns['vizwiz'].server}" in ended.stdout
+    assert len(bench.calls()) == 2
+    assert bench.run("--columns", "vizwiz").code == 0
+    assert len(bench.calls()) == 2
+    for score, word in (
+        ("mmmu_test=40", "has no file of this column"),
+        ("pope=87", "has no file of this column"),
+        ("vizwiz=good", "write COLUMN=VALUE"),
+        ("nothing=1", "has no file of this column"),
+    ):
+        ended = bench.run("--score", score)
+        assert (ended.code, word in ended.stderr) == (2, True), ended.stderr
+
+
 @pytest.fixture
 def api() -> Iterator[ChatApi]:
     """A judge."""
