@@ -91,6 +91,12 @@ def inline_commands() -> list[Command]:
     return [Command(span) for span in dict.fromkeys(spans) if span.startswith(starts)]
 
 
+def shown_programs() -> set[str]:
+    """The names of the Python programs that the pages show, each with its name in its first line."""
+    titles = (re.match(r"# (\w+\.py)\n", block) for block in blocks("python"))
+    return {title[1] for title in titles if title}
+
+
 def yaml_files() -> dict[str, str]:
     """The YAML files that the pages show: path in the checkout -> text."""
     files = {}

@@ -30,6 +30,7 @@ from tests.house.pages import (
     inline_commands,
     module_call,
     script_of,
+    shown_programs,
     yaml_files,
 )
 from train.config.compose import load
@@ -51,9 +52,10 @@ def module_exists(name: str) -> bool:
 
 
 def is_foreign(command: Command) -> bool:
-    """Return whether a command starts a program that is not installed with this project."""
+    """Return whether a command starts a program that is not installed with this project, or that a page shows."""
     call = module_call(command.words)
-    return command.words[0] in NOT_HERE or (call is not None and call[0].split(".")[0] in NOT_HERE)
+    module = "" if call is None else call[0].split(".")[0]
+    return command.words[0] in NOT_HERE or module in NOT_HERE or script_of(command.words) in shown_programs()
 
 
 NAMED = [command for command in (*commands(), *inline_commands()) if not is_foreign(command)]
