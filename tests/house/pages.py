@@ -91,10 +91,10 @@ def inline_commands() -> list[Command]:
     return [Command(span) for span in dict.fromkeys(spans) if span.startswith(starts)]
 
 
-def shown_programs() -> set[str]:
-    """The names of the Python programs that the pages show, each with its name in its first line."""
-    titles = (re.match(r"# (\w+\.py)\n", block) for block in blocks("python"))
-    return {title[1] for title in titles if title}
+def shown_programs() -> dict[str, str]:
+    """The Python programs that the pages show, by the name in their first line."""
+    titled = ((re.match(r"# (\w+\.py)\n", block), block) for block in blocks("python"))
+    return {title[1]: block for title, block in titled if title}
 
 
 def yaml_files() -> dict[str, str]:

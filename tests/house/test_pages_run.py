@@ -17,7 +17,7 @@ import pytest
 
 from tests.data_recipes.demo_requests.demo_logs import Demo, photo
 from tests.data_recipes.demo_requests.test_program import make_answer
-from tests.house.pages import PAGES, ROOT, WALKED, Command, blocks, commands, yaml_files
+from tests.house.pages import PAGES, ROOT, WALKED, Command, blocks, commands, shown_programs, yaml_files
 from tests.tiny import SIZES_HW, encoded_picture
 from tests.train.launch import finish
 
@@ -232,7 +232,19 @@ def write_authors_connector(connector: Path, folder: Path) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("block", blocks("python", pages=PAGES_HERE))
+PROGRAM_TESTS = {"prefer.py": "tests/train/export/test_trl.py"}
+"""Programs that a page shows: the files that run them with arguments."""
+
+
+def test_shown_programs_are_run_elsewhere() -> None:
+    """Each by the file of the table, which reads it from its page."""
+    assert shown_programs().keys() == PROGRAM_TESTS.keys()
+    assert all(name in (ROOT / file).read_text() for name, file in PROGRAM_TESTS.items())
+
+
+@pytest.mark.parametrize(
+    "block", [block for block in blocks("python", pages=PAGES_HERE) if block not in shown_programs().values()]
+)
 def test_python_block_runs(checkout: Checkout, quickstart: tuple[int, str], block: str) -> None:
     """The block runs as printed."""
     code, output = checkout.run([sys.executable, "-c", block])
