@@ -231,7 +231,6 @@ def write_authors_connector(connector: Path, folder: Path) -> None:
     torch.save(tensors, folder / "mm_projector.bin")
 
 
-@pytest.mark.full
 PROGRAM_TESTS = {"prefer.py": "tests/train/export/test_trl.py"}
 """Programs that a page shows: the files that run them with arguments."""
 
@@ -242,6 +241,7 @@ def test_shown_programs_are_run_elsewhere() -> None:
     assert all(name in (ROOT / file).read_text() for name, file in PROGRAM_TESTS.items())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "block", [block for block in blocks("python", pages=PAGES_HERE) if block not in shown_programs().values()]
 )
