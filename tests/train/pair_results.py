@@ -12,8 +12,8 @@ from tabulate import tabulate
 
 RECORDS = Path(__file__).resolve().parents[2] / "docs" / "pairs.json"
 _HEAD = (
-    "language model", "vision tower", "tokenizer", "template", "ZeRO", "recomputed", "packed and alone", "export",
-    "stock logits", "answers",
+    "language model", "vision tower", "tokenizer", "template", "ZeRO of stages 1, 2", "recomputed", "packed and alone",
+    "export", "stock logits", "answers",
 )  # fmt: skip
 
 
@@ -36,7 +36,7 @@ def format_table(pairs: list[dict[str, Any]]) -> str:
             f"`{pair['vision_tower']}`",
             pair["tokenizer"],
             pair["template"],
-            pair["zero_stage"],
+            ", ".join(map(str, pair["zero_stages"])),
             ", ".join(part.replace("_", " ") for part in pair["recompute"]) or "-",
             _format_difference(pair["packed_difference"]),
             pair["exported_as"],
