@@ -11,6 +11,7 @@ the truth is the most likely one after the true tokens before it, so one forward
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -405,8 +406,8 @@ def _make_messages(question: Question) -> tuple[Message, Message]:
 
 def _split_into_groups(numbers: Sequence[int]) -> Iterator[list[int]]:
     """Yields groups of samples that exchange images. Only a single sample in total forms a group of one."""
-    bounds = list(range(0, len(numbers), _IMAGES_PER_GROUP))
-    if len(bounds) > 1 and len(numbers) - bounds[-1] < 2:
-        bounds.pop()
-    for start, stop in zip(bounds, [*bounds[1:], len(numbers)], strict=True):
+    bounds = [*range(0, len(numbers), _IMAGES_PER_GROUP), len(numbers)]
+    if len(bounds) > 2 and bounds[-1] - bounds[-2] < 2:
+        del bounds[-2]
+    for start, stop in pairwise(bounds):
         yield list(numbers[start:stop])

@@ -177,7 +177,8 @@ def compare(job: Job, outcome: Outcome, hardware: Hardware, name: str) -> dict[s
     backbone = read_backbone(config.model)
     _, lengths = open_data(config, build_processor(backbone, config.stage))
     population = Population.from_table(lengths, "drawn for the benchmark")
-    facts, setting = count_model(backbone, config), read_settings(config, 1)
+    facts = count_model(backbone, config)
+    setting = read_settings(config, 1).with_bucket_sizes(1, facts.num_parameters, facts.num_trained)
     steps = draw_steps(
         population, config.packing, facts.costs, num_ranks=1, batch_size=job.samples_per_step, seed=config.seed,
         count=job.num_steps,

@@ -213,6 +213,15 @@ def test_every_image_of_a_set_but_the_first_is_exchanged(learned: Learned, monke
     assert base_views.shape == (4,)
 
 
+def test_a_source_of_sets_alone(learned: Learned) -> None:
+    """It has no image that is exchanged with that of another single one."""
+    samples = [_set(0, 1), _set(2, 0)]
+    asked = extract_questions("sets", samples, 9, 9)
+    _, model = read_hf(learned.export, learned.config)
+    right, other = answer_all(model, learned.processor, samples, asked, PackingConfig(4096, 64), ALONE)
+    assert right.shape == other.shape == (2,)
+
+
 def test_questions_before_the_second_image_of_a_set_are_counted(learned: Learned) -> None:
     """Training shows the first image of a set in the views of sets, which a question about it alone would not have."""
     turns = ["Hello.", "Hi.", "<image>\nWhat is it?", "red", "And <image>?", "blue"]

@@ -100,6 +100,7 @@ def test_preflight_only_trains_nothing(tiny_parts: RunConfig, tmp_path: Path) ->
         "data",
         "clocks",
         "limits",
+        "nodes",
         "network",
         "checkpoints",
         "one",
