@@ -171,7 +171,7 @@ def _facts(config: RunConfig) -> ModelFacts:
 @pytest.mark.parametrize(
     ("name", "options", "recompute"),
     [
-        ("quarter", KEEPS_A_QUARTER, ("language_model", "vision_tower")),
+        pytest.param("quarter", KEEPS_A_QUARTER, ("language_model", "vision_tower"), marks=FULL),
         pytest.param("quarter_plain", KEEPS_A_QUARTER, (), marks=FULL),
         pytest.param("all", KEEPS_ALL, ("language_model", "vision_tower"), marks=FULL),
     ],
