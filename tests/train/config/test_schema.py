@@ -90,6 +90,7 @@ def test_bad_input_is_one_sentence(tmp_path: Path, arguments: list[str], parts: 
     assert result.processor_s < 5
 
 
+@pytest.mark.full
 def test_only_rank_0_reports(tmp_path: Path) -> None:
     """Other ranks of its host print nothing; where no launcher ends them meanwhile, they print their rank."""
     task = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}

@@ -50,6 +50,7 @@ def test_a_changed_tensor_stops_the_start(
     assert (name or "hf.") in messages[0]
 
 
+@pytest.mark.full
 def test_a_lagging_folder_is_waited_for(start_ranks: StartRanks, run_config: RunConfig) -> None:
     """Rank 1 sees the newest checkpoint a second after rank 0: both resume from it, and it is not marked as damaged. If
     rank 1 never sees it, both stop with its name."""
