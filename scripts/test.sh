@@ -3,8 +3,8 @@
 #
 #   ./scripts/test.sh [quick|full] [arguments for pytest]
 #
-# quick (default)  under eight minutes on two cores; at least one case of every property
-# full             everything: kills, Slurm, vLLM, oracles, many ranks; an hour on two cores. It needs scripts/oracles.sh,
+# quick (default)  eight to nine minutes on two cores; at least one case of almost every property
+# full             everything: kills, Slurm, vLLM, oracles, many ranks; over an hour on two cores. It needs scripts/oracles.sh,
 #                  vllm_env.sh, lmms_eval.sh and apt-get install slurm-wlm munge pdsh openssh-server
 # Tests that need a GPU are skipped, with that reason, on machines without one.
 set -euo pipefail

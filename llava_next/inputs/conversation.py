@@ -5,7 +5,7 @@ The strings of most named templates are those of LLaVA's `conversation.py`; test
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
 from llava_next.config import ModelError, TemplateConfig
@@ -240,7 +240,11 @@ _TEMPLATES = (
         released_specials=("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     ),
     _chatml("qwen_1_5", "You are a helpful assistant."),
-    _chatml("qwen_2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+    # No released model has it, so none was supervised on special tokens.
+    replace(
+        _chatml("qwen_2_5", "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."),
+        released_specials=(),
+    ),
     # SmolLM2-Instruct uses ChatML; this template has no default system turn.
     _chatml("chatml", None),
     # Qwen3 without thinking: its own template renders this empty thought for enable_thinking=false, but only before the

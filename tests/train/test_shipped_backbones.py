@@ -144,7 +144,7 @@ def test_onevision_views_with_adapters(
     """The same with OneVision's views, adapters and recomputation of both parts. The stock processor needs torchvision,
     so ours, which leaves out its videos, takes its place."""
     adapters = "{rank:4,alpha:8,targets:[q_proj,v_proj]}"
-    export, _ = _train_and_export(
+    export, message = _train_and_export(
         tmp_path,
         language_model,
         tower,
@@ -153,6 +153,7 @@ def test_onevision_views_with_adapters(
         "recompute=[language_model,vision_tower]",
         f"lora={{language_model:{adapters}}}",
     )
+    assert "gives the same logits" in message
     assert json.loads((export / "config.json").read_text())["model_type"] == "llava_onevision"
     _check_answers(load_processor(export), export)
     _check_chat(tmp_path, export, capsys)
@@ -162,7 +163,7 @@ def test_onevision_views_with_adapters(
 def test_a_sliding_window_with_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same with a window that is shorter than the samples, at ZeRO-3, with adapters and recomputation of both
     parts; the export has the window."""
-    export, _ = _train_and_export(
+    export, message = _train_and_export(
         tmp_path,
         "mistral_7b",
         "clip_vit_l_336",
@@ -171,6 +172,7 @@ def test_a_sliding_window_with_adapters(tmp_path: Path, capsys: pytest.CaptureFi
         "recompute=[language_model,vision_tower]",
         "lora={language_model:{rank:4,alpha:8,targets:[q_proj,v_proj]}}",
     )
+    assert "gives the same logits" in message
     assert json.loads((export / "config.json").read_text())["text_config"]["sliding_window"] == 48
     _check_answers(AutoProcessor.from_pretrained(export), export)
     _check_chat(tmp_path, export, capsys)

@@ -156,7 +156,7 @@ _TYPE_NAMES = ("constrained-int", "str", "TemplateConfig")
 def _first_error(error: pydantic.ValidationError) -> ErrorDetails:
     """The first error. Of a dictionary in the place of a name or dictionary, it is the first one in the dictionary."""
     first, *others = error.errors()
-    if first["loc"][-1] == "str" and isinstance(first["input"], dict):
+    if first["loc"][-1:] == ("str",) and isinstance(first["input"], dict):
         return next((other for other in others if other["loc"][:-2] == first["loc"][:-1]), first)
     return first
 

@@ -174,6 +174,12 @@ def _check_use(parser: ArgumentParser, options: argparse.Namespace) -> None:
         if getattr(options, name) != parser.get_default(name):
             others = " or ".join(_USE_NAMES[other] for other, names in _OPTIONS.items() if name in names)
             parser.error(f"--{name.replace('_', '-')} belongs to {others}, not to {_USE_NAMES[use]}; leave it out")
+    for name in ("columns", "limit", "describe"):
+        if options.score and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--score enters values and measures nothing; leave out --{name}")
+    scored = [column for column, _ in options.score]
+    if len(set(scored)) < len(scored):
+        parser.error(f"--score names a column twice: {', '.join(scored)}")
     if options.path is None and not options.describe and not (use == "server" and options.store):
         what = "a run, or prepared sources with --store" if use == "server" else "a run or a model directory"
         parser.error(f"name {what}")

@@ -204,9 +204,12 @@ def test_the_score_of_a_submission_is_entered(bench: Bench) -> None:
         ("pope=87", "has no file of this column"),
         ("vizwiz=good", "write COLUMN=VALUE"),
         ("nothing=1", "has no file of this column"),
+        ("vizwiz=1 --columns vizwiz", "leave out --columns"),
+        ("vizwiz=1 --score vizwiz=2", "names a column twice"),
     ):
-        ended = bench.run("--score", score)
+        ended = bench.run("--score", *score.split())
         assert (ended.code, word in ended.stderr) == (2, True), ended.stderr
+    assert bench.columns()["vizwiz"]["values"] == [58.1]
 
 
 @pytest.fixture
